@@ -1,0 +1,142 @@
+"""What a decoder-only language model computes, said once and read by every exporter and runtime.
+
+A family file (``llama.py``, ``gpt2.py``) turns a ``config.json`` into a ``Decoder``. Exporters and
+runtimes read the ``Decoder`` only, never the config, and refuse by name the features that they
+cannot express (``Decoder.features() - EXPRESSIBLE``).
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Literal
+
+
+class Feature(enum.StrEnum):
+    """One property of a network that an exporter or a runtime may be unable to express."""
+
+    ROPE = "rotary positions"
+    ROPE_LINEAR = "linear rope scaling"
+    ROPE_YARN = "yarn rope scaling"
+    ROPE_LLAMA3 = "llama3 rope scaling"
+    ROPE_PER_LAYER = "rope frequencies that differ between layers"
+    LEARNED_POSITIONS = "learned positions"
+    RMS_NORM = "RMS norm"
+    LAYER_NORM = "layer norm"
+    NORM_OFFSET = "norm weights stored less one"
+    QK_NORM = "norms on queries and keys"
+    POST_NORMS = "norms after attention and feed-forward"
+    SLIDING_WINDOW = "sliding-window attention in every layer"
+    ALTERNATING_WINDOW = "local and global attention layers"
+    GATED_MLP = "gated feed-forward"
+    PLAIN_MLP = "plain feed-forward"
+    QKV_BIAS = "biases on q, k and v"
+    OUTPUT_BIAS = "a bias on the attention output"
+    MLP_BIAS = "biases in the feed-forward"
+    EMBEDDING_SCALE = "scaled embeddings"
+    ATTENTION_SCALE = "an attention scale other than 1/sqrt(head_dim)"
+    TIED_HEAD = "an output head tied to the embedding"
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How rotary frequencies are changed to reach beyond the trained context.
+
+    ``linear``: positions divided by ``factor``. ``llama3``: NTK by parts (Llama 3.1's
+    ``low_freq_factor``, ``high_freq_factor``). ``yarn``: arXiv 2309.00071, with
+    ``attention_factor`` multiplied into cos and sin.
+    """
+
+    kind: Literal["linear", "yarn", "llama3"]
+    factor: float
+    original_context: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary positions over the first ``dimensions`` values of a head, in half-rotation order."""
+
+    theta: float
+    dimensions: int
+    scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """``rms`` or ``layer`` norm; with ``offset`` the stored weight is used as ``weight + 1``."""
+
+    kind: Literal["rms", "layer"]
+    epsilon: float
+    offset: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What may differ between layers: the attention window in tokens (itself counted) and the rope."""
+
+    window: int | None = None
+    rope: Rope | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A decoder-only network, whole: shapes, norms, positions, attention, feed-forward."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    ffn_size: int
+    context_length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: tuple[Layer, ...]
+    norm: Norm
+    activation: Literal["silu", "gelu_tanh", "gelu"]
+    gated_mlp: bool = True
+    fused_qkv: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    learned_positions: int | None = None
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    tied_head: bool = False
+
+    def features(self) -> frozenset[Feature]:
+        """The properties that an exporter or runtime has to be able to express."""
+        windows = {layer.window for layer in self.layers}
+        ropes = {layer.rope for layer in self.layers}
+        scalings = {rope.scaling.kind for rope in ropes if rope and rope.scaling}
+        chosen = {
+            Feature.ROPE: ropes != {None},
+            Feature.ROPE_LINEAR: "linear" in scalings,
+            Feature.ROPE_YARN: "yarn" in scalings,
+            Feature.ROPE_LLAMA3: "llama3" in scalings,
+            Feature.ROPE_PER_LAYER: len(ropes) > 1,
+            Feature.LEARNED_POSITIONS: self.learned_positions is not None,
+            Feature.RMS_NORM: self.norm.kind == "rms",
+            Feature.LAYER_NORM: self.norm.kind == "layer",
+            Feature.NORM_OFFSET: self.norm.offset,
+            Feature.QK_NORM: self.qk_norm,
+            Feature.POST_NORMS: self.post_norms,
+            Feature.SLIDING_WINDOW: windows != {None} and len(windows) == 1,
+            Feature.ALTERNATING_WINDOW: len(windows) > 1,
+            Feature.GATED_MLP: self.gated_mlp,
+            Feature.PLAIN_MLP: not self.gated_mlp,
+            Feature.QKV_BIAS: self.qkv_bias,
+            Feature.OUTPUT_BIAS: self.output_bias,
+            Feature.MLP_BIAS: self.mlp_bias,
+            Feature.EMBEDDING_SCALE: self.embedding_scale != 1.0,
+            Feature.ATTENTION_SCALE: self.attention_scale is not None,
+            Feature.TIED_HEAD: self.tied_head,
+        }
+        return frozenset(feature for feature, present in chosen.items() if present)

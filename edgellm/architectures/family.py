@@ -1,0 +1,54 @@
+"""A family of models: how its config is read, what its tensors are called, how GGUF stores it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from edgellm.architectures.config import Config
+from edgellm.architectures.decoder import Decoder
+
+Kind = Literal["embedding", "positions", "linear", "norm", "bias", "head"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRow:
+    """One tensor that a model of the family has.
+
+    ``source`` is its name in a Hugging Face checkpoint, ``role`` its GGUF name, ``shape`` what is
+    expected in ``[out, in]`` order. ``transposed``: the checkpoint holds ``[in, out]`` (GPT-2's
+    Conv1D).
+    """
+
+    source: str
+    role: str
+    shape: tuple[int, ...]
+    kind: Kind
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GgufLayout:
+    """How llama.cpp expects the family: its architecture name, and where the stored bytes differ.
+
+    ``interleaved_rope``: rows of q and k are stored in pairs (x0, x1) instead of halves.
+    ``norm_plus_one``: norm weights are stored with the offset added. ``window``: llama.cpp's graph
+    applies the sliding window; where it does not, the context is capped at the window.
+    """
+
+    arch: str
+    interleaved_rope: bool = False
+    norm_plus_one: bool = False
+    window: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One row of the registry; ``docs`` and every exporter read it."""
+
+    model_type: str
+    architecture: str
+    describe: Callable[[Config], Decoder]
+    tensors: Callable[[Decoder], Iterator[TensorRow]]
+    gguf: GgufLayout

@@ -1,0 +1,81 @@
+"""What a container is to edgellm: a function from a described model to a ``Layout``.
+
+A ``Layout`` knows every byte's place before a weight is read: small files whole, and each tensor
+as arrays at offsets in a data file. ``convert`` streams weights into it and knows no container by
+name; ``plan`` shows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from edgellm.quant.grid import Grid
+from edgellm.tensors import TensorRef
+
+
+@dataclass(frozen=True, slots=True)
+class StoredArray:
+    """One array on disk, filled by rows: row ``r`` starts at ``offset + r * row_bytes``.
+
+    ``component`` says which part of the packed tensor it holds: ``data`` (codes or floats),
+    ``scales``, ``zeros``, ``absmax``.
+    """
+
+    name: str
+    component: str
+    file: str
+    offset: int
+    row_bytes: int
+    rows: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.row_bytes * self.rows
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor of the artifact: source tensors stacked by rows, a grid, and where it is stored.
+
+    ``packer`` names the row of ``export.packing.PACKERS`` that lays its rows out. ``note`` says what
+    the user should know (a fallback type, a cap), or is empty.
+    """
+
+    name: str
+    role: str
+    parts: tuple[TensorRef, ...]
+    grid: Grid
+    packer: str
+    arrays: tuple[StoredArray, ...]
+    note: str = ""
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+    @property
+    def columns(self) -> int:
+        return self.parts[0].columns
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Everything that a conversion will write.
+
+    ``files``: small files, whole, by relative path. ``data_files``: path to size in bytes of the
+    files that tensors are streamed into; where a path is in both, ``files`` holds its head.
+    ``main_file`` is what a runtime opens. ``notes``: facts about the whole (a capped context).
+    ``context_length``: what the artifact can be run with.
+    """
+
+    container: str
+    main_file: str
+    files: dict[str, bytes]
+    data_files: dict[str, int]
+    tensors: tuple[OutputTensor, ...]
+    context_length: int
+    notes: tuple[str, ...] = field(default=())

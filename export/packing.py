@@ -1,0 +1,42 @@
+"""How codes of a grid become bytes of a container: one row of ``PACKERS`` each.
+
+Packing is exact: a reader of the container gets ``QTensor``'s values back bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm.quant.grid import Grid, QTensor
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Packer:
+    """``row_bytes(grid, columns)`` says, by component, what a row takes; ``pack`` makes the rows.
+
+    Both name the same components (``data``, ``scales``, ...); ``pack`` returns uint8
+    ``[rows, row_bytes]`` for each.
+    """
+
+    row_bytes: Callable[[Grid, int], Mapping[str, int]]
+    pack: Callable[[QTensor], Mapping[str, Bytes]]
+
+
+def _finished(tensor: QTensor) -> Mapping[str, Bytes]:
+    assert tensor.packed is not None
+    return {"data": tensor.packed}
+
+
+def _float_row_bytes(grid: Grid, columns: int) -> Mapping[str, int]:
+    return {"data": int(grid.bits) // 8 * columns}
+
+
+PACKERS: dict[str, Packer] = {
+    "float": Packer(_float_row_bytes, _finished),
+}

@@ -1,0 +1,116 @@
+"""The protocol between edgellm and a backend: token ids in, logits out, a KV cache in between.
+
+Nothing here knows about text. What a backend cannot do is data in ``Capabilities``, never an
+``isinstance``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from edgellm.hardware import Hardware
+    from edgellm.manifest import Artifact
+
+Logits = npt.NDArray[np.float32]
+Device = Literal["auto", "cpu", "cuda", "metal"]
+KvDtype = Literal["f32", "f16"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How an artifact is opened.
+
+    ``context_tokens``: room in the KV cache, None for min(model's, 4096). ``threads``: None for the
+    physical cores. ``kv_dtype``: None for the backend's default.
+    """
+
+    device: Device = "auto"
+    context_tokens: int | None = None
+    threads: int | None = None
+    kv_dtype: KvDtype | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a runtime can do on this machine, and why not where it can't.
+
+    ``available``: it can open something here now. ``reason``: in one line, why or why not.
+    ``install``: the command that brings it. ``speed_rank``: lower is preferred where several can.
+    """
+
+    runtime: str
+    available: bool
+    reason: str
+    version: str = ""
+    install: str = ""
+    containers: frozenset[str] = frozenset()
+    devices: tuple[str, ...] = ()
+    kv_dtypes: tuple[str, ...] = ()
+    speed_rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KvState:
+    """A copy of a session's cache: ``tokens`` that it holds and the backend's own bytes."""
+
+    runtime: str
+    tokens: tuple[int, ...]
+    data: Any = field(repr=False)
+
+
+class Session(Protocol):
+    """One sequence with its KV cache. Not safe for use by two threads at once.
+
+    Every method raises ``GenerationError`` with the backend's message translated.
+    """
+
+    runtime: str
+    device: str
+    context_tokens: int
+    vocab_size: int
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The token ids whose keys and values the cache holds, oldest first."""
+
+    def prefill(self, token_ids: Sequence[int], *, all_logits: bool = False) -> Logits:
+        """Append ``token_ids``; logits ``[1, vocab]`` of the last, or ``[len, vocab]`` of all.
+
+        Raises ``GenerationError`` when they do not fit; the cache is then as it was.
+        """
+
+    def decode(self, token_id: int) -> Logits:
+        """Append one token; logits ``[vocab]`` for the next, valid until the next call."""
+
+    def trim(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens."""
+
+    def save(self) -> KvState:
+        """A copy of the cache that ``restore`` takes back."""
+
+    def restore(self, state: KvState) -> None:
+        """Put back a saved cache; the next logits equal those of an uninterrupted run."""
+
+    def kv_bytes(self) -> int:
+        """Bytes that the KV cache occupies now."""
+
+    def close(self) -> None:
+        """Give all memory back; further calls raise ``GenerationError``."""
+
+
+class Runtime(Protocol):
+    """A backend: found on this machine or not, and able to open some containers."""
+
+    name: str
+
+    def capabilities(self, hardware: Hardware) -> Capabilities:
+        """What it can do here; never raises, never imports the backend when that is slow."""
+
+    def open(self, artifact: Artifact, options: RunOptions) -> Session:
+        """A session on ``artifact``; raises ``RuntimeMissing``, ``UnsupportedTarget`` or ``GenerationError``."""
