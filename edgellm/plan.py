@@ -1,0 +1,160 @@
+"""Plan: what a conversion will write and cost, known before a weight is read."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from edgellm.errors import OutputError, UsageError
+from edgellm.export import CONTAINERS, container_named
+from edgellm.export.layout import Layout, OutputTensor
+from edgellm.hardware import physical_cores
+from edgellm.progress import Progress, unwatched
+from edgellm.recipe import Recipe
+from edgellm.runtimes import best_container
+from edgellm.source import ModelSource, open_source
+
+SLAB_BYTES = 8 << 20
+"""Float32 bytes that a worker loads at once: small enough to stay in the cache's reach."""
+
+COPIES = {"float": 3.0, "ggml": 2.5, "affine": 6.0, "per_channel": 4.0, "codebook": 6.0}
+"""Float32 slabs alive at once in a worker, by kind of grid (measured by the memory test)."""
+
+BYTES_PER_SECOND = {"float": 700e6, "ggml": 150e6, "affine": 120e6, "per_channel": 250e6, "codebook": 100e6}
+"""Float32 bytes that one thread of a 2023 server core turns into codes; a guide, not a promise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """Rows ``start:stop`` of one output tensor: the unit of work of a conversion."""
+
+    tensor: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved recipe, the layout it leads to, and what that will take.
+
+    ``peak_memory_bytes`` counts this process as it is now and the workers' slabs; ``disk_bytes`` is
+    what must be free; ``seconds`` is a rough guess; ``reasons`` say why each default was chosen.
+    """
+
+    recipe: Recipe
+    reasons: tuple[str, ...]
+    source: ModelSource
+    layout: Layout
+    threads: int
+    output_bytes: int
+    peak_memory_bytes: int
+    disk_bytes: int
+    seconds: float
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, a tied head counted once."""
+        return sum(part.size for tensor in self.layout.tensors for part in tensor.parts)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the tensors on disk by number of weights."""
+        stored = {
+            (array.file, array.offset): array.nbytes
+            for tensor in self.layout.tensors
+            for array in tensor.arrays
+        }
+        return 8 * sum(stored.values()) / self.weights
+
+    def slabs(self) -> list[Slab]:
+        """The units of work, in the order of the file; the same for any number of threads."""
+        return [
+            Slab(index, start, min(start + step, tensor.rows))
+            for index, tensor in enumerate(self.layout.tensors)
+            for step in (slab_rows(tensor),)
+            for start in range(0, tensor.rows, step)
+        ]
+
+
+def slab_rows(tensor: OutputTensor) -> int:
+    """Rows of ``tensor`` that fit into a slab, at least one."""
+    return max(1, SLAB_BYTES // (4 * max(1, tensor.columns)))
+
+
+def resolve(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+    """``recipe`` with every default filled in, and a line for each that says why.
+
+    Raises ``UsageError`` for a container that does not exist.
+    """
+    reasons: list[str] = []
+    chosen_format, chosen_quant = recipe.format, recipe.quant
+    if chosen_format is None:
+        chosen_format, why = best_container()
+        reasons.append(f"format {chosen_format}: {why}")
+    if chosen_format not in CONTAINERS:
+        raise UsageError(f"no container named {chosen_format!r}: choose {' or '.join(CONTAINERS)}")
+    container = container_named(chosen_format)
+    if not recipe.grid:
+        solver = f"{recipe.solver}:" if recipe.quant else ""
+        chosen_quant = solver + container.default_grid
+        reasons.append(f"grid {container.default_grid}: {chosen_format}'s default, 4 bits a weight")
+    return msgspec.structs.replace(recipe, format=chosen_format, quant=chosen_quant), tuple(reasons)
+
+
+def make_plan(recipe: Recipe, *, threads: int | None = None, progress: Progress = unwatched) -> Plan:
+    """Everything that converting by ``recipe`` will do; reads headers and the tokenizer only.
+
+    Raises every error that can be known beforehand: a damaged or unsupported source, a grid that
+    the container cannot hold, a group that does not divide a row.
+    """
+    recipe, reasons = resolve(recipe)
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads must be at least 1, got {threads}")
+    source = open_source(recipe.source, ignore_config_keys=recipe.ignore_config_keys, progress=progress)
+    assert recipe.format is not None
+    layout = container_named(recipe.format).lay_out(source, recipe)
+    workers = threads or physical_cores()
+    output = sum(map(len, layout.files.values())) + sum(layout.data_files.values())
+    slab = max((_slab_memory(tensor) for tensor in layout.tensors), default=0.0)
+    return Plan(
+        recipe=recipe,
+        reasons=reasons,
+        source=source,
+        layout=layout,
+        threads=workers,
+        output_bytes=output,
+        peak_memory_bytes=int(psutil.Process().memory_info().rss + workers * slab),
+        disk_bytes=output + (1 << 20),
+        seconds=_seconds(layout, workers),
+    )
+
+
+def check_disk(plan: Plan, out: Path) -> None:
+    """Raise ``OutputError`` when the disk of ``out`` has less room than the plan needs."""
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < plan.disk_bytes:
+        raise OutputError(
+            f"{out} needs {plan.disk_bytes / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB free: "
+            "free some space, choose another --out, or a smaller grid"
+        )
+
+
+def check_apart(source: ModelSource, out: Path) -> None:
+    """Raise ``UsageError`` when ``out`` is the source, lies in it, or holds it."""
+    ours, theirs = out.resolve(), source.path.resolve()
+    if ours == theirs or theirs in ours.parents or ours in theirs.parents:
+        raise UsageError(f"--out {out} and the source {source.path} overlap: choose an --out elsewhere")
+
+
+def _slab_memory(tensor: OutputTensor) -> float:
+    return 4 * slab_rows(tensor) * tensor.columns * COPIES[tensor.grid.kind]
+
+
+def _seconds(layout: Layout, workers: int) -> float:
+    busy = sum(4 * tensor.rows * tensor.columns / BYTES_PER_SECOND[tensor.grid.kind] for tensor in layout.tensors)
+    return 0.5 + busy / workers

@@ -1,0 +1,28 @@
+"""How long-running work tells whoever watches; the library itself never prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Stage = Literal["download", "quantize", "checksum", "check"]
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressEvent:
+    """One step forward: bytes of output (or of the download) and whole tensors done so far."""
+
+    stage: Stage
+    item: str
+    done_bytes: int
+    total_bytes: int
+    done_items: int = 0
+    total_items: int = 0
+
+
+Progress = Callable[[ProgressEvent], None]
+
+
+def unwatched(event: ProgressEvent) -> None:
+    """The progress of work that nobody watches."""
