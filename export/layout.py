@@ -7,10 +7,16 @@ name; ``plan`` shows it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from edgellm.quant.grid import Grid
 from edgellm.tensors import TensorRef
+
+if TYPE_CHECKING:
+    from edgellm.recipe import Recipe
+    from edgellm.source import ModelSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,3 +85,17 @@ class Layout:
     tensors: tuple[OutputTensor, ...]
     context_length: int
     notes: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A format that models are written in.
+
+    ``grids``: what ``--quant`` may name, default first in ``default_grid``. ``lay_out`` is pure: it
+    reads headers, never weights, and raises ``UnsupportedTarget`` or ``UnknownGrid``.
+    """
+
+    name: str
+    grids: tuple[str, ...]
+    default_grid: str
+    lay_out: Callable[[ModelSource, Recipe], Layout]
