@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
+from edgellm.errors import SourceError, VerificationError
+
 SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+READ_BYTES = 1 << 20
 
 
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,6 +93,10 @@ class Digested(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...]
     tool_versions: dict[str, str]
 
+    def sha256(self) -> str:
+        """Digest over the canonical JSON (sorted keys, no spaces) of this part."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
+
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """``artifact`` and its digest, and beside it ``measured``: time, host, peak memory, check."""
@@ -93,6 +104,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     artifact: Digested
     sha256: str
     measured: dict[str, Any] = {}
+
+    @classmethod
+    def of(cls, artifact: Digested, measured: dict[str, Any]) -> Self:
+        """The manifest of an artifact, its digest computed."""
+        return cls(artifact=artifact, sha256=artifact.sha256(), measured=measured)
+
+    def to_json(self) -> bytes:
+        """The file's content, keys sorted and indented for people."""
+        return msgspec.json.format(msgspec.json.encode(self, order="sorted"), indent=2) + b"\n"
 
 
 class Artifact(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,3 +126,152 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
     main: Path
     container: str
     manifest: Manifest | None = None
+
+
+def open_artifact(path: Path) -> Artifact:
+    """What can be run at ``path``: a folder with a manifest, or a single GGUF file (unverified).
+
+    Raises ``SourceError`` when there is nothing to run, or the manifest cannot be understood.
+    """
+    if not path.exists():
+        raise SourceError(f"{path} does not exist: give an artifact folder or a .gguf file")
+    if path.is_dir():
+        manifest = read_manifest(path)
+        main = path / manifest.artifact.main_file
+        return Artifact(path=path, main=main, container=manifest.artifact.container, manifest=manifest)
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic == b"GGUF":
+        return Artifact(path=path, main=path, container="gguf")
+    raise SourceError(
+        f"{path} is not a GGUF file (it starts with {magic!r}): give an artifact folder or a .gguf "
+        "file, or convert the model first with `edgellm convert`"
+    )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an artifact folder, its own digest checked.
+
+    Raises ``SourceError`` for a folder without one or a newer schema, ``VerificationError`` for one
+    that was changed after it was written.
+    """
+    path = folder / MANIFEST
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        what = "a model to convert first" if (folder / "config.json").exists() else "an unfinished copy?"
+        raise SourceError(
+            f"{folder} has no {MANIFEST}, so it is not an artifact ({what}): "
+            f"make one with `edgellm convert {folder} --out DIR`"
+        ) from None
+    try:
+        version = msgspec.json.decode(content, type=dict[str, Any])["artifact"]["schema_version"]
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise SourceError(
+                f"{path} has schema version {version}, and this edgellm reads up to {SCHEMA_VERSION}: "
+                "install a newer edgellm, or convert again"
+            )
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except (msgspec.DecodeError, KeyError, TypeError) as error:
+        raise SourceError(f"{path} is not a manifest that edgellm understands: {error}") from error
+    if manifest.artifact.sha256() != manifest.sha256:
+        raise VerificationError(f"{path} was changed after it was written: its own digest does not match")
+    for entry in manifest.artifact.files:
+        if Path(entry.path).is_absolute() or ".." in Path(entry.path).parts:
+            raise VerificationError(f"{path} names a file outside its folder: {entry.path!r}")
+    return manifest
+
+
+def verify(artifact: Artifact, *, trust_unchanged: bool = False) -> None:
+    """Recompute the checksum of every file of ``artifact``.
+
+    With ``trust_unchanged``, a file whose size and modification time are as they were when it last
+    passed is not read again. Raises ``VerificationError`` naming every file, and the tensors inside
+    it, that differ, are missing, or do not belong.
+    """
+    if artifact.manifest is None:
+        raise VerificationError(f"{artifact.path} has no manifest, so there is nothing to verify it against")
+    entries = artifact.manifest.artifact.files
+    passed = _passed(artifact) if trust_unchanged else {}
+    faults: list[str] = []
+    stamps: dict[str, list[int | str]] = {}
+    for entry in entries:
+        file = artifact.path / entry.path
+        if not file.is_file():
+            faults.append(f"{entry.path} is missing")
+            continue
+        stat = file.stat()
+        stamp: list[int | str] = [stat.st_size, stat.st_mtime_ns, stat.st_ino, entry.sha256]
+        stamps[entry.path] = stamp
+        if passed.get(entry.path) == stamp:
+            continue
+        if stat.st_size != entry.nbytes:
+            faults.append(f"{entry.path} has {stat.st_size} bytes instead of {entry.nbytes}")
+        elif file_sha256(file) != entry.sha256:
+            faults.append(f"{entry.path} differs{_damaged_tensors(artifact, entry.path)}")
+    if faults:
+        raise VerificationError(
+            f"{artifact.path} is not what was written: {'; '.join(faults)}. Copy or convert it again"
+        )
+    _remember(artifact, stamps)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def ranges_sha256(path: Path, ranges: Iterable[tuple[int, int]]) -> str:
+    """SHA-256 over the ``(offset, nbytes)`` ranges of a file, one after the other."""
+    digest = hashlib.sha256()
+    buffer = bytearray(READ_BYTES)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        for offset, nbytes in ranges:
+            file.seek(offset)
+            while nbytes:
+                count = file.readinto(view[: min(nbytes, READ_BYTES)])
+                if not count:
+                    raise VerificationError(f"{path} ends before the tensors that it should hold")
+                digest.update(view[:count])
+                nbytes -= count
+    return digest.hexdigest()
+
+
+def _damaged_tensors(artifact: Artifact, name: str) -> str:
+    assert artifact.manifest is not None
+    damaged = []
+    for tensor in artifact.manifest.artifact.tensors:
+        if any(array[0] != name for array in tensor.arrays):
+            continue
+        ranges = [(offset, nbytes) for _, offset, nbytes in tensor.arrays]
+        if ranges_sha256(artifact.path / name, ranges) != tensor.sha256:
+            damaged.append(tensor.name)
+    if not damaged:
+        return " outside its tensors"
+    more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+    return f" in {', '.join(damaged[:5])}{more}"
+
+
+def _cache_file(artifact: Artifact) -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgellm" / "verified"
+    return root / hashlib.sha256(str(artifact.path.resolve()).encode()).hexdigest()
+
+
+def _passed(artifact: Artifact) -> dict[str, list[int | str]]:
+    try:
+        return msgspec.json.decode(_cache_file(artifact).read_bytes(), type=dict[str, list[int | str]])
+    except (OSError, msgspec.DecodeError):
+        return {}  # no memory of an earlier pass: everything is read
+
+
+def _remember(artifact: Artifact, stamps: dict[str, list[int | str]]) -> None:
+    target = _cache_file(artifact)
+    partial = target.with_suffix(f".{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(msgspec.json.encode(stamps))
+        partial.replace(target)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a home that cannot be written costs time, not correctness

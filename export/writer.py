@@ -19,8 +19,7 @@ from typing import Self
 import psutil
 
 from edgellm.errors import OutputError
-
-MANIFEST = "manifest.json"
+from edgellm.manifest import MANIFEST
 
 
 class StagedFolder:

@@ -1,0 +1,273 @@
+"""Convert: stream the weights of a plan through a solver and a packer into an artifact.
+
+Knows no method and no format by name. Memory follows one slab of rows for each worker, and the
+bytes are the same for any number of workers, because slabs are cut and placed by the plan.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import edgellm
+from edgellm import registry
+from edgellm.errors import RuntimeMissing, VerificationError
+from edgellm.export.layout import OutputTensor
+from edgellm.export.packing import PACKERS
+from edgellm.export.writer import StagedFolder, check_output
+from edgellm.hardware import peak_memory_bytes
+from edgellm.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Artifact,
+    Base,
+    Digested,
+    FileEntry,
+    Manifest,
+    ModelFacts,
+    TensorEntry,
+    file_sha256,
+    open_artifact,
+    ranges_sha256,
+)
+from edgellm.plan import Plan, Slab, check_apart, check_disk, make_plan
+from edgellm.progress import Progress, ProgressEvent, unwatched
+from edgellm.quant import SOLVERS
+from edgellm.quant.grid import Grid, QTensor
+from edgellm.recipe import Recipe
+from edgellm.source import check_finite
+from edgellm.tensors import Array, stacked_rows
+from edgellm.tokenization import artifact_tokenizer, check_parity
+
+Solve = Callable[[Array, Grid], QTensor]
+
+RECORDED_PACKAGES = ("numpy", "gguf", "libgguf", "onnx", "tokenizers")
+"""Packages whose version can change the bytes of an artifact."""
+
+CHECK_PROMPT = "The capital of France is"
+CHECK_TOKENS = 8
+
+
+def convert(
+    recipe: Recipe,
+    out: Path,
+    *,
+    threads: int | None = None,
+    force: bool = False,
+    check: bool = True,
+    progress: Progress = unwatched,
+) -> Artifact:
+    """The artifact that ``recipe`` asks for, written to the folder ``out``.
+
+    ``check`` loads the result and generates a few tokens with it. Raises any ``EdgeError``; then
+    nothing is left at ``out``, and an older artifact there is untouched.
+    """
+    check_output(out, force=force)
+    plan = make_plan(recipe, threads=threads, progress=progress)
+    return carry_out(plan, out, force=force, check=check, progress=progress)
+
+
+def carry_out(
+    plan: Plan, out: Path, *, force: bool = False, check: bool = True, progress: Progress = unwatched
+) -> Artifact:
+    """The artifact of a plan that was made before; see ``convert``."""
+    check_output(out, force=force)
+    check_apart(plan.source, out)
+    check_disk(plan, out)
+    started = time.perf_counter()
+    with StagedFolder(out, force=force) as staged:
+        for name, nbytes in plan.layout.data_files.items():
+            staged.create_data_file(name, nbytes)
+        for name, content in plan.layout.files.items():
+            if name in plan.layout.data_files:
+                staged.write_at(name, 0, content)
+            else:
+                staged.write_file(name, content)
+        quantize_tensors(plan, staged, progress)
+        staged.sync()
+        digested = describe(plan, staged.path, progress)
+        measured = {
+            "created_unix_s": round(time.time()),
+            "convert_s": round(time.perf_counter() - started, 3),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "threads": plan.threads,
+            "platform": platform.platform(),
+        }
+        staged.write_file(MANIFEST, Manifest.of(digested, measured).to_json())
+        if check:
+            progress(ProgressEvent("check", CHECK_PROMPT, 0, 0))
+            measured["check"] = check_artifact(open_artifact(staged.path))
+            staged.write_file(MANIFEST, Manifest.of(digested, measured).to_json())
+        staged.commit()
+    return open_artifact(out)
+
+
+def quantize_tensors(plan: Plan, staged: StagedFolder, progress: Progress = unwatched) -> None:
+    """Write every tensor of the plan: load, solve, pack and place one slab of rows at a time.
+
+    Raises ``TensorError`` naming a tensor that holds NaN or Inf.
+    """
+    solve: Solve = registry.attribute(SOLVERS[plan.recipe.solver])
+    slabs = plan.slabs()
+    left = [0] * len(plan.layout.tensors)
+    for slab in slabs:
+        left[slab.tensor] += 1
+    total = sum(tensor.nbytes for tensor in plan.layout.tensors)
+    done_bytes = done_tensors = 0
+
+    def work(slab: Slab) -> tuple[int, int]:
+        return slab.tensor, _write_slab(plan.layout.tensors[slab.tensor], slab, solve, staged)
+
+    for index, nbytes in _in_parallel(work, slabs, plan.threads):
+        done_bytes += nbytes
+        left[index] -= 1
+        done_tensors += not left[index]
+        progress(
+            ProgressEvent(
+                "quantize", plan.layout.tensors[index].name, done_bytes, total, done_tensors, len(left)
+            )
+        )
+
+
+def _write_slab(tensor: OutputTensor, slab: Slab, solve: Solve, staged: StagedFolder) -> int:
+    rows = stacked_rows(tensor.parts, slab.start, slab.stop)
+    check_finite(rows, tensor.parts[0].name if len(tensor.parts) == 1 else tensor.name)
+    packed = PACKERS[tensor.packer].pack(solve(rows, tensor.grid))
+    for array in tensor.arrays:
+        staged.write_at(
+            array.file, array.offset + slab.start * array.row_bytes, packed[array.component]
+        )
+    return sum(array.row_bytes for array in tensor.arrays) * (slab.stop - slab.start)
+
+
+def _in_parallel[T, R](work: Callable[[T], R], items: list[T], threads: int) -> Iterator[R]:
+    """Results of ``work`` as they come; the first exception stops what has not begun."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="edgellm") as pool:
+        waiting: set[Future[R]] = {pool.submit(work, item) for item in items}
+        try:
+            while waiting:
+                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def describe(plan: Plan, folder: Path, progress: Progress = unwatched) -> Digested:
+    """What stands in ``folder``: digests of files and tensors, and where it all came from.
+
+    Raises ``VerificationError`` when the artifact's tokenizer splits text differently from the
+    source's.
+    """
+    layout, source = plan.layout, plan.source
+    names = sorted({*layout.files, *layout.data_files})
+    total = sum((folder / name).stat().st_size for name in names)
+    progress(ProgressEvent("checksum", layout.main_file, 0, total))
+    with ThreadPoolExecutor(plan.threads) as pool:
+        base_sha256 = pool.submit(source.digest)
+        files = [pool.submit(file_sha256, folder / name) for name in names]
+        tensors = [pool.submit(_tensor_entry, tensor, folder) for tensor in layout.tensors]
+        parity = check_parity(source.tokenizer, artifact_tokenizer(folder / layout.main_file))
+        if not parity.equal:
+            raise VerificationError(
+                "the artifact's tokenizer splits text differently from the source's, so its answers "
+                f"would differ: {'; '.join(parity.mismatches)}"
+            )
+        return Digested(
+            schema_version=SCHEMA_VERSION,
+            container=layout.container,
+            main_file=layout.main_file,
+            files=tuple(
+                FileEntry(path=name, nbytes=(folder / name).stat().st_size, sha256=digest.result())
+                for name, digest in zip(names, files, strict=True)
+            ),
+            tensors=tuple(entry.result() for entry in tensors),
+            base=Base(
+                name=source.name,
+                kind=source.kind,
+                revision=source.revision,
+                sha256=base_sha256.result(),
+                licence=source.licence,
+                url=source.url,
+            ),
+            model=_model_facts(plan),
+            recipe=plan.recipe.choices(),
+            recipe_sha256=plan.recipe.sha256(),
+            tokenizer_sha256=source.tokenizer.sha256(),
+            chat_template_sha256=source.tokenizer.chat_template_sha256(),
+            tokenizer_parity=parity,
+            notes=(*source.notes, *layout.notes),
+            tool_versions=_tool_versions(),
+        )
+
+
+def _tensor_entry(tensor: OutputTensor, folder: Path) -> TensorEntry:
+    files = {array.file for array in tensor.arrays}
+    if len(files) != 1:
+        raise AssertionError(f"{tensor.name} is spread over {sorted(files)}")
+    ranges = [(array.offset, array.nbytes) for array in tensor.arrays]
+    return TensorEntry(
+        name=tensor.name,
+        role=tensor.role,
+        shape=(tensor.rows, tensor.columns) if tensor.rows > 1 else (tensor.columns,),
+        grid=tensor.grid.name,
+        nbytes=tensor.nbytes,
+        sha256=ranges_sha256(folder / files.pop(), ranges),
+        arrays=tuple((array.file, array.offset, array.nbytes) for array in tensor.arrays),
+        note=tensor.note,
+    )
+
+
+def _model_facts(plan: Plan) -> ModelFacts:
+    decoder, tokenizer = plan.source.decoder, plan.source.tokenizer
+    return ModelFacts(
+        family=decoder.family,
+        vocab_size=decoder.vocab_size,
+        hidden_size=decoder.hidden_size,
+        layer_count=len(decoder.layers),
+        head_count=decoder.heads,
+        kv_head_count=decoder.kv_heads,
+        head_dim=decoder.head_dim,
+        context_length=plan.layout.context_length,
+        windows=tuple(layer.window for layer in decoder.layers),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_ids=tuple(tokenizer.eos_token_ids),
+        features=tuple(sorted(feature.value for feature in decoder.features())),
+    )
+
+
+def _tool_versions() -> dict[str, str]:
+    versions = {"edgellm": edgellm.__version__}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "unknown"
+    return versions
+
+
+def check_artifact(artifact: Artifact) -> dict[str, Any]:
+    """What a few greedy tokens of a new artifact look like, on the runtime that ``run`` would pick.
+
+    Where no runtime here can open it, the reason stands in ``skipped``. Raises
+    ``VerificationError`` when the logits are not finite, ``GenerationError`` when running fails.
+    """
+    from edgellm.chat import open as open_model  # a backend takes longer to import than to convert
+
+    try:
+        session = open_model(artifact.path, verify=False, context_tokens=64)
+    except RuntimeMissing as error:
+        return {"skipped": str(error)}
+    with session:
+        result = session.generate(CHECK_PROMPT, max_tokens=CHECK_TOKENS, raw=True)
+        return {
+            "prompt": CHECK_PROMPT,
+            "text": result.text,
+            "token_ids": list(result.token_ids),
+            "runtime": result.runtime,
+        }
