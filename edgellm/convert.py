@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import edgellm
 from edgellm import registry
@@ -45,6 +45,8 @@ from edgellm.tensors import Array, stacked_rows
 from edgellm.tokenization import artifact_tokenizer, check_parity
 
 Solve = Callable[[Array, Grid], QTensor]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 RECORDED_PACKAGES = ("numpy", "gguf", "libgguf", "onnx", "tokenizers")
 """Packages whose version can change the bytes of an artifact."""
@@ -145,10 +147,10 @@ def _write_slab(tensor: OutputTensor, slab: Slab, solve: Solve, staged: StagedFo
     return sum(array.row_bytes for array in tensor.arrays) * (slab.stop - slab.start)
 
 
-def _in_parallel[T, R](work: Callable[[T], R], items: list[T], threads: int) -> Iterator[R]:
+def _in_parallel(work: Callable[[Item], Result], items: list[Item], threads: int) -> Iterator[Result]:
     """Results of ``work`` as they come; the first exception stops what has not begun."""
     with ThreadPoolExecutor(threads, thread_name_prefix="edgellm") as pool:
-        waiting: set[Future[R]] = {pool.submit(work, item) for item in items}
+        waiting: set[Future[Result]] = {pool.submit(work, item) for item in items}
         try:
             while waiting:
                 finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)

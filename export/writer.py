@@ -10,12 +10,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Buffer, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+import numpy.typing as npt
 import psutil
 
 from edgellm.errors import OutputError
@@ -75,7 +77,7 @@ class StagedFolder:
             else:
                 os.truncate(descriptor, nbytes)
 
-    def write_at(self, name: str, offset: int, content: Buffer) -> None:
+    def write_at(self, name: str, offset: int, content: bytes | npt.NDArray[np.uint8]) -> None:
         """Write bytes into a data file; safe from several threads at once."""
         with _translated(self.out), memoryview(content) as view:
             flat = view.cast("B")

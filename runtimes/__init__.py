@@ -31,3 +31,18 @@ def runtime_named(name: str) -> Runtime:
 def runtime_names() -> list[str]:
     """Every runtime that can be named, installed or not."""
     return registry.known_names(RUNTIMES, ENTRY_POINTS)
+
+
+def best_container() -> tuple[str, str]:
+    """The container that the best runtime installed here opens, and why it is the one."""
+    from edgellm.export import CONTAINERS
+    from edgellm.hardware import detect
+
+    hardware = detect()
+    found = [runtime_named(name).capabilities(hardware) for name in runtime_names()]
+    usable = [capability for capability in found if capability.available and capability.automatic]
+    for capability in sorted(usable, key=lambda capability: capability.speed_rank):
+        for container in CONTAINERS:
+            if container in capability.containers:
+                return container, f"{capability.runtime} {capability.version} is the fastest runtime here"
+    return "onnx", "no runtime is installed here, and onnx needs the smallest one to run"

@@ -41,7 +41,7 @@ class Capabilities:
     """What a runtime can do on this machine, and why not where it can't.
 
     ``available``: it can open something here now. ``reason``: in one line, why or why not.
-    ``install``: the command that brings it. ``speed_rank``: lower is preferred where several can.
+    ``install``: the command that brings it. ``speed_rank``: lower is preferred where several can. ``automatic``: may be picked without being named.
     """
 
     runtime: str
@@ -53,6 +53,7 @@ class Capabilities:
     devices: tuple[str, ...] = ()
     kv_dtypes: tuple[str, ...] = ()
     speed_rank: int = 0
+    automatic: bool = True
 
 
 @dataclass(frozen=True, slots=True)
