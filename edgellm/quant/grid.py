@@ -6,11 +6,15 @@ chosen (``rtn.py`` and later solvers do).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from edgellm.errors import UnknownGrid
 
 GridKind = Literal["float", "affine", "per_channel", "codebook", "ggml"]
 
@@ -82,3 +86,17 @@ GRIDS: dict[str, Grid] = {
         _ggml("iq4_xs", 23, 4, 256),
     )
 }
+
+
+def grid_named(text: str) -> Grid:
+    """The grid called ``text``, in any case; raises ``UnknownGrid`` with the nearest names."""
+    if text.lower() not in GRIDS:
+        raise unknown_grid(text, GRIDS)
+    return GRIDS[text.lower()]
+
+
+def unknown_grid(text: str, names: Iterable[str]) -> UnknownGrid:
+    """The error that says which of ``names`` come nearest to ``text``, or all where none does."""
+    near = get_close_matches(text.lower(), names := tuple(names), n=4, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}"
+    return UnknownGrid(f"no grid named {text!r}: {hint}")

@@ -1,0 +1,60 @@
+"""Weights kept as floats: rows rounded to f32, f16 or bf16, to nearest with ties to even."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm.errors import TensorError, UnsupportedTarget
+from edgellm.quant.grid import Grid, QTensor
+from edgellm.tensors import Array
+
+LARGEST_F16 = 65504.0
+LARGEST_BF16 = 2.0**128 - 2.0**120
+
+
+def encode(rows: Array, grid: Grid) -> QTensor:
+    """``rows`` ``[rows, columns]`` rounded to the float grid; ``packed`` holds little-endian values.
+
+    The bytes equal ggml's and IEEE 754's round-to-nearest-even. Raises ``TensorError`` for a value
+    beyond the grid's largest: it would become Inf, and the model's answers NaN.
+    """
+    if grid.name not in ENCODERS:
+        raise UnsupportedTarget(f"{grid.name} is not a float grid: choose {', '.join(ENCODERS)}")
+    values = ENCODERS[grid.name](np.ascontiguousarray(rows, dtype=np.float32))
+    return QTensor(grid, rows.shape[1], packed=values.view(np.uint8).reshape(len(rows), -1))
+
+
+def to_f32(rows: Array) -> npt.NDArray[np.uint8]:
+    """The same values, as bytes ``[rows, 4 * columns]``."""
+    return rows.astype("<f4", copy=False).view(np.uint8)
+
+
+def to_f16(rows: Array) -> npt.NDArray[np.uint8]:
+    """IEEE half precision; raises ``TensorError`` beyond 65504."""
+    with np.errstate(over="ignore"):
+        halves = rows.astype("<f2")
+    _refuse_overflow(rows, np.isfinite(halves), "f16", LARGEST_F16, "bf16 or f32")
+    return halves.view(np.uint8)
+
+
+def to_bf16(rows: Array) -> npt.NDArray[np.uint8]:
+    """The upper half of float32, rounded; a carry out of the mantissa rightly raises the exponent."""
+    bits = rows.view(np.uint32)
+    lowest_kept = bits >> np.uint32(16) & np.uint32(1)
+    halves = ((bits + np.uint32(0x7FFF) + lowest_kept) >> np.uint32(16)).astype("<u2")
+    _refuse_overflow(rows, halves & 0x7F80 != 0x7F80, "bf16", LARGEST_BF16, "f32")
+    return halves.view(np.uint8)
+
+
+def _refuse_overflow(
+    rows: Array, fits: npt.NDArray[np.bool_], name: str, largest: float, instead: str
+) -> None:
+    if not fits.all():
+        raise TensorError(
+            f"the value {rows[~fits][0]:g} does not fit {name}, whose largest is {largest:g}: "
+            f"choose {instead}, or a quantized grid for this tensor"
+        )
+
+
+ENCODERS = {"f32": to_f32, "f16": to_f16, "bf16": to_bf16}

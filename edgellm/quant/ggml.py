@@ -1,0 +1,29 @@
+"""Rounding to ggml's block grids by ggml's own code (``libgguf``): the same bytes as llama.cpp's."""
+
+from __future__ import annotations
+
+import libgguf
+import numpy as np
+
+from edgellm.quant.grid import Grid, QTensor
+from edgellm.tensors import Array
+
+ROWS_PER_CALL = 32
+"""libgguf starts threads of its own from 64 rows on; below, the caller's count of threads holds."""
+
+
+def quantize(rows: Array, grid: Grid) -> QTensor:
+    """``rows`` ``[rows, columns]`` rounded to ``grid``; ``packed`` holds finished ggml blocks.
+
+    ``columns`` must be a multiple of ``grid.block`` (the layout sees to that), and the values
+    finite: ggml rounds NaN to a finite number without a word. No importance is used. Each row is
+    rounded apart, so the bytes do not depend on how rows are grouped; the interpreter is free
+    meanwhile.
+    """
+    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    count, columns = rows.shape
+    packed = np.empty((count, libgguf.row_size(grid.ggml_type, columns)), np.uint8)
+    for start in range(0, count, ROWS_PER_CALL):
+        some, into = rows[start : start + ROWS_PER_CALL], packed[start : start + ROWS_PER_CALL]
+        libgguf.quantize_rows_into_raw(grid.ggml_type, some, into, len(some), columns)
+    return QTensor(grid, columns, packed=packed)
