@@ -75,7 +75,12 @@ def convert(
 
 
 def carry_out(
-    plan: Plan, out: Path, *, force: bool = False, check: bool = True, progress: Progress = unwatched
+    plan: Plan,
+    out: Path,
+    *,
+    force: bool = False,
+    check: bool = True,
+    progress: Progress = unwatched,
 ) -> Artifact:
     """The artifact of a plan that was made before; see ``convert``."""
     check_output(out, force=force)
@@ -131,7 +136,12 @@ def quantize_tensors(plan: Plan, staged: StagedFolder, progress: Progress = unwa
         done_tensors += not left[index]
         progress(
             ProgressEvent(
-                "quantize", plan.layout.tensors[index].name, done_bytes, total, done_tensors, len(left)
+                "quantize",
+                plan.layout.tensors[index].name,
+                done_bytes,
+                total,
+                done_tensors,
+                len(left),
             )
         )
 
@@ -147,7 +157,9 @@ def _write_slab(tensor: OutputTensor, slab: Slab, solve: Solve, staged: StagedFo
     return sum(array.row_bytes for array in tensor.arrays) * (slab.stop - slab.start)
 
 
-def _in_parallel(work: Callable[[Item], Result], items: list[Item], threads: int) -> Iterator[Result]:
+def _in_parallel(
+    work: Callable[[Item], Result], items: list[Item], threads: int
+) -> Iterator[Result]:
     """Results of ``work`` as they come; the first exception stops what has not begun."""
     with ThreadPoolExecutor(threads, thread_name_prefix="edgellm") as pool:
         waiting: set[Future[Result]] = {pool.submit(work, item) for item in items}
@@ -177,8 +189,8 @@ def describe(plan: Plan, folder: Path, progress: Progress = unwatched) -> Digest
         parity = check_parity(source.tokenizer, artifact_tokenizer(folder / layout.main_file))
         if not parity.equal:
             raise VerificationError(
-                "the artifact's tokenizer splits text differently from the source's, so its answers "
-                f"would differ: {'; '.join(parity.mismatches)}"
+                "the artifact's tokenizer splits text differently from the source's, so its "
+                f"answers would differ: {'; '.join(parity.mismatches)}"
             )
         return Digested(
             schema_version=SCHEMA_VERSION,

@@ -1,7 +1,7 @@
 """Every error that edgellm raises on purpose, with the exit code of the command line.
 
 EdgeError                      1   root; never raised itself
-├── UsageError                 2   an option or argument that cannot be understood or contradicts another
+├── UsageError                 2   an option that cannot be understood or contradicts another
 │   └── UnknownGrid            2   no grid of that name (the nearest names are in the message)
 ├── SourceError                3   the input model is missing, damaged or unsafe
 │   ├── TensorError            3   one tensor of it: missing, wrong shape or dtype, NaN or Inf
@@ -9,7 +9,7 @@ EdgeError                      1   root; never raised itself
 ├── UnsupportedModel           4   an architecture, feature or config key that is not understood
 │   └── UnsupportedTokenizer   4   a tokenizer that would not survive the conversion
 ├── UnsupportedTarget          5   this grid, container or runtime cannot hold or run that model
-├── RuntimeMissing             6   a library that is needed is not installed (message has the command)
+├── RuntimeMissing             6   a library is not installed (the message has the command)
 ├── OutputError                7   the output exists, is not writable, or the disk is full
 ├── VerificationError          8   a checksum, the parity or the check after conversion failed
 └── GenerationError            9   running failed: context full, out of memory, backend error

@@ -138,7 +138,9 @@ def open_artifact(path: Path) -> Artifact:
     if path.is_dir():
         manifest = read_manifest(path)
         main = path / manifest.artifact.main_file
-        return Artifact(path=path, main=main, container=manifest.artifact.container, manifest=manifest)
+        return Artifact(
+            path=path, main=main, container=manifest.artifact.container, manifest=manifest
+        )
     with path.open("rb") as file:
         magic = file.read(4)
     if magic == b"GGUF":
@@ -159,7 +161,11 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        what = "a model to convert first" if (folder / "config.json").exists() else "an unfinished copy?"
+        what = (
+            "a model to convert first"
+            if (folder / "config.json").exists()
+            else "an unfinished copy?"
+        )
         raise SourceError(
             f"{folder} has no {MANIFEST}, so it is not an artifact ({what}): "
             f"make one with `edgellm convert {folder} --out DIR`"
@@ -168,14 +174,16 @@ def read_manifest(folder: Path) -> Manifest:
         version = msgspec.json.decode(content, type=dict[str, Any])["artifact"]["schema_version"]
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise SourceError(
-                f"{path} has schema version {version}, and this edgellm reads up to {SCHEMA_VERSION}: "
+                f"{path} has schema version {version}; this edgellm reads up to {SCHEMA_VERSION}: "
                 "install a newer edgellm, or convert again"
             )
         manifest = msgspec.json.decode(content, type=Manifest)
     except (msgspec.DecodeError, KeyError, TypeError) as error:
         raise SourceError(f"{path} is not a manifest that edgellm understands: {error}") from error
     if manifest.artifact.sha256() != manifest.sha256:
-        raise VerificationError(f"{path} was changed after it was written: its own digest does not match")
+        raise VerificationError(
+            f"{path} was changed after it was written: its own digest does not match"
+        )
     for entry in manifest.artifact.files:
         if Path(entry.path).is_absolute() or ".." in Path(entry.path).parts:
             raise VerificationError(f"{path} names a file outside its folder: {entry.path!r}")
@@ -190,7 +198,9 @@ def verify(artifact: Artifact, *, trust_unchanged: bool = False) -> None:
     it, that differ, are missing, or do not belong.
     """
     if artifact.manifest is None:
-        raise VerificationError(f"{artifact.path} has no manifest, so there is nothing to verify it against")
+        raise VerificationError(
+            f"{artifact.path} has no manifest, so there is nothing to verify it against"
+        )
     entries = artifact.manifest.artifact.files
     passed = _passed(artifact) if trust_unchanged else {}
     faults: list[str] = []
@@ -211,7 +221,8 @@ def verify(artifact: Artifact, *, trust_unchanged: bool = False) -> None:
             faults.append(f"{entry.path} differs{_damaged_tensors(artifact, entry.path)}")
     if faults:
         raise VerificationError(
-            f"{artifact.path} is not what was written: {'; '.join(faults)}. Copy or convert it again"
+            f"{artifact.path} is not what was written: {'; '.join(faults)}. "
+            "Copy or convert it again"
         )
     _remember(artifact, stamps)
 
@@ -261,7 +272,9 @@ def _cache_file(artifact: Artifact) -> Path:
 
 def _passed(artifact: Artifact) -> dict[str, list[int | str]]:
     try:
-        return msgspec.json.decode(_cache_file(artifact).read_bytes(), type=dict[str, list[int | str]])
+        return msgspec.json.decode(
+            _cache_file(artifact).read_bytes(), type=dict[str, list[int | str]]
+        )
     except (OSError, msgspec.DecodeError):
         return {}  # no memory of an earlier pass: everything is read
 

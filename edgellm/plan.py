@@ -24,7 +24,13 @@ SLAB_BYTES = 8 << 20
 COPIES = {"float": 3.0, "ggml": 2.5, "affine": 6.0, "per_channel": 4.0, "codebook": 6.0}
 """Float32 slabs alive at once in a worker, by kind of grid (measured by the memory test)."""
 
-BYTES_PER_SECOND = {"float": 700e6, "ggml": 150e6, "affine": 120e6, "per_channel": 250e6, "codebook": 100e6}
+BYTES_PER_SECOND = {
+    "float": 700e6,
+    "ggml": 150e6,
+    "affine": 120e6,
+    "per_channel": 250e6,
+    "codebook": 100e6,
+}
 """Float32 bytes that one thread of a 2023 server core turns into codes; a guide, not a promise."""
 
 
@@ -105,7 +111,9 @@ def resolve(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     return msgspec.structs.replace(recipe, format=chosen_format, quant=chosen_quant), tuple(reasons)
 
 
-def make_plan(recipe: Recipe, *, threads: int | None = None, progress: Progress = unwatched) -> Plan:
+def make_plan(
+    recipe: Recipe, *, threads: int | None = None, progress: Progress = unwatched
+) -> Plan:
     """Everything that converting by ``recipe`` will do; reads headers and the tokenizer only.
 
     Raises every error that can be known beforehand: a damaged or unsupported source, a grid that
@@ -114,7 +122,9 @@ def make_plan(recipe: Recipe, *, threads: int | None = None, progress: Progress 
     recipe, reasons = resolve(recipe)
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be at least 1, got {threads}")
-    source = open_source(recipe.source, ignore_config_keys=recipe.ignore_config_keys, progress=progress)
+    source = open_source(
+        recipe.source, ignore_config_keys=recipe.ignore_config_keys, progress=progress
+    )
     assert recipe.format is not None
     layout = container_named(recipe.format).lay_out(source, recipe)
     workers = threads or physical_cores()
@@ -139,7 +149,7 @@ def check_disk(plan: Plan, out: Path) -> None:
     free = shutil.disk_usage(parent).free
     if free < plan.disk_bytes:
         raise OutputError(
-            f"{out} needs {plan.disk_bytes / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB free: "
+            f"{out} needs {plan.disk_bytes / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free: "
             "free some space, choose another --out, or a smaller grid"
         )
 
@@ -148,7 +158,9 @@ def check_apart(source: ModelSource, out: Path) -> None:
     """Raise ``UsageError`` when ``out`` is the source, lies in it, or holds it."""
     ours, theirs = out.resolve(), source.path.resolve()
     if ours == theirs or theirs in ours.parents or ours in theirs.parents:
-        raise UsageError(f"--out {out} and the source {source.path} overlap: choose an --out elsewhere")
+        raise UsageError(
+            f"--out {out} and the source {source.path} overlap: choose an --out elsewhere"
+        )
 
 
 def _slab_memory(tensor: OutputTensor) -> float:
@@ -156,5 +168,8 @@ def _slab_memory(tensor: OutputTensor) -> float:
 
 
 def _seconds(layout: Layout, workers: int) -> float:
-    busy = sum(4 * tensor.rows * tensor.columns / BYTES_PER_SECOND[tensor.grid.kind] for tensor in layout.tensors)
+    busy = sum(
+        4 * tensor.rows * tensor.columns / BYTES_PER_SECOND[tensor.grid.kind]
+        for tensor in layout.tensors
+    )
     return 0.5 + busy / workers

@@ -96,8 +96,10 @@ def make_recipe(fields: Mapping[str, Any], origin: str = "the options") -> Recip
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write ``recipe`` as TOML that ``load_recipe`` reads back equal (but for a relative source)."""
-    fields = {name: value for name, value in _given(msgspec.to_builtins(recipe)).items() if value != []}
+    """Write ``recipe`` as TOML that ``load_recipe`` reads back (a relative source apart)."""
+    fields = {
+        name: value for name, value in _given(msgspec.to_builtins(recipe)).items() if value != []
+    }
     path.write_bytes(msgspec.toml.encode(fields))
 
 

@@ -1,4 +1,4 @@
-"""Names to code: literal tables of ``"module:attribute"``, and what third parties add by entry points."""
+"""Names to code: literal tables of ``"module:attribute"``, and third parties' entry points."""
 
 from __future__ import annotations
 

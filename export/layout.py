@@ -43,8 +43,8 @@ class StoredArray:
 class OutputTensor:
     """A tensor of the artifact: source tensors stacked by rows, a grid, and where it is stored.
 
-    ``packer`` names the row of ``export.packing.PACKERS`` that lays its rows out. ``note`` says what
-    the user should know (a fallback type, a cap), or is empty.
+    ``packer`` names the row of ``export.packing.PACKERS`` that lays its rows out. ``note`` says
+    what the user should know (a fallback type, a cap), or is empty.
     """
 
     name: str

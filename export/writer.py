@@ -27,9 +27,9 @@ from edgellm.manifest import MANIFEST
 class StagedFolder:
     """The output folder while it is being made; use as a context manager, then ``commit``.
 
-    Leaving the ``with`` block without a commit removes what was written. Raises ``OutputError`` when
-    the output exists (unless ``force`` and it holds an artifact or nothing), cannot be written, or
-    the disk fills up.
+    Leaving the ``with`` block without a commit removes what was written. Raises ``OutputError``
+    when the output exists (unless ``force`` and it holds an artifact or nothing), cannot be
+    written, or the disk fills up.
     """
 
     def __init__(self, out: Path, *, force: bool = False) -> None:
@@ -47,7 +47,10 @@ class StagedFolder:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
@@ -66,7 +69,7 @@ class StagedFolder:
                 os.fsync(file.fileno())
 
     def create_data_file(self, name: str, nbytes: int) -> None:
-        """Make a data file of its final size, its blocks reserved, so that a full disk shows now."""
+        """Make a data file of its final size, its blocks reserved: a full disk shows now."""
         with _translated(self.out):
             target = self.path / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +116,9 @@ def check_output(out: Path, *, force: bool) -> None:
     if not out.exists():
         parent = next(folder for folder in out.absolute().parents if folder.exists())
         if not os.access(parent, os.W_OK):
-            raise OutputError(f"cannot write {out}: {parent} is not writable by this user; choose another --out")
+            raise OutputError(
+                f"cannot write {out}: {parent} is not writable by this user; choose another --out"
+            )
         return
     if not out.is_dir():
         raise OutputError(f"{out} is a file, and an artifact is a folder: choose another --out")
@@ -133,7 +138,9 @@ def _remove_abandoned(out: Path) -> None:
     """Remove what killed runs with the same output left beside it."""
     for leftover in out.parent.glob(f".{out.name}.*.partial"):
         process = leftover.name.removesuffix(".partial").rpartition(".")[2]
-        if process.isdecimal() and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):
+        if process.isdecimal() and (
+            int(process) == os.getpid() or not psutil.pid_exists(int(process))
+        ):
             shutil.rmtree(leftover)
 
 

@@ -23,7 +23,7 @@ RUNTIMES = {
 
 
 def runtime_named(name: str) -> Runtime:
-    """A runtime, ready to be asked; raises ``UsageError`` with the nearest names for an unknown one."""
+    """A runtime, ready to be asked; raises ``UsageError`` with the nearest names otherwise."""
     runtime: Runtime = registry.load(RUNTIMES, ENTRY_POINTS, name, "runtime")()
     return runtime
 
@@ -44,5 +44,8 @@ def best_container() -> tuple[str, str]:
     for capability in sorted(usable, key=lambda capability: capability.speed_rank):
         for container in CONTAINERS:
             if container in capability.containers:
-                return container, f"{capability.runtime} {capability.version} is the fastest runtime here"
+                return (
+                    container,
+                    f"{capability.runtime} {capability.version} is the fastest runtime here",
+                )
     return "onnx", "no runtime is installed here, and onnx needs the smallest one to run"

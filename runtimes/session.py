@@ -41,7 +41,8 @@ class Capabilities:
     """What a runtime can do on this machine, and why not where it can't.
 
     ``available``: it can open something here now. ``reason``: in one line, why or why not.
-    ``install``: the command that brings it. ``speed_rank``: lower is preferred where several can. ``automatic``: may be picked without being named.
+    ``install``: the command that brings it. ``speed_rank``: lower is preferred where several can.
+    ``automatic``: may be picked without being named.
     """
 
     runtime: str
@@ -114,4 +115,7 @@ class Runtime(Protocol):
         """What it can do here; never raises, never imports the backend when that is slow."""
 
     def open(self, artifact: Artifact, options: RunOptions) -> Session:
-        """A session on ``artifact``; raises ``RuntimeMissing``, ``UnsupportedTarget`` or ``GenerationError``."""
+        """A session on ``artifact``.
+
+        Raises ``RuntimeMissing``, ``UnsupportedTarget`` or ``GenerationError``.
+        """
