@@ -1,0 +1,135 @@
+"""The command line: parse, call one library function, show what comes back.
+
+stdout carries the answer, stderr everything else. A command's module is imported when it is
+called, so that ``edgellm --help`` stays quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from edgellm import __version__, registry
+from edgellm.errors import EdgeError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": (
+        "edgellm.cli.demo_command:demo",
+        "Convert a small real model, verify it and ask it.",
+    ),
+    "convert": (
+        "edgellm.cli.convert_command:convert",
+        "Quantize a model into a folder that runs, with proof.",
+    ),
+    "run": (
+        "edgellm.cli.run_command:run",
+        "Ask an artifact or a GGUF file, or chat with it.",
+    ),
+    "inspect": (
+        "edgellm.cli.inspect_command:inspect",
+        "Show what is inside an artifact or a model file.",
+    ),
+    "verify": (
+        "edgellm.cli.verify_command:verify",
+        "Recompute every checksum of an artifact.",
+    ),
+    "doctor": (
+        "edgellm.cli.doctor_command:doctor",
+        "Show what this machine has and what would run here.",
+    ),
+}
+"""Command to ``module:function`` and the first line of its help."""
+
+HELP = """Quantize language models for the machine in front of you, and run them there.
+
+\b
+Examples:
+  edgellm demo                                       see it work on a real model
+  edgellm convert ./my-model --out small             4 bits, for the best runtime here
+  edgellm run small "Why is the sky blue?"           ask it
+  edgellm run small                                  chat with it
+  edgellm verify small                               is every byte as it was written?
+  edgellm doctor                                     what does this machine have?
+"""
+
+EXIT_CODES = """\b
+Exit codes: 0 done; 1 verify found damage; 2 options not understood; 3 the source cannot be read;
+4 the model is not supported; 5 this grid or container cannot hold it; 6 a runtime is missing;
+7 the output cannot be written; 8 verification failed; 9 running failed; 130 stopped by Ctrl-C.
+"""
+
+BROKEN_PIPE = 141
+"""What a shell reports for a program that SIGPIPE ended: 128 + 13."""
+
+
+def build_app(wanted: Sequence[str] | None = None) -> typer.Typer:
+    """The typer app; of the commands only those in ``wanted`` are imported (None: all of them)."""
+    app = typer.Typer(
+        name="edgellm",
+        help=HELP,
+        epilog=EXIT_CODES,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+
+    @app.callback()
+    def root(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_show_version, is_eager=True, help="The version.")
+        ] = False,
+    ) -> None:
+        pass
+
+    for name, (target, summary) in COMMANDS.items():
+        if wanted is None or name in wanted:
+            app.command(name)(registry.attribute(target))
+        else:
+            app.command(name, help=summary)(_unused)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code; errors made on purpose become a message."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    completing = "_EDGELLM_COMPLETE" in os.environ
+    try:
+        build_app(None if completing else given[:1])(given, prog_name="edgellm")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except EdgeError as error:
+        return _report(error, as_json="--json" in given)
+    except BrokenPipeError:
+        # Nobody reads on; keep the interpreter from failing again when it flushes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return 0
+
+
+def _report(error: EdgeError, *, as_json: bool) -> int:
+    if as_json:
+        facts = {
+            "kind": type(error).__name__,
+            "message": str(error),
+            "exit_code": error.exit_code,
+        }
+        print(json.dumps({"error": facts}, ensure_ascii=False, indent=2))
+    else:
+        mark = "\x1b[1;31merror:\x1b[0m" if sys.stderr.isatty() else "error:"
+        print(f"{mark} {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _unused() -> None:
+    raise AssertionError("a command that was not asked for cannot be called")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"edgellm {__version__}")
+        raise typer.Exit

@@ -1,0 +1,226 @@
+"""``edgellm convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgellm.cli import render
+from edgellm.cli.progress_bar import progress_shown
+from edgellm.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgellm.export.layout import OutputTensor
+    from edgellm.manifest import Artifact
+    from edgellm.plan import Plan
+    from edgellm.recipe import Recipe
+
+
+def convert(
+    source: Annotated[
+        str | None,
+        typer.Argument(help="A Hugging Face folder, a GGUF file or a Hub id (owner/name)."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The folder to make. Needed but for --dry-run.")
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="gguf or onnx. Default: what the best runtime installed here runs."),
+    ] = None,
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            "--quant", "-q", metavar="[SOLVER:]GRID",
+            help="How weights are rounded. Default: q4_k_m for gguf, int4-g32 for onnx.",
+        ),
+    ] = None,
+    embed: Annotated[
+        str | None, typer.Option(metavar="GRID", help="Another grid for the embedding.")
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(metavar="GRID", help="Another grid for the output head.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(metavar="TOKENS", help="Cap the context length.")
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.toml", help="Read all of this from a file; options override it."),
+    ] = None,
+    save_recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.toml", help="Write what was asked, defaults filled in, to a file."),
+    ] = None,
+    ignore_config_key: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="A config key not known here that you vouch for. Repeatable."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Workers. Default: the physical cores. Never changes a byte.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option(help="Afterwards load the artifact and generate a few tokens.")
+    ] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace --out if it exists.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and stop: no weight is read.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on stdout, nothing on stderr.")
+    ] = False,
+) -> None:
+    """Quantize a model into a folder that runs, with proof.
+
+    The folder holds the model, its tokenizer and manifest.json, which says what went in, what was
+    done to each tensor and the checksum of every byte. It appears whole or not at all, and the
+    same source, recipe and versions give the same bytes.
+
+    \b
+    GRID for gguf: f32 f16 bf16 q8_0 q6_k q5_k_m q5_k_s q5_0 q5_1 q4_k_m q4_k_s q4_0 q4_1
+                   iq4_nl iq4_xs q3_k_l q3_k_m q3_k_s q2_k
+    GRID for onnx: f32 f16 int8 int8-dynamic int4-g32 int4-g64 int4-g128 (and -sym of each) nf4
+
+    \b
+    Examples:
+      edgellm convert ./SmolLM2-135M --out small
+      edgellm convert HuggingFaceTB/SmolLM2-135M-Instruct --out small --format onnx
+      edgellm convert model.gguf --out small --quant q5_k_m --embed q8_0
+      edgellm convert ./my-model --quant int4-g64 --format onnx --dry-run
+      edgellm convert --recipe recipe.toml --out small --json | jq .manifest.sha256
+    """
+    asked = _asked(
+        recipe,
+        {
+            "source": source,
+            "format": format,
+            "quant": quant,
+            "embed": embed,
+            "head": head,
+            "context": context,
+            "ignore_config_keys": ignore_config_key or None,
+        },
+    )
+    if out is None and not dry_run:
+        raise UsageError("convert needs --out FOLDER (or --dry-run, to see the plan only)")
+    from edgellm.plan import resolve
+
+    resolved, reasons = resolve(asked)
+    if not as_json:
+        render.say(f"{resolved.source} to {resolved.format}, {resolved.quant}")
+        render.say_notes(reasons)
+    with progress_shown(quiet=as_json) as progress:
+        if dry_run:
+            from edgellm.plan import check_disk, make_plan
+
+            plan = make_plan(asked, threads=threads, progress=progress)
+            if out is not None:
+                check_disk(plan, out)
+        else:
+            from edgellm.convert import convert as convert_model
+
+            assert out is not None
+            artifact = convert_model(
+                asked, out, threads=threads, force=force, check=check, progress=progress
+            )
+    if save_recipe is not None:
+        _save(resolved, save_recipe, quiet=as_json)
+    if dry_run:
+        render.show_json(_plan_facts(plan)) if as_json else _show_plan(plan)
+    else:
+        _show_artifact(artifact, as_json=as_json)
+
+
+def _asked(recipe_file: Path | None, options: dict[str, Any]) -> Recipe:
+    from edgellm.recipe import load_recipe, make_recipe
+
+    if recipe_file is not None:
+        return load_recipe(recipe_file, options)
+    if options["source"] is None:
+        raise UsageError("convert needs a SOURCE (or --recipe FILE.toml that names one)")
+    return make_recipe(options)
+
+
+def _save(recipe: Recipe, path: Path, *, quiet: bool) -> None:
+    from edgellm.recipe import save_recipe
+
+    save_recipe(recipe, path)
+    if not quiet:
+        render.say(f"recipe written to {path}")
+
+
+def _plan_facts(plan: Plan) -> dict[str, Any]:
+    return {
+        "recipe": plan.recipe,
+        "reasons": plan.reasons,
+        "container": plan.layout.container,
+        "context_length": plan.layout.context_length,
+        "output_bytes": plan.output_bytes,
+        "bits_per_weight": plan.bits_per_weight,
+        "peak_memory_bytes": plan.peak_memory_bytes,
+        "disk_bytes": plan.disk_bytes,
+        "seconds": plan.seconds,
+        "threads": plan.threads,
+        "notes": plan.layout.notes,
+        "tensors": [
+            {
+                "name": tensor.name,
+                "role": tensor.role,
+                "shape": _shape(tensor),
+                "grid": tensor.grid.name,
+                "nbytes": tensor.nbytes,
+                "note": tensor.note,
+            }
+            for tensor in plan.layout.tensors
+        ],
+    }
+
+
+def _show_plan(plan: Plan) -> None:
+    render.show_table(
+        ("tensor", "shape", "grid", "size", "note"),
+        [
+            (
+                tensor.name,
+                " x ".join(map(str, _shape(tensor))),
+                tensor.grid.name,
+                render.size(tensor.nbytes),
+                tensor.note,
+            )
+            for tensor in plan.layout.tensors
+        ],
+        right="3",
+    )
+    print()
+    render.show_facts(
+        [
+            ("tensors", str(len(plan.layout.tensors))),
+            ("size", f"{render.size(plan.output_bytes)}, {plan.bits_per_weight:.2f} bits per weight"),
+            ("context", f"{plan.layout.context_length} tokens"),
+            ("peak memory", f"about {render.size(plan.peak_memory_bytes)}"),
+            ("disk needed", render.size(plan.disk_bytes)),
+            ("time", f"about {render.duration(plan.seconds)} on {plan.threads} threads"),
+        ]
+    )
+    for note in plan.layout.notes:
+        print(f"  · {note}")
+
+
+def _shape(tensor: OutputTensor) -> tuple[int, ...]:
+    if len(tensor.parts) == 1:
+        return tensor.parts[0].shape
+    return (tensor.rows, tensor.columns)
+
+
+def _show_artifact(artifact: Artifact, *, as_json: bool) -> None:
+    assert artifact.manifest is not None
+    if as_json:
+        render.show_json({"path": artifact.path, "manifest": artifact.manifest})
+        return
+    made = artifact.manifest.artifact
+    render.say_notes(made.notes)
+    nbytes = sum(file.nbytes for file in made.files)
+    print(f"{artifact.path}: {render.size(nbytes)} in {len(made.files)} files, verified sums in manifest.json")
+    render.say(f"ask it: edgellm run {artifact.path} \"Why is the sky blue?\"")

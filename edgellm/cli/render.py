@@ -1,0 +1,80 @@
+"""How commands show things: sizes, tables, notes, and the one JSON document of ``--json``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def show_json(document: Any) -> None:
+    """Print ``document`` (plain values, structs or dataclasses) on stdout, indented."""
+    plain = msgspec.to_builtins(document, str_keys=True, enc_hook=str)
+    print(msgspec.json.format(msgspec.json.encode(plain), indent=2).decode())
+
+
+def say(message: str) -> None:
+    """One line for the person, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def say_notes(lines: Iterable[str]) -> None:
+    """What the person should know (a default and its reason, a cap), a line each on stderr."""
+    for line in lines:
+        say(f"  · {line}")
+
+
+def size(nbytes: float) -> str:
+    """Bytes as people read them, in powers of ten: ``91.7 MB``."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.{0 if nbytes >= 100 * scale else 1}f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: ``85 ms``, ``4.2 s``, ``3 min 10 s``."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: str = "") -> None:
+    """A table on stdout; ``right`` names the columns to align right, by initial index digits.
+
+    On a terminal it fits the width; in a pipe no cell is ever shortened.
+    """
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(
+            column, justify="right" if str(index) in right else "left", overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def show_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Name and value pairs on stdout, the values in one column; empty values are left out."""
+    shown = [(name, value) for name, value in facts if value]
+    width = max((len(name) for name, _ in shown), default=0)
+    for name, value in shown:
+        print(f"{name:<{width}}  {value}")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # Piped output has no width: 80 would fold every row.
+    width = None if sys.stdout.isatty() else 200
+    return Console(file=sys.stdout, width=width, highlight=False, markup=False, soft_wrap=False)

@@ -1,0 +1,61 @@
+"""``edgellm verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgellm.cli import render
+from edgellm.errors import VerificationError
+
+DAMAGED = 1
+"""Exit code for an artifact that could be read and is not what its manifest says."""
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="A folder made by convert.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on stdout.")
+    ] = False,
+) -> None:
+    """Recompute every checksum of an artifact.
+
+    Exit code 0: every byte is as it was written. Exit code 1: it is not, and the file or tensor
+    is named. Other codes: there is nothing to verify (see edgellm --help).
+
+    \b
+    Examples:
+      edgellm verify small
+      edgellm verify small && scp -r small board:models/
+      edgellm verify small --json | jq .verified
+    """
+    from edgellm.manifest import open_artifact
+    from edgellm.manifest import verify as verify_artifact
+
+    artifact = open_artifact(path)
+    failure = ""
+    try:
+        verify_artifact(artifact)
+    except VerificationError as error:
+        failure = str(error)
+    manifest = artifact.manifest
+    if as_json:
+        render.show_json(
+            {
+                "path": path,
+                "verified": not failure,
+                "reason": failure,
+                "sha256": manifest.sha256 if manifest else "",
+                "files": manifest.artifact.files if manifest else (),
+            }
+        )
+    elif failure:
+        render.say(f"damaged: {failure}")
+    elif manifest:
+        files, tensors = manifest.artifact.files, manifest.artifact.tensors
+        nbytes = render.size(sum(file.nbytes for file in files))
+        print(f"{path}: {len(files)} files and {len(tensors)} tensors as written, {nbytes}")
+    if failure:
+        raise typer.Exit(DAMAGED)
