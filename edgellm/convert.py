@@ -40,7 +40,6 @@ from edgellm.progress import Progress, ProgressEvent, unwatched
 from edgellm.quant import SOLVERS
 from edgellm.quant.grid import Grid, QTensor
 from edgellm.recipe import Recipe
-from edgellm.source import check_finite
 from edgellm.tensors import Array, stacked_rows
 from edgellm.tokenization import artifact_tokenizer, check_parity
 
@@ -148,7 +147,6 @@ def quantize_tensors(plan: Plan, staged: StagedFolder, progress: Progress = unwa
 
 def _write_slab(tensor: OutputTensor, slab: Slab, solve: Solve, staged: StagedFolder) -> int:
     rows = stacked_rows(tensor.parts, slab.start, slab.stop)
-    check_finite(rows, tensor.parts[0].name if len(tensor.parts) == 1 else tensor.name)
     packed = PACKERS[tensor.packer].pack(solve(rows, tensor.grid))
     for array in tensor.arrays:
         staged.write_at(

@@ -8,8 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from edgellm.errors import TensorError
+
 Array = npt.NDArray[np.float32]
 LoadRows = Callable[[int, int], Array]
+
+COLUMN_CHUNK_BYTES = 1 << 20
+"""Float32 bytes of whole rows that are alive at once while columns are cut out of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +24,8 @@ class TensorRef:
     ``name`` is what the source calls it. ``role`` is what it does in the network, written as the
     GGUF tensor name (``blk.3.attn_q.weight``), whatever container it came from. ``shape`` is
     ``[out, in]`` for a linear weight and ``[n]`` for a vector. ``dtype`` names the stored type
-    (``bf16``, ``f16``, ``f32``, ``q4_1``, ...).
+    (``bf16``, ``f16``, ``f32``, ``q4_1``, ...). ``column_loader`` is a quicker way to columns than
+    cutting them out of rows, where the source has one.
     """
 
     name: str
@@ -28,6 +34,7 @@ class TensorRef:
     dtype: str
     nbytes: int
     load_rows: LoadRows
+    column_loader: LoadRows | None = None
 
     @property
     def rows(self) -> int:
@@ -53,6 +60,21 @@ class TensorRef:
         Raises ``SourceError`` when the bytes cannot be read.
         """
         return self.load_rows(start, self.rows if stop is None else stop)
+
+    def load_columns(self, start: int, stop: int) -> Array:
+        """Columns ``start:stop`` of every row as float32 ``[rows, stop - start]``, C-contiguous.
+
+        Takes the memory of the result and ``COLUMN_CHUNK_BYTES``, but reads the whole tensor.
+        Raises ``SourceError`` when the bytes cannot be read.
+        """
+        if self.column_loader is not None:
+            return self.column_loader(start, stop)
+        result = np.empty((self.rows, stop - start), dtype=np.float32)
+        step = max(1, COLUMN_CHUNK_BYTES // (4 * max(1, self.columns)))
+        for first in range(0, self.rows, step):
+            last = min(first + step, self.rows)
+            result[first:last] = self.load_rows(first, last)[:, start:stop]
+        return result
 
     def with_role(self, role: str) -> TensorRef:
         """The same tensor under another role."""
@@ -81,7 +103,25 @@ def derived(
     def load_rows(start: int, stop: int) -> Array:
         return np.ascontiguousarray(change(ref.load_rows(start, stop)))
 
-    return replace(ref, shape=shape or ref.shape, load_rows=load_rows)
+    return replace(ref, shape=shape or ref.shape, load_rows=load_rows, column_loader=None)
+
+
+def transposed(ref: TensorRef) -> TensorRef:
+    """The matrix ``ref`` turned round: a slab of its rows is loaded as columns of ``ref``.
+
+    Memory stays at two slabs; ``ref`` is read whole once per slab, so make slabs large.
+    """
+    if len(ref.shape) != 2:
+        raise ValueError(f"only a matrix can be transposed, {ref.name} has shape {list(ref.shape)}")
+
+    def load_rows(start: int, stop: int) -> Array:
+        return np.ascontiguousarray(ref.load_columns(start, stop).T)
+
+    def load_columns(start: int, stop: int) -> Array:
+        return np.ascontiguousarray(ref.load_rows(start, stop).T)
+
+    shape = (ref.shape[1], ref.shape[0])
+    return replace(ref, shape=shape, load_rows=load_rows, column_loader=load_columns)
 
 
 def reordered(ref: TensorRef, order: npt.NDArray[np.intp]) -> TensorRef:
@@ -97,16 +137,64 @@ def reordered(ref: TensorRef, order: npt.NDArray[np.intp]) -> TensorRef:
         low, high = int(wanted.min()), int(wanted.max()) + 1
         return np.ascontiguousarray(ref.load_rows(low, high)[wanted - low])
 
-    return replace(ref, load_rows=load_rows)
+    return replace(ref, load_rows=load_rows, column_loader=None)
 
 
 def stacked_rows(parts: Sequence[TensorRef], start: int, stop: int) -> Array:
-    """Rows ``start:stop`` of ``parts`` laid one below the other, float32 ``[stop - start, in]``."""
+    """Rows ``start:stop`` of ``parts`` laid one below the other, float32 ``[stop - start, in]``.
+
+    Raises ``TensorError`` where a part holds NaN or Inf, which a grid would make finite garbage.
+    """
     pieces: list[Array] = []
     first = 0
     for part in parts:
         low, high = max(start - first, 0), min(stop - first, part.rows)
         if low < high:
-            pieces.append(part.load_rows(low, high))
+            piece = part.load_rows(low, high)
+            check_finite(piece, part.name, first_row=low)
+            pieces.append(piece)
         first += part.rows
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def stacked(name: str, role: str, parts: Sequence[TensorRef]) -> TensorRef:
+    """``parts`` of equal width laid one below the other as one matrix, for one product."""
+    first = parts[0]
+    if any(part.columns != first.columns for part in parts):
+        widths = ", ".join(f"{part.name} {part.columns}" for part in parts)
+        raise ValueError(f"only matrices of equal width can be stacked, got {widths}")
+
+    def load_rows(start: int, stop: int) -> Array:
+        return stacked_rows(parts, start, stop)
+
+    def load_columns(start: int, stop: int) -> Array:
+        return np.concatenate([part.load_columns(start, stop) for part in parts])
+
+    shape = (sum(part.rows for part in parts), first.columns)
+    nbytes = sum(part.nbytes for part in parts)
+    return TensorRef(name, role, shape, first.dtype, nbytes, load_rows, load_columns)
+
+
+def check_finite(rows: Array, name: str, *, first_row: int = 0) -> None:
+    """Raise ``TensorError`` with the place of the first NaN or Inf in ``rows`` ``[rows, columns]``.
+
+    ``first_row`` is where the slab lies in tensor ``name``. Quantizers turn such values into finite
+    garbage, so look before rounding.
+    """
+    # A sum is several times faster than np.isfinite and never finite when a value is not; one that
+    # overflows sends us to the exact look.
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = rows.sum(dtype=np.float32)
+    if np.isfinite(total):
+        return
+    bad = ~np.isfinite(rows.reshape(-1))
+    count = int(np.count_nonzero(bad))
+    if not count:
+        return
+    position = int(bad.argmax())
+    row, column = divmod(position, rows.shape[-1])
+    value = rows.reshape(-1)[position]
+    raise TensorError(
+        f"tensor {name} holds {value} at row {first_row + row}, column {column} ({count} such "
+        "values in this slab): the model is damaged or was trained into overflow; get an intact copy of it"
+    )

@@ -1,0 +1,113 @@
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from edgellm.errors import OutputError
+from edgellm.export.writer import StagedFolder, check_output
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_folder_appears_only_when_committed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with StagedFolder(out) as staged:
+        staged.create_data_file("data", 6)
+        staged.write_at("data", 3, b"def")
+        staged.write_at("data", 0, b"abc")
+        staged.write_file("manifest.json", b"{}")
+        staged.sync()
+        assert not out.exists()
+        staged.commit()
+    assert (out / "data").read_bytes() == b"abcdef"
+    assert names(tmp_path) == {"out"}
+
+
+def test_nothing_is_left_when_writing_fails(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), StagedFolder(tmp_path / "out") as staged:
+        staged.write_file("deep/file", b"x")
+        raise RuntimeError
+    assert names(tmp_path) == set()
+
+
+def test_an_older_artifact_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text("old")
+    with pytest.raises(RuntimeError), StagedFolder(out, force=True) as staged:
+        staged.write_file("manifest.json", b"new")
+        raise RuntimeError
+    assert (out / "manifest.json").read_text() == "old"
+    with StagedFolder(out, force=True) as staged:
+        staged.write_file("manifest.json", b"new")
+        staged.commit()
+    assert (out / "manifest.json").read_text() == "new"
+    assert names(tmp_path) == {"out"}
+
+
+def test_force_does_not_replace_what_is_not_an_artifact(tmp_path: Path) -> None:
+    (tmp_path / "letters.txt").write_text("dear")
+    with pytest.raises(OutputError, match="did not write"):
+        check_output(tmp_path, force=True)
+
+
+def test_an_existing_artifact_needs_force(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(OutputError, match="--force"):
+        check_output(tmp_path, force=False)
+    check_output(tmp_path, force=True)
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(OutputError, match="is a file"):
+        check_output(tmp_path / "out", force=True)
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: path != tmp_path
+    )  # root may write anywhere
+    with pytest.raises(OutputError, match="not writable"):
+        check_output(tmp_path / "deep" / "out", force=False)
+
+
+def test_a_folder_that_the_system_refuses_is_an_output_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *arguments: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OutputError, match="Permission denied"), StagedFolder(tmp_path / "out"):
+        pass
+
+
+def test_a_disk_that_fills_up_is_said_and_nothing_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with (
+        pytest.raises(OutputError, match="disk filled up"),
+        StagedFolder(tmp_path / "out") as staged,
+    ):
+        staged.create_data_file("data", 3)
+        staged.write_at("data", 0, b"abc")
+    assert names(tmp_path) == set()
+
+
+def test_what_a_killed_run_left_is_cleared_and_a_living_run_is_not(tmp_path: Path) -> None:
+    dead, living = tmp_path / ".out.999999999.partial", tmp_path / f".out.{os.getppid()}.partial"
+    dead.mkdir()
+    living.mkdir()
+    with StagedFolder(tmp_path / "out") as staged:
+        staged.commit()
+    assert names(tmp_path) == {"out", living.name}
