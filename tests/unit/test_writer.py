@@ -12,6 +12,15 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+def interrupted(out: Path) -> None:
+    """Write an artifact and fail before it is committed."""
+    with StagedFolder(out, force=True) as staged:
+        staged.write_file("manifest.json", b"new")
+        staged.create_data_file("deep/data", 3)
+        staged.write_at("deep/data", 0, b"abc")
+        raise RuntimeError
+
+
 def test_a_folder_appears_only_when_committed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with StagedFolder(out) as staged:
@@ -27,9 +36,8 @@ def test_a_folder_appears_only_when_committed(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_when_writing_fails(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), StagedFolder(tmp_path / "out") as staged:
-        staged.write_file("deep/file", b"x")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        interrupted(tmp_path / "out")
     assert names(tmp_path) == set()
 
 
@@ -37,9 +45,8 @@ def test_an_older_artifact_stays_until_the_new_one_is_whole(tmp_path: Path) -> N
     out = tmp_path / "out"
     out.mkdir()
     (out / "manifest.json").write_text("old")
-    with pytest.raises(RuntimeError), StagedFolder(out, force=True) as staged:
-        staged.write_file("manifest.json", b"new")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        interrupted(out)
     assert (out / "manifest.json").read_text() == "old"
     with StagedFolder(out, force=True) as staged:
         staged.write_file("manifest.json", b"new")
@@ -95,12 +102,8 @@ def test_a_disk_that_fills_up_is_said_and_nothing_kept(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "pwrite", full)
-    with (
-        pytest.raises(OutputError, match="disk filled up"),
-        StagedFolder(tmp_path / "out") as staged,
-    ):
-        staged.create_data_file("data", 3)
-        staged.write_at("data", 0, b"abc")
+    with pytest.raises(OutputError, match="disk filled up"):
+        interrupted(tmp_path / "out")
     assert names(tmp_path) == set()
 
 
