@@ -14,7 +14,7 @@ LARGEST_BF16 = 2.0**128 - 2.0**120
 
 
 def encode(rows: Array, grid: Grid) -> QTensor:
-    """``rows`` ``[rows, columns]`` rounded to the float grid; ``packed`` holds little-endian values.
+    """``rows`` ``[rows, columns]`` rounded to the float grid, little-endian in ``packed``.
 
     The bytes equal ggml's and IEEE 754's round-to-nearest-even. Raises ``TensorError`` for a value
     beyond the grid's largest: it would become Inf, and the model's answers NaN.
@@ -39,7 +39,7 @@ def to_f16(rows: Array) -> npt.NDArray[np.uint8]:
 
 
 def to_bf16(rows: Array) -> npt.NDArray[np.uint8]:
-    """The upper half of float32, rounded; a carry out of the mantissa rightly raises the exponent."""
+    """The upper half of float32, rounded; a carry rightly raises the exponent."""
     bits = rows.view(np.uint32)
     lowest_kept = bits >> np.uint32(16) & np.uint32(1)
     halves = ((bits + np.uint32(0x7FFF) + lowest_kept) >> np.uint32(16)).astype("<u2")

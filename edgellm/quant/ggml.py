@@ -1,4 +1,4 @@
-"""Rounding to ggml's block grids by ggml's own code (``libgguf``): the same bytes as llama.cpp's."""
+"""Rounding to ggml's block grids by ggml's own code (``libgguf``), byte for byte."""
 
 from __future__ import annotations
 

@@ -67,7 +67,10 @@ GRIDS: dict[str, Grid] = {
         Grid("int8", "affine", 8, 32, symmetric=True),
         Grid("int8-dynamic", "per_channel", 8, 0, symmetric=True),
         *(Grid(f"int4-g{group}", "affine", 4, group) for group in (32, 64, 128)),
-        *(Grid(f"int4-g{group}-sym", "affine", 4, group, symmetric=True) for group in (32, 64, 128)),
+        *(
+            Grid(f"int4-g{group}-sym", "affine", 4, group, symmetric=True)
+            for group in (32, 64, 128)
+        ),
         Grid("nf4", "codebook", 4, 64, symmetric=True),
         _ggml("q4_0", 2, 4, 32, symmetric=True),
         _ggml("q4_1", 3, 4, 32),

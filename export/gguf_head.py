@@ -1,0 +1,85 @@
+"""The head of a GGUF file: keys and values, and where each tensor's data will lie."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
+from gguf.gguf_writer import GGUFWriter, WriterState
+
+ALIGNMENT: int = GGUF_DEFAULT_ALIGNMENT
+"""Every tensor's data begins at a multiple of this, in bytes."""
+
+ARCHITECTURE = "general.architecture"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as the head names it: ``shape`` is ``[out, in]``, which the file holds reversed."""
+
+    name: str
+    shape: tuple[int, ...]
+    ggml_type: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """``content`` ends where the first tensor begins; ``offsets`` are from the file's start."""
+
+    content: bytes
+    offsets: tuple[int, ...]
+    total_bytes: int
+
+
+def gguf_head(metadata: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> Head:
+    """The head of a file with ``metadata`` (``general.architecture`` among it) and ``tensors``.
+
+    Integers are stored as uint32 and lists of them as int32, floats as float32, as llama.cpp reads
+    them. Empty texts and lists are left out. The same input gives the same bytes.
+    """
+    writer = GGUFWriter(None, metadata[ARCHITECTURE])
+    for key, value in metadata.items():
+        if key != ARCHITECTURE:
+            _add(writer, key, value)
+    for tensor in tensors:
+        kind = GGMLQuantizationType(tensor.ggml_type)
+        writer.add_tensor_info(
+            tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind
+        )
+    # The writer opens a file for its head by itself, but takes one that is open already.
+    buffer = io.BytesIO()
+    writer.fout, writer.state = [buffer], WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    content = buffer.getvalue()
+    content += bytes(_padded(len(content)) - len(content))
+    offsets, end = [], len(content)
+    for tensor in tensors:
+        offsets.append(end)
+        end += _padded(tensor.nbytes)
+    return Head(content, tuple(offsets), end)
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, list | tuple | bytes):
+        writer.add_array(key, value)
+    else:
+        raise TypeError(f"{key} cannot be stored in GGUF: {type(value).__name__}")
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,341 @@
+"""Which ggml type each tensor of a GGUF file takes: llama.cpp's own mixtures, as a table.
+
+A mixture such as ``q4_k_m`` names a type for most tensors and gives more bits to those whose
+rounding hurts most. The choices are those of ``llama_model_quantize`` without an importance matrix
+(llama.cpp, src/llama-quant.cpp), which ``tests/parity`` compares byte by byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from edgellm.architectures.decoder import Decoder
+from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
+from edgellm.quant.grid import GRIDS, Grid, grid_named, unknown_grid
+from edgellm.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor stands: its layer of how many, and how many heads share a key/value head."""
+
+    layer: int
+    layers: int
+    sharing: int
+
+
+Condition = Callable[[Place], bool]
+Rules = tuple[tuple[str, Condition], ...]
+
+
+def always(place: Place) -> bool:
+    return True
+
+
+def shared_by_four(place: Place) -> bool:
+    """Keys and values are small beside the queries, so that bits for them are cheap."""
+    return place.sharing >= 4
+
+
+def first(count: int) -> Condition:
+    return lambda place: place.layer < count
+
+
+def first_part(parts: int) -> Condition:
+    return lambda place: place.layer < place.layers // parts
+
+
+def middle(place: Place) -> bool:
+    return place.layers // 8 <= place.layer < 7 * place.layers // 8
+
+
+def ends_and_thirds(place: Place) -> bool:
+    """The first and the last eighth, and every third layer between."""
+    return not middle(place) or (place.layer - place.layers // 8) % 3 == 2
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """One row: ``file_type`` is llama.cpp's number of it (``general.file_type``).
+
+    ``grid`` is the type where nothing else is said. The other columns are rules for one kind of
+    tensor, of which the first that holds counts; ``value`` is for attn_v and for a fused attn_qkv.
+    ``head`` is the output head, and the embedding too where the two are one tensor.
+    """
+
+    file_type: int
+    grid: str
+    value: Rules = ()
+    key: Rules = ()
+    query: Rules = ()
+    attention_output: Rules = ()
+    gate_and_up: Rules = ()
+    down: Rules = ()
+    embedding: Rules = ()
+    head: Rules = (("q6_k", always),)
+
+
+_MORE = (("q6_k", ends_and_thirds),)
+_IQ4 = {"value": (("q5_k", shared_by_four),), "down": (("q5_k", first_part(8)),)}
+_AS_GRID: Rules = ()
+
+MIXTURES: dict[str, Mixture] = {
+    "f32": Mixture(0, "f32", head=_AS_GRID),
+    "f16": Mixture(1, "f16", head=_AS_GRID),
+    "bf16": Mixture(32, "bf16", head=_AS_GRID),
+    "q8_0": Mixture(7, "q8_0", head=_AS_GRID),
+    "q6_k": Mixture(18, "q6_k"),
+    "q5_k_m": Mixture(17, "q5_k", value=_MORE, down=_MORE),
+    "q5_k_s": Mixture(16, "q5_k"),
+    "q5_1": Mixture(9, "q5_1"),
+    "q5_0": Mixture(8, "q5_0"),
+    "q4_k_m": Mixture(15, "q4_k", value=_MORE, down=_MORE),
+    "q4_k_s": Mixture(14, "q4_k", value=(("q5_k", first(4)),), down=(("q5_k", first_part(8)),)),
+    "q4_1": Mixture(3, "q4_1"),
+    "q4_0": Mixture(2, "q4_0"),
+    "iq4_nl": Mixture(25, "iq4_nl", **_IQ4),
+    "iq4_xs": Mixture(30, "iq4_xs", **_IQ4),
+    "q3_k_l": Mixture(
+        13,
+        "q3_k",
+        value=(("q5_k", always),),
+        attention_output=(("q5_k", always),),
+        down=(("q5_k", always),),
+    ),
+    "q3_k_m": Mixture(
+        12,
+        "q3_k",
+        value=(("q5_k", first(2)), ("q4_k", always)),
+        attention_output=(("q4_k", always),),
+        down=(("q5_k", first_part(16)), ("q4_k", always)),
+    ),
+    "q3_k_s": Mixture(11, "q3_k"),
+    "q2_k": Mixture(
+        10,
+        "q2_k",
+        value=(("q4_k", shared_by_four), ("q3_k", always)),
+        attention_output=(("q3_k", always),),
+        down=(("q3_k", always),),
+    ),
+    "iq3_m": Mixture(
+        27,
+        "iq3_s",
+        value=(("q4_k", always),),
+        attention_output=(("q4_k", always),),
+        down=(("q4_k", first_part(8)),),
+    ),
+    "iq3_s": Mixture(26, "iq3_s", value=(("q4_k", shared_by_four),)),
+    "iq3_xs": Mixture(
+        22,
+        "iq3_s",
+        value=(("q4_k", shared_by_four),),
+        key=(("iq3_xxs", always),),
+        query=(("iq3_xxs", always),),
+        gate_and_up=(("iq3_xxs", middle),),
+    ),
+    "iq3_xxs": Mixture(
+        23,
+        "iq3_xxs",
+        value=(("q4_k", shared_by_four), ("iq3_s", always)),
+        key=(("iq2_s", always),),
+        query=(("iq2_s", always),),
+        attention_output=(("iq3_s", always),),
+        down=(("q4_k", first_part(8)), ("q3_k", always)),
+        embedding=(("iq3_s", always),),
+        head=(("q5_k", always),),
+    ),
+}
+
+KINDS = {
+    "attn_v.weight": "value",
+    "attn_qkv.weight": "value",
+    "attn_k.weight": "key",
+    "attn_q.weight": "query",
+    "attn_output.weight": "attention_output",
+    "ffn_gate.weight": "gate_and_up",
+    "ffn_up.weight": "gate_and_up",
+    "ffn_down.weight": "down",
+    "token_embd.weight": "embedding",
+    "output.weight": "head",
+}
+"""The column of ``Mixture`` for a role without its ``blk.N.``."""
+
+FALLBACKS = {
+    "iq2_s": "iq4_nl",
+    "iq3_xxs": "iq4_nl",
+    "iq3_s": "iq4_nl",
+    "iq4_xs": "iq4_nl",
+    "q2_k": "q4_0",
+    "q3_k": "q4_0",
+    "q4_k": "q5_0",
+    "q5_k": "q5_1",
+    "q6_k": "q8_0",
+}
+"""What takes the place of a type of blocks of 256 where they do not divide a row."""
+
+NEED_IMPORTANCE = ("iq2_s", "iq3_xxs")
+"""Types that are garbage without an importance matrix, except for the embedding and the head."""
+
+NO_DATA_FREE = ("q2_k_s", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m")
+"""Mixtures of llama.cpp that cannot be made without an importance matrix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The grid of one tensor, and what the user should know about it."""
+
+    grid: Grid
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chooser:
+    """Chooses the grids of one model; ``embed`` and ``head`` are what the user asked for apart."""
+
+    name: str
+    mixture: Mixture
+    decoder: Decoder
+    arch: str
+    embed: Grid | None = None
+    head: Grid | None = None
+
+    def choose(self, role: str, shape: tuple[int, ...]) -> Choice:
+        """The grid for a tensor ``[out, in]``, or a vector.
+
+        Raises ``UnsupportedTarget`` when blocks of the type that the user asked for do not divide
+        its rows, or when its type needs importance.
+        """
+        if not quantizable(role, shape):
+            return Choice(GRIDS["f32"])
+        asked = self._asked(role)
+        if asked is not None:
+            if shape[-1] % asked.block:
+                raise UnsupportedTarget(_does_not_divide(role, shape[-1], asked))
+            return Choice(asked)
+        wanted = GRIDS[self._by_rule(role, shape[-1])]
+        grid = fallback(wanted, shape[-1])
+        if grid.name in NEED_IMPORTANCE and role not in ("token_embd.weight", "output.weight"):
+            raise UnsupportedTarget(
+                f"{self.name} makes {role} {grid.name}, which is garbage without an importance "
+                "matrix: choose iq3_s, iq3_m, q3_k_s or q2_k"
+            )
+        if grid == wanted:
+            return Choice(grid)
+        return Choice(grid, f"{wanted.name}'s blocks of {wanted.block} do not divide {shape[-1]}")
+
+    def _asked(self, role: str) -> Grid | None:
+        if role == "output.weight":
+            return self.head
+        if role == "token_embd.weight":
+            return self.embed or (self.head if self.decoder.tied_head else None)
+        return None
+
+    def _by_rule(self, role: str, columns: int) -> str:
+        layer, kind = self._kind(role)
+        heads, kv_heads = self.decoder.heads, self.decoder.kv_heads
+        place = Place(layer, len(self.decoder.layers), heads // kv_heads if kv_heads else 0)
+        if kind == "head" and columns % GRIDS[self.mixture.grid].block:
+            return "q8_0"
+        rules: Rules = getattr(self.mixture, kind) if kind else ()
+        name = next((name for name, holds in rules if holds(place)), self.mixture.grid)
+        if kind == "value" and is_70b(self.arch, self.decoder) and name in ("q3_k", "q4_k"):
+            # Eight heads share a value head: more bits for it cost next to nothing.
+            return "q5_k"
+        return name
+
+    def _kind(self, role: str) -> tuple[int, str]:
+        layer, stem = 0, role
+        if role.startswith("blk."):
+            _, number, stem = role.split(".", 2)
+            layer = int(number)
+        kind = KINDS.get(stem, "")
+        return layer, "head" if kind == "embedding" and self.decoder.tied_head else kind
+
+
+def chooser(recipe: Recipe, decoder: Decoder, arch: str) -> Chooser:
+    """The chooser for a recipe; ``arch`` is llama.cpp's name of the family.
+
+    Raises ``UnknownGrid``, ``UnsupportedTarget`` for a grid of another container, and
+    ``UsageError`` for two grids of one tensor.
+    """
+    embed = grid_asked(recipe.embed, "--embed") if recipe.embed else None
+    head = grid_asked(recipe.head, "--head") if recipe.head else None
+    if decoder.tied_head and embed and head and embed != head:
+        raise UsageError(
+            "the output head of this model is its embedding, one tensor, so it cannot be both "
+            f"{embed.name} and {head.name}: give --embed or --head alone"
+        )
+    return Chooser(recipe.grid, mixture_named(recipe.grid), decoder, arch, embed, head)
+
+
+def mixture_named(name: str) -> Mixture:
+    """The mixture; raises ``UnknownGrid`` with the nearest names, ``UnsupportedTarget`` if another
+    container has it or it needs importance."""
+    lower = name.lower()
+    if lower in MIXTURES:
+        return MIXTURES[lower]
+    if lower in NO_DATA_FREE:
+        raise UnsupportedTarget(
+            f"{name} is garbage without an importance matrix: choose iq3_s, iq3_m or q2_k"
+        )
+    if lower in GRIDS:
+        raise UnsupportedTarget(f"GGUF {cannot_hold(GRIDS[lower])}")
+    raise unknown_grid(name, MIXTURES)
+
+
+def grid_asked(text: str, option: str) -> Grid:
+    """The grid that ``option`` names; raises ``UnsupportedTarget`` for other containers'."""
+    stored = [name for name, grid in GRIDS.items() if grid.ggml_type is not None]
+    try:
+        grid = grid_named(text)
+    except UnknownGrid as error:
+        raise unknown_grid(text, stored) from error
+    if grid.ggml_type is None:
+        raise UnsupportedTarget(f"{option} {text}: GGUF {cannot_hold(grid)}")
+    return grid
+
+
+def cannot_hold(grid: Grid) -> str:
+    """Why GGUF has no ``grid`` and what comes nearest, to follow the word GGUF."""
+    reason, instead = {
+        "codebook": ("has no NF4 block", "iq4_nl"),
+        "per_channel": ("has no single scale for a row", "q8_0"),
+        "affine": ("has f16 scales and minima instead of integer zeros", "q4_1 or q4_k_m"),
+    }[grid.kind]
+    if grid.symmetric and grid.kind == "affine":
+        reason, instead = {
+            4: ("keeps 4-bit weights in blocks of 32", "q4_0"),
+            8: ("calls 8-bit blocks of 32 q8_0", "q8_0"),
+        }[int(grid.bits)]
+    return f"{reason}, so it cannot hold {grid.name}: choose {instead}, or --format onnx"
+
+
+def quantizable(role: str, shape: tuple[int, ...]) -> bool:
+    """Whether llama.cpp quantizes the tensor: matrices, but neither norms nor learned positions."""
+    matrix = len(shape) >= 2 and role.endswith("weight")
+    return matrix and not role.endswith("_norm.weight") and role != "position_embd.weight"
+
+
+def fallback(wanted: Grid, columns: int) -> Grid:
+    """``wanted``, or what llama.cpp takes where its blocks do not divide a row: f16 at last."""
+    if columns % wanted.block == 0:
+        return wanted
+    smaller = GRIDS[FALLBACKS.get(wanted.name, wanted.name)]
+    return smaller if columns % smaller.block == 0 else GRIDS["f16"]
+
+
+def is_70b(arch: str, decoder: Decoder) -> bool:
+    """Whether llama.cpp takes the model for a 70B one, by its number of layers."""
+    grouped = decoder.heads != decoder.kv_heads
+    return len(decoder.layers) == 80 and (arch == "qwen2" or (arch == "llama" and grouped))
+
+
+def _does_not_divide(role: str, columns: int, grid: Grid) -> str:
+    fitting = [
+        name for name, g in GRIDS.items() if g.ggml_type is not None and columns % g.block == 0
+    ]
+    return (
+        f"{grid.name} has blocks of {grid.block}, which do not divide the rows of {columns} of "
+        f"{role}: choose {', '.join(fitting)}"
+    )

@@ -1,0 +1,156 @@
+"""GGUF, the container of llama.cpp: one file with weights, hyper-parameters and tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGML_QUANT_VERSION
+from gguf.utility import size_label
+
+import edgellm
+from edgellm.architectures import gguf_keys
+from edgellm.architectures.decoder import Decoder, Rope
+from edgellm.architectures.family import Family
+from edgellm.architectures.rope import inverse_frequencies
+from edgellm.export.gguf_graphs import check_expressible, context_of
+from edgellm.export.gguf_head import ARCHITECTURE, StoredTensor, gguf_head
+from edgellm.export.gguf_mixture import MIXTURES, Choice, chooser
+from edgellm.export.layout import Container, Layout, OutputTensor, StoredArray
+from edgellm.export.packing import PACKERS
+from edgellm.tensors import TensorRef, constant, derived, reordered
+
+if TYPE_CHECKING:
+    from edgellm.recipe import Recipe
+    from edgellm.source import ModelSource
+
+FILE = "model.gguf"
+
+INTERLEAVED = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")
+
+
+def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
+    """Where every byte of the GGUF file lies; reads no weight.
+
+    Raises ``UnsupportedTarget`` for what llama.cpp's graph or a ggml type cannot hold,
+    ``UnknownGrid``, and ``UsageError`` for a context beyond the model's.
+    """
+    family, decoder = source.family, source.decoder
+    check_expressible(decoder, family.gguf)
+    context, notes = context_of(decoder, family.gguf, recipe.context)
+    stated = dataclasses.replace(decoder, context_length=context)
+    types = chooser(recipe, decoder, family.gguf.arch)
+    stored = [(ref, types.choose(ref.role, ref.shape)) for ref in stored_tensors(source, context)]
+    metadata = {
+        ARCHITECTURE: family.gguf.arch,
+        **general_keys(source),
+        "general.file_type": types.mixture.file_type,
+        "general.quantization_version": int(GGML_QUANT_VERSION),
+        **gguf_keys(stated, family),
+        **source.tokenizer.gguf_metadata(rows=decoder.vocab_size),
+    }
+    head = gguf_head(metadata, [_entry(ref, choice) for ref, choice in stored])
+    return Layout(
+        container=CONTAINER.name,
+        main_file=FILE,
+        files={FILE: head.content},
+        data_files={FILE: head.total_bytes},
+        tensors=tuple(
+            _output(ref, choice, offset)
+            for (ref, choice), offset in zip(stored, head.offsets, strict=True)
+        ),
+        context_length=context,
+        notes=notes,
+    )
+
+
+def stored_tensors(source: ModelSource, context: int) -> Iterator[TensorRef]:
+    """The tensors as llama.cpp expects them, in the family's order, ``role`` being their name."""
+    scaling = llama3_rope(source.decoder)
+    if scaling is not None:
+        yield constant("rope_freqs.weight", rope_divisors(scaling))
+    for row in source.family.tensors(source.decoder):
+        ref = source.tensors.get(row.role)
+        if ref is not None and row.kind == "positions":
+            # llama.cpp wants one row for each token of the stated context.
+            ref = dataclasses.replace(ref, shape=(context, *ref.shape[1:]))
+        if ref is not None:
+            yield as_llamacpp_stores(ref, source.decoder, source.family)
+
+
+def as_llamacpp_stores(ref: TensorRef, decoder: Decoder, family: Family) -> TensorRef:
+    """The tensor with its rows paired for interleaved rope, or its norm's offset added."""
+    if family.gguf.interleaved_rope and ref.role.endswith(INTERLEAVED):
+        heads = decoder.heads if ".attn_q." in ref.role else decoder.kv_heads
+        order = interleaved_order(heads, decoder.head_dim)
+        if len(ref.shape) == 1:
+            return derived(ref, lambda row: row[:, order])
+        return reordered(ref, order)
+    if family.gguf.norm_plus_one and ref.role.endswith("norm.weight"):
+        return derived(ref, lambda row: row + np.float32(1))
+    return ref
+
+
+def interleaved_order(heads: int, head_dim: int) -> npt.NDArray[np.intp]:
+    """Of each row of ``(x0, y0, x1, y1, ..)``, the place in halves ``(x0, x1, .., y0, ..)``."""
+    return np.arange(heads * head_dim).reshape(heads, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
+
+
+def llama3_rope(decoder: Decoder) -> Rope | None:
+    """The rope that is stored as divisors of its frequencies, for which GGUF has no keys."""
+    rope = decoder.layers[0].rope if decoder.layers else None
+    return rope if rope and rope.scaling and rope.scaling.kind == "llama3" else None
+
+
+def rope_divisors(rope: Rope) -> npt.NDArray[np.float64]:
+    """``[dimensions / 2]``: plain frequencies by scaled ones; llama.cpp divides by them."""
+    plain, _ = inverse_frequencies(dataclasses.replace(rope, scaling=None))
+    scaled, _ = inverse_frequencies(rope)
+    return plain / scaled
+
+
+def general_keys(source: ModelSource) -> dict[str, object]:
+    """``general.*``: what the model is, where it came from, who changed it; no time, no path."""
+    weights = sum(ref.size for ref in source.tensors.values())
+    keys: dict[str, object] = {
+        "general.type": "model",
+        "general.name": source.name,
+        "general.size_label": size_label(weights, weights, 0, 0),
+        "general.license": source.licence,
+        "general.quantized_by": f"edgellm {edgellm.__version__}",
+        "general.base_model.count": 1,
+        "general.base_model.0.name": source.name,
+        "general.base_model.0.version": source.revision,
+        "general.base_model.0.repo_url": source.url,
+    }
+    return keys
+
+
+def _entry(ref: TensorRef, choice: Choice) -> StoredTensor:
+    grid = choice.grid
+    assert grid.ggml_type is not None
+    return StoredTensor(ref.role, ref.shape, grid.ggml_type, ref.rows * _row_bytes(ref, choice))
+
+
+def _output(ref: TensorRef, choice: Choice, offset: int) -> OutputTensor:
+    row_bytes = _row_bytes(ref, choice)
+    array = StoredArray(ref.role, "data", FILE, offset, row_bytes, ref.rows)
+    return OutputTensor(
+        name=ref.role,
+        role=ref.role,
+        parts=(ref,),
+        grid=choice.grid,
+        packer=choice.grid.kind,
+        arrays=(array,),
+        note=choice.note,
+    )
+
+
+def _row_bytes(ref: TensorRef, choice: Choice) -> int:
+    return PACKERS[choice.grid.kind].row_bytes(choice.grid, ref.columns)["data"]
+
+
+CONTAINER = Container(name="gguf", grids=tuple(MIXTURES), default_grid="q4_k_m", lay_out=lay_out)
