@@ -11,6 +11,8 @@ import enum
 from dataclasses import dataclass
 from typing import Literal
 
+Activation = Literal["silu", "gelu_tanh", "gelu"]
+
 
 class Feature(enum.StrEnum):
     """One property of a network that an exporter or a runtime may be unable to express."""
@@ -19,6 +21,7 @@ class Feature(enum.StrEnum):
     ROPE_LINEAR = "linear rope scaling"
     ROPE_YARN = "yarn rope scaling"
     ROPE_LLAMA3 = "llama3 rope scaling"
+    ROPE_FACTORS = "rope frequencies divided by listed factors"
     ROPE_PER_LAYER = "rope frequencies that differ between layers"
     LEARNED_POSITIONS = "learned positions"
     RMS_NORM = "RMS norm"
@@ -44,18 +47,20 @@ class RopeScaling:
 
     ``linear``: positions divided by ``factor``. ``llama3``: NTK by parts (Llama 3.1's
     ``low_freq_factor``, ``high_freq_factor``). ``yarn``: arXiv 2309.00071, with
-    ``attention_factor`` multiplied into cos and sin.
+    ``attention_factor`` multiplied into cos and sin. ``factors``: every frequency divided by its
+    own number of ``factors`` (``[dimensions / 2]``), which is all that a GGUF file keeps of llama3.
     """
 
-    kind: Literal["linear", "yarn", "llama3"]
-    factor: float
-    original_context: int
+    kind: Literal["linear", "yarn", "llama3", "factors"]
+    factor: float = 1.0
+    original_context: int = 0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,10 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What may differ between layers: the attention window in tokens (itself counted) and the rope."""
+    """What may differ between layers: the rope, and the attention window.
+
+    With ``window`` w the token at position p sees positions p - w + 1 to p.
+    """
 
     window: int | None = None
     rope: Rope | None = None
@@ -86,7 +94,12 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A decoder-only network, whole: shapes, norms, positions, attention, feed-forward."""
+    """A decoder-only network, whole: shapes, norms, positions, attention, feed-forward.
+
+    ``output_bias`` is the bias of the attention's output product. ``mlp_bias`` covers all products
+    of the feed-forward. ``embedding_scale`` multiplies the embedding's rows after the look-up, and
+    not the head. ``attention_scale`` multiplies query times key; None means 1/sqrt(head_dim).
+    """
 
     family: str
     vocab_size: int
@@ -98,7 +111,7 @@ class Decoder:
     head_dim: int
     layers: tuple[Layer, ...]
     norm: Norm
-    activation: Literal["silu", "gelu_tanh", "gelu"]
+    activation: Activation
     gated_mlp: bool = True
     fused_qkv: bool = False
     qkv_bias: bool = False
@@ -111,6 +124,21 @@ class Decoder:
     attention_scale: float | None = None
     tied_head: bool = False
 
+    @property
+    def query_size(self) -> int:
+        """Values of all query heads of a token, which need not be ``hidden_size``."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Values of all key heads of a token (and of all value heads)."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """What query times key is multiplied with before the softmax."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
     def features(self) -> frozenset[Feature]:
         """The properties that an exporter or runtime has to be able to express."""
         windows = {layer.window for layer in self.layers}
@@ -121,6 +149,7 @@ class Decoder:
             Feature.ROPE_LINEAR: "linear" in scalings,
             Feature.ROPE_YARN: "yarn" in scalings,
             Feature.ROPE_LLAMA3: "llama3" in scalings,
+            Feature.ROPE_FACTORS: "factors" in scalings,
             Feature.ROPE_PER_LAYER: len(ropes) > 1,
             Feature.LEARNED_POSITIONS: self.learned_positions is not None,
             Feature.RMS_NORM: self.norm.kind == "rms",

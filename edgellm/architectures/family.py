@@ -45,10 +45,28 @@ class GgufLayout:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One row of the registry; ``docs`` and every exporter read it."""
+    """One row of the registry; ``docs`` and every exporter read it.
+
+    ``architecture`` is the class that transformers loads such a checkpoint with. ``base_prefix``
+    may be missing from all names of a checkpoint that was saved without its head.
+    ``ignored_tensors``: ends of names of checkpoint tensors that hold nothing to convert (masks
+    and tables that are computed anyway).
+    """
 
     model_type: str
     architecture: str
-    describe: Callable[[Config], Decoder]
+    read: Callable[[Config], Decoder]
     tensors: Callable[[Decoder], Iterator[TensorRow]]
     gguf: GgufLayout
+    base_prefix: str
+    ignored_tensors: tuple[str, ...] = ()
+
+    def describe(self, config: Config) -> Decoder:
+        """The network that ``config`` stands for.
+
+        Raises ``UnsupportedModel`` for a missing key, a value that is not understood, and every
+        key that nothing has read and that could change the maths.
+        """
+        decoder = self.read(config)
+        config.refuse_unread()
+        return decoder

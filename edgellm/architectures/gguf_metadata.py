@@ -1,0 +1,335 @@
+"""Hyper-parameters in GGUF: as keys that llama.cpp reads, and back as a Hugging Face config.
+
+What llama.cpp takes where a key is missing, and what it fixes in the code of an architecture
+(``src/llama-model.cpp`` and ``src/models/`` there), is written next to the key concerned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from edgellm.architectures.config import Config
+from edgellm.architectures.decoder import Decoder, Rope
+from edgellm.architectures.family import Family
+from edgellm.architectures.llama import LAYER_TYPES, MOST_LAYERS, WINDOWED
+from edgellm.architectures.rope import yarn_attention_factor
+from edgellm.errors import UnsupportedModel
+
+Value = bool | int | float | str | list[bool]
+
+# llama.cpp's name of an architecture to the model_type whose config it is read back as. "llama"
+# holds Mistral too.
+ARCHITECTURES: Final[Mapping[str, str]] = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3": "gemma3_text",
+    "gpt2": "gpt2",
+}
+
+GEMMA3_PATTERN: Final = 6  # every sixth layer is global unless a key says otherwise
+GEMMA3_27B_LAYERS: Final = 62  # by which llama.cpp knows the 27B, and its attention scale
+DEFAULT_THETA: Final = 10000.0
+
+# Keys under the architecture's name that say nothing about the maths of a forward pass.
+HARMLESS_KEYS: Final = frozenset({"rope.scaling.finetuned", "tensor_data_layout"})
+
+# Keys that change the maths unless they hold one of these.
+NEUTRAL_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "attention.causal": (True,),
+    "pooling_type": (0,),
+    "use_parallel_residual": (True, False),  # read for other architectures only
+    "rope.scaling.yarn_ext_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+}
+
+
+def gguf_keys(decoder: Decoder, family: Family) -> dict[str, Value]:
+    """What llama.cpp reads about the network; int stands for uint32, float for float32.
+
+    Of rope scaling, ``llama3`` and ``factors`` have no keys: they are a ``rope_freqs.weight``.
+    Whether llama.cpp's graph can express the rest is for the exporter to check.
+    """
+    arch = family.gguf.arch
+    keys: dict[str, Value] = {
+        "vocab_size": decoder.vocab_size,
+        "context_length": decoder.context_length,
+        "embedding_length": decoder.hidden_size,
+        "block_count": len(decoder.layers),
+        "feed_forward_length": decoder.ffn_size,
+        "attention.head_count": decoder.heads,
+        "attention.head_count_kv": decoder.kv_heads,
+        "attention.key_length": decoder.head_dim,
+        "attention.value_length": decoder.head_dim,
+    }
+    if decoder.norm.kind == "rms":
+        keys["attention.layer_norm_rms_epsilon"] = decoder.norm.epsilon
+    else:
+        keys["attention.layer_norm_epsilon"] = decoder.norm.epsilon
+    keys.update(_window_keys(decoder, family))
+    main = next((x.rope for x in decoder.layers if x.rope and x.window is None), None)
+    main = main or decoder.layers[0].rope
+    if main is not None:
+        keys.update(_rope_keys(main))
+    return {f"{arch}.{key}": value for key, value in keys.items()}
+
+
+def _window_keys(decoder: Decoder, family: Family) -> dict[str, Value]:
+    """Nothing where the graph has no windows: the context is capped instead."""
+    window = next((layer.window for layer in decoder.layers if layer.window), None)
+    if window is None or not family.gguf.window:
+        return {}
+    local = [layer.window is not None for layer in decoder.layers]
+    keys: dict[str, Value] = {"attention.sliding_window": window}
+    if local != _every(GEMMA3_PATTERN, len(local)):
+        keys["attention.sliding_window_pattern"] = local
+    rope = next(layer.rope for layer in decoder.layers if layer.window is not None)
+    if rope is not None:
+        keys["rope.freq_base_swa"] = rope.theta
+    return keys
+
+
+def _every(pattern: int, layers: int) -> list[bool]:
+    """Which layers have a window when each ``pattern``-th has none."""
+    return [bool((index + 1) % pattern) for index in range(layers)]
+
+
+def _rope_keys(rope: Rope) -> dict[str, Value]:
+    keys: dict[str, Value] = {
+        "rope.dimension_count": rope.dimensions,
+        "rope.freq_base": rope.theta,
+    }
+    scaling = rope.scaling
+    if scaling is None or scaling.kind == "llama3":
+        return keys
+    attention = scaling.attention_factor
+    if scaling.kind == "linear":
+        keys["rope.scaling.type"] = "linear"
+        keys["rope.scaling.factor"] = scaling.factor
+    elif scaling.kind == "yarn":
+        keys["rope.scaling.type"] = "yarn"
+        keys["rope.scaling.factor"] = scaling.factor
+        keys["rope.scaling.original_context_length"] = scaling.original_context
+        # llama.cpp multiplies the paper's factor in by itself.
+        attention /= yarn_attention_factor(scaling.factor)
+    if not math.isclose(attention, 1.0, rel_tol=1e-7):
+        keys["rope.scaling.attn_factor"] = attention
+    return keys
+
+
+def config_from_gguf(
+    metadata: Mapping[str, Any],
+    tensor_names: Collection[str] = (),
+    rope_factors: Sequence[float] | None = None,
+    *,
+    ignore_config_keys: Collection[str] = (),
+) -> dict[str, Any]:
+    """A config in Hugging Face's words that means what llama.cpp computes from that file.
+
+    ``tensor_names`` tell a tied head and biases; ``rope_factors`` are the values of
+    ``rope_freqs.weight``, if there is one. Raises ``UnsupportedModel`` for an architecture or a
+    key of it that is not understood.
+    """
+    arch = str(metadata.get("general.architecture"))
+    if arch not in ARCHITECTURES:
+        raise UnsupportedModel(
+            f"GGUF of the architecture {arch!r} is not converted; edgellm reads "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    prefix = f"{arch}."
+    keys = Config(
+        {
+            key.removeprefix(prefix): _tidy(value)
+            for key, value in metadata.items()
+            if key.startswith(prefix)
+        },
+        ignore={key.removeprefix(prefix) for key in ignore_config_keys},
+        where=f"GGUF metadata, {prefix}*",
+        harmless=HARMLESS_KEYS,
+        neutral=NEUTRAL_VALUES,
+    )
+    names = frozenset(tensor_names)
+    shared = {
+        "model_type": ARCHITECTURES[arch],
+        "vocab_size": _vocab_size(keys, metadata),
+        "tie_word_embeddings": "output.weight" not in names,
+    }
+    if arch == "gpt2":
+        config = shared | _gpt2(keys)
+    else:
+        config = shared | _built_like_llama(keys, arch, names, rope_factors)
+    keys.refuse_unread()
+    return config
+
+
+def _tidy(value: Any) -> Any:
+    """A float32 that was widened, as the shortest decimal that means it (1e-05)."""
+    if isinstance(value, float | np.floating):
+        return float(str(np.float32(value)))
+    if isinstance(value, np.integer | np.bool_):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return value
+
+
+def _vocab_size(keys: Config, metadata: Mapping[str, Any]) -> int:
+    """By its key, which not every architecture has, or by the tokenizer's list."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    return keys.integer("vocab_size", *(() if tokens is None else (len(tokens),)))
+
+
+def _gpt2(keys: Config) -> dict[str, Any]:
+    heads = keys.integer("attention.head_count")
+    hidden = keys.integer("embedding_length")
+    for key in ("attention.key_length", "attention.value_length"):
+        keys.neutral(key, hidden // heads)
+    keys.neutral("attention.head_count_kv", heads)
+    return {
+        "n_embd": hidden,
+        "n_head": heads,
+        "n_layer": keys.integer("block_count", maximum=MOST_LAYERS),
+        "n_positions": keys.integer("context_length"),
+        "n_inner": keys.integer("feed_forward_length"),
+        "layer_norm_epsilon": keys.number("attention.layer_norm_epsilon"),
+        "activation_function": "gelu_new",
+    }
+
+
+def _built_like_llama(
+    keys: Config, arch: str, names: frozenset[str], rope_factors: Sequence[float] | None
+) -> dict[str, Any]:
+    hidden = keys.integer("embedding_length")
+    heads = keys.integer("attention.head_count")
+    layers = keys.integer("block_count", maximum=MOST_LAYERS)
+    head_dim = keys.integer("attention.key_length", max(hidden // heads, 1))
+    keys.neutral("attention.value_length", head_dim)
+    keys.neutral("rope.dimension_count", head_dim)
+    context = keys.integer("context_length")
+    config: dict[str, Any] = {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "intermediate_size": keys.integer("feed_forward_length"),
+        "max_position_embeddings": context,
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+    }
+    rope = _rope_config(keys, context, rope_factors)
+    if arch == "gemma3":
+        return config | _gemma3(keys, hidden, heads, head_dim, layers, rope)
+    config |= {"hidden_act": "silu", "rope_parameters": rope} | _biases(arch, names)
+    if keys.has("attention.sliding_window"):
+        # llama.cpp reads the key for none of these; the model that was converted had the window.
+        window = keys.integer("attention.sliding_window", minimum=0)
+        if arch == "llama" and window:
+            config |= {"model_type": "mistral", "sliding_window": window}
+        elif window:
+            config |= {
+                "use_sliding_window": True,
+                "sliding_window": window,
+                "layer_types": [WINDOWED] * layers,
+            }
+    return config
+
+
+def _biases(arch: str, names: frozenset[str]) -> dict[str, Any]:
+    """llama and qwen3 add the biases that are there; qwen2 always has those of q, k and v."""
+    if arch == "qwen2":
+        return {}
+    biases = {f"blk.0.{role}.bias" in names for role in ("attn_q", "attn_k", "attn_v")}
+    output = {"blk.0.attn_output.bias" in names}
+    if len(biases | output) > 1:
+        raise UnsupportedModel(
+            f"GGUF of the architecture {arch}: the file has some of the biases on q, k, v and the "
+            f"attention's output and not the others; edgellm reads all or none"
+        )
+    found: dict[str, Any] = {"attention_bias": biases == {True}}
+    if arch == "llama":
+        found["mlp_bias"] = "blk.0.ffn_up.bias" in names
+    return found
+
+
+def _rope_config(
+    keys: Config, context: int, rope_factors: Sequence[float] | None
+) -> dict[str, Any]:
+    """``rope_parameters`` of the layers without a window, as llama.cpp reads the keys.
+
+    A missing type means linear, a missing factor 1; the attention factor counts for every type.
+    """
+    rope: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": keys.number("rope.freq_base", DEFAULT_THETA, above=1),
+    }
+    kind = keys.choice(
+        "rope.scaling.type", {"none": "none", "linear": "linear", "yarn": "yarn"}, "linear"
+    )
+    older = keys.number("rope.scale_linear", 0.0)  # looked at where the newer name is missing
+    factor = keys.number("rope.scaling.factor", older) or 1.0
+    attention = keys.number("rope.scaling.attn_factor", 1.0, above=0)
+    trained = keys.integer("rope.scaling.original_context_length", context)
+    if kind == "yarn":
+        if rope_factors is not None:
+            raise UnsupportedModel("GGUF with both yarn and rope_freqs.weight is not understood")
+        # Two keys that llama.cpp reads for other architectures only, but its converter writes with
+        # the values that the model was trained with.
+        given = keys.number("rope.scaling.yarn_attn_factor", yarn_attention_factor(factor))
+        return rope | {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": trained,
+            "attention_factor": given * attention,
+            "beta_fast": keys.number("rope.scaling.yarn_beta_fast", 32.0),
+            "beta_slow": keys.number("rope.scaling.yarn_beta_slow", 1.0),
+        }
+    if kind == "none":
+        factor = 1.0
+    if rope_factors is not None:
+        return rope | {
+            "rope_type": "factors",
+            "factors": [float(value) * factor for value in rope_factors],
+            "attention_factor": attention,
+        }
+    if attention != 1.0:
+        raise keys.refusal("rope.scaling.attn_factor", attention, "1 where the rope is not yarn")
+    if factor != 1.0:
+        return rope | {"rope_type": "linear", "factor": factor}
+    return rope
+
+
+def _gemma3(
+    keys: Config, hidden: int, heads: int, head_dim: int, layers: int, rope: dict[str, Any]
+) -> dict[str, Any]:
+    """Windows and local rope by keys with defaults; the attention scale by the number of layers."""
+    window = keys.integer("attention.sliding_window", 0, minimum=0)
+    local = _local_layers(keys, layers) if window else [False] * layers
+    theta = keys.number("rope.freq_base_swa", DEFAULT_THETA, above=1)
+    full, windowed = LAYER_TYPES
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": hidden // heads if layers == GEMMA3_27B_LAYERS else head_dim,
+        "sliding_window": window or None,
+        "layer_types": [windowed if is_local else full for is_local in local],
+        "rope_parameters": {
+            full: rope,
+            windowed: {"rope_type": "default", "rope_theta": theta},
+        },
+        "final_logit_softcapping": keys.number("final_logit_softcapping", 0.0) or None,
+    }
+
+
+def _local_layers(keys: Config, layers: int) -> list[bool]:
+    key = "attention.sliding_window_pattern"
+    if not keys.lists(key):
+        return _every(keys.integer(key, GEMMA3_PATTERN), layers)
+    local = keys.flags(key)
+    if len(local) != layers:
+        raise keys.refusal(key, local, f"one entry for each of the {layers} layers")
+    return list(local)

@@ -1,0 +1,239 @@
+"""Rotary positions: the frequencies of each kind, and how a config states them.
+
+Two styles of config are read: ``rope_theta`` beside ``rope_scaling``, and ``rope_parameters``
+(transformers 5), which holds both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm.architectures.config import Config
+from edgellm.architectures.decoder import Rope, RopeScaling
+from edgellm.errors import UnsupportedModel
+
+Frequencies = npt.NDArray[np.float64]
+# A rope, and the context length that it was read for.
+StatedRope = tuple[Rope, int]
+
+REFUSED_TYPES = {
+    "longrope": "its frequencies jump where the text passes the trained length",
+    "su": "its frequencies jump where the text passes the trained length",
+    "proportional": "no supported family uses it",
+    "axial": "it encodes positions in an image",
+    "mrope": "it encodes positions in images and video",
+}
+
+
+def inverse_frequencies(rope: Rope) -> tuple[Frequencies, float]:
+    """Angle per token of each pair, float64 ``[dimensions / 2]``, and the factor of cos and sin.
+
+    Equal to transformers' ``ROPE_INIT_FUNCTIONS``, which computes in float32.
+    """
+    exponents = np.arange(0, rope.dimensions, 2, dtype=np.float64) / rope.dimensions
+    base: Frequencies = np.power(rope.theta, -exponents)
+    scaling = rope.scaling
+    if scaling is None:
+        return base, 1.0
+    return _SCALED[scaling.kind](base, rope, scaling), scaling.attention_factor
+
+
+def yarn_attention_factor(factor: float, scale: float = 1.0) -> float:
+    """YaRN's factor of cos and sin: 0.1 ln(s) + 1, arXiv 2309.00071 section 3.4, equation 22."""
+    return 1.0 if factor <= 1.0 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _linear(base: Frequencies, rope: Rope, scaling: RopeScaling) -> Frequencies:
+    return base / scaling.factor
+
+
+def _listed(base: Frequencies, rope: Rope, scaling: RopeScaling) -> Frequencies:
+    factors: Frequencies = np.asarray(scaling.factors, dtype=np.float64)
+    return base / factors
+
+
+def _llama3(base: Frequencies, rope: Rope, scaling: RopeScaling) -> Frequencies:
+    """Long waves are stretched, short ones kept, those between blended (Llama 3.1's code)."""
+    turns = scaling.original_context * base / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = np.clip(kept, 0.0, 1.0)
+    return kept * base + (1 - kept) * base / scaling.factor
+
+
+def _yarn(base: Frequencies, rope: Rope, scaling: RopeScaling) -> Frequencies:
+    """YaRN's NTK by parts, arXiv 2309.00071 section 3.2, with the reference code's rounding."""
+    low = _pair_with_turns(scaling.beta_fast, rope, scaling)
+    high = _pair_with_turns(scaling.beta_slow, rope, scaling)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dimensions - 1)
+    if low == high:
+        high += 0.001  # as the reference code does, to divide
+    stretched = np.clip((np.arange(base.size) - low) / (high - low), 0.0, 1.0)
+    return (1 - stretched) * base + stretched * base / scaling.factor
+
+
+def _pair_with_turns(turns: float, rope: Rope, scaling: RopeScaling) -> float:
+    """Index of the pair that makes that many turns within the trained context."""
+    waves = scaling.original_context / (turns * 2 * math.pi)
+    return rope.dimensions * math.log(waves) / (2 * math.log(rope.theta))
+
+
+def read_rope(
+    config: Config, head_dim: int, context: int, theta: float | None = None
+) -> StatedRope:
+    """The rope that a config states for all its layers, in either style, and its context length.
+
+    ``context`` is ``max_position_embeddings``. ``theta``: what the family's config class takes
+    where the config names none; None where it must.
+    Raises ``UnsupportedModel`` for a kind that is not understood, and where two places of the
+    config contradict each other.
+    """
+    config.neutral("partial_rotary_factor", 1)
+    trained = config.integer("original_max_position_embeddings", 0, minimum=0) or context
+    stated = config.number("rope_theta", above=1.0) if config.has("rope_theta") else None
+    ropes = [
+        rope_of_section(config.section(key), head_dim, context, stated, trained, theta)
+        for key in ("rope_parameters", "rope_scaling")
+        if config.has(key)
+    ]
+    config.skip("rope_theta", "rope_parameters", "rope_scaling")
+    if len(set(ropes)) > 1:
+        raise UnsupportedModel(
+            f"{config.where}: rope_parameters and rope_scaling contradict each other "
+            f"({ropes[0][0]} and {ropes[1][0]}): take one of them out"
+        )
+    if ropes:
+        return ropes[0]
+    return Rope(_theta(config, stated, theta), head_dim), context
+
+
+def rope_of_section(
+    section: Config,
+    head_dim: int,
+    context: int,
+    stated_theta: float | None,
+    trained_context: int,
+    default_theta: float | None = None,
+) -> StatedRope:
+    """The rope of one ``rope_scaling`` or ``rope_parameters`` object, and its context length.
+
+    ``stated_theta`` is the ``rope_theta`` beside it, if any; ``trained_context`` counts where the
+    object names no ``original_max_position_embeddings``.
+    """
+    kind = section.text("rope_type", section.text("type", "default"))
+    section.neutral("type", kind)
+    section.neutral("partial_rotary_factor", 1)
+    own_theta = section.number("rope_theta", above=1.0) if section.has("rope_theta") else None
+    if own_theta is not None and stated_theta is not None and own_theta != stated_theta:
+        raise section.refusal("rope_theta", own_theta, f"{stated_theta:g} as beside it")
+    theta = own_theta or _theta(section, stated_theta, default_theta)
+    trained = section.integer("original_max_position_embeddings", trained_context)
+    if kind not in _READERS:
+        why = f" (not {kind}: {REFUSED_TYPES[kind]})" if kind in REFUSED_TYPES else ""
+        raise section.refusal("rope_type", kind, ", ".join(_READERS) + why)
+    return _READERS[kind](section, Rope(theta, head_dim), trained, context)
+
+
+def _theta(config: Config, stated: float | None, default: float | None) -> float:
+    theta = default if stated is None else stated
+    return config.number("rope_theta") if theta is None else theta
+
+
+def _read_default(section: Config, rope: Rope, trained: int, context: int) -> StatedRope:
+    return rope, context
+
+
+def _read_linear(section: Config, rope: Rope, trained: int, context: int) -> StatedRope:
+    scaling = RopeScaling("linear", section.number("factor", above=0))
+    return replace(rope, scaling=scaling), context
+
+
+def _read_llama3(section: Config, rope: Rope, trained: int, context: int) -> StatedRope:
+    low = section.number("low_freq_factor", above=0)
+    high = section.number("high_freq_factor", above=low)
+    factor = section.number("factor", above=0)
+    scaling = RopeScaling("llama3", factor, trained, low, high)
+    return replace(rope, scaling=scaling), context
+
+
+def _read_yarn(section: Config, rope: Rope, trained: int, context: int) -> StatedRope:
+    factor = section.number("factor", above=0)
+    section.skip("mscale", "mscale_all_dim")
+    if section.has("attention_factor"):
+        attention = section.number("attention_factor", above=0)
+    else:
+        # transformers counts zero as absent here, and either alone as neither.
+        scale = section.number("mscale", 0.0)
+        scale_all = section.number("mscale_all_dim", 0.0)
+        attention = yarn_attention_factor(factor)
+        if scale and scale_all:
+            attention = yarn_attention_factor(factor, scale) / yarn_attention_factor(
+                factor, scale_all
+            )
+    section.skip("attention_factor")
+    fast = section.number("beta_fast", 32.0, above=0)
+    slow = section.number("beta_slow", 1.0, above=0)
+    if fast < slow:
+        raise section.refusal("beta_fast", fast, f"no less than beta_slow = {slow:g}")
+    scaling = RopeScaling(
+        "yarn",
+        factor,
+        trained,
+        beta_fast=fast,
+        beta_slow=slow,
+        attention_factor=attention,
+        truncate=section.flag("truncate", True),
+    )
+    return replace(rope, scaling=scaling), context
+
+
+def _read_dynamic(section: Config, rope: Rope, trained: int, context: int) -> StatedRope:
+    """Dynamic NTK: theta grows with the text, so it is fixed for the context that was asked for.
+
+    The formula is transformers' ``_compute_dynamic_ntk_parameters``.
+    """
+    factor = section.number("factor", above=0)
+    wanted = section.context
+    if wanted is None:
+        raise section.refusal(
+            "rope_type",
+            "dynamic",
+            f"a kind that does not depend on the length of the text; name a context length to fix "
+            f"it for (--context; it is exact up to {context} tokens)",
+        )
+    if wanted <= context:
+        return rope, context
+    section.note(
+        f"dynamic rope was fixed for a context of {wanted} tokens; shorter texts see the "
+        f"frequencies of that length, where transformers changes them as the text grows"
+    )
+    dim = rope.dimensions
+    growth = factor * wanted / context - (factor - 1)
+    theta = float(rope.theta * growth ** (dim / (dim - 2)))
+    return replace(rope, theta=theta), wanted
+
+
+def _read_factors(section: Config, rope: Rope, trained: int, context: int) -> StatedRope:
+    """Our own spelling for what a GGUF file says: the factors themselves."""
+    factors = section.numbers("factors")
+    if len(factors) != rope.dimensions // 2 or min(factors) <= 0:
+        raise section.refusal("factors", factors, f"{rope.dimensions // 2} numbers above 0")
+    attention = section.number("attention_factor", 1.0, above=0)
+    scaling = RopeScaling("factors", attention_factor=attention, factors=factors)
+    return replace(rope, scaling=scaling), context
+
+
+_SCALED = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "factors": _listed}
+_READERS = {
+    "default": _read_default,
+    "linear": _read_linear,
+    "llama3": _read_llama3,
+    "yarn": _read_yarn,
+    "dynamic": _read_dynamic,
+    "factors": _read_factors,
+}
