@@ -1,0 +1,54 @@
+"""The tokenizer of something that can be run, and whether it is still the source's."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from edgellm.errors import UnsupportedTokenizer
+from edgellm.manifest import Parity
+from edgellm.tokenization.llamacpp import LlamaCppTokenizer
+from edgellm.tokenization.parity import check_parity, merged
+from edgellm.tokenization.tokenizer import Tokenizer
+
+
+def artifact_tokenizer(main_file: str | Path) -> Tokenizer | LlamaCppTokenizer:
+    """The tokenizer of a GGUF file, or of the folder around another container's main file.
+
+    A GGUF file whose tokenizer edgellm cannot rebuild is read by llama.cpp's own, where
+    llama-cpp-python is installed; otherwise ``UnsupportedTokenizer`` is raised.
+    """
+    main_file = Path(main_file)
+    if main_file.suffix != ".gguf":
+        return Tokenizer.from_hf_folder(main_file.parent)
+    from edgellm.source.gguf_file import read_gguf
+
+    metadata = read_gguf(main_file).metadata
+    try:
+        return Tokenizer.from_gguf(metadata)
+    except UnsupportedTokenizer:
+        if _llamacpp_is_installed():
+            return LlamaCppTokenizer(main_file)
+        raise
+
+
+def artifact_parity(source: Tokenizer, main_file: str | Path) -> Parity:
+    """Whether the artifact whose main file this is splits text as ``source`` does.
+
+    By the tokenizer that edgellm reads back from it and, for a GGUF file where llama-cpp-python is
+    installed, by llama.cpp's own as well; ``method`` says which were asked.
+    """
+    found = check_parity(
+        source, artifact_tokenizer(main_file), method="edgellm reading the artifact back"
+    )
+    if Path(main_file).suffix != ".gguf" or not _llamacpp_is_installed():
+        return found
+    judge = LlamaCppTokenizer(main_file)
+    try:
+        return merged(found, check_parity(source, judge, method="llama.cpp's own tokenizer"))
+    finally:
+        judge.close()
+
+
+def _llamacpp_is_installed() -> bool:
+    return importlib.util.find_spec("llama_cpp") is not None
