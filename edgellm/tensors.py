@@ -196,5 +196,6 @@ def check_finite(rows: Array, name: str, *, first_row: int = 0) -> None:
     value = rows.reshape(-1)[position]
     raise TensorError(
         f"tensor {name} holds {value} at row {first_row + row}, column {column} ({count} such "
-        "values in this slab): the model is damaged or was trained into overflow; get an intact copy of it"
+        "values in this slab): the model is damaged or was trained into overflow; get an intact "
+        "copy of it"
     )

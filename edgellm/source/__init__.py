@@ -1,0 +1,65 @@
+"""Where models come from: Hugging Face folders, GGUF files and Hub ids, opened by one function."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from edgellm.errors import SourceError
+from edgellm.progress import Progress, unwatched
+from edgellm.source.model import ModelSource
+from edgellm.tensors import check_finite
+
+__all__ = ["ModelSource", "check_finite", "open_source"]
+
+
+def open_source(
+    text: str,
+    *,
+    ignore_config_keys: Collection[str] = (),
+    context: int | None = None,
+    progress: Progress = unwatched,
+) -> ModelSource:
+    """The model that ``text`` names: a folder, a GGUF file, or an id on the Hub.
+
+    A Hub id is ``org/name``, with ``@revision`` and, in a repository of GGUF files, ``:file.gguf``
+    behind it; what exists on disk goes first. Headers and the tokenizer are read, weights are not.
+    ``context``: the context length that the model is wanted for, where its maths depends on it.
+    ``progress`` is told of a download. Raises ``SourceError`` (``HubError``, ``TensorError``) for
+    what is missing or damaged and ``UnsupportedModel`` for what is not understood.
+    """
+    path = Path(text).expanduser()
+    if path.exists():
+        return _open_path(path, ignore_config_keys, context)
+    from edgellm.source.hub import download, parse_hub_id
+
+    wanted = parse_hub_id(text)
+    if wanted is None:
+        raise SourceError(
+            f"no file or folder {text}, and it does not read like a Hub id (org/name, "
+            "org/name@revision, org/name:file.gguf): check the path"
+        )
+    found = download(wanted, progress)
+    source = _open_path(found.path, ignore_config_keys, context)
+    return replace(
+        source,
+        name=wanted.repo,
+        revision=found.revision,
+        licence=found.licence or source.licence,
+        url=wanted.url,
+        notes=(*found.notes, *source.notes),
+    )
+
+
+def _open_path(path: Path, ignore_config_keys: Collection[str], context: int | None) -> ModelSource:
+    from edgellm.source.checkpoint import PICKLES, open_folder, refuse_pickle
+    from edgellm.source.gguf_model import open_gguf
+
+    if path.is_dir():
+        return open_folder(path, ignore_config_keys=ignore_config_keys, context=context)
+    if path.name.endswith(PICKLES):
+        refuse_pickle(path)
+    if path.suffix == ".safetensors" or path.name.endswith(".json"):
+        raise SourceError(f"{path} is one file of a model: give its folder, {path.parent}")
+    return open_gguf(path, ignore_config_keys=ignore_config_keys, context=context)

@@ -1,0 +1,279 @@
+"""Hugging Face folders: ``config.json``, safetensors in one or many shards, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from edgellm.architectures import family_of
+from edgellm.architectures.config import Config
+from edgellm.architectures.decoder import Decoder
+from edgellm.architectures.family import Family
+from edgellm.errors import SourceError, TensorError, UnsupportedModel
+from edgellm.source.matching import check_vocabulary, embedding_row, equal, head_row, listed, match
+from edgellm.source.model import ModelSource
+from edgellm.source.safetensors_file import READABLE, read_safetensors
+from edgellm.tensors import TensorRef
+from edgellm.tokenization import Tokenizer
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_JSON_BYTES = 64 << 20
+PROVENANCE_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The tensors of a folder by the names they are stored under, and the files they are in."""
+
+    tensors: dict[str, TensorRef]
+    files: tuple[Path, ...]
+
+
+def open_folder(
+    path: Path, *, ignore_config_keys: Collection[str] = (), context: int | None = None
+) -> ModelSource:
+    """The model in folder ``path``; headers and the tokenizer are read, weights are not.
+
+    ``context``: the context length that it is wanted for, where the maths depends on it. Weights
+    are read only where a head that should be tied is stored too, to compare the two.
+    Raises ``SourceError`` for what is missing or damaged, ``UnsupportedModel`` for what is not
+    understood.
+    """
+    if not (path / "config.json").exists():
+        _refuse_without_config(path)
+    config = read_json(path / "config.json")
+    # Before the weights: an unknown family is the more useful thing to be told.
+    family = family_of(config)
+    checkpoint = read_checkpoint(path)
+    _refuse_quantized(path, config, checkpoint)
+    reader = Config(
+        config, ignore=ignore_config_keys, context=context, where=str(path / "config.json")
+    )
+    decoder = family.describe(reader)
+    stored = _with_prefix(checkpoint.tensors, family, decoder)
+    stored, decoder, notes = _settle_head(stored, family, decoder)
+    tensors = match(
+        family.tensors(decoder),
+        stored,
+        by="source",
+        where=str(path),
+        ignored=lambda name: name.endswith(family.ignored_tensors),
+    )
+    tokenizer = Tokenizer.from_hf_folder(path)
+    notes += check_vocabulary(str(path), tokenizer.vocab_size, decoder.vocab_size)
+    generation = path / "generation_config.json"
+    return ModelSource(
+        name=path.resolve().name,
+        kind="hf",
+        path=path,
+        config={**config, "tie_word_embeddings": decoder.tied_head},
+        family=family,
+        decoder=decoder,
+        tensors=tensors,
+        tokenizer=tokenizer,
+        weight_files=checkpoint.files,
+        generation=read_json(generation) if generation.exists() else {},
+        licence=_licence(path / "README.md"),
+        provenance={key: config[key] for key in PROVENANCE_KEYS if config.get(key)},
+        notes=(*reader.notes, *notes),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises ``SourceError`` when it is none."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise SourceError(f"{path} has more than {MAX_JSON_BYTES >> 20} MB: it is damaged")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path} is not JSON ({error}): fetch it again") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{path} holds {type(value).__name__}, not an object: fetch it again")
+    return value
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """All tensors of the folder's safetensors files, headers checked.
+
+    Raises ``SourceError`` for shards that are missing, damaged or outside the folder, for an index
+    that does not agree with them, and for pickles.
+    """
+    if (path / INDEX).exists():
+        return _sharded(path, read_json(path / INDEX))
+    found = sorted(path.glob("*.safetensors"))
+    single = path / SINGLE
+    if single not in found:
+        if not found:
+            _refuse_without_weights(path)
+        if len(found) > 1:
+            raise SourceError(
+                f"{path} holds {len(found)} safetensors files "
+                f"({listed([file.name for file in found])}) and neither {SINGLE} nor {INDEX} to "
+                "say which make the model: fetch the index"
+            )
+        single = found[0]
+    header = read_safetensors(single)
+    return Checkpoint({name: header.ref(name) for name in header.tensors}, (single,))
+
+
+def _sharded(path: Path, index: Mapping[str, Any]) -> Checkpoint:
+    where = path / INDEX
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{where} has no weight_map: fetch it again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not _plain_name(shard):
+            raise SourceError(
+                f"{where} places tensor {name} in {shard!r}, which is not the name of a "
+                "safetensors file in this folder: the index is unsafe or damaged; fetch it again"
+            )
+    shards = sorted(set(weight_map.values()))
+    absent = [shard for shard in shards if not (path / shard).exists()]
+    if absent:
+        raise SourceError(
+            f"{path} lacks {len(absent)} of its {len(shards)} shards: {listed(absent)}; fetch them"
+        )
+    headers = {shard: read_safetensors(path / shard) for shard in shards}
+    lost = [name for name, shard in weight_map.items() if name not in headers[shard].tensors]
+    if lost:
+        raise SourceError(
+            f"{where} names {len(lost)} tensors that their shards do not hold: {listed(lost)}; "
+            "index and shards belong to different models: fetch both again"
+        )
+    tensors = {name: headers[shard].ref(name) for name, shard in weight_map.items()}
+    # What a shard holds and the index does not name is shown as left over, if it matters.
+    for header in headers.values():
+        tensors.update(
+            {name: header.ref(name) for name in header.tensors if name not in weight_map}
+        )
+    return Checkpoint(tensors, tuple(path / shard for shard in shards))
+
+
+def _plain_name(shard: str) -> bool:
+    """A file name alone, on any system; ``:`` would name a stream or a drive on Windows."""
+    return (
+        PurePosixPath(shard).name == shard == PureWindowsPath(shard).name
+        and shard.endswith(".safetensors")
+        and not any(character in shard for character in ":\0")
+    )
+
+
+def _with_prefix(
+    stored: dict[str, TensorRef], family: Family, decoder: Decoder
+) -> dict[str, TensorRef]:
+    """Names with the family's prefix, which a model saved without its head lacks."""
+    embedding, head = embedding_row(family, decoder).source, head_row(family, decoder).source
+    bare = embedding.removeprefix(family.base_prefix)
+    if embedding in stored or bare not in stored:
+        return stored
+    return {
+        name if name == head else family.base_prefix + name: ref for name, ref in stored.items()
+    }
+
+
+def _settle_head(
+    stored: dict[str, TensorRef], family: Family, decoder: Decoder
+) -> tuple[dict[str, TensorRef], Decoder, tuple[str, ...]]:
+    """One table where the config ties head and embedding, whichever of them is stored.
+
+    Two that differ are kept apart, as transformers does (``PreTrainedModel.tie_weights``).
+    """
+    embedding, head = embedding_row(family, decoder).source, head_row(family, decoder).source
+    if not decoder.tied_head or head not in stored:
+        return stored, decoder, ()
+    others = {name: ref for name, ref in stored.items() if name != head}
+    if embedding not in stored:
+        return {**others, embedding: stored[head]}, decoder, ()
+    if equal(stored[embedding], stored[head]):
+        return others, decoder, ()
+    note = (
+        f"the config ties the output head to the embedding, but {head} and {embedding} differ: "
+        "both were kept, as transformers does"
+    )
+    return stored, replace(decoder, tied_head=False), (note,)
+
+
+def _refuse_quantized(path: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = (
+            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        )
+        raise UnsupportedModel(
+            f"{path} is quantized already ({method}): rounding it again would add up both errors; "
+            "convert the model in bf16, f16 or f32 that it was made from"
+        )
+    readable = {dtype.lower() for dtype in READABLE}
+    quantized = {
+        name: ref.dtype
+        for name, ref in checkpoint.tensors.items()
+        if ref.dtype not in readable
+        and not name.endswith((".bias", ".masked_bias", ".position_ids"))
+    }
+    if quantized:
+        dtypes = ", ".join(sorted(set(quantized.values())))
+        raise TensorError(
+            f"{path} stores {len(quantized)} tensors as {dtypes} ({listed(quantized)}), and "
+            f"weights are read from {', '.join(sorted(readable))}: it is quantized already; "
+            "convert the model that it was made from"
+        )
+
+
+def _refuse_without_config(path: Path) -> None:
+    if (path / "adapter_config.json").exists():
+        raise UnsupportedModel(
+            f"{path} holds an adapter, not a model: merge it into its base model first "
+            "(peft's merge_and_unload), then convert the result"
+        )
+    _refuse_other_formats(path)
+    raise SourceError(f"{path} has no config.json: give the folder that from_pretrained would load")
+
+
+def _refuse_without_weights(path: Path) -> None:
+    _refuse_other_formats(path)
+    raise SourceError(f"{path} holds no weights: fetch its *.safetensors files")
+
+
+def _refuse_other_formats(path: Path) -> None:
+    """Say what to do about weights that are there in a form which is not read from a folder."""
+    files = sorted(file.name for file in path.iterdir() if file.is_file())
+    ggufs = [file for file in files if file.endswith(".gguf")]
+    if ggufs:
+        raise SourceError(
+            f"{path} holds GGUF files: give one by its name, such as {path / ggufs[0]}"
+        )
+    pickles = [file for file in files if file.endswith(PICKLES)]
+    if pickles and not any(file.endswith(".safetensors") for file in files):
+        refuse_pickle(path / pickles[0])
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise ``SourceError``: reading a pickle runs whatever code it holds."""
+    raise SourceError(
+        f"{path} is a pickle, which can run any code when it is read, so edgellm does not read it. "
+        "Most models on the Hub have safetensors in another revision; or, where you trust the "
+        "file, save the model again with transformers: "
+        "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+    )
+
+
+def _licence(readme: Path) -> str:
+    """``license`` in the front matter of a model card, or nothing."""
+    try:
+        text = readme.read_bytes()[: 1 << 16].decode(errors="replace")
+    except OSError:
+        return ""
+    if not text.startswith("---"):
+        return ""
+    for line in text[3:].split("\n---", 1)[0].splitlines():
+        key, _, value = line.partition(":")
+        if key == "license":
+            return value.strip().strip("'\"")
+    return ""

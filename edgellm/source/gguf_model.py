@@ -1,0 +1,151 @@
+"""A GGUF file as a source of weights: blocks dequantized, llama.cpp's rearrangements undone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import libgguf
+import numpy as np
+import numpy.typing as npt
+
+from edgellm.architectures import config_from_gguf, family_of
+from edgellm.architectures.config import Config
+from edgellm.architectures.decoder import Decoder
+from edgellm.architectures.family import Family, TensorRow
+from edgellm.errors import TensorError
+from edgellm.source.gguf_file import GgufFile, GgufTensor, read_gguf
+from edgellm.source.matching import check_vocabulary, match
+from edgellm.source.model import ModelSource
+from edgellm.source.weight_file import Bytes, WeightFile
+from edgellm.tensors import Array, TensorRef, derived, reordered
+from edgellm.tokenization import Tokenizer
+
+ROWS_PER_CALL = 32
+"""libgguf starts threads of its own for more rows; the caller's count of threads shall hold."""
+
+FLOATS = {"f32": "<f4", "f16": "<f2", "f64": "<f8"}
+UNREADABLE = ("i8", "i16", "i32", "i64", "q8_1", "q8_k")
+"""Whole numbers, and types that only hold activations while llama.cpp computes."""
+
+ROPE_FACTORS = "rope_freqs.weight"
+IGNORED = (".attn_rot_embd.weight", ".rope_freqs.weight", ".rope.freqs")
+"""Ends of names that old converters wrote: tables that llama.cpp computes anyway."""
+
+PAIRED_ROLES = ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias")
+URL_KEYS = ("general.source.url", "general.url", "general.base_model.0.repo_url")
+
+
+def open_gguf(
+    path: Path, *, ignore_config_keys: Collection[str] = (), context: int | None = None
+) -> ModelSource:
+    """The model in a GGUF file (or in all parts of a split one); no weights are read.
+
+    ``context`` as in ``checkpoint.open_folder``. Raises ``SourceError`` for a damaged file,
+    ``UnsupportedModel`` for an architecture or feature that is not understood.
+    """
+    stored = read_gguf(path)
+    refs = references(stored)
+    factors = refs[ROPE_FACTORS].load().reshape(-1).tolist() if ROPE_FACTORS in refs else None
+    config = config_from_gguf(
+        stored.metadata, refs.keys(), factors, ignore_config_keys=ignore_config_keys
+    )
+    family = family_of(config)
+    reader = Config(config, ignore=ignore_config_keys, context=context, where=str(path))
+    decoder = family.describe(reader)
+    rows = tuple(family.tensors(decoder))
+    matched = match(
+        rows,
+        refs,
+        by="role",
+        where=str(path),
+        # Its values are in the config by now.
+        ignored=lambda name: name == ROPE_FACTORS or name.endswith(IGNORED),
+    )
+    tensors = {
+        row.role: as_checkpoint_stores(matched[row.role], row, decoder, family) for row in rows
+    }
+    tokenizer = Tokenizer.from_gguf(stored.metadata)
+    notes = check_vocabulary(str(path), tokenizer.vocab_size, decoder.vocab_size)
+    general = {key: value for key, value in stored.metadata.items() if key.startswith("general.")}
+    return ModelSource(
+        name=str(general.get("general.name", path.stem)),
+        kind="gguf",
+        path=path,
+        config=config,
+        family=family,
+        decoder=decoder,
+        tensors=tensors,
+        tokenizer=tokenizer,
+        weight_files=stored.files,
+        licence=str(general.get("general.license", "")),
+        url=str(next((general[key] for key in URL_KEYS if key in general), "")),
+        provenance=general,
+        notes=(*reader.notes, *notes),
+    )
+
+
+def references(stored: GgufFile) -> dict[str, TensorRef]:
+    """Every tensor of the file by name, dequantized slab by slab on loading, as it is stored."""
+    files = {path: WeightFile(path) for path in stored.files}
+    return {name: _reference(files[tensor.file], tensor) for name, tensor in stored.tensors.items()}
+
+
+def as_checkpoint_stores(
+    ref: TensorRef, row: TensorRow, decoder: Decoder, family: Family
+) -> TensorRef:
+    """``ref`` with the rows of q and k back in half-rotation order and norms less their offset."""
+    layout = family.gguf
+    if layout.interleaved_rope and ref.role.endswith(PAIRED_ROLES):
+        heads = decoder.heads if ".attn_q." in ref.role else decoder.kv_heads
+        order = halves_order(heads, decoder.head_dim)
+        if len(ref.shape) == 1:
+            return derived(ref, lambda values: values[:, order])
+        return reordered(ref, order)
+    if layout.norm_plus_one and row.kind == "norm":
+        return derived(ref, lambda values: values - np.float32(1))
+    return ref
+
+
+def halves_order(heads: int, head_dim: int) -> npt.NDArray[np.intp]:
+    """For each row of a head in halves (x0, x1, .., y0, ..), its place in pairs (x0, y0, ..).
+
+    The inverse of ``LlamaModel.permute`` in llama.cpp's converter.
+    """
+    pairs = np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2)
+    return pairs.swapaxes(1, 2).reshape(-1)
+
+
+def _reference(file: WeightFile, tensor: GgufTensor) -> TensorRef:
+    rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+    columns = 1
+    for dimension in tensor.shape[1:] if len(tensor.shape) > 1 else tensor.shape:
+        columns *= dimension
+    row_bytes = tensor.nbytes // rows
+
+    def load_rows(start: int, stop: int) -> Array:
+        raw = file.read(tensor.offset + start * row_bytes, (stop - start) * row_bytes)
+        return dequantize(raw.reshape(stop - start, row_bytes), columns, tensor)
+
+    return TensorRef(tensor.name, tensor.name, tensor.shape, tensor.dtype, tensor.nbytes, load_rows)
+
+
+def dequantize(raw: Bytes, columns: int, tensor: GgufTensor) -> Array:
+    """Rows uint8 ``[rows, row_bytes]`` as float32 ``[rows, columns]``, by ggml's own code."""
+    values: Array
+    if tensor.dtype in FLOATS:
+        with np.errstate(over="ignore"):  # out of range gives Inf, which is looked for later
+            values = raw.view(FLOATS[tensor.dtype]).astype(np.float32, copy=False)
+            return values
+    if tensor.dtype == "bf16":
+        values = np.left_shift(raw.view("<u2"), 16, dtype=np.uint32).view(np.float32)
+        return values
+    if tensor.dtype in UNREADABLE:
+        raise TensorError(
+            f"tensor {tensor.name} is stored as {tensor.dtype}, which holds no weights"
+        )
+    result = np.empty((len(raw), columns), dtype=np.float32)
+    for start in range(0, len(raw), ROWS_PER_CALL):
+        some, into = raw[start : start + ROWS_PER_CALL], result[start : start + ROWS_PER_CALL]
+        libgguf.dequantize_rows_into_raw(tensor.type.number, some, into, len(some), columns)
+    return result

@@ -1,0 +1,71 @@
+"""ModelSource: a model that was described and checked, none of its weights read yet."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from edgellm.errors import SourceError
+from edgellm.tensors import TensorRef
+
+if TYPE_CHECKING:
+    from edgellm.architectures.decoder import Decoder
+    from edgellm.architectures.family import Family
+    from edgellm.tokenization import Tokenizer
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What goes into a conversion, whatever it came from.
+
+    ``tensors`` are canonical: by role (GGUF tensor name), ``[out, in]``, rows of q and k in
+    half-rotation order, norm weights as Hugging Face stores them; without ``output.weight`` where
+    the head is tied. ``config`` is in Hugging Face's spelling for a GGUF file too. ``generation``
+    is ``generation_config.json``. ``revision``, ``licence`` and ``url`` are empty where unknown.
+    ``notes`` are facts that the user should be shown. ``weight_files`` are what ``digest`` covers.
+    """
+
+    name: str
+    kind: Literal["hf", "gguf"]
+    path: Path
+    config: dict[str, Any]
+    family: Family
+    decoder: Decoder
+    tensors: dict[str, TensorRef]
+    tokenizer: Tokenizer
+    weight_files: tuple[Path, ...]
+    generation: dict[str, Any] = field(default_factory=dict)
+    revision: str = ""
+    licence: str = ""
+    url: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def digest(self) -> str:
+        """SHA-256 of the weights, in hexadecimal; computed once, by a thread for each core.
+
+        Of one file it is the file's own, as the Hub shows it; of several it is taken over their
+        digests (32 bytes each) in the order of the files' names. Raises ``SourceError`` when a file
+        cannot be read.
+        """
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        files = sorted(self.weight_files, key=lambda path: path.name)
+        with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
+            digests = list(pool.map(_file_digest, files))
+        return (digests[0] if len(files) == 1 else hashlib.sha256(b"".join(digests)).digest()).hex()
+
+
+def _file_digest(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror}") from error
