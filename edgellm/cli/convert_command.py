@@ -24,7 +24,8 @@ def convert(
         typer.Argument(help="A Hugging Face folder, a GGUF file or a Hub id (owner/name)."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The folder to make. Needed but for --dry-run.")
+        Path | None,
+        typer.Option("--out", "-o", help="The folder to make; optional with --dry-run."),
     ] = None,
     format: Annotated[
         str | None,
@@ -48,15 +49,15 @@ def convert(
     ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.toml", help="Read all of this from a file; options override it."),
+        typer.Option(metavar="FILE.toml", help="Read all this from a file; options override it."),
     ] = None,
     save_recipe: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.toml", help="Write what was asked, defaults filled in, to a file."),
+        typer.Option(metavar="FILE.toml", help="Write what was asked, defaults filled in."),
     ] = None,
     ignore_config_key: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY", help="A config key not known here that you vouch for. Repeatable."),
+        typer.Option(metavar="KEY", help="A config key, not known here, that you vouch for."),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(help="Workers. Default: the physical cores. Never changes a byte.")
@@ -197,15 +198,15 @@ def _show_plan(plan: Plan) -> None:
     render.show_facts(
         [
             ("tensors", str(len(plan.layout.tensors))),
-            ("size", f"{render.size(plan.output_bytes)}, {plan.bits_per_weight:.2f} bits per weight"),
+            ("size", render.size(plan.output_bytes)),
+            ("bits per weight", f"{plan.bits_per_weight:.2f}"),
             ("context", f"{plan.layout.context_length} tokens"),
             ("peak memory", f"about {render.size(plan.peak_memory_bytes)}"),
             ("disk needed", render.size(plan.disk_bytes)),
             ("time", f"about {render.duration(plan.seconds)} on {plan.threads} threads"),
         ]
     )
-    for note in plan.layout.notes:
-        print(f"  · {note}")
+    render.show_notes(plan.layout.notes)
 
 
 def _shape(tensor: OutputTensor) -> tuple[int, ...]:
@@ -221,6 +222,6 @@ def _show_artifact(artifact: Artifact, *, as_json: bool) -> None:
         return
     made = artifact.manifest.artifact
     render.say_notes(made.notes)
-    nbytes = sum(file.nbytes for file in made.files)
-    print(f"{artifact.path}: {render.size(nbytes)} in {len(made.files)} files, verified sums in manifest.json")
-    render.say(f"ask it: edgellm run {artifact.path} \"Why is the sky blue?\"")
+    nbytes = render.size(sum(file.nbytes for file in made.files))
+    print(f"{artifact.path}: {nbytes}, {len(made.files)} files, their checksums in manifest.json")
+    render.say(f'ask it: edgellm run {artifact.path} "Why is the sky blue?"')

@@ -31,26 +31,19 @@ def progress_shown(*, quiet: bool = False) -> Iterator[Progress]:
 
 @contextmanager
 def _bar() -> Iterator[Progress]:
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress as Bar,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
 
     columns = (
-        TextColumn("{task.description:<9}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.fields[items]}"),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(compact=True),
+        bars.TextColumn("{task.description:<9}"),
+        bars.BarColumn(bar_width=None),
+        bars.TextColumn("{task.fields[items]}"),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(compact=True),
     )
     tasks: dict[Stage, TaskID] = {}
-    with Bar(*columns, console=Console(file=sys.stderr), expand=True) as bar:
+    with bars.Progress(*columns, console=Console(file=sys.stderr), expand=True) as bar:
 
         def watch(event: ProgressEvent) -> None:
             if event.stage not in tasks:

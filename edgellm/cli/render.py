@@ -23,6 +23,12 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def show_notes(lines: Iterable[str]) -> None:
+    """What belongs to the answer and the person should know, a line each on stdout."""
+    for line in lines:
+        print(f"  · {line}")
+
+
 def say_notes(lines: Iterable[str]) -> None:
     """What the person should know (a default and its reason, a cap), a line each on stderr."""
     for line in lines:

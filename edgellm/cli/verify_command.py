@@ -34,13 +34,13 @@ def verify(
     from edgellm.manifest import open_artifact
     from edgellm.manifest import verify as verify_artifact
 
-    artifact = open_artifact(path)
-    failure = ""
+    manifest, failure = None, ""
     try:
+        artifact = open_artifact(path)
+        manifest = artifact.manifest
         verify_artifact(artifact)
     except VerificationError as error:
         failure = str(error)
-    manifest = artifact.manifest
     if as_json:
         render.show_json(
             {

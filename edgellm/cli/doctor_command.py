@@ -1,0 +1,82 @@
+"""``edgellm doctor``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgellm.cli import render
+
+if TYPE_CHECKING:
+    from edgellm.diagnosis import Diagnosis
+    from edgellm.hardware import Gpu
+    from edgellm.runtimes.session import Capabilities
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Show what this machine has and what would run here.
+
+    Processor, cores, memory and its measured bandwidth, GPUs, each runtime with its version or the
+    command that installs it, and which of them run would pick for each kind of file, and why.
+
+    \b
+    Examples:
+      edgellm doctor
+      edgellm doctor --json | jq '.runtimes[] | {runtime, available, reason}'
+    """
+    from edgellm.diagnosis import diagnose
+
+    found = diagnose()
+    if as_json:
+        render.show_json(found)
+    else:
+        _show(found)
+
+
+def _show(found: Diagnosis) -> None:
+    machine = found.hardware
+    cores = machine.physical_cores
+    features = " ".join(sorted(machine.cpu_features.value)) or machine.cpu_features.reason
+    bandwidth = found.memory_bandwidth_bytes_per_s
+    render.show_facts(
+        [
+            ("edgellm", f"{found.edgellm_version} on Python {found.python_version}"),
+            ("system", f"{machine.os.value}, {machine.machine.value}"),
+            ("processor", machine.cpu.value),
+            ("features", features),
+            ("cores", f"{cores.value} ({cores.reason})"),
+            ("memory", f"{render.size(machine.memory_bytes.value)} ({machine.memory_bytes.reason})"),
+            ("bandwidth", f"{render.size(bandwidth)}/s read by {cores.value} threads (measured now)"),
+            ("", f"at most {bandwidth / 100e6:.0f} tokens/s from a model of 100 MB, on the processor"),
+            *(("gpu", _gpu(gpu)) for gpu in machine.gpus.value),
+            ("gpu", "" if machine.gpus.value else f"none found ({machine.gpus.reason})"),
+            ("demo model", found.demo_model),
+        ]
+    )
+    print()
+    render.show_table(
+        ("runtime", "version", "runs", "on", ""), [_runtime(runtime) for runtime in found.runtimes]
+    )
+    print()
+    render.show_facts((f"run {pick.container}", pick.reason) for pick in found.picks)
+    render.show_facts([("convert", f"makes {found.default_container}: {found.default_container_reason}")])
+
+
+def _runtime(runtime: Capabilities) -> tuple[str, ...]:
+    return (
+        runtime.runtime,
+        runtime.version if runtime.available else "-",
+        " ".join(sorted(runtime.containers)),
+        " ".join(runtime.devices) if runtime.available else "-",
+        runtime.reason + ("" if runtime.automatic else " (only by --runtime)"),
+    )
+
+
+def _gpu(gpu: Gpu) -> str:
+    memory = f", {render.size(gpu.memory_bytes)}" if gpu.memory_bytes else ""
+    capability = gpu.compute_capability
+    cuda = f", compute capability {capability[0]}.{capability[1]}" if capability else ""
+    return f"{gpu.name}{memory}{cuda}"

@@ -1,0 +1,97 @@
+"""``edgellm inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgellm.cli import render
+
+if TYPE_CHECKING:
+    from edgellm.inspection import Inspection
+    from edgellm.manifest import Manifest
+
+
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(help="An artifact, a .gguf, .onnx or .safetensors file, or a model folder."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Show what is inside an artifact or a model file.
+
+    Metadata, every tensor with its stored type and size, bits per weight, and for an artifact where
+    it came from and what was done. Headers are read, weights are not (see edgellm verify for that).
+
+    \b
+    Examples:
+      edgellm inspect small
+      edgellm inspect model.gguf | less
+      edgellm inspect ./SmolLM2-135M --json | jq '.tensors[] | select(.grid == "f32") | .name'
+    """
+    from edgellm.inspection import inspect as inspect_path
+
+    found = inspect_path(path)
+    if as_json:
+        render.show_json(found)
+        return
+    _show(found)
+
+
+def _show(found: Inspection) -> None:
+    render.show_facts((name, _text(value)) for name, value in found.metadata.items())
+    print()
+    notes = any(tensor.note for tensor in found.tensors)
+    render.show_table(
+        ("tensor", "shape", "grid", "size", *(("note",) if notes else ())),
+        [
+            (
+                tensor.name,
+                " x ".join(map(str, tensor.shape)),
+                tensor.grid,
+                render.size(tensor.nbytes),
+                *((tensor.note,) if notes else ()),
+            )
+            for tensor in found.tensors
+        ],
+        right="3",
+    )
+    print()
+    bits = f", {found.bits_per_weight:.2f} bits per weight" if found.bits_per_weight else ""
+    grids = ", ".join(f"{grid} {render.size(count)}" for grid, count in found.grid_bytes.items())
+    render.show_facts(
+        [
+            (found.kind, str(found.path)),
+            ("size", render.size(found.output_bytes) + bits),
+            ("tensors", f"{len(found.tensors)}: {grids}"),
+            *(_lineage(found.manifest) if found.manifest else ()),
+        ]
+    )
+    render.show_notes(found.notes)
+
+
+def _lineage(manifest: Manifest) -> list[tuple[str, str]]:
+    made, base = manifest.artifact, manifest.artifact.base
+    parity = made.tokenizer_parity
+    verdict = "the source's own ids" if parity.equal else f"DIFFERS: {'; '.join(parity.mismatches)}"
+    recipe = " ".join(f"{name}={value}" for name, value in made.recipe.items() if value)
+    return [
+        ("made from", " ".join(filter(None, (base.name, base.revision, base.licence, base.url)))),
+        ("base sha256", base.sha256),
+        ("recipe", recipe),
+        ("tokenizer", f"{verdict} in {parity.cases} awkward cases ({parity.method})"),
+        ("made by", ", ".join(f"{tool} {version}" for tool, version in made.tool_versions.items())),
+        ("measured", ", ".join(f"{name} {value}" for name, value in manifest.measured.items())),
+        ("sha256", manifest.sha256),
+    ]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    if isinstance(value, dict):
+        return " ".join(f"{name}={count}" for name, count in value.items())
+    return str(value).replace("\n", "\\n")
