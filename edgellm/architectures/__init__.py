@@ -10,11 +10,11 @@ from difflib import get_close_matches
 from typing import Any
 
 from edgellm.architectures.family import Family
-from edgellm.architectures.gguf_metadata import config_from_gguf, gguf_keys
+from edgellm.architectures.gguf_metadata import config_from_gguf, gguf_keys, rope_factors
 from edgellm.errors import UnsupportedModel
 from edgellm.registry import attribute
 
-__all__ = ["FAMILIES", "REFUSED", "config_from_gguf", "family_of", "gguf_keys"]
+__all__ = ["FAMILIES", "REFUSED", "config_from_gguf", "family_of", "gguf_keys", "rope_factors"]
 
 FAMILIES = {
     "llama": "edgellm.architectures.llama:FAMILY",

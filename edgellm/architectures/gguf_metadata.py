@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -16,13 +17,13 @@ from edgellm.architectures.config import Config
 from edgellm.architectures.decoder import Decoder, Rope
 from edgellm.architectures.family import Family
 from edgellm.architectures.llama import LAYER_TYPES, MOST_LAYERS, WINDOWED
-from edgellm.architectures.rope import yarn_attention_factor
+from edgellm.architectures.rope import inverse_frequencies, yarn_attention_factor
 from edgellm.errors import UnsupportedModel
 
 Value = bool | int | float | str | list[bool]
 
-# llama.cpp's name of an architecture to the model_type whose config it is read back as. "llama"
-# holds Mistral too.
+# llama.cpp's name of an architecture to the model_type whose config it is read back as. Mistral is
+# stored as "llama", and read back as that.
 ARCHITECTURES: Final[Mapping[str, str]] = {
     "llama": "llama",
     "qwen2": "qwen2",
@@ -53,8 +54,8 @@ NEUTRAL_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
 def gguf_keys(decoder: Decoder, family: Family) -> dict[str, Value]:
     """What llama.cpp reads about the network; int stands for uint32, float for float32.
 
-    Of rope scaling, ``llama3`` and ``factors`` have no keys: they are a ``rope_freqs.weight``.
-    Whether llama.cpp's graph can express the rest is for the exporter to check.
+    What ``rope_factors`` gives goes beside them as ``rope_freqs.weight``. Whether llama.cpp's graph
+    can express the rest is for the exporter to check.
     """
     arch = family.gguf.arch
     keys: dict[str, Value] = {
@@ -73,15 +74,47 @@ def gguf_keys(decoder: Decoder, family: Family) -> dict[str, Value]:
     else:
         keys["attention.layer_norm_epsilon"] = decoder.norm.epsilon
     keys.update(_window_keys(decoder, family))
-    main = next((x.rope for x in decoder.layers if x.rope and x.window is None), None)
-    main = main or decoder.layers[0].rope
-    if main is not None:
-        keys.update(_rope_keys(main))
+    rope = _main_rope(decoder)
+    if rope is not None:
+        keys.update(_rope_keys(rope, factors=rope_factors(decoder, family) is not None))
     return {f"{arch}.{key}": value for key, value in keys.items()}
 
 
+def rope_factors(decoder: Decoder, family: Family) -> tuple[float, ...] | None:
+    """What the graph of ``llama`` divides each frequency by, ``[dimensions / 2]``, or None.
+
+    That is how GGUF holds llama3's scaling, and how it can hold a yarn with settings that
+    llama.cpp has no key for. Only the graph of ``llama`` looks at them.
+    """
+    rope = _main_rope(decoder)
+    if rope is None or rope.scaling is None or family.gguf.arch != "llama":
+        return None
+    if rope.scaling.kind == "linear" or (rope.scaling.kind == "yarn" and _is_usual_yarn(rope)):
+        return None
+    plain, _ = inverse_frequencies(replace(rope, scaling=None))
+    scaled, _ = inverse_frequencies(rope)
+    return tuple(float(factor) for factor in plain / scaled)
+
+
+def _main_rope(decoder: Decoder) -> Rope | None:
+    """The rope of the layers without a window, if there are any."""
+    ropes = [layer.rope for layer in decoder.layers if layer.window is None]
+    return (ropes or [layer.rope for layer in decoder.layers])[0]
+
+
+def _is_usual_yarn(rope: Rope) -> bool:
+    """Whether llama.cpp's constants are this yarn's settings."""
+    scaling = rope.scaling
+    usual = (32.0, 1.0, True)
+    return scaling is not None and usual == (
+        scaling.beta_fast,
+        scaling.beta_slow,
+        scaling.truncate,
+    )
+
+
 def _window_keys(decoder: Decoder, family: Family) -> dict[str, Value]:
-    """Nothing where the graph has no windows: the context is capped instead."""
+    """Nothing where the graph has no windows: its context is capped instead."""
     window = next((layer.window for layer in decoder.layers if layer.window), None)
     if window is None or not family.gguf.window:
         return {}
@@ -100,19 +133,19 @@ def _every(pattern: int, layers: int) -> list[bool]:
     return [bool((index + 1) % pattern) for index in range(layers)]
 
 
-def _rope_keys(rope: Rope) -> dict[str, Value]:
+def _rope_keys(rope: Rope, *, factors: bool) -> dict[str, Value]:
     keys: dict[str, Value] = {
         "rope.dimension_count": rope.dimensions,
         "rope.freq_base": rope.theta,
     }
     scaling = rope.scaling
-    if scaling is None or scaling.kind == "llama3":
+    if scaling is None:
         return keys
     attention = scaling.attention_factor
     if scaling.kind == "linear":
         keys["rope.scaling.type"] = "linear"
         keys["rope.scaling.factor"] = scaling.factor
-    elif scaling.kind == "yarn":
+    elif scaling.kind == "yarn" and not factors:
         keys["rope.scaling.type"] = "yarn"
         keys["rope.scaling.factor"] = scaling.factor
         keys["rope.scaling.original_context_length"] = scaling.original_context
@@ -126,13 +159,13 @@ def _rope_keys(rope: Rope) -> dict[str, Value]:
 def config_from_gguf(
     metadata: Mapping[str, Any],
     tensor_names: Collection[str] = (),
-    rope_factors: Sequence[float] | None = None,
+    factors: Sequence[float] | None = None,
     *,
     ignore_config_keys: Collection[str] = (),
 ) -> dict[str, Any]:
     """A config in Hugging Face's words that means what llama.cpp computes from that file.
 
-    ``tensor_names`` tell a tied head and biases; ``rope_factors`` are the values of
+    ``tensor_names`` tell a tied head and biases; ``factors`` are the values of
     ``rope_freqs.weight``, if there is one. Raises ``UnsupportedModel`` for an architecture or a
     key of it that is not understood.
     """
@@ -163,7 +196,7 @@ def config_from_gguf(
     if arch == "gpt2":
         config = shared | _gpt2(keys)
     else:
-        config = shared | _built_like_llama(keys, arch, names, rope_factors)
+        config = shared | _built_like_llama(keys, arch, names, factors)
     keys.refuse_unread()
     return config
 
@@ -203,7 +236,7 @@ def _gpt2(keys: Config) -> dict[str, Any]:
 
 
 def _built_like_llama(
-    keys: Config, arch: str, names: frozenset[str], rope_factors: Sequence[float] | None
+    keys: Config, arch: str, names: frozenset[str], factors: Sequence[float] | None
 ) -> dict[str, Any]:
     hidden = keys.integer("embedding_length")
     heads = keys.integer("attention.head_count")
@@ -222,22 +255,12 @@ def _built_like_llama(
         "max_position_embeddings": context,
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
     }
-    rope = _rope_config(keys, context, rope_factors)
+    rope = _rope_config(keys, context, factors)
     if arch == "gemma3":
         return config | _gemma3(keys, hidden, heads, head_dim, layers, rope)
-    config |= {"hidden_act": "silu", "rope_parameters": rope} | _biases(arch, names)
-    if keys.has("attention.sliding_window"):
-        # llama.cpp reads the key for none of these; the model that was converted had the window.
-        window = keys.integer("attention.sliding_window", minimum=0)
-        if arch == "llama" and window:
-            config |= {"model_type": "mistral", "sliding_window": window}
-        elif window:
-            config |= {
-                "use_sliding_window": True,
-                "sliding_window": window,
-                "layer_types": [WINDOWED] * layers,
-            }
-    return config
+    # No graph but gemma3's reads it, so a file that has it means something that we don't know.
+    keys.neutral("attention.sliding_window", 0)
+    return config | {"hidden_act": "silu", "rope_parameters": rope} | _biases(arch, names)
 
 
 def _biases(arch: str, names: frozenset[str]) -> dict[str, Any]:
@@ -257,9 +280,7 @@ def _biases(arch: str, names: frozenset[str]) -> dict[str, Any]:
     return found
 
 
-def _rope_config(
-    keys: Config, context: int, rope_factors: Sequence[float] | None
-) -> dict[str, Any]:
+def _rope_config(keys: Config, context: int, factors: Sequence[float] | None) -> dict[str, Any]:
     """``rope_parameters`` of the layers without a window, as llama.cpp reads the keys.
 
     A missing type means linear, a missing factor 1; the attention factor counts for every type.
@@ -276,25 +297,26 @@ def _rope_config(
     attention = keys.number("rope.scaling.attn_factor", 1.0, above=0)
     trained = keys.integer("rope.scaling.original_context_length", context)
     if kind == "yarn":
-        if rope_factors is not None:
+        if factors is not None:
             raise UnsupportedModel("GGUF with both yarn and rope_freqs.weight is not understood")
         # Two keys that llama.cpp reads for other architectures only, but its converter writes with
         # the values that the model was trained with.
+        stated = keys.has("rope.scaling.yarn_attn_factor") or attention != 1.0
         given = keys.number("rope.scaling.yarn_attn_factor", yarn_attention_factor(factor))
         return rope | {
             "rope_type": "yarn",
             "factor": factor,
             "original_max_position_embeddings": trained,
-            "attention_factor": given * attention,
+            "attention_factor": _tidy(given * attention) if stated else None,
             "beta_fast": keys.number("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": keys.number("rope.scaling.yarn_beta_slow", 1.0),
         }
     if kind == "none":
         factor = 1.0
-    if rope_factors is not None:
+    if factors is not None:
         return rope | {
             "rope_type": "factors",
-            "factors": [float(value) * factor for value in rope_factors],
+            "factors": [float(value) * factor for value in factors],
             "attention_factor": attention,
         }
     if attention != 1.0:

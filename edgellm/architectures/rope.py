@@ -59,8 +59,8 @@ def _listed(base: Frequencies, rope: Rope, scaling: RopeScaling) -> Frequencies:
 def _llama3(base: Frequencies, rope: Rope, scaling: RopeScaling) -> Frequencies:
     """Long waves are stretched, short ones kept, those between blended (Llama 3.1's code)."""
     turns = scaling.original_context * base / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = np.clip(kept, 0.0, 1.0)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    kept: Frequencies = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
     return kept * base + (1 - kept) * base / scaling.factor
 
 
@@ -73,7 +73,8 @@ def _yarn(base: Frequencies, rope: Rope, scaling: RopeScaling) -> Frequencies:
     low, high = max(low, 0), min(high, rope.dimensions - 1)
     if low == high:
         high += 0.001  # as the reference code does, to divide
-    stretched = np.clip((np.arange(base.size) - low) / (high - low), 0.0, 1.0)
+    pairs = np.arange(base.size, dtype=np.float64)
+    stretched: Frequencies = np.clip((pairs - low) / (high - low), 0.0, 1.0)
     return (1 - stretched) * base + stretched * base / scaling.factor
 
 

@@ -1,0 +1,122 @@
+"""A decoder computed from its description and canonical tensors, in numpy float64: plain and slow.
+
+It knows no family. What it answers is what a ``Decoder`` means, so exporters can be held against
+it tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm.architectures.decoder import Decoder, Layer, Norm, Rope
+from edgellm.architectures.rope import inverse_frequencies
+
+Array = npt.NDArray[np.float64]
+Tensors = Mapping[str, npt.NDArray[np.floating]]
+
+
+def logits(decoder: Decoder, tensors: Tensors, token_ids: Sequence[int]) -> Array:
+    """Logits ``[tokens, vocab]`` after each of ``token_ids``.
+
+    ``tensors`` by role, ``[out, in]``, q and k in half-rotation order, norm weights as a Hugging
+    Face checkpoint holds them.
+    """
+    weights = {role: np.asarray(value, dtype=np.float64) for role, value in tensors.items()}
+    x = weights["token_embd.weight"][list(token_ids)] * decoder.embedding_scale
+    if decoder.learned_positions is not None:
+        x = x + weights["position_embd.weight"][: len(token_ids)]
+    for index, layer in enumerate(decoder.layers):
+        block = _under(weights, f"blk.{index}.")
+        x = x + _attention(decoder, layer, block, _norm(decoder.norm, block, "attn_norm", x))
+        x = x + _feed_forward(decoder, block, _norm(decoder.norm, block, "ffn_norm", x))
+    x = _norm(decoder.norm, weights, "output_norm", x)
+    head = weights["token_embd.weight" if decoder.tied_head else "output.weight"]
+    return x @ head.T
+
+
+def _attention(decoder: Decoder, layer: Layer, block: Tensors, x: Array) -> Array:
+    tokens = len(x)
+    q_size, kv_size = decoder.query_size, decoder.kv_size
+    if decoder.fused_qkv:
+        q, k, v = np.split(_product(block, "attn_qkv", x), [q_size, q_size + kv_size], axis=1)
+    else:
+        q, k, v = (_product(block, name, x) for name in ("attn_q", "attn_k", "attn_v"))
+    q = q.reshape(tokens, decoder.heads, decoder.head_dim)
+    k = k.reshape(tokens, decoder.kv_heads, decoder.head_dim)
+    v = v.reshape(tokens, decoder.kv_heads, decoder.head_dim)
+    if decoder.qk_norm:
+        q = _norm(decoder.norm, block, "attn_q_norm", q)
+        k = _norm(decoder.norm, block, "attn_k_norm", k)
+    if layer.rope is not None:
+        q, k = _rotate(layer.rope, q), _rotate(layer.rope, k)
+    shared = decoder.heads // decoder.kv_heads
+    k, v = np.repeat(k, shared, axis=1), np.repeat(v, shared, axis=1)
+    scores = np.einsum("qhd,khd->hqk", q, k) * decoder.softmax_scale
+    age = np.arange(tokens)[:, None] - np.arange(tokens)[None, :]
+    seen = age >= 0
+    if layer.window is not None:
+        seen &= age < layer.window
+    scores = np.where(seen, scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    mixed = np.einsum("hqk,khd->qhd", weights, v).reshape(tokens, q_size)
+    out = _product(block, "attn_output", mixed)
+    return _norm(decoder.norm, block, "post_attention_norm", out) if decoder.post_norms else out
+
+
+def _feed_forward(decoder: Decoder, block: Tensors, x: Array) -> Array:
+    activate = _ACTIVATIONS[decoder.activation]
+    up = _product(block, "ffn_up", x)
+    inner = activate(_product(block, "ffn_gate", x)) * up if decoder.gated_mlp else activate(up)
+    out = _product(block, "ffn_down", inner)
+    return _norm(decoder.norm, block, "post_ffw_norm", out) if decoder.post_norms else out
+
+
+def _product(block: Tensors, name: str, x: Array) -> Array:
+    out = x @ block[f"{name}.weight"].T
+    return out + block[f"{name}.bias"] if f"{name}.bias" in block else out
+
+
+def _norm(norm: Norm, block: Tensors, name: str, x: Array) -> Array:
+    weight = block[f"{name}.weight"] + (1.0 if norm.offset else 0.0)
+    if norm.kind == "rms":
+        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + norm.epsilon) * weight
+    centred = x - x.mean(axis=-1, keepdims=True)
+    variance = np.mean(centred * centred, axis=-1, keepdims=True)
+    return centred / np.sqrt(variance + norm.epsilon) * weight + block[f"{name}.bias"]
+
+
+def _rotate(rope: Rope, x: Array) -> Array:
+    """``x`` ``[tokens, heads, head_dim]`` turned by its position, pairs half a head apart."""
+    frequencies, factor = inverse_frequencies(rope)
+    angles = np.arange(len(x))[:, None, None] * frequencies
+    cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
+    first, second, rest = np.split(x, [rope.dimensions // 2, rope.dimensions], axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def _gelu(x: Array) -> Array:
+    return x * 0.5 * (1.0 + np.vectorize(math.erf)(x / math.sqrt(2.0)))
+
+
+def _gelu_tanh(x: Array) -> Array:
+    return 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _silu(x: Array) -> Array:
+    return x / (1.0 + np.exp(-x))
+
+
+_ACTIVATIONS = {"gelu": _gelu, "gelu_tanh": _gelu_tanh, "silu": _silu}
+
+
+def _under(tensors: Tensors, prefix: str) -> dict[str, npt.NDArray[np.floating]]:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }

@@ -1,0 +1,398 @@
+"""Tiny random models of the real transformers classes, saved as Hugging Face folders.
+
+Each has a real, trained byte-level BPE tokenizer with a chat template. Weights are drawn so that
+everything shows in the logits: norms are not one, biases not zero, attention not flat.
+
+Use them through the session fixture ``tiny_model``: ``tiny_model("llama")`` builds a folder once.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import transformers
+
+TEXT = """The quick brown fox jumps over the lazy dog. It's 2024, isn't it? We'll see: 3.14159!
+Où est l'école? Straße, naïve café. 日本語のテキスト、中文文本。 Привет, мир! 🙂🚀
+def add(a, b):\n    return a + b\n\n\tfor i in range(10):\n        print(i, "tab\\t")
+<p>HTML &amp; entities</p> {"json": [1, 2, 3], "key": null}  double  spaces   triple
+I have 12 apples and 345 oranges; 6789 people came on 10/11/2012.
+A tokenizer splits a text into tokens, and a model turns the tokens into other tokens.
+"""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
+
+# Pre-tokenizers as the model makers publish them, so that readers recognise the tokenizer.
+SPLITS = {
+    "llama3": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "qwen2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A model to build: the class of its config, what it is given, and how text is split.
+
+    ``old_style``: its config.json is rewritten as transformers 4 wrote it.
+    """
+
+    config_class: str
+    settings: dict[str, Any]
+    split: str = "gpt2"
+    old_style: bool = False
+    vocab_size: int = field(default=517, kw_only=True)
+
+
+_LLAMA: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+_QWEN: dict[str, Any] = _LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 3}
+_QWEN2: dict[str, Any] = {
+    **{key: value for key, value in _QWEN.items() if key != "head_dim"},
+    "hidden_size": 192,
+    "rms_norm_eps": 1e-6,
+}
+_GEMMA: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "max_position_embeddings": 256,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+_GPT2: dict[str, Any] = {"n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 128}
+
+MODELS: dict[str, Tiny] = {
+    # Llama: three query heads to a kv head, heads wider than the model together, untied.
+    "llama": Tiny(
+        "LlamaConfig",
+        _LLAMA
+        | {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+        "llama3",
+    ),
+    "llama-biased": Tiny(
+        "LlamaConfig",
+        _LLAMA | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "llama-linear": Tiny(
+        "LlamaConfig",
+        _LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+        old_style=True,
+    ),
+    "llama-yarn": Tiny(
+        "LlamaConfig",
+        _LLAMA
+        | {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    # Everything of yarn that llama.cpp's keys cannot say.
+    "llama-yarn-odd": Tiny(
+        "LlamaConfig",
+        _LLAMA
+        | {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 20000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 16.0,
+                "beta_slow": 2.0,
+                "mscale": 1.2,
+                "mscale_all_dim": 0.7,
+                "truncate": False,
+            }
+        },
+    ),
+    # Mistral: a window in every layer, and a hidden size that five heads do not divide.
+    "mistral": Tiny(
+        "MistralConfig",
+        _LLAMA
+        | {
+            "num_attention_heads": 5,
+            "num_key_value_heads": 1,
+            "sliding_window": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+        "llama3",
+    ),
+    "mistral-no-window": Tiny(
+        "MistralConfig", _LLAMA | {"sliding_window": None, "tie_word_embeddings": True}
+    ),
+    "qwen2": Tiny(
+        "Qwen2Config",
+        _QWEN2
+        | {
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+        "qwen2",
+        old_style=True,
+    ),
+    "qwen2-window": Tiny(
+        "Qwen2Config",
+        _QWEN2
+        | {
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "max_window_layers": 1,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "attention_factor": 1.3,
+            },
+        },
+        "qwen2",
+    ),
+    "qwen3": Tiny(
+        "Qwen3Config",
+        _QWEN | {"hidden_size": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        "qwen2",
+    ),
+    "qwen3-biased": Tiny(
+        "Qwen3Config", _QWEN | {"attention_bias": True, "tie_word_embeddings": True}, "qwen2"
+    ),
+    "gemma3": Tiny(
+        "Gemma3TextConfig",
+        _GEMMA
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            }
+        },
+    ),
+    # As Gemma 3 was first published: every sixth layer global, keys of the old style.
+    "gemma3-pattern": Tiny(
+        "Gemma3TextConfig",
+        {key: value for key, value in _GEMMA.items() if key != "layer_types"}
+        | {"num_hidden_layers": 7, "sliding_window_pattern": 6, "tie_word_embeddings": False},
+        old_style=True,
+    ),
+    # An attention scale that is not the head's, which llama.cpp's graph fixes.
+    "gemma3-scale": Tiny("Gemma3TextConfig", _GEMMA | {"query_pre_attn_scalar": 24}),
+    "gpt2": Tiny("GPT2Config", _GPT2),
+    "gpt2-untied": Tiny(
+        "GPT2Config",
+        _GPT2
+        | {
+            "n_inner": 160,
+            "activation_function": "gelu",
+            "scale_attn_weights": False,
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+
+
+def build(name: str, folder: Path) -> Path:
+    """Save the model ``name`` of ``MODELS`` into ``folder``: config, safetensors, tokenizer."""
+    import torch
+    import transformers
+
+    tiny = MODELS[name]
+    special = dict(bos_token_id=0, eos_token_id=2, pad_token_id=3)
+    config = getattr(transformers, tiny.config_class)(
+        vocab_size=tiny.vocab_size, **special, **tiny.settings
+    )
+    with _quiet():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    randomize(model, seed=sorted(MODELS).index(name))
+    model.save_pretrained(folder)
+    if tiny.old_style:
+        path = folder / "config.json"
+        path.write_text(json.dumps(as_transformers_4(json.loads(path.read_text())), indent=1))
+    save_tokenizer(tiny.split, tiny.vocab_size, folder)
+    return folder
+
+
+def randomize(model: transformers.PreTrainedModel, seed: int) -> None:
+    """Draw all weights so that no part of the network is without effect on the logits."""
+    import torch
+
+    draw = torch.Generator().manual_seed(seed)
+    head = model.get_output_embeddings()
+    table = model.get_input_embeddings()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=draw)
+            if parameter.ndim == 1 and "norm" not in name and ".ln_" not in name:
+                parameter.copy_(0.3 * noise)
+            elif parameter.ndim == 1:
+                centre = 1.0 if parameter.mean() > 0.5 else 0.0
+                parameter.copy_(centre + 0.3 * noise)
+            elif parameter is head.weight or parameter is table.weight:
+                parameter.copy_(0.3 * noise)
+            else:
+                # Products of a Conv1D are stored [in, out]: sizes are close enough for a test.
+                parameter.copy_(1.3 * noise / parameter.shape[-1] ** 0.5)
+
+
+def as_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with the keys of the years before ``rope_parameters`` and ``layer_types``."""
+    rope = config.pop("rope_parameters")
+    if "full_attention" in rope:
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+        config.pop("layer_types")
+        config["sliding_window_pattern"] = config.pop("_sliding_window_pattern")
+    if config["model_type"].startswith("qwen"):
+        config.pop("layer_types")
+    config["rope_theta"] = rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    config["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    config["torch_dtype"] = config.pop("dtype")
+    return config
+
+
+def save_tokenizer(split: str, vocab_size: int, folder: Path) -> None:
+    """Train a byte-level BPE on ``TEXT`` and save it as transformers does.
+
+    It has a few ids less than ``vocab_size``, as real models do.
+    """
+    import tokenizers
+    import transformers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    if split == "gpt2":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(SPLITS[split]), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    if split == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 5,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    bos, _, eos, pad = SPECIAL_TOKENS
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.save_pretrained(folder)
+
+
+def load(folder: Path) -> transformers.PreTrainedModel:
+    """The model of ``folder`` as transformers reads it, in float32 and with eager attention."""
+    import torch
+    import transformers
+
+    with _quiet():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        )
+    return model.eval()
+
+
+def reference_logits(folder: Path, token_ids: list[int]) -> np.ndarray:
+    """transformers' logits ``[tokens, vocab]`` for ``token_ids``, float32, without a cache."""
+    import torch
+
+    with torch.no_grad():
+        out = load(folder)(torch.tensor([token_ids]), use_cache=False)
+    logits: np.ndarray = out.logits[0].numpy()
+    return logits
+
+
+def some_token_ids(count: int, vocab_size: int = 500, seed: int = 1) -> list[int]:
+    """``count`` token ids to feed a model with, special tokens left out."""
+    draw = np.random.default_rng(seed)
+    return [int(token) for token in draw.integers(len(SPECIAL_TOKENS), vocab_size, count)]
+
+
+def builder(root: Path) -> Callable[[str], Path]:
+    """``build`` that keeps what it has built below ``root``. Nobody may change those folders."""
+    built: dict[str, Path] = {}
+
+    def tiny_model(name: str) -> Path:
+        if name not in built:
+            built[name] = build(name, root / name)
+        return built[name]
+
+    return tiny_model
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    """A copy of a built model that a test may damage."""
+    return Path(shutil.copytree(folder, to))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar and its advice."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
