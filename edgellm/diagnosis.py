@@ -17,7 +17,7 @@ from edgellm.runtimes.session import Capabilities
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """What would run files of a container here: a choice, or None and every refusal in ``reason``."""
+    """What would run a container's files here: a choice, or None and the refusals in ``reason``."""
 
     container: str
     choice: Choice | None

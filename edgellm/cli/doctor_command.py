@@ -38,7 +38,7 @@ def doctor(
 
 def _show(found: Diagnosis) -> None:
     machine = found.hardware
-    cores = machine.physical_cores
+    cores, memory = machine.physical_cores, machine.memory_bytes
     features = " ".join(sorted(machine.cpu_features.value)) or machine.cpu_features.reason
     bandwidth = found.memory_bandwidth_bytes_per_s
     render.show_facts(
@@ -48,9 +48,12 @@ def _show(found: Diagnosis) -> None:
             ("processor", machine.cpu.value),
             ("features", features),
             ("cores", f"{cores.value} ({cores.reason})"),
-            ("memory", f"{render.size(machine.memory_bytes.value)} ({machine.memory_bytes.reason})"),
-            ("bandwidth", f"{render.size(bandwidth)}/s read by {cores.value} threads (measured now)"),
-            ("", f"at most {bandwidth / 100e6:.0f} tokens/s from a model of 100 MB, on the processor"),
+            ("memory", f"{render.size(memory.value)} ({memory.reason})"),
+            (
+                "bandwidth",
+                f"{render.size(bandwidth)}/s read by {cores.value} threads, measured now: at most "
+                f"{bandwidth / 100e6:.0f} tokens/s from a model of 100 MB",
+            ),
             *(("gpu", _gpu(gpu)) for gpu in machine.gpus.value),
             ("gpu", "" if machine.gpus.value else f"none found ({machine.gpus.reason})"),
             ("demo model", found.demo_model),
@@ -61,8 +64,13 @@ def _show(found: Diagnosis) -> None:
         ("runtime", "version", "runs", "on", ""), [_runtime(runtime) for runtime in found.runtimes]
     )
     print()
-    render.show_facts((f"run {pick.container}", pick.reason) for pick in found.picks)
-    render.show_facts([("convert", f"makes {found.default_container}: {found.default_container_reason}")])
+    default = f"makes {found.default_container}: {found.default_container_reason}"
+    render.show_facts(
+        [
+            *((f"run {pick.container}", pick.reason) for pick in found.picks),
+            ("convert", default),
+        ]
+    )
 
 
 def _runtime(runtime: Capabilities) -> tuple[str, ...]:
