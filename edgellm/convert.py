@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
 import edgellm
 from edgellm import registry
 from edgellm.errors import RuntimeMissing, VerificationError
@@ -30,6 +32,7 @@ from edgellm.manifest import (
     FileEntry,
     Manifest,
     ModelFacts,
+    Parity,
     TensorEntry,
     file_sha256,
     open_artifact,
@@ -41,7 +44,7 @@ from edgellm.quant import SOLVERS
 from edgellm.quant.grid import Grid, QTensor
 from edgellm.recipe import Recipe
 from edgellm.tensors import Array, stacked_rows
-from edgellm.tokenization import artifact_tokenizer, check_parity
+from edgellm.tokenization import artifact_parity
 
 Solve = Callable[[Array, Grid], QTensor]
 Item = TypeVar("Item")
@@ -96,12 +99,14 @@ def carry_out(
                 staged.write_file(name, content)
         quantize_tensors(plan, staged, progress)
         staged.sync()
-        digested = describe(plan, staged.path, progress)
+        parity = prove_parity(plan, staged.path)
+        digested = describe(plan, staged.path, parity, progress)
         measured = {
             "created_unix_s": round(time.time()),
             "convert_s": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory_bytes(),
             "threads": plan.threads,
+            "tokenizer_parity_method": parity.method,
             "platform": platform.platform(),
         }
         staged.write_file(MANIFEST, Manifest.of(digested, measured).to_json())
@@ -170,12 +175,22 @@ def _in_parallel(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def describe(plan: Plan, folder: Path, progress: Progress = unwatched) -> Digested:
-    """What stands in ``folder``: digests of files and tensors, and where it all came from.
+def prove_parity(plan: Plan, folder: Path) -> Parity:
+    """The verdict on the tokenizer of the artifact in ``folder`` against the source's.
 
-    Raises ``VerificationError`` when the artifact's tokenizer splits text differently from the
-    source's.
+    Raises ``VerificationError`` with examples when they split text differently.
     """
+    parity = artifact_parity(plan.source.tokenizer, folder / plan.layout.main_file)
+    if not parity.equal:
+        raise VerificationError(
+            "the artifact's tokenizer splits text differently from the source's, so its answers "
+            f"would differ: {'; '.join(parity.mismatches)}"
+        )
+    return parity
+
+
+def describe(plan: Plan, folder: Path, parity: Parity, progress: Progress = unwatched) -> Digested:
+    """What stands in ``folder``: digests of files and tensors, and where it all came from."""
     layout, source = plan.layout, plan.source
     names = sorted({*layout.files, *layout.data_files})
     total = sum((folder / name).stat().st_size for name in names)
@@ -184,12 +199,6 @@ def describe(plan: Plan, folder: Path, progress: Progress = unwatched) -> Digest
         base_sha256 = pool.submit(source.digest)
         files = [pool.submit(file_sha256, folder / name) for name in names]
         tensors = [pool.submit(_tensor_entry, tensor, folder) for tensor in layout.tensors]
-        parity = check_parity(source.tokenizer, artifact_tokenizer(folder / layout.main_file))
-        if not parity.equal:
-            raise VerificationError(
-                "the artifact's tokenizer splits text differently from the source's, so its "
-                f"answers would differ: {'; '.join(parity.mismatches)}"
-            )
         return Digested(
             schema_version=SCHEMA_VERSION,
             container=layout.container,
@@ -212,7 +221,7 @@ def describe(plan: Plan, folder: Path, progress: Progress = unwatched) -> Digest
             recipe_sha256=plan.recipe.sha256(),
             tokenizer_sha256=source.tokenizer.sha256(),
             chat_template_sha256=source.tokenizer.chat_template_sha256(),
-            tokenizer_parity=parity,
+            tokenizer_parity=msgspec.structs.replace(parity, method=""),
             notes=(*source.notes, *layout.notes),
             tool_versions=_tool_versions(),
         )

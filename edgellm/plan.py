@@ -12,7 +12,7 @@ import psutil
 from edgellm.errors import OutputError, UsageError
 from edgellm.export import CONTAINERS, container_named
 from edgellm.export.layout import Layout, OutputTensor
-from edgellm.hardware import physical_cores
+from edgellm.hardware import detect
 from edgellm.progress import Progress, unwatched
 from edgellm.recipe import Recipe
 from edgellm.runtimes import best_container
@@ -127,7 +127,7 @@ def make_plan(
     )
     assert recipe.format is not None
     layout = container_named(recipe.format).lay_out(source, recipe)
-    workers = threads or physical_cores()
+    workers = threads or detect().physical_cores.value
     output = sum(map(len, layout.files.values())) + sum(layout.data_files.values())
     slab = max((_slab_memory(tensor) for tensor in layout.tensors), default=0.0)
     return Plan(
