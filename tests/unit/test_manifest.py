@@ -67,7 +67,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         recipe_sha256="",
         tokenizer_sha256="",
         chat_template_sha256="",
-        tokenizer_parity=Parity(equal=True, cases=1, method="ids"),
+        tokenizer_parity=Parity(equal=True, cases=1),
         notes=(),
         tool_versions={},
     )
