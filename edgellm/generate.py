@@ -1,0 +1,272 @@
+"""Text out of a session: sampling, stopping, streaming, and what it took.
+
+The engine below knows token ids only and the tokenizer knows text only; here they meet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, Self
+
+from edgellm.errors import GenerationError, UsageError
+from edgellm.hardware import peak_memory_bytes
+from edgellm.runtimes.session import Session
+from edgellm.sampling import Sampler, SamplingOptions
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class TextStepper(Protocol):
+    """Turns ids into text one by one, never splitting a character."""
+
+    def step(self, token_id: int) -> str | None: ...
+
+
+class Decoding(Protocol):
+    """What generation needs of a tokenizer."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+    def decode_stream(self) -> TextStepper: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was generated and what it took; the fields of ``run --json``.
+
+    ``token_ids``: the new tokens, without the one that ended the text. ``finish_reason``: ``stop``
+    (the model ended, or a stop string appeared), ``length`` (``max_tokens``, or the context is
+    full), ``cancelled``. ``time_to_first_token_s`` starts before the prompt is tokenized.
+    ``prefilled_tokens``: tokens of the prompt that had to be computed, the others were in the cache.
+    Rates exclude the time that whoever reads the stream takes; ``decode_tokens_per_s`` is None when
+    only one token was generated. ``peak_memory_bytes`` is the process's, mapped files counted.
+    ``seed``: None for greedy decoding.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    prefilled_tokens: int
+    new_tokens: int
+    finish_reason: FinishReason
+    time_to_first_token_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float | None
+    peak_memory_bytes: int
+    runtime: str
+    device: str
+    reason: str
+    seed: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name, ready for JSON."""
+        return asdict(self)
+
+
+class StopStrings:
+    """Cuts a text stream at the first of some strings, also where one spans several pieces."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if any(not stop for stop in stops):
+            raise UsageError("a stop string is empty: every text would end before it begins")
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """What of the text so far may be shown; holds back what may be the start of a stop string."""
+        if not self._stops:
+            return piece
+        text = self._held + piece
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if places:
+            self.found, self._held = True, ""
+            return text[: min(places)]
+        hold = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+    def flush(self) -> str:
+        """The text held back, once nothing can follow."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that ``stop`` begins with."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+def reuse_prefix(session: Session, prompt_ids: Sequence[int]) -> int:
+    """Trim ``session`` to what its cache shares with ``prompt_ids``; the number of tokens kept.
+
+    At least one token is left to compute, because its logits are needed.
+    """
+    cached = session.tokens
+    limit = min(len(cached), len(prompt_ids) - 1)
+    shared = 0
+    while shared < limit and cached[shared] == prompt_ids[shared]:
+        shared += 1
+    if shared < len(cached):
+        session.trim(shared)
+    return shared
+
+
+class TextStream(Iterator[str]):
+    """The answer as it comes: iterate for pieces of text, then ask for ``answer()``.
+
+    ``close`` (or leaving the ``with`` block, or Ctrl-C while it computes) cancels: the cache then
+    holds exactly the tokens that were computed, and the session can go on. A character whose bytes
+    are not complete when the text ends is left out.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: Decoding,
+        prompt_ids: Sequence[int],
+        *,
+        sampling: SamplingOptions | None = None,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        reuse_cache: bool = False,
+        started_s: float | None = None,
+        reason: str = "",
+        on_end: Callable[[TextStream], None] | None = None,
+    ) -> None:
+        """Raises ``GenerationError`` when the prompt is empty or does not fit the context."""
+        if max_tokens is not None and max_tokens < 1:
+            raise UsageError(f"max_tokens is {max_tokens}: choose 1 or more")
+        if not prompt_ids:
+            raise GenerationError("the prompt is empty: give at least one token")
+        if len(prompt_ids) >= session.context_tokens:
+            raise GenerationError(
+                f"the prompt has {len(prompt_ids)} tokens and the context holds "
+                f"{session.context_tokens}, the answer included: shorten the prompt, start the chat "
+                "over (/clear), or open the model with a larger context (--context)"
+            )
+        self._session = session
+        self._tokenizer = tokenizer
+        self._prompt_ids = tuple(prompt_ids)
+        self._sampler = Sampler(sampling or SamplingOptions())
+        self._max_tokens = max_tokens
+        self._stops = StopStrings(stop)
+        self._reuse_cache = reuse_cache
+        self._started_s = time.perf_counter() if started_s is None else started_s
+        self._reason = reason
+        self._on_end = on_end
+        self._shown: list[str] = []
+        self._token_ids: list[int] = []
+        self._prefilled = self._decoded = 0
+        self._first_token_s = self._prefill_s = self._decode_s = 0.0
+        self._finish_reason: FinishReason = "cancelled"
+        self._ended = False
+        self._pieces = self._generate()
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._shown)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The new tokens so far."""
+        return tuple(self._token_ids)
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why it ended; ``cancelled`` while it has not."""
+        return self._finish_reason
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except BaseException:
+            self._end()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End now, if it has not ended; harmless otherwise."""
+        self._pieces.close()
+        self._end()
+
+    def answer(self) -> Answer:
+        """The whole answer, or what there is of it once closed; reads the stream to its end."""
+        for _ in self:
+            pass
+        sampling = self._sampler.options
+        return Answer(
+            text=self.text,
+            token_ids=self.token_ids,
+            prompt_tokens=len(self._prompt_ids),
+            prefilled_tokens=self._prefilled,
+            new_tokens=len(self._token_ids),
+            finish_reason=self._finish_reason,
+            time_to_first_token_s=self._first_token_s,
+            prefill_tokens_per_s=self._prefilled / self._prefill_s if self._prefill_s else 0.0,
+            decode_tokens_per_s=self._decoded / self._decode_s if self._decoded else None,
+            peak_memory_bytes=peak_memory_bytes(),
+            runtime=self._session.runtime,
+            device=self._session.device,
+            reason=self._reason,
+            seed=self._sampler.seed if sampling.temperature > 0 else None,
+        )
+
+    def _end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            if self._on_end is not None:
+                self._on_end(self)
+
+    def _generate(self) -> Iterator[str]:
+        session, sampler, stops = self._session, self._sampler, self._stops
+        steps = self._tokenizer.decode_stream()
+        ends = frozenset(self._tokenizer.eos_token_ids)
+        begun = time.perf_counter()
+        if self._reuse_cache:
+            reused = reuse_prefix(session, self._prompt_ids)
+        else:
+            reused = 0
+            session.trim(0)
+        logits = session.prefill(self._prompt_ids[reused:])[-1]
+        self._prefilled = len(self._prompt_ids) - reused
+        token = sampler.pick(logits, self._prompt_ids)
+        now = time.perf_counter()
+        self._prefill_s, self._first_token_s = now - begun, now - self._started_s
+        seen = [*self._prompt_ids]
+        begun = now
+        while token not in ends:
+            self._token_ids.append(token)
+            seen.append(token)
+            piece = stops.push(steps.step(token) or "")
+            if piece:
+                self._shown.append(piece)
+                paused = time.perf_counter()
+                yield piece
+                begun += time.perf_counter() - paused
+            if stops.found:
+                break
+            if len(self._token_ids) == self._max_tokens or len(seen) > session.context_tokens:
+                self._finish_reason = "length"
+                break
+            logits = session.decode(token)
+            token = sampler.pick(logits, seen)
+            self._decoded += 1
+            self._decode_s = time.perf_counter() - begun
+        if self._finish_reason != "length":
+            self._finish_reason = "stop"
+        if rest := stops.flush():
+            self._shown.append(rest)
+            yield rest

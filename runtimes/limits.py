@@ -1,0 +1,66 @@
+"""What every runtime checks before it computes, and says in the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgellm.errors import GenerationError
+from edgellm.runtimes.session import KvState
+
+DEFAULT_CONTEXT_TOKENS = 4096
+"""Room in the KV cache when nobody asked for more: a model's own limit may take gigabytes."""
+
+
+def context_tokens(wanted: int | None, trained: int, path: Path) -> int:
+    """Room for the KV cache; raises ``GenerationError`` for more than the model was made for."""
+    if wanted is None:
+        return min(trained, DEFAULT_CONTEXT_TOKENS)
+    if not 1 <= wanted <= trained:
+        raise GenerationError(
+            f"a context of {wanted} tokens is not possible: {path.name} was made for 1 to {trained}; "
+            "choose another --context"
+        )
+    return wanted
+
+
+def check_tokens(token_ids: Sequence[int], held: int, room: int, vocab_size: int) -> None:
+    """Raise ``GenerationError`` unless ``token_ids`` exist and fit behind the ``held`` ones."""
+    if not len(token_ids):
+        raise GenerationError("no tokens to compute: give at least one")
+    if held + len(token_ids) > room:
+        raise GenerationError(
+            f"the context is full: it holds {held} of {room} tokens and {len(token_ids)} more do not "
+            "fit. Start over (/clear in a chat), or open the model with a larger --context"
+        )
+    low, high = min(token_ids), max(token_ids)
+    if low < 0 or high >= vocab_size:
+        raise GenerationError(
+            f"token ids must lie in 0..{vocab_size - 1}, and these reach from {low} to {high}: the "
+            "tokenizer does not belong to this model"
+        )
+
+
+def check_trim(length: int, held: int) -> None:
+    """Raise ``GenerationError`` unless the first ``length`` of ``held`` tokens can be kept."""
+    if not 0 <= length <= held:
+        raise GenerationError(f"cannot keep {length} tokens: the cache holds {held}")
+
+
+def check_state(state: KvState, runtime: str, room: int) -> None:
+    """Raise ``GenerationError`` unless ``state`` is one of ``runtime``'s and fits."""
+    if state.runtime != runtime:
+        raise GenerationError(
+            f"this cache was saved by {state.runtime}, and {runtime} cannot read it: restore it into "
+            "the kind of session that saved it"
+        )
+    if len(state.tokens) > room:
+        raise GenerationError(
+            f"this cache holds {len(state.tokens)} tokens and the context {room}: open the model with "
+            "a larger --context"
+        )
+
+
+def closed() -> GenerationError:
+    """The error of a session that is used after ``close``."""
+    return GenerationError("this session is closed: open the model again")

@@ -1,0 +1,424 @@
+"""llama.cpp through the low-level functions of llama-cpp-python: GGUF on CPU, CUDA or Metal.
+
+The high-level ``Llama`` class is not used: it copies logits and samples in Python. One context is
+one session; token, position and logit buffers are made once, and logits are read in place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import re
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget
+from edgellm.hardware import Hardware, detect
+from edgellm.manifest import Artifact
+from edgellm.runtimes import limits
+from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
+
+INSTALL = 'pip install "edgellm[llamacpp]"'
+OLDEST = (0, 3, 36)
+"""Where ``n_outputs_max`` and ``load_mode`` came in, on whose place in the structures we rely."""
+
+BATCH_TOKENS = 512
+"""Tokens that llama.cpp is given at a time; Ctrl-C is heard between two batches."""
+OUTPUT_ROWS = 32
+"""Positions whose logits are computed at once: llama.cpp reserves this many rows of the vocabulary."""
+KV_TYPES = {"f32": 0, "f16": 1}  # GGML_TYPE_F32, GGML_TYPE_F16
+GPU_LIBRARIES = {"cuda": "ggml-cuda", "metal": "ggml-metal"}
+ALL_LAYERS = -1
+
+WITHOUT_AMX = "CFLAGS and CXXFLAGS set to '-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'"
+AMX_SYMBOL = b"ggml_backend_amx_mul_mat"
+FIRST_SOUND_GCC = {11: 5, 12: 4, 13: 3}
+"""Minor releases from which GCC compiles AMX code right; all of 14 and later do."""
+
+DECODE_FAILURES = {
+    1: "no room in the KV cache",
+    2: "it was aborted",
+    -1: "it refused the batch",
+    -2: "memory ran out",
+    -3: "the computation failed",
+}
+"""What ``llama_decode`` returns, from llama.h."""
+
+_log: deque[str] = deque(maxlen=20)
+_log_callback: Any = None
+_loading = threading.Lock()
+
+
+class LlamaCppRuntime:
+    """Opens GGUF files with the llama.cpp that llama-cpp-python was built with."""
+
+    name = "llamacpp"
+
+    def capabilities(self, hardware: Hardware) -> Capabilities:
+        """What the installed build can do, read from its files; the library is not loaded."""
+
+        def found(available: bool, reason: str, version: str = "", devices: tuple[str, ...] = ()) -> Capabilities:
+            return Capabilities(
+                runtime=self.name,
+                available=available,
+                reason=reason,
+                version=version,
+                install=INSTALL,
+                containers=frozenset({"gguf"}),
+                devices=devices,
+                kv_dtypes=tuple(KV_TYPES),
+                speed_rank=10,
+            )
+
+        if importlib.util.find_spec("llama_cpp") is None:
+            return found(False, f"llama-cpp-python is not installed: {INSTALL}")
+        version = importlib.metadata.version("llama-cpp-python")
+        if _numbers(version) < OLDEST:
+            oldest = ".".join(map(str, OLDEST))
+            return found(False, f"llama-cpp-python {version} is older than {oldest}: {INSTALL} --upgrade", version)
+        folder = _library_folder()
+        libraries = " ".join(file.name for file in folder.glob("*ggml*"))
+        gpus = tuple(device for device, part in GPU_LIBRARIES.items() if part in libraries)
+        usable = tuple(device for device in gpus if _has_gpu(hardware, device))
+        reason = f"llama-cpp-python {version}" + (f" with {', '.join(gpus)}" if gpus else ", CPU build")
+        if compiler := _miscompiled_amx(folder, hardware.cpu_features.value):
+            reason += (
+                f"; its AMX code was made by {compiler}, which breaks it (GCC bug 114098), so weights are "
+                "not repacked and it is slower: build it anew with a newer compiler, or with "
+                f"{WITHOUT_AMX}"
+            )
+        return found(True, reason, version, (*usable, "cpu"))
+
+    def open(self, artifact: Artifact, options: RunOptions) -> LlamaCppSession:
+        """A session on a GGUF file whose header was read and found sound first."""
+        if artifact.container != "gguf":
+            raise UnsupportedTarget(
+                f"llama.cpp runs GGUF files, and {artifact.path} is {artifact.container}: "
+                "choose --runtime onnxruntime"
+            )
+        hardware = detect()
+        found = self.capabilities(hardware)
+        if not found.available:
+            raise RuntimeMissing(found.reason)
+        device = found.devices[0] if options.device == "auto" else options.device
+        if device not in found.devices:
+            raise UnsupportedTarget(
+                f"llama.cpp was built without {device}, or this machine has none ({found.reason}): "
+                f"choose --device {' or '.join(found.devices)}"
+            )
+        # A damaged header makes llama.cpp stop the whole process, so it is read here first.
+        from edgellm.source.gguf_file import read_gguf
+
+        metadata = read_gguf(artifact.main).metadata
+        repack = not _miscompiled_amx(_library_folder(), hardware.cpu_features.value)
+        threads = options.threads or hardware.physical_cores.value
+        return LlamaCppSession(
+            _library(), artifact, metadata, options, device=device, threads=threads, repack=repack
+        )
+
+
+class LlamaCppSession:
+    """One llama.cpp model and context, holding one sequence."""
+
+    runtime = "llamacpp"
+
+    def __init__(
+        self,
+        library: Any,
+        artifact: Artifact,
+        metadata: dict[str, Any],
+        options: RunOptions,
+        *,
+        device: str,
+        threads: int,
+        repack: bool,
+    ) -> None:
+        """Raises ``GenerationError`` with llama.cpp's own words when it cannot load the file.
+
+        ``repack``: let llama.cpp lay weights out anew for this CPU, which is faster.
+        """
+        self._library = library
+        self.device = device
+        kv_type = KV_TYPES[options.kv_dtype or "f16"]
+
+        _log.clear()
+        model_options = library.llama_model_default_params()
+        model_options.n_gpu_layers = 0 if device == "cpu" else ALL_LAYERS
+        model_options.use_extra_bufts = repack
+        model = library.llama_model_load_from_file(os.fsencode(artifact.main), model_options)
+        if not model:
+            raise GenerationError(f"llama.cpp could not load {artifact.main}: {_last_words()}")
+        self._free = weakref.finalize(self, library.llama_model_free, model)
+
+        trained = int(library.llama_model_n_ctx_train(model))
+        self.context_tokens = limits.context_tokens(options.context_tokens, trained, artifact.main)
+        self.vocab_size = int(library.llama_vocab_n_tokens(library.llama_model_get_vocab(model)))
+
+        context_options = library.llama_context_default_params()
+        context_options.n_ctx = self.context_tokens
+        context_options.n_batch = context_options.n_ubatch = min(BATCH_TOKENS, self.context_tokens)
+        context_options.n_outputs_max = min(OUTPUT_ROWS, self.context_tokens)
+        context_options.n_threads = context_options.n_threads_batch = threads
+        context_options.type_k = context_options.type_v = kv_type
+        # A window's cache that forgets old tokens could not be trimmed back to them.
+        context_options.swa_full = True
+        context_options.no_perf = True
+        context = library.llama_init_from_model(model, context_options)
+        if not context:
+            raise GenerationError(
+                f"llama.cpp could not make a context of {self.context_tokens} tokens for "
+                f"{artifact.main}: {_last_words()}. A smaller --context takes less memory"
+            )
+        self._free.detach()
+        self._free = weakref.finalize(self, _free, library, context, model)
+
+        self._context = context
+        self._memory = library.llama_get_memory(context)
+        self._kv_token_bytes = _kv_token_bytes(metadata, library, model, kv_type)
+        self._tokens: list[int] = []
+        self._unsure = False
+        self._row_at: dict[int, Logits] = {}
+        self._batch = _Batch(library, int(context_options.n_batch))
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        return self._tokens
+
+    def prefill(self, token_ids: Sequence[int], *, all_logits: bool = False) -> Logits:
+        self._check_open()
+        limits.check_tokens(token_ids, len(self._tokens), self.context_tokens, self.vocab_size)
+        start = len(self._tokens)
+        rows = np.empty((len(token_ids), self.vocab_size), np.float32) if all_logits else None
+        step = min(OUTPUT_ROWS, self._batch.room) if all_logits else self._batch.room
+        try:
+            for first in range(0, len(token_ids), step):
+                piece = token_ids[first : first + step]
+                last = first + len(piece) == len(token_ids)
+                self._evaluate(piece, outputs="all" if all_logits else "last" if last else "none")
+                if rows is not None:
+                    for offset in range(len(piece)):
+                        rows[first + offset] = self._row(offset)
+        except BaseException:  # Ctrl-C as well: the cache goes back to where it was
+            del self._tokens[start:]
+            self._unsure = True
+            raise
+        return self._row(-1)[np.newaxis] if rows is None else rows
+
+    def decode(self, token_id: int) -> Logits:
+        self._check_open()
+        limits.check_tokens((token_id,), len(self._tokens), self.context_tokens, self.vocab_size)
+        self._evaluate((token_id,), outputs="last")
+        return self._row(-1)
+
+    def trim(self, length: int) -> None:
+        self._check_open()
+        limits.check_trim(length, len(self._tokens))
+        if length < len(self._tokens) or self._unsure:
+            del self._tokens[length:]
+            self._forget_rest()
+
+    def save(self) -> KvState:
+        self._check_open()
+        self._settle()
+        size = self._library.llama_state_seq_get_size(self._context, 0)
+        buffer = np.empty(size, np.uint8)
+        written = self._library.llama_state_seq_get_data(self._context, _bytes_of(buffer), size, 0)
+        if written != size:
+            raise GenerationError(f"llama.cpp saved {written} of {size} bytes of its KV cache: {_last_words()}")
+        return KvState(self.runtime, tuple(self._tokens), buffer)
+
+    def restore(self, state: KvState) -> None:
+        # llama.cpp restores keys and values but no logits: asking for those of the last token would
+        # give stale numbers in silence. A session gives logits only for tokens that it has just
+        # computed, so the ones that follow are right.
+        self._check_open()
+        limits.check_state(state, self.runtime, self.context_tokens)
+        buffer: npt.NDArray[np.uint8] = state.data
+        self._tokens.clear()
+        self._unsure = True
+        if state.tokens:
+            read = self._library.llama_state_seq_set_data(self._context, _bytes_of(buffer), buffer.size, 0)
+            if read != buffer.size:
+                self._forget_rest()
+                raise GenerationError(f"llama.cpp did not take the saved KV cache back: {_last_words()}")
+        else:
+            self._forget_rest()
+        self._tokens.extend(state.tokens)
+        self._unsure = False
+
+    def kv_bytes(self) -> int:
+        self._check_open()
+        return int(self._library.llama_n_ctx(self._context)) * self._kv_token_bytes
+
+    def close(self) -> None:
+        self._row_at.clear()
+        self._free()
+
+    def _check_open(self) -> None:
+        if not self._free.alive:
+            raise limits.closed()
+
+    def _forget_rest(self) -> None:
+        if not self._library.llama_memory_seq_rm(self._memory, 0, len(self._tokens), -1):
+            self._library.llama_memory_clear(self._memory, False)
+            self._tokens.clear()
+            raise GenerationError("this model cannot forget a part of its context: start the chat over (/clear)")
+        self._unsure = False
+
+    def _settle(self) -> None:
+        """Make the cache hold ``tokens`` and nothing else, where an interruption left it in doubt."""
+        if self._unsure:
+            self._forget_rest()
+
+    def _evaluate(self, token_ids: Sequence[int], *, outputs: str) -> None:
+        self._settle()
+        self._unsure = True
+        batch = self._batch.fill(token_ids, len(self._tokens), outputs)
+        status = self._library.llama_decode(self._context, batch)
+        if status != 0:
+            self._forget_rest()
+            cause = DECODE_FAILURES.get(status, f"status {status}")
+            raise GenerationError(f"llama.cpp could not compute {len(token_ids)} tokens: {cause}. {_last_words()}")
+        self._tokens.extend(token_ids)
+        self._unsure = False
+
+    def _row(self, index: int) -> Logits:
+        """Logits ``[vocab]`` of one computed position, a view into llama.cpp's buffer."""
+        pointer = self._library.llama_get_logits_ith(self._context, index)
+        if not pointer:
+            raise GenerationError(f"llama.cpp gave no logits: {_last_words()}")
+        address = ctypes.addressof(pointer.contents)
+        row = self._row_at.get(address)
+        if row is None:
+            if len(self._row_at) > 2 * OUTPUT_ROWS:
+                self._row_at.clear()
+            memory = (ctypes.c_float * self.vocab_size).from_address(address)
+            row = self._row_at[address] = np.frombuffer(memory, np.float32)
+        return row
+
+
+class _Batch:
+    """A ``llama_batch`` over arrays that are made once and filled for each call."""
+
+    def __init__(self, library: Any, room: int) -> None:
+        self.room = room
+        self._tokens = np.zeros(room, np.int32)
+        self._positions = np.zeros(room, np.int32)
+        self._outputs = np.zeros(room, np.int8)
+        counts = np.ones(room, np.int32)
+        sequence = (ctypes.c_int32 * 1)(0)
+        sequences = (ctypes.POINTER(ctypes.c_int32) * room)(*[sequence] * room)
+        self._kept_alive = (counts, sequence, sequences)
+        self._batch = library.llama_batch(
+            n_tokens=0,
+            token=self._tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            embd=None,
+            pos=self._positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            n_seq_id=counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            seq_id=sequences,
+            logits=self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def fill(self, token_ids: Sequence[int], position: int, outputs: str) -> Any:
+        count = len(token_ids)
+        self._batch.n_tokens = count
+        if count == 1:
+            self._tokens[0], self._positions[0] = token_ids[0], position
+            self._outputs[0] = outputs != "none"
+            return self._batch
+        self._tokens[:count] = token_ids
+        self._positions[:count] = np.arange(position, position + count)
+        self._outputs[:count] = outputs == "all"
+        self._outputs[count - 1] = outputs != "none"
+        return self._batch
+
+
+def _library_folder() -> Path:
+    spec = importlib.util.find_spec("llama_cpp")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).with_name("lib")
+
+
+def _library() -> Any:
+    """llama.cpp's functions, loaded and silenced on first use."""
+    global _log_callback
+    with _loading:
+        if _log_callback is None:
+            import llama_cpp
+
+            callback = llama_cpp.llama_log_callback(_remember)
+            llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+            llama_cpp.llama_backend_init()
+            _log_callback = callback  # llama.cpp keeps a bare pointer to it
+    import llama_cpp
+
+    return llama_cpp.llama_cpp
+
+
+def _miscompiled_amx(folder: Path, features: frozenset[str]) -> str | None:
+    """The compiler that made this build's AMX code crash, where this CPU would run it.
+
+    GCC bug 114098: ``_tile_loadconfig`` told the compiler about 8 of its 64 bytes, so the rest was
+    optimized away. Fixed in 11.5, 12.4, 13.3 and 14.
+    """
+    if "amx_int8" not in features:
+        return None
+    for file in folder.glob("*ggml-cpu*"):
+        content = file.read_bytes()
+        made_by = re.search(rb"GCC: \([^)]*\) (\d+)\.(\d+)", content)
+        if made_by and AMX_SYMBOL in content:
+            major, minor = int(made_by[1]), int(made_by[2])
+            if major < 11 or minor < FIRST_SOUND_GCC.get(major, 0):
+                return f"GCC {major}.{minor}"
+    return None
+
+
+def _remember(level: int, text: bytes, user_data: object) -> None:
+    # 3 and 4 are warnings and errors in ggml_log_level, 5 goes on with the line before.
+    if level >= 3:
+        _log.append(text.decode("utf-8", "replace"))
+
+
+def _last_words() -> str:
+    lines = " ".join("".join(_log).split("\n")[-4:]).strip()
+    return lines or "it gave no reason"
+
+
+def _free(library: Any, context: Any, model: Any) -> None:
+    library.llama_free(context)
+    library.llama_model_free(model)
+
+
+def _bytes_of(buffer: npt.NDArray[np.uint8]) -> Any:
+    return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+
+
+def _has_gpu(hardware: Hardware, device: str) -> bool:
+    if device == "metal":
+        return hardware.apple_silicon.value
+    return any(gpu.vendor == "NVIDIA" for gpu in hardware.gpus.value)
+
+
+def _kv_token_bytes(metadata: dict[str, Any], library: Any, model: Any, kv_type: int) -> int:
+    """Bytes of keys and values for one token over all layers."""
+    arch = metadata["general.architecture"]
+    heads = max(1, int(library.llama_model_n_head(model)))
+    default = int(library.llama_model_n_embd(model)) // heads
+    key = int(metadata.get(f"{arch}.attention.key_length", default))
+    value = int(metadata.get(f"{arch}.attention.value_length", default))
+    layers = int(library.llama_model_n_layer(model))
+    return layers * int(library.llama_model_n_head_kv(model)) * (key + value) * (2 if kv_type else 4)
