@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from edgellm import __version__, registry
+from edgellm.cli import render
 from edgellm.errors import EdgeError
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -63,8 +64,8 @@ Exit codes: 0 done; 1 verify found damage; 2 options not understood; 3 the sourc
 7 the output cannot be written; 8 verification failed; 9 running failed; 130 stopped by Ctrl-C.
 """
 
-BROKEN_PIPE = 141
-"""What a shell reports for a program that SIGPIPE ended: 128 + 13."""
+BROKEN_PIPE = 1
+"""When whoever reads stdout leaves early (typer's own choice while a command writes)."""
 
 
 def build_app(wanted: Sequence[str] | None = None) -> typer.Typer:
@@ -99,17 +100,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; errors made on purpose become a message."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     completing = "_EDGELLM_COMPLETE" in os.environ
+    code = 0
     try:
         build_app(None if completing else given[:1])(given, prog_name="edgellm")
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except EdgeError as error:
-        return _report(error, as_json="--json" in given)
+        code = _report(error, as_json="--json" in given)
+    try:
+        sys.stdout.flush()
     except BrokenPipeError:
-        # Nobody reads on; keep the interpreter from failing again when it flushes stdout.
+        # Keep the interpreter from trying again, and complaining, when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
-    return 0
+        return code or BROKEN_PIPE
+    return code
 
 
 def _report(error: EdgeError, *, as_json: bool) -> int:
@@ -121,8 +125,7 @@ def _report(error: EdgeError, *, as_json: bool) -> int:
         }
         print(json.dumps({"error": facts}, ensure_ascii=False, indent=2))
     else:
-        mark = "\x1b[1;31merror:\x1b[0m" if sys.stderr.isatty() else "error:"
-        print(f"{mark} {error}", file=sys.stderr)
+        render.say_error(error)
     return error.exit_code
 
 

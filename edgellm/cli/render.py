@@ -6,14 +6,17 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from edgellm.errors import EdgeError
+    from edgellm.generate import Answer
 
 
 def show_json(document: Any) -> None:
     """Print ``document`` (plain values, structs or dataclasses) on stdout, indented."""
+    import msgspec
+
     plain = msgspec.to_builtins(document, str_keys=True, enc_hook=str)
     print(msgspec.json.format(msgspec.json.encode(plain), indent=2).decode())
 
@@ -33,6 +36,24 @@ def say_notes(lines: Iterable[str]) -> None:
     """What the person should know (a default and its reason, a cap), a line each on stderr."""
     for line in lines:
         say(f"  · {line}")
+
+
+def say_error(error: EdgeError) -> None:
+    """The message of an error, on stderr."""
+    say(f"\x1b[1;31merror:\x1b[0m {error}" if sys.stderr.isatty() else f"error: {error}")
+
+
+def answer_facts(answer: Answer) -> list[str]:
+    """What an answer took, in lines."""
+    decode = answer.decode_tokens_per_s
+    return [
+        f"first token after {duration(answer.time_to_first_token_s)} "
+        f"({answer.prefilled_tokens} of {answer.prompt_tokens} prompt tokens computed, "
+        f"{answer.prefill_tokens_per_s:.0f} tokens/s)",
+        f"{answer.new_tokens} new tokens" + (f", {decode:.1f} tokens/s" if decode else ""),
+        f"peak memory {size(answer.peak_memory_bytes)}",
+        answer.reason,
+    ]
 
 
 def size(nbytes: float) -> str:

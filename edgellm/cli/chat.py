@@ -1,0 +1,150 @@
+"""The interactive chat of ``edgellm run``: lines in, streamed answers out, slash commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgellm.cli import render
+from edgellm.errors import EdgeError
+
+if TYPE_CHECKING:
+    from edgellm.chat import ChatSession
+    from edgellm.generate import Answer
+
+PROMPT = ">>> "
+MORE = "... "
+
+HELP = """\
+/clear       forget the conversation
+/stats       speed and memory of the last answer, and how full the context is
+/save FILE   write the conversation to a file, as JSON
+/help        this
+/exit        leave (so does Ctrl-D)
+\"\"\"          before and after a text of several lines
+Ctrl-C       stop the answer; the conversation goes on"""
+
+
+class Chat:
+    """A conversation on a terminal; ``options`` go to every ``session.stream``."""
+
+    def __init__(
+        self, session: ChatSession, options: dict[str, Any], *, show_stats: bool = False
+    ) -> None:
+        self._session = session
+        self._options = options
+        self._show_stats = show_stats
+        self._last: Answer | None = None
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/clear": self._clear,
+            "/help": self._help,
+            "/save": self._save,
+            "/stats": self._stats,
+        }
+
+    def run(self) -> None:
+        """Read and answer until /exit, Ctrl-D or a second Ctrl-C at an empty prompt."""
+        _edit_lines()
+        render.say("Type a message, /help for commands, Ctrl-D to leave.")
+        interrupted = False
+        while True:
+            try:
+                text = _read()
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print()
+                if interrupted:
+                    return
+                render.say("Ctrl-C again, Ctrl-D or /exit leaves.")
+                interrupted = True
+                continue
+            interrupted = False
+            if text in ("/exit", "/quit", "/bye"):
+                return
+            if text:
+                self._handle(text)
+
+    def _handle(self, text: str) -> None:
+        name, _, argument = text.partition(" ")
+        if name in self._commands:
+            self._commands[name](argument.strip())
+        elif name.startswith("/") and "/" not in name[1:]:
+            render.say(f"no command {name}: /help lists them (a message cannot start with /)")
+        else:
+            try:
+                self._answer(text)
+            except EdgeError as error:  # a full context ends an answer, not the chat
+                render.say_error(error)
+
+    def _answer(self, text: str) -> None:
+        stream = self._session.stream(text, **self._options)
+        try:
+            for piece in stream:
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            stream.close()
+        print()
+        self._last = stream.answer()
+        if self._last.finish_reason == "cancelled":
+            render.say("(stopped)")
+        elif self._last.finish_reason == "length":
+            render.say("(cut: --max-tokens reached, or the context is full)")
+        if self._show_stats:
+            self._stats("")
+
+    def _clear(self, _: str) -> None:
+        self._session.clear()
+        self._last = None
+        render.say("the conversation is forgotten")
+
+    def _help(self, _: str) -> None:
+        render.say(HELP)
+
+    def _save(self, argument: str) -> None:
+        if not argument:
+            render.say("/save needs a file name: /save talk.json")
+            return
+        import json
+
+        document = {"messages": list(self._session.messages)}
+        target = Path(argument).expanduser()
+        try:
+            target.write_text(
+                json.dumps(document, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+            )
+        except OSError as error:
+            render.say(f"cannot write {target}: {error.strerror}")
+            return
+        render.say(f"{len(document['messages'])} messages written to {target}")
+
+    def _stats(self, _: str) -> None:
+        if self._last is None:
+            render.say("nothing was answered yet")
+            return
+        render.say_notes(render.answer_facts(self._last))
+        used, room = self._session.used_tokens, self._session.context_tokens
+        render.say_notes([f"context: {used} of {room} tokens"])
+
+
+def _read() -> str:
+    text = input(PROMPT).strip()
+    if not text.startswith('"""'):
+        return text
+    text = text.removeprefix('"""')
+    lines = [text] if text else []
+    while not text.endswith('"""'):
+        text = input(MORE)
+        lines.append(text)
+    return "\n".join(lines).removesuffix('"""').strip()
+
+
+def _edit_lines() -> None:
+    """Arrow keys and history in ``input``, where the platform has readline."""
+    if sys.platform != "win32":
+        import readline
+
+        readline.set_auto_history(True)

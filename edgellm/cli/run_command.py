@@ -1,0 +1,144 @@
+"""``edgellm run``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgellm.cli import render
+from edgellm.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgellm.chat import ChatSession
+    from edgellm.generate import Answer
+
+STOPPED = 130
+"""What a shell reports for a program that Ctrl-C ended: 128 + 2."""
+
+
+def run(
+    path: Annotated[Path, typer.Argument(help="A folder made by convert, or any .gguf file.")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="The question; - reads it from stdin. Without one: a chat."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Stop after so many tokens. Default: when the model ends.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="0 always takes the most likely token; higher varies more.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that sum to this.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest; 0: all.")] = 0,
+    min_p: Annotated[
+        float, typer.Option(help="Leave out what is less likely than this share of the best.")
+    ] = 0.0,
+    repeat_penalty: Annotated[
+        float, typer.Option(help="Above 1 makes recent tokens less likely.")
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed gives the same answer. Default: a new one.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before this text. Repeatable.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The system message of the chat template.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")
+    ] = False,
+    context: Annotated[
+        int | None, typer.Option(metavar="TOKENS", help="Room for prompt and answer.")
+    ] = None,
+    runtime: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Default: the fastest here (edgellm doctor).")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or metal.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Default: the physical cores.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Check the artifact's checksums first.")
+    ] = True,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Speed and memory on stderr after the answer.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on stdout when the answer is whole.")
+    ] = False,
+) -> None:
+    """Ask an artifact or a GGUF file, or chat with it.
+
+    The prompt is put into the model's chat template, unless --raw. The answer streams to stdout,
+    everything else goes to stderr. Without a prompt, on a terminal, it is a chat: Ctrl-C stops the
+    answer, /help lists what else can be typed. A pipe into stdin is taken as the prompt.
+
+    \b
+    Examples:
+      edgellm run small "Why is the sky blue?"
+      edgellm run small
+      edgellm run small --temperature 0.8 --top-p 0.95 --seed 7 "Write a haiku about rivers."
+      git diff | edgellm run small --system "Write a commit message for this diff."
+      edgellm run model.gguf --raw "The capital of France is" --max-tokens 5
+      edgellm run small "Name a prime." --json | jq .decode_tokens_per_s
+    """
+    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+        prompt = sys.stdin.read().strip()
+        if not prompt:
+            raise UsageError("the prompt on stdin is empty: give a PROMPT, or type in a terminal")
+    if prompt is None and as_json:
+        raise UsageError("--json needs a PROMPT (or one on stdin): a chat has no single answer")
+    if prompt is None and raw:
+        raise UsageError("--raw needs a PROMPT (or one on stdin): a chat uses the chat template")
+    from edgellm.chat import open as open_model
+    from edgellm.sampling import SamplingOptions
+
+    options: dict[str, Any] = {
+        "sampling": SamplingOptions(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repeat_penalty=repeat_penalty,
+            seed=seed,
+        ),
+        "max_tokens": max_tokens,
+        "stop": tuple(stop or ()),
+    }
+    with open_model(
+        path,
+        runtime=runtime,
+        device=device,
+        context_tokens=context,
+        threads=threads,
+        verify=verify,
+        system=system,
+    ) as session:
+        if not as_json:
+            render.say_notes(session.notes)
+        if prompt is None:
+            from edgellm.cli.chat import Chat
+
+            Chat(session, options, show_stats=stats).run()
+            return
+        if as_json:
+            render.show_json(session.generate(prompt, raw=raw, **options).as_dict())
+            return
+        answer = _stream(session, prompt, raw=raw, options=options)
+        if stats or answer.finish_reason == "cancelled":
+            render.say_notes(render.answer_facts(answer))
+        if answer.finish_reason == "cancelled":
+            raise typer.Exit(STOPPED)
+
+
+def _stream(session: ChatSession, prompt: str, *, raw: bool, options: dict[str, Any]) -> Answer:
+    stream = session.stream(prompt, raw=raw, **options)
+    try:
+        for piece in stream:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        stream.close()
+    print()
+    return stream.answer()
