@@ -16,7 +16,7 @@ import numpy as np
 from edgellm.architectures.config import Config
 from edgellm.architectures.decoder import Decoder, Rope
 from edgellm.architectures.family import Family
-from edgellm.architectures.llama import LAYER_TYPES, MOST_LAYERS, WINDOWED
+from edgellm.architectures.llama import LAYER_TYPES, MOST_LAYERS
 from edgellm.architectures.rope import inverse_frequencies, yarn_attention_factor
 from edgellm.errors import UnsupportedModel
 

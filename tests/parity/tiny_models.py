@@ -142,10 +142,10 @@ MODELS: dict[str, Tiny] = {
             "rope_parameters": {
                 "rope_type": "yarn",
                 "rope_theta": 20000.0,
-                "factor": 8.0,
-                "original_max_position_embeddings": 32,
-                "beta_fast": 16.0,
-                "beta_slow": 2.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "beta_fast": 4.0,
+                "beta_slow": 0.5,
                 "mscale": 1.2,
                 "mscale_all_dim": 0.7,
                 "truncate": False,
@@ -241,7 +241,7 @@ def build(name: str, folder: Path) -> Path:
     import transformers
 
     tiny = MODELS[name]
-    special = dict(bos_token_id=0, eos_token_id=2, pad_token_id=3)
+    special = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 3}
     config = getattr(transformers, tiny.config_class)(
         vocab_size=tiny.vocab_size, **special, **tiny.settings
     )

@@ -149,7 +149,7 @@ def test_all_unknown_keys_are_listed_and_can_be_vouched_for() -> None:
 
 def test_unknown_keys_of_a_section_are_named_with_their_path() -> None:
     config = LLAMA | {"rope_scaling": YARN | {"finetuned": True}}
-    with pytest.raises(UnsupportedModel, match="rope_scaling.finetuned"):
+    with pytest.raises(UnsupportedModel, match=r"rope_scaling\.finetuned"):
         describe(config)
     describe(config, ignore=("rope_scaling.finetuned",))
 
