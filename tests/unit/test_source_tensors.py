@@ -1,0 +1,96 @@
+"""Tensor references: columns, transposes, stacks, and the search for NaN and Inf."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from edgellm.errors import TensorError
+from edgellm.tensors import (
+    COLUMN_CHUNK_BYTES,
+    Array,
+    TensorRef,
+    check_finite,
+    constant,
+    derived,
+    reordered,
+    stacked,
+    transposed,
+)
+
+MATRIX = np.arange(35, dtype=np.float32).reshape(7, 5)
+
+
+def test_columns_equal_those_of_the_whole() -> None:
+    np.testing.assert_array_equal(constant("x", MATRIX).load_columns(1, 4), MATRIX[:, 1:4])
+
+
+def test_a_transpose_equals_numpys_and_turns_back() -> None:
+    ref = transposed(constant("x", MATRIX))
+    assert ref.shape == (5, 7)
+    np.testing.assert_array_equal(ref.load(), MATRIX.T)
+    np.testing.assert_array_equal(ref.load(2, 4), MATRIX.T[2:4])
+    np.testing.assert_array_equal(ref.load_columns(3, 6), MATRIX.T[:, 3:6])
+    np.testing.assert_array_equal(transposed(ref).load(1, 5), MATRIX[1:5])
+    assert ref.load(0, 2).flags.c_contiguous
+
+
+def test_a_vector_has_no_transpose() -> None:
+    with pytest.raises(ValueError, match="shape"):
+        transposed(constant("x", np.zeros(3)))
+
+
+def test_changes_reach_the_columns_too() -> None:
+    """A quick way to the source's columns must not outlive a change of its rows."""
+    source = transposed(transposed(constant("x", MATRIX)))
+    assert source.column_loader is not None
+    changed = derived(source, lambda rows: rows + np.float32(1))
+    np.testing.assert_array_equal(changed.load_columns(0, 2), MATRIX[:, :2] + 1)
+    order = np.array([1, 0, 3, 2, 5, 4, 6])
+    np.testing.assert_array_equal(reordered(source, order).load_columns(0, 2), MATRIX[order][:, :2])
+
+
+def test_stacked_parts_are_one_matrix() -> None:
+    parts = [constant("a", MATRIX[:3]), constant("b", MATRIX[3:])]
+    ref = stacked("qkv", "blk.0.attn_qkv.weight", parts)
+    assert ref.shape == (7, 5)
+    np.testing.assert_array_equal(ref.load(2, 5), MATRIX[2:5])
+    np.testing.assert_array_equal(ref.load_columns(1, 3), MATRIX[:, 1:3])
+    np.testing.assert_array_equal(transposed(ref).load(1, 3), MATRIX.T[1:3])
+    with pytest.raises(ValueError, match="equal width"):
+        stacked("x", "x", [parts[0], constant("c", np.zeros((2, 4)))])
+
+
+def test_columns_of_a_large_tensor_take_little_memory() -> None:
+    rows, columns = 4096, 4096  # 64 MB, never there at once
+
+    def load_rows(start: int, stop: int) -> Array:
+        return np.full((stop - start, columns), 1.0, np.float32)
+
+    ref = TensorRef("x", "x", (rows, columns), "f32", 4 * rows * columns, load_rows)
+    tracemalloc.start()
+    try:
+        result = transposed(ref).load(0, 64)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert result.shape == (64, rows)
+    assert peak < 2 * result.nbytes + 2 * COLUMN_CHUNK_BYTES + (1 << 16)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_named_with_its_place(value: float) -> None:
+    rows = np.ones((4, 8), np.float32)
+    rows[2, 5] = value
+    with pytest.raises(TensorError, match=rf"blk\.0\.x holds {value} at row 102, column 5"):
+        check_finite(rows, "blk.0.x", first_row=100)
+
+
+def test_finite_values_pass_even_when_their_sum_overflows() -> None:
+    check_finite(np.full((4, 8), 3e38, np.float32), "x")
+    check_finite(np.zeros((0, 8), np.float32), "x")
+    rows = np.array([[np.inf, -np.inf]], np.float32)
+    with pytest.raises(TensorError, match="2 such values"):
+        check_finite(rows, "x")
