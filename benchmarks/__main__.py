@@ -1,0 +1,63 @@
+"""Run benchmarks and write what they find: `python -m benchmarks [NAME ...] [--quick]`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import time
+
+from benchmarks import places, results, tables
+
+BENCHMARKS = {
+    "convert_gguf": "Hugging Face folder to GGUF: wall and peak memory",
+    "convert_7b": "a 7B-shaped model to GGUF: peak memory against the plan's word",
+    "export_onnx": "Hugging Face folder to ONNX int4: wall and peak memory",
+    "decode_onnx": "prefill and decode of equal int4 graphs",
+    "best_int4": "our best int4 recipe against the peer's default build: decode and KL",
+    "llamacpp_loop": "prefill and decode through our llama.cpp runtime",
+    "cold_start": "time to help and to the first token",
+}
+
+
+def main() -> int:
+    """Run what was asked for, all of it by default; the exit code is 1 when a target was missed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure edgellm and its peers, interleaved, each command in its own process.",
+        epilog="\n".join(f"  {name:14} {what}" for name, what in BENCHMARKS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all, in this order")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one repetition: shows that everything runs; results go to the work folder",
+    )
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(BENCHMARKS)
+    if unknown:
+        parser.error(f"no benchmark named {', '.join(sorted(unknown))}")
+    load = os.getloadavg()[0]
+    if load > 0.3 and not arguments.quick:
+        print(f"warning: the machine is busy (load {load:.2f}); results say so", file=sys.stderr)
+    folder = places.WORK / "results-quick" if arguments.quick else places.RESULTS
+    missed = 0
+    for name in arguments.names or BENCHMARKS:
+        print(f"== {name}: {BENCHMARKS[name]}", file=sys.stderr)
+        started = time.perf_counter()
+        result = importlib.import_module(f"benchmarks.{name}").measure(quick=arguments.quick)
+        results.save(result, folder / f"{name}.json")
+        print(tables.render(results.load(folder / f"{name}.json")))
+        print(f"   {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        missed += sum(comparison.met is False for comparison in result.comparisons)
+    if not arguments.quick:
+        tables.update(places.ROOT / "README.md", places.RESULTS)
+    if missed:
+        print(f"{missed} target(s) missed", file=sys.stderr)
+    return 1 if missed and not arguments.quick else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,52 @@
+"""Prefill and decode speed of two loops that stay loaded and take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.measure import Loop, interleaved
+from benchmarks.results import Comparison
+
+NEW_TOKENS = 128
+STARTS = 3
+ROUNDS = 4
+QUANTITIES = {"prefill": "prefill_tokens_per_s", "decode": "decode_tokens_per_s"}
+
+
+def compare(
+    ours: Sequence[str],
+    peer: Sequence[str],
+    *,
+    label: str,
+    at_least: dict[str, float],
+    quick: bool,
+) -> tuple[list[Comparison], float]:
+    """Comparisons of prefill and decode, and the share of equal greedy tokens of the last round.
+
+    Both programs are started anew several times, since where memory falls moves a process's speed;
+    in each start they take turns round by round, after one round each that is not counted.
+    ``at_least`` bounds the ratio of a quantity, where there is a target.
+    """
+    samples: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in QUANTITIES}
+    last: list[dict[str, Any]] = []
+    for _ in range(1 if quick else STARTS):
+        with Loop(ours) as our_loop, Loop(peer) as peer_loop:
+            a, b = interleaved(
+                our_loop.round, peer_loop.round, pairs=1 if quick else ROUNDS, warm_up=1
+            )
+        for name, key in QUANTITIES.items():
+            samples[name][0].extend(answer[key] for answer in a)
+            samples[name][1].extend(answer[key] for answer in b)
+        last = [a[-1], b[-1]]
+    comparisons = [
+        Comparison(f"{name}, {label}", "tokens/s", *samples[name], at_least=at_least.get(name))
+        for name in QUANTITIES
+    ]
+    pairs = list(zip(last[0]["tokens"], last[1]["tokens"], strict=True))
+    return comparisons, sum(x == y for x, y in pairs) / len(pairs)
+
+
+def threads_label(threads: int) -> str:
+    """``1 thread``, ``2 threads``."""
+    return f"{threads} thread{'s' if threads > 1 else ''}"

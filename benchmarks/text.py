@@ -1,0 +1,63 @@
+"""Token ids to measure with: a prompt and a held-out text; run as a program.
+
+The text is the language reference that every CPython carries (``pydoc_data.topics``): prose with
+code, on every machine without a download, though not the same in every Python version, so results
+keep its digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.measure import run
+from benchmarks.places import WORK
+
+PROMPT_TOKENS = 512
+WINDOW_TOKENS = 512
+WINDOWS = 8
+SKIPPED_CHARACTERS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Where the ids lie (JSON: ``prompt`` and ``windows``), and the digest of the text."""
+
+    path: Path
+    sha256: str
+
+
+def tokens(model: Path) -> Text:
+    """The ids for the tokenizer of ``model``, made in a process of its own when missing."""
+    path = WORK / f"{model.name}-tokens.json"
+    if not path.exists():
+        run([sys.executable, "-m", "benchmarks.text", str(model), str(path)])
+    digest: str = json.loads(path.read_text())["sha256"]
+    return Text(path, digest)
+
+
+def write_tokens(model: Path, path: Path) -> None:
+    """Write the ids of the text for the tokenizer of the folder ``model``."""
+    from pydoc_data.topics import topics
+
+    from tokenizers import Tokenizer
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))[SKIPPED_CHARACTERS:]
+    ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(text).ids
+    held_out = ids[PROMPT_TOKENS : PROMPT_TOKENS + WINDOWS * WINDOW_TOKENS]
+    document = {
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "prompt": ids[:PROMPT_TOKENS],
+        "windows": [
+            held_out[start : start + WINDOW_TOKENS]
+            for start in range(0, len(held_out), WINDOW_TOKENS)
+        ],
+    }
+    path.write_text(json.dumps(document))
+
+
+if __name__ == "__main__":
+    write_tokens(Path(sys.argv[1]), Path(sys.argv[2]))
