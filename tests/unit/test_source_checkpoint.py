@@ -169,7 +169,7 @@ def test_what_is_not_understood_is_refused(
 def test_tensors_of_whole_numbers_are_refused(tensors: Tensors, write_model: WriteModel) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name] = np.zeros((48, 32), np.int32)
-    with pytest.raises(TensorError, match="1 tensors as i32.*up_proj"):
+    with pytest.raises(TensorError, match=r"1 tensors as i32.*up_proj"):
         open_source(str(write_model(tensors)))
 
 
@@ -221,7 +221,7 @@ def test_a_truncated_shard_is_named(tensors: Tensors, write_model: WriteModel) -
     path = write_model(tensors, shards=3)
     shard = path / "model-00002-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(SourceError, match="model-00002-of-00003.safetensors is cut short"):
+    with pytest.raises(SourceError, match=r"model-00002-of-00003.safetensors is cut short"):
         open_source(str(path))
 
 
@@ -272,7 +272,7 @@ def test_pickles_are_refused_with_the_way_out(
     (path / "model.safetensors").unlink()
     (path / name).write_bytes(b"\x80\x02}.")
     for given in (path, path / name):
-        with pytest.raises(SourceError, match="run any code.*save_pretrained"):
+        with pytest.raises(SourceError, match=r"run any code.*save_pretrained"):
             open_source(str(given))
 
 
