@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def convert(
     source: Annotated[
         str | None,
-        typer.Argument(help="A Hugging Face folder, a GGUF file or a Hub id (owner/name)."),
+        typer.Argument(
+            metavar="SOURCE", help="A Hugging Face folder, a GGUF file or a Hub id (owner/name)."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -203,7 +205,8 @@ def _show_plan(plan: Plan) -> None:
             ("context", f"{plan.layout.context_length} tokens"),
             ("peak memory", f"about {render.size(plan.peak_memory_bytes)}"),
             ("disk needed", render.size(plan.disk_bytes)),
-            ("time", f"about {render.duration(plan.seconds)} on {plan.threads} threads"),
+            ("time", f"about {render.duration(plan.seconds)}"),
+            ("threads", str(plan.threads)),
         ]
     )
     render.show_notes(plan.layout.notes)
@@ -223,5 +226,6 @@ def _show_artifact(artifact: Artifact, *, as_json: bool) -> None:
     made = artifact.manifest.artifact
     render.say_notes(made.notes)
     nbytes = render.size(sum(file.nbytes for file in made.files))
-    print(f"{artifact.path}: {nbytes}, {len(made.files)} files, their checksums in manifest.json")
+    files = render.count(len(made.files), "file")
+    print(f"{artifact.path}: {nbytes} in {files}, checksums in manifest.json")
     render.say(f'ask it: edgellm run {artifact.path} "Why is the sky blue?"')

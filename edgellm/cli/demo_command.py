@@ -25,7 +25,9 @@ MAX_TOKENS = 96
 
 
 def demo(
-    question: Annotated[str, typer.Argument(help="What to ask the model.")] = QUESTION,
+    question: Annotated[
+        str, typer.Argument(metavar="QUESTION", help="What to ask the model.")
+    ] = QUESTION,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Where the artifacts go; replaced if there.")
     ] = Path("demo"),
@@ -76,9 +78,9 @@ def _convert(source: Path, out: Path, container: str, quant: str, *, quiet: bool
     converted = time.perf_counter()
     verify(artifact)
     if not quiet:
+        made = render.duration(converted - started)
         verified = render.duration(time.perf_counter() - converted)
-        done = render.duration(converted - started)
-        render.say_notes([f"made in {done}, every checksum verified in {verified}: {artifact.path}"])
+        render.say_notes([f"made in {made}, all checksums verified in {verified}: {artifact.path}"])
     return artifact
 
 

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 def inspect(
     path: Annotated[
         Path,
-        typer.Argument(help="An artifact, a .gguf, .onnx or .safetensors file, or a model folder."),
+        typer.Argument(
+            metavar="PATH",
+            help="An artifact, a .gguf, .onnx or .safetensors file, or a model folder.",
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
@@ -42,7 +45,11 @@ def inspect(
 
 
 def _show(found: Inspection) -> None:
-    render.show_facts((name, _text(value)) for name, value in found.metadata.items())
+    render.show_facts(
+        (name, _text(value))
+        for name, value in found.metadata.items()
+        if name != "windows" or set(value) != {None}  # most models have none in any layer
+    )
     print()
     notes = any(tensor.note for tensor in found.tensors)
     render.show_table(
@@ -78,20 +85,28 @@ def _lineage(manifest: Manifest) -> list[tuple[str, str]]:
     parity = made.tokenizer_parity
     verdict = "the source's own ids" if parity.equal else f"DIFFERS: {'; '.join(parity.mismatches)}"
     recipe = " ".join(f"{name}={value}" for name, value in made.recipe.items() if value)
-    return [
+    measured = manifest.measured
+    lines = [
         ("made from", " ".join(filter(None, (base.name, base.revision, base.licence, base.url)))),
         ("base sha256", base.sha256),
         ("recipe", recipe),
-        ("tokenizer", f"{verdict} in {parity.cases} awkward cases ({parity.method})"),
+        ("tokenizer", f"{verdict} in {parity.cases} awkward cases"),
         ("made by", ", ".join(f"{tool} {version}" for tool, version in made.tool_versions.items())),
-        ("measured", ", ".join(f"{name} {value}" for name, value in manifest.measured.items())),
-        ("sha256", manifest.sha256),
     ]
+    if {"convert_s", "peak_memory_bytes", "threads", "platform"} <= measured.keys():
+        took = render.duration(measured["convert_s"])
+        memory = render.size(measured["peak_memory_bytes"])
+        where = f"{measured['threads']} threads, {measured['platform']}"
+        lines.append(("conversion", f"{took}, peak memory {memory}, {where}"))
+    if "check" in measured:
+        check = measured["check"]
+        lines.append(("check", check.get("skipped") or f"{check['prompt']!r} -> {check['text']!r}"))
+    return [*lines, ("sha256", manifest.sha256)]
 
 
 def _text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return " ".join(map(str, value))
+        return ", ".join(map(str, value))
     if isinstance(value, dict):
         return " ".join(f"{name}={count}" for name, count in value.items())
     return str(value).replace("\n", "\\n")

@@ -64,6 +64,11 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.0f} B"
 
 
+def count(number: int, noun: str) -> str:
+    """``1 file``, ``2 files``."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def duration(seconds: float) -> str:
     """Seconds as people read them: ``85 ms``, ``4.2 s``, ``3 min 10 s``."""
     if seconds < 1:

@@ -20,10 +20,14 @@ STOPPED = 130
 
 
 def run(
-    path: Annotated[Path, typer.Argument(help="A folder made by convert, or any .gguf file.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A folder made by convert, or any .gguf file.")
+    ],
     prompt: Annotated[
         str | None,
-        typer.Argument(help="The question; - reads it from stdin. Without one: a chat."),
+        typer.Argument(
+            metavar="PROMPT", help="The question; - reads it from stdin. Without one: a chat."
+        ),
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Stop after so many tokens. Default: when the model ends.")

@@ -54,8 +54,9 @@ def verify(
     elif failure:
         render.say(f"damaged: {failure}")
     elif manifest:
-        files, tensors = manifest.artifact.files, manifest.artifact.tensors
-        nbytes = render.size(sum(file.nbytes for file in files))
-        print(f"{path}: {len(files)} files and {len(tensors)} tensors as written, {nbytes}")
+        files = render.count(len(manifest.artifact.files), "file")
+        tensors = render.count(len(manifest.artifact.tensors), "tensor")
+        nbytes = render.size(sum(file.nbytes for file in manifest.artifact.files))
+        print(f"{path}: {files} with {tensors} as they were written, {nbytes}")
     if failure:
         raise typer.Exit(DAMAGED)
