@@ -152,6 +152,19 @@ MODELS: dict[str, Tiny] = {
             }
         },
     ),
+    # Rows that blocks of 256 divide, for the grids that need them.
+    "llama-256": Tiny(
+        "LlamaConfig",
+        _LLAMA
+        | {
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "head_dim": 64,
+        },
+        "llama3",
+    ),
     # Mistral: a window in every layer, and a hidden size that five heads do not divide.
     "mistral": Tiny(
         "MistralConfig",
