@@ -1,5 +1,84 @@
-"""edgellm: quantize language models for the machine in front of you, and run them there."""
+"""edgellm: quantize language models for the machine in front of you, and run them there.
+
+``convert`` makes an artifact, ``open`` runs one, ``verify`` and ``inspect`` look at it. Importing
+the package costs nothing: what these need is imported when they are called.
+"""
 
 from __future__ import annotations
 
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgellm.chat import open as open
+    from edgellm.inspection import inspect as inspect
+    from edgellm.manifest import Artifact
+    from edgellm.manifest import open_artifact as open_artifact
+    from edgellm.manifest import verify as verify
+    from edgellm.progress import Progress
+
 __version__ = "0.1.0"
+
+__all__ = ["convert", "inspect", "open", "open_artifact", "verify"]
+
+ON_USE = {
+    "inspect": "edgellm.inspection:inspect",
+    "open": "edgellm.chat:open",
+    "open_artifact": "edgellm.manifest:open_artifact",
+    "verify": "edgellm.manifest:verify",
+}
+
+
+def convert(
+    source: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    format: str | None = None,
+    quant: str | None = None,
+    embed: str | None = None,
+    head: str | None = None,
+    context: int | None = None,
+    ignore_config_keys: tuple[str, ...] = (),
+    threads: int | None = None,
+    force: bool = False,
+    check: bool = True,
+    progress: Progress | None = None,
+) -> Artifact:
+    """The artifact made of ``source`` (a folder, a GGUF file or a Hub id) in the new folder ``out``.
+
+    The options are those of ``edgellm convert``. Raises ``edgellm.errors.EdgeError``, and then
+    nothing is left at ``out``.
+    """
+    from pathlib import Path
+
+    from edgellm.conversion import convert as carry_out_recipe
+    from edgellm.progress import unwatched
+    from edgellm.recipe import make_recipe
+
+    recipe = make_recipe(
+        {
+            "source": str(source),
+            "format": format,
+            "quant": quant,
+            "embed": embed,
+            "head": head,
+            "context": context,
+            "ignore_config_keys": ignore_config_keys,
+        }
+    )
+    return carry_out_recipe(
+        recipe,
+        Path(out),
+        threads=threads,
+        force=force,
+        check=check,
+        progress=progress or unwatched,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ON_USE:
+        raise AttributeError(f"module 'edgellm' has no attribute {name!r}")
+    from edgellm import registry
+
+    return registry.attribute(ON_USE[name])

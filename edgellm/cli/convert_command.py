@@ -122,7 +122,7 @@ def convert(
             if out is not None:
                 check_disk(plan, out)
         else:
-            from edgellm.convert import convert as convert_model
+            from edgellm.conversion import convert as convert_model
 
             assert out is not None
             artifact = convert_model(

@@ -65,7 +65,7 @@ def demo(
 
 
 def _convert(source: Path, out: Path, container: str, quant: str, *, quiet: bool) -> Artifact:
-    from edgellm.convert import convert
+    from edgellm.conversion import convert
     from edgellm.manifest import verify
     from edgellm.recipe import make_recipe
 
