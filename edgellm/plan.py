@@ -123,7 +123,10 @@ def make_plan(
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be at least 1, got {threads}")
     source = open_source(
-        recipe.source, ignore_config_keys=recipe.ignore_config_keys, progress=progress
+        recipe.source,
+        ignore_config_keys=recipe.ignore_config_keys,
+        context=recipe.context,
+        progress=progress,
     )
     assert recipe.format is not None
     layout = container_named(recipe.format).lay_out(source, recipe)
