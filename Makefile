@@ -59,7 +59,7 @@ bench: $(TEST)/installed
 
 size:
 	@rm -rf .cache/size && $(PYTHON) -m venv --without-pip .cache/size
-	@$(PYTHON) -m pip --python .cache/size/bin/python --quiet install .
+	@$(PYTHON) -m pip --python .cache/size/bin/python --quiet install . && rm -rf build
 	@du -sm .cache/size | awk '{print "base install: " $$1 " MB"}'
 	@du -sm .cache/size/lib/python*/site-packages/* | sort -rn | head -12
 

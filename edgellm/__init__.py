@@ -44,7 +44,7 @@ def convert(
     check: bool = True,
     progress: Progress | None = None,
 ) -> Artifact:
-    """The artifact made of ``source`` (a folder, a GGUF file or a Hub id) in the new folder ``out``.
+    """The artifact made of ``source`` (a folder, GGUF file or Hub id) in the new folder ``out``.
 
     The options are those of ``edgellm convert``. Raises ``edgellm.errors.EdgeError``, and then
     nothing is left at ``out``.
