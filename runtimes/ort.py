@@ -1,0 +1,251 @@
+"""onnxruntime on the CPU: our own loop over one graph, keys and values written in place.
+
+Every past and its present are one buffer, which GroupQueryAttention recognizes by its address and
+appends to. Inputs and outputs are bound by address once; a token copies nothing but itself.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget
+from edgellm.hardware import Hardware, detect
+from edgellm.manifest import Artifact
+from edgellm.runtimes import limits
+from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
+
+INSTALL = "pip install onnxruntime"
+DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
+"""Packages that bring the module ``onnxruntime``."""
+
+STEP_TOKENS = 512
+"""Tokens computed at once: bounds the memory of a long prompt. Ctrl-C is heard between steps."""
+
+ERROR_NAMES = (
+    "EPFail", "EngineError", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf",
+    "ModelLoaded", "NoModel", "NoSuchFile", "NotImplemented", "RuntimeException",
+)  # fmt: skip
+"""onnxruntime's exceptions, which have no root of their own."""
+
+
+class OnnxRuntime:
+    """Opens ONNX artifacts with onnxruntime's CPU provider."""
+
+    name = "onnxruntime"
+
+    def capabilities(self, hardware: Hardware) -> Capabilities:
+        """Whether onnxruntime is installed; it is not imported."""
+        version = _version()
+        found = importlib.util.find_spec("onnxruntime") is not None
+        return Capabilities(
+            runtime=self.name,
+            available=found,
+            reason=f"onnxruntime {version}" if found else f"onnxruntime is not installed: {INSTALL}",
+            version=version,
+            install=INSTALL,
+            containers=frozenset({"onnx"}),
+            devices=("cpu",) if found else (),
+            kv_dtypes=("f32",),
+            speed_rank=20,
+        )
+
+    def open(self, artifact: Artifact, options: RunOptions) -> OnnxSession:
+        """A session on an ONNX artifact; the manifest says what the graph alone does not."""
+        if artifact.container != "onnx" or artifact.manifest is None:
+            raise UnsupportedTarget(
+                f"onnxruntime runs ONNX artifacts made by edgellm, and {artifact.path} is "
+                f"{artifact.container}: choose --runtime llamacpp, or convert it with --format onnx"
+            )
+        if options.device not in ("auto", "cpu"):
+            raise UnsupportedTarget(
+                f"this runtime computes on the CPU only, not on {options.device}: choose --device cpu, "
+                "or convert with --format gguf and run on llama.cpp"
+            )
+        if options.kv_dtype not in (None, "f32"):
+            raise UnsupportedTarget(
+                f"GroupQueryAttention keeps its cache in f32 on the CPU, not {options.kv_dtype}: "
+                "choose f32, or llama.cpp"
+            )
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise RuntimeMissing(f"onnxruntime is not installed: {INSTALL}")
+        trained = artifact.manifest.artifact.model.context_length
+        room = limits.context_tokens(options.context_tokens, trained, artifact.path)
+        threads = options.threads or detect().physical_cores.value
+        return OnnxSession(artifact.main, room, threads)
+
+
+class OnnxSession:
+    """One ONNX decoder graph and the buffers of one sequence."""
+
+    runtime = "onnxruntime"
+    device = "cpu"
+
+    def __init__(self, path: Path, context_tokens: int, threads: int) -> None:
+        """Raises ``GenerationError`` with onnxruntime's own words when it cannot load the graph."""
+        import onnxruntime
+
+        state = onnxruntime.capi.onnxruntime_pybind11_state
+        self._errors = tuple(getattr(state, name) for name in ERROR_NAMES if hasattr(state, name))
+        try:
+            self._session: Any = onnxruntime.InferenceSession(
+                str(path), _session_options(onnxruntime, threads), providers=["CPUExecutionProvider"]
+            )
+        except self._errors as error:
+            raise GenerationError(
+                f"onnxruntime could not load {path}: {_first_line(error)}. Check the artifact with "
+                "`edgellm verify`"
+            ) from error
+        self.context_tokens = context_tokens
+        shapes = {output.name: output.shape for output in self._session.get_outputs()}
+        self.vocab_size = int(shapes["logits"][-1])
+        self._tokens: list[int] = []
+        self._step_ids = np.zeros((1, min(STEP_TOKENS, context_tokens)), np.int64)
+        self._mask = np.ones((1, context_tokens), np.int64)
+        self._logits_from = np.array([-1], np.int64)
+        self._logits = np.empty((1, 1, self.vocab_size), np.float32)
+        self._binding: Any = self._session.io_binding()
+        self._bound_step = 0
+        self._caches = self._bind()
+
+    def _bind(self) -> list[npt.NDArray[np.float32]]:
+        """Bind what never moves; the caches ``[1, kv_heads, context, head_dim]``, keys and values."""
+        caches = []
+        for given in self._session.get_inputs():
+            if given.name.startswith("past_key_values."):
+                _, heads, _, width = given.shape
+                cache = np.zeros((1, heads, self.context_tokens, width), np.float32)
+                present = given.name.replace("past_key_values.", "present.")
+                self._bind_input(given.name, cache, cache.shape)
+                self._bind_output(present, cache)
+                caches.append(cache)
+        self._bind_input("logits_from", self._logits_from, (1,))
+        self._bind_output("logits", self._logits)
+        return caches
+
+    def _bind_input(self, name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
+        self._binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
+
+    def _bind_output(self, name: str, array: npt.NDArray[np.float32]) -> None:
+        self._binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        return self._tokens
+
+    def prefill(self, token_ids: Sequence[int], *, all_logits: bool = False) -> Logits:
+        self._check_open()
+        limits.check_tokens(token_ids, len(self._tokens), self.context_tokens, self.vocab_size)
+        start = len(self._tokens)
+        if not all_logits:
+            self._run_steps(token_ids, start)
+            return self._logits[0]
+        rows = np.empty((1, len(token_ids), self.vocab_size), np.float32)
+        self._logits_from[0] = 0
+        try:
+            self._run_steps(token_ids, start, rows)
+        finally:
+            self._logits_from[0] = -1
+            self._bind_output("logits", self._logits)
+        return rows[0]
+
+    def decode(self, token_id: int) -> Logits:
+        self._check_open()
+        limits.check_tokens((token_id,), len(self._tokens), self.context_tokens, self.vocab_size)
+        self._run((token_id,))
+        return self._logits[0, 0]
+
+    def trim(self, length: int) -> None:
+        # What lies behind the last token is never read, so forgetting is only a shorter list.
+        self._check_open()
+        limits.check_trim(length, len(self._tokens))
+        del self._tokens[length:]
+
+    def save(self) -> KvState:
+        self._check_open()
+        used = len(self._tokens)
+        copies = tuple(cache[:, :, :used].copy() for cache in self._caches)
+        return KvState(self.runtime, tuple(self._tokens), copies)
+
+    def restore(self, state: KvState) -> None:
+        self._check_open()
+        limits.check_state(state, self.runtime, self.context_tokens)
+        used = len(state.tokens)
+        if [copy.shape[1::2] for copy in state.data] != [cache.shape[1::2] for cache in self._caches]:
+            raise GenerationError("this cache was saved by another model: it cannot be restored here")
+        self._tokens.clear()
+        for cache, copy in zip(self._caches, state.data, strict=True):
+            cache[:, :, :used] = copy
+        self._tokens.extend(state.tokens)
+
+    def kv_bytes(self) -> int:
+        self._check_open()
+        return sum(cache.nbytes for cache in self._caches)
+
+    def close(self) -> None:
+        self._binding = self._session = None
+        self._caches = []
+        self._tokens = []
+
+    def _check_open(self) -> None:
+        if self._session is None:
+            raise limits.closed()
+
+    def _run_steps(self, token_ids: Sequence[int], start: int, rows: Logits | None = None) -> None:
+        """Compute ``token_ids`` in steps; on any failure, Ctrl-C as well, keep none of them."""
+        size = self._step_ids.shape[1]
+        try:
+            for first in range(0, len(token_ids), size):
+                step = token_ids[first : first + size]
+                if rows is not None:
+                    self._bind_output("logits", rows[:, first : first + len(step)])
+                self._run(step)
+        except BaseException:
+            del self._tokens[start:]
+            raise
+
+    def _run(self, token_ids: Sequence[int]) -> None:
+        count, total = len(token_ids), len(self._tokens) + len(token_ids)
+        self._step_ids[0, :count] = token_ids
+        if count != self._bound_step:
+            self._bind_input("input_ids", self._step_ids, (1, count))
+            self._bound_step = count
+        self._bind_input("attention_mask", self._mask, (1, total))
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except self._errors as error:
+            raise GenerationError(
+                f"onnxruntime could not compute {count} tokens: {_first_line(error)}"
+            ) from error
+        self._tokens.extend(token_ids)
+
+
+def _session_options(onnxruntime: Any, threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Its cache of memory plans is keyed by shapes, and every token has a new one.
+    options.enable_mem_pattern = False
+    options.log_severity_level = 4
+    # Spinning threads gain little on an idle machine and lose much on a busy one.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _version() -> str:
+    for name in DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
