@@ -45,7 +45,7 @@ def measure(*, quick: bool) -> Result:
 
     comparisons: list[Comparison] = []
     for threads in THREADS:
-        common = [text.path.name, str(threads), str(speed.NEW_TOKENS)]
+        common = [text.path.name, str(threads), str(speed.new_tokens(quick=quick))]
         ours = [sys.executable, str(LOOPS / "edgellm_loop.py")]
         ours += ["onnxruntime", "ours-best", *common]
         peer = [sys.executable, str(LOOPS / "genai_loop.py"), "peer-default", *common]

@@ -31,7 +31,7 @@ def measure(*, quick: bool) -> Result:
     agreement = {}
     commands = {"edgellm, made by": shown(convert), "peer, made by": shown(build)}
     for threads in THREADS:
-        common = [text.path.name, str(threads), str(speed.NEW_TOKENS)]
+        common = [text.path.name, str(threads), str(speed.new_tokens(quick=quick))]
         ours = [sys.executable, str(LOOPS / "edgellm_loop.py")]
         ours += ["onnxruntime", "ours-equal", *common]
         peer = [sys.executable, str(LOOPS / "genai_loop.py"), "peer-equal", *common]
@@ -50,7 +50,7 @@ def measure(*, quick: bool) -> Result:
         peer="onnxruntime-genai",
         setting=(
             f"{SMOLLM2}, symmetric int4 in blocks of 32 throughout, logits of the last position; "
-            f"{PROMPT_TOKENS} tokens of prompt, {speed.NEW_TOKENS} new ones."
+            f"{PROMPT_TOKENS} tokens of prompt, {speed.new_tokens(quick=quick)} new ones."
         ),
         comparisons=comparisons,
         commands=commands,

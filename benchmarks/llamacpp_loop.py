@@ -29,9 +29,9 @@ def measure(*, quick: bool) -> Result:
     agreement = {}
     commands = {"the file, made by": shown(convert)}
     for threads in THREADS:
-        common = [text.path.name, str(threads), str(speed.NEW_TOKENS)]
+        common = [text.path.name, str(threads), str(speed.new_tokens(quick=quick))]
         ours = [sys.executable, str(LOOPS / "edgellm_loop.py"), "llamacpp", "ours-gguf", *common]
-        peer = [*bare, str(threads), str(speed.NEW_TOKENS), repack]
+        peer = [*bare, str(threads), str(speed.new_tokens(quick=quick)), repack]
         label = speed.threads_label(threads)
         found, agreement[label] = speed.compare(
             ours, peer, label=label, at_least=dict.fromkeys(speed.QUANTITIES, 0.98), quick=quick
@@ -43,7 +43,7 @@ def measure(*, quick: bool) -> Result:
         peer="bare llama-cpp-python loop",
         setting=(
             f"{SMOLLM2}, the same {GRID} GGUF file on both sides; {PROMPT_TOKENS} tokens of "
-            f"prompt, {speed.NEW_TOKENS} new ones."
+            f"prompt, {speed.new_tokens(quick=quick)} new ones."
         ),
         comparisons=comparisons,
         commands=commands,

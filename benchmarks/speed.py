@@ -47,6 +47,11 @@ def compare(
     return comparisons, sum(x == y for x, y in pairs) / len(pairs)
 
 
+def new_tokens(*, quick: bool) -> int:
+    """How many tokens a round decodes."""
+    return 8 if quick else NEW_TOKENS
+
+
 def threads_label(threads: int) -> str:
     """``1 thread``, ``2 threads``."""
     return f"{threads} thread{'s' if threads > 1 else ''}"

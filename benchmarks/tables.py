@@ -90,7 +90,8 @@ def _provenance(result: Result) -> str:
     versions = {name: found for group in result.versions.values() for name, found in group.items()}
     counted = [name for name in _concerned(result) if name in versions]
     return (
-        f"Medians of {repetitions}. {processor}, {machine['cores']} cores, "
+        f"{f'Medians of {repetitions}' if repetitions > 1 else 'One run'}. "
+        f"{processor}, {machine['cores']} cores, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}, "
         f"Python {machine['python']}{''.join(f', {name} {versions[name]}' for name in counted)}. "
         f"Repeat: `python -m benchmarks {result.benchmark}`."
