@@ -6,7 +6,7 @@ The engine below knows token ids only and the tokenizer knows text only; here th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, Self
 
@@ -22,6 +22,8 @@ class TextStepper(Protocol):
     """Turns ids into text one by one, never splitting a character."""
 
     def step(self, token_id: int) -> str | None: ...
+
+    def finish(self) -> str | None: ...
 
 
 class Decoding(Protocol):
@@ -40,7 +42,7 @@ class Answer:
     ``token_ids``: the new tokens, without the one that ended the text. ``finish_reason``: ``stop``
     (the model ended, or a stop string appeared), ``length`` (``max_tokens``, or the context is
     full), ``cancelled``. ``time_to_first_token_s`` starts before the prompt is tokenized.
-    ``prefilled_tokens``: tokens of the prompt that had to be computed, the others were in the cache.
+    ``prefilled_tokens``: tokens of the prompt that had to be computed; the others were cached.
     Rates exclude the time that whoever reads the stream takes; ``decode_tokens_per_s`` is None when
     only one token was generated. ``peak_memory_bytes`` is the process's, mapped files counted.
     ``seed``: None for greedy decoding.
@@ -77,7 +79,7 @@ class StopStrings:
         self.found = False
 
     def push(self, piece: str) -> str:
-        """What of the text so far may be shown; holds back what may be the start of a stop string."""
+        """What of the text so far may be shown; what may begin a stop string is held back."""
         if not self._stops:
             return piece
         text = self._held + piece
@@ -118,12 +120,12 @@ def reuse_prefix(session: Session, prompt_ids: Sequence[int]) -> int:
     return shared
 
 
-class TextStream(Iterator[str]):
+class AnswerStream(Iterator[str]):
     """The answer as it comes: iterate for pieces of text, then ask for ``answer()``.
 
     ``close`` (or leaving the ``with`` block, or Ctrl-C while it computes) cancels: the cache then
-    holds exactly the tokens that were computed, and the session can go on. A character whose bytes
-    are not complete when the text ends is left out.
+    holds exactly the tokens that were computed, and the session can go on. The pieces joined are
+    ``text``: the decoded tokens, cut at a stop string.
     """
 
     def __init__(
@@ -138,7 +140,7 @@ class TextStream(Iterator[str]):
         reuse_cache: bool = False,
         started_s: float | None = None,
         reason: str = "",
-        on_end: Callable[[TextStream], None] | None = None,
+        on_end: Callable[[AnswerStream], None] | None = None,
     ) -> None:
         """Raises ``GenerationError`` when the prompt is empty or does not fit the context."""
         if max_tokens is not None and max_tokens < 1:
@@ -148,8 +150,8 @@ class TextStream(Iterator[str]):
         if len(prompt_ids) >= session.context_tokens:
             raise GenerationError(
                 f"the prompt has {len(prompt_ids)} tokens and the context holds "
-                f"{session.context_tokens}, the answer included: shorten the prompt, start the chat "
-                "over (/clear), or open the model with a larger context (--context)"
+                f"{session.context_tokens}, the answer included: shorten the prompt, start the "
+                "chat over (/clear), or open the model with a larger context (--context)"
             )
         self._session = session
         self._tokenizer = tokenizer
@@ -167,7 +169,7 @@ class TextStream(Iterator[str]):
         self._first_token_s = self._prefill_s = self._decode_s = 0.0
         self._finish_reason: FinishReason = "cancelled"
         self._ended = False
-        self._pieces = self._generate()
+        self._pieces: Generator[str, None, None] = self._generate()
 
     @property
     def text(self) -> str:
@@ -230,7 +232,7 @@ class TextStream(Iterator[str]):
             if self._on_end is not None:
                 self._on_end(self)
 
-    def _generate(self) -> Iterator[str]:
+    def _generate(self) -> Generator[str, None, None]:
         session, sampler, stops = self._session, self._sampler, self._stops
         steps = self._tokenizer.decode_stream()
         ends = frozenset(self._tokenizer.eos_token_ids)
@@ -267,6 +269,7 @@ class TextStream(Iterator[str]):
             self._decode_s = time.perf_counter() - begun
         if self._finish_reason != "length":
             self._finish_reason = "stop"
-        if rest := stops.flush():
+        rest = "" if stops.found else stops.push(steps.finish() or "") + stops.flush()
+        if rest:
             self._shown.append(rest)
             yield rest

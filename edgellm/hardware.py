@@ -109,7 +109,8 @@ def detect() -> Hardware:
     system, machine = platform.system(), platform.machine()
     apple = system == "Darwin" and machine == "arm64"
     probe = {"Linux": _linux_cpu, "Darwin": _darwin_cpu, "Windows": _windows_cpu}.get(system)
-    cpu, features = probe() if probe else (Fact("unknown", f"no probe for {system}"), _no_features())
+    unknown = Fact("unknown", f"no probe for {system}")
+    cpu, features = probe() if probe else (unknown, _no_features())
     return Hardware(
         os=Fact(f"{system} {platform.release()}", "uname"),
         machine=Fact(machine, "uname"),
@@ -147,15 +148,10 @@ def pick(
         refusal = _refusal(found, container, device)
         if refusal is None:
             chosen = found.devices[0] if device == "auto" else device
-            why = "asked for" if runtime else "the fastest installed here"
-            version = f" {found.version}" if found.version else ""
+            why = "asked for" if runtime else f"the fastest installed here that runs {container}"
             cores = hardware.physical_cores.value
             where = f"{cores} physical core{'s' * (cores != 1)}" if chosen == "cpu" else chosen
-            return Choice(
-                found.runtime,
-                chosen,
-                f"{found.runtime}{version} runs {container} files on {where} ({why})",
-            )
+            return Choice(found.runtime, chosen, f"{why}, on {where} ({found.reason})")
         refusals.append(f"{found.runtime}: {refusal}")
         if not found.available and container in found.containers and found.install:
             installs.append(found.install)
@@ -178,7 +174,7 @@ def _refusal(found: Capabilities, container: str, device: str) -> str | None:
 
 
 def memory_bandwidth_bytes_per_s(threads: int, *, seconds: float = 0.3) -> float:
-    """Bytes that ``threads`` threads together read from memory in a second, the best of several passes.
+    """Bytes that ``threads`` threads together read from memory in a second, at best.
 
     Each reads 128 MiB of its own, more than most caches hold, by the largest of its numbers: one
     vector instruction for each load. Takes about ``seconds`` and ``threads`` x 128 MiB of memory.
@@ -198,7 +194,7 @@ def memory_bandwidth_bytes_per_s(threads: int, *, seconds: float = 0.3) -> float
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has occupied so far, resident pages of mapped files counted."""
+    """The most memory that this process has occupied, resident pages of mapped files counted."""
     if sys.platform == "linux":
         # ru_maxrss would count the program that started this one, which exec does not reset.
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -243,12 +239,12 @@ def parse_cpuinfo(text: str) -> tuple[Fact[str], Fact[frozenset[str]]]:
 
 def _sysctl(name: str) -> bytes | None:
     """The raw value of a macOS ``sysctl``, None where there is no such name."""
-    library = ctypes.CDLL(ctypes.util.find_library("c"))
-    size = ctypes.c_size_t()
-    if library.sysctlbyname(name.encode(), None, ctypes.byref(size), None, ctypes.c_size_t()) != 0:
+    read = ctypes.CDLL(ctypes.util.find_library("c")).sysctlbyname
+    key, size, nothing = name.encode(), ctypes.c_size_t(), ctypes.c_size_t()
+    if read(key, None, ctypes.byref(size), None, nothing) != 0:
         return None
     buffer = ctypes.create_string_buffer(size.value)
-    if library.sysctlbyname(name.encode(), buffer, ctypes.byref(size), None, ctypes.c_size_t()) != 0:
+    if read(key, buffer, ctypes.byref(size), None, nothing) != 0:
         return None
     return buffer.raw[: size.value]
 
@@ -267,27 +263,28 @@ def _darwin_cpu() -> tuple[Fact[str], Fact[frozenset[str]]]:
 
 def _windows_cpu() -> tuple[Fact[str], Fact[frozenset[str]]]:
     model = platform.processor() or os.environ.get("PROCESSOR_IDENTIFIER", "unknown")
-    if sys.platform != "win32":  # tells type checkers that what follows exists
-        return Fact(model, "platform.processor"), _no_features()
-    present = ctypes.windll.kernel32.IsProcessorFeaturePresent
-    named = frozenset(name for number, name in WINDOWS_FEATURES.items() if present(number))
-    return Fact(model, "PROCESSOR_IDENTIFIER"), Fact(named, "IsProcessorFeaturePresent")
+    features = _no_features()
+    if sys.platform == "win32":  # tells type checkers that windll exists
+        present = ctypes.windll.kernel32.IsProcessorFeaturePresent
+        named = frozenset(name for number, name in WINDOWS_FEATURES.items() if present(number))
+        features = Fact(named, "IsProcessorFeaturePresent")
+    return Fact(model, "PROCESSOR_IDENTIFIER"), features
 
 
 def _physical_cores() -> Fact[int]:
     if sys.platform == "linux":
-        usable = os.sched_getaffinity(0)
-        cores = {_core_of(cpu) for cpu in usable}
-        count, reason = len(cores), "cores of the CPUs that this process may use"
+        count = len({_core_of(cpu) for cpu in os.sched_getaffinity(0)})
         quota = _cgroup_number("cpu.max")
         period = _cgroup_number("cpu.max", word=1)
         if quota and period and quota / period < count:
             return Fact(max(1, int(quota / period)), "limit of the control group (cpu.max)")
-        return Fact(count, reason)
-    import psutil
+        return Fact(count, "cores of the CPUs that this process may use")
+    else:  # noqa: RET505 -- so that type checkers skip it on Linux
+        import psutil
 
-    found = psutil.cpu_count(logical=False)
-    return Fact(found, "psutil") if found else Fact(os.cpu_count() or 1, "logical CPUs: psutil knew no cores")
+        if found := psutil.cpu_count(logical=False):
+            return Fact(found, "psutil")
+        return Fact(os.cpu_count() or 1, "logical CPUs: psutil knew no cores")
 
 
 def _core_of(cpu: int) -> str:

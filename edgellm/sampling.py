@@ -120,8 +120,8 @@ def _check_best(best: np.float32) -> None:
     # argmax stops at a NaN, so looking at one value looks at all of them.
     if not np.isfinite(best):
         raise GenerationError(
-            f"the model gave {best} for its best next token: its weights are damaged, or the runtime "
-            "overflowed. Check the model with `edgellm verify`, or try another --runtime"
+            f"the model gave {best} for its best next token: its weights are damaged, or the "
+            "runtime overflowed. Check the model with `edgellm verify`, or try another --runtime"
         )
 
 

@@ -44,7 +44,7 @@ class FakeRuntime:
     def open(self, artifact: Artifact, options: RunOptions) -> FakeSession:
         """A session with the vocabulary of ``artifact``, or 256 tokens for a plain file."""
         if options.device not in ("auto", "cpu"):
-            raise UnsupportedTarget(f"the fake runtime has no {options.device}: choose --device cpu")
+            raise UnsupportedTarget(f"the fake runtime has no {options.device}: try --device cpu")
         facts = artifact.manifest.artifact.model if artifact.manifest else None
         trained = facts.context_length if facts else TRAINED_CONTEXT
         room = limits.context_tokens(options.context_tokens, trained, artifact.path)
@@ -77,7 +77,7 @@ class FakeSession:
             self._append(token)
             if all_logits:
                 rows.append(self._logits())
-        return np.stack(rows) if all_logits else self._logits()[np.newaxis]
+        return np.array(rows) if all_logits else self._logits()[np.newaxis]
 
     def decode(self, token_id: int) -> Logits:
         return self.prefill((token_id,))[0]
@@ -114,5 +114,6 @@ class FakeSession:
         self._states.append(np.uint64((before * 0x100000001B3 + token + 1) % (1 << 64)))
 
     def _logits(self) -> Logits:
-        spread = (self._mix ^ self._states[-1]) * MULTIPLIER
-        return (spread >> np.uint64(40)).astype(np.float32) / np.float32(1 << 20) - np.float32(8)
+        spread = ((self._mix ^ self._states[-1]) * MULTIPLIER) >> np.uint64(40)
+        logits: Logits = spread.astype(np.float32) / np.float32(1 << 20) - np.float32(8)
+        return logits

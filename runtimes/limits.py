@@ -18,8 +18,8 @@ def context_tokens(wanted: int | None, trained: int, path: Path) -> int:
         return min(trained, DEFAULT_CONTEXT_TOKENS)
     if not 1 <= wanted <= trained:
         raise GenerationError(
-            f"a context of {wanted} tokens is not possible: {path.name} was made for 1 to {trained}; "
-            "choose another --context"
+            f"a context of {wanted} tokens is not possible: {path.name} was made for 1 to "
+            f"{trained}; choose another --context"
         )
     return wanted
 
@@ -30,8 +30,8 @@ def check_tokens(token_ids: Sequence[int], held: int, room: int, vocab_size: int
         raise GenerationError("no tokens to compute: give at least one")
     if held + len(token_ids) > room:
         raise GenerationError(
-            f"the context is full: it holds {held} of {room} tokens and {len(token_ids)} more do not "
-            "fit. Start over (/clear in a chat), or open the model with a larger --context"
+            f"the context is full: it holds {held} of {room} tokens and {len(token_ids)} more do "
+            "not fit. Start over (/clear in a chat), or open the model with a larger --context"
         )
     low, high = min(token_ids), max(token_ids)
     if low < 0 or high >= vocab_size:
@@ -51,13 +51,13 @@ def check_state(state: KvState, runtime: str, room: int) -> None:
     """Raise ``GenerationError`` unless ``state`` is one of ``runtime``'s and fits."""
     if state.runtime != runtime:
         raise GenerationError(
-            f"this cache was saved by {state.runtime}, and {runtime} cannot read it: restore it into "
-            "the kind of session that saved it"
+            f"this cache was saved by {state.runtime}, and {runtime} cannot read it: restore it "
+            "into the kind of session that saved it"
         )
     if len(state.tokens) > room:
         raise GenerationError(
-            f"this cache holds {len(state.tokens)} tokens and the context {room}: open the model with "
-            "a larger --context"
+            f"this cache holds {len(state.tokens)} tokens and the context {room}: open the model "
+            "with a larger --context"
         )
 
 

@@ -34,7 +34,7 @@ OLDEST = (0, 3, 36)
 BATCH_TOKENS = 512
 """Tokens that llama.cpp is given at a time; Ctrl-C is heard between two batches."""
 OUTPUT_ROWS = 32
-"""Positions whose logits are computed at once: llama.cpp reserves this many rows of the vocabulary."""
+"""Positions whose logits are computed at once: llama.cpp reserves a row of the vocabulary each."""
 KV_TYPES = {"f32": 0, "f16": 1}  # GGML_TYPE_F32, GGML_TYPE_F16
 GPU_LIBRARIES = {"cuda": "ggml-cuda", "metal": "ggml-metal"}
 ALL_LAYERS = -1
@@ -66,7 +66,9 @@ class LlamaCppRuntime:
     def capabilities(self, hardware: Hardware) -> Capabilities:
         """What the installed build can do, read from its files; the library is not loaded."""
 
-        def found(available: bool, reason: str, version: str = "", devices: tuple[str, ...] = ()) -> Capabilities:
+        def found(
+            available: bool, reason: str, version: str = "", devices: tuple[str, ...] = ()
+        ) -> Capabilities:
             return Capabilities(
                 runtime=self.name,
                 available=available,
@@ -84,17 +86,19 @@ class LlamaCppRuntime:
         version = importlib.metadata.version("llama-cpp-python")
         if _numbers(version) < OLDEST:
             oldest = ".".join(map(str, OLDEST))
-            return found(False, f"llama-cpp-python {version} is older than {oldest}: {INSTALL} --upgrade", version)
+            reason = f"llama-cpp-python {version} is older than {oldest}: {INSTALL} --upgrade"
+            return found(False, reason, version)
         folder = _library_folder()
         libraries = " ".join(file.name for file in folder.glob("*ggml*"))
         gpus = tuple(device for device, part in GPU_LIBRARIES.items() if part in libraries)
         usable = tuple(device for device in gpus if _has_gpu(hardware, device))
-        reason = f"llama-cpp-python {version}" + (f" with {', '.join(gpus)}" if gpus else ", CPU build")
+        build = f"built for {', '.join(gpus)}" if gpus else "built for the CPU"
+        reason = f"llama-cpp-python {version}, {build}"
         if compiler := _miscompiled_amx(folder, hardware.cpu_features.value):
             reason += (
-                f"; its AMX code was made by {compiler}, which breaks it (GCC bug 114098), so weights are "
-                "not repacked and it is slower: build it anew with a newer compiler, or with "
-                f"{WITHOUT_AMX}"
+                f"; its AMX code was made by {compiler}, which breaks it (GCC bug 114098), so "
+                "weights are not repacked and it is slower: build it anew by a newer compiler, or "
+                f"with {WITHOUT_AMX}"
             )
         return found(True, reason, version, (*usable, "cpu"))
 
@@ -157,7 +161,7 @@ class LlamaCppSession:
         model = library.llama_model_load_from_file(os.fsencode(artifact.main), model_options)
         if not model:
             raise GenerationError(f"llama.cpp could not load {artifact.main}: {_last_words()}")
-        self._free = weakref.finalize(self, library.llama_model_free, model)
+        self._free: Any = weakref.finalize(self, library.llama_model_free, model)
 
         trained = int(library.llama_model_n_ctx_train(model))
         self.context_tokens = limits.context_tokens(options.context_tokens, trained, artifact.main)
@@ -231,9 +235,12 @@ class LlamaCppSession:
         self._settle()
         size = self._library.llama_state_seq_get_size(self._context, 0)
         buffer = np.empty(size, np.uint8)
-        written = self._library.llama_state_seq_get_data(self._context, _bytes_of(buffer), size, 0)
+        target = _bytes_of(buffer)
+        written = self._library.llama_state_seq_get_data(self._context, target, size, 0)
         if written != size:
-            raise GenerationError(f"llama.cpp saved {written} of {size} bytes of its KV cache: {_last_words()}")
+            raise GenerationError(
+                f"llama.cpp saved {written} of {size} bytes of its KV cache: {_last_words()}"
+            )
         return KvState(self.runtime, tuple(self._tokens), buffer)
 
     def restore(self, state: KvState) -> None:
@@ -243,13 +250,16 @@ class LlamaCppSession:
         self._check_open()
         limits.check_state(state, self.runtime, self.context_tokens)
         buffer: npt.NDArray[np.uint8] = state.data
+        source = _bytes_of(buffer)
         self._tokens.clear()
         self._unsure = True
         if state.tokens:
-            read = self._library.llama_state_seq_set_data(self._context, _bytes_of(buffer), buffer.size, 0)
+            read = self._library.llama_state_seq_set_data(self._context, source, buffer.size, 0)
             if read != buffer.size:
                 self._forget_rest()
-                raise GenerationError(f"llama.cpp did not take the saved KV cache back: {_last_words()}")
+                raise GenerationError(
+                    f"llama.cpp did not take the saved KV cache back: {_last_words()}"
+                )
         else:
             self._forget_rest()
         self._tokens.extend(state.tokens)
@@ -271,11 +281,13 @@ class LlamaCppSession:
         if not self._library.llama_memory_seq_rm(self._memory, 0, len(self._tokens), -1):
             self._library.llama_memory_clear(self._memory, False)
             self._tokens.clear()
-            raise GenerationError("this model cannot forget a part of its context: start the chat over (/clear)")
+            raise GenerationError(
+                "this model cannot forget a part of its context: start the chat over (/clear)"
+            )
         self._unsure = False
 
     def _settle(self) -> None:
-        """Make the cache hold ``tokens`` and nothing else, where an interruption left it in doubt."""
+        """Make the cache hold ``tokens`` alone, where an interruption left it in doubt."""
         if self._unsure:
             self._forget_rest()
 
@@ -287,7 +299,9 @@ class LlamaCppSession:
         if status != 0:
             self._forget_rest()
             cause = DECODE_FAILURES.get(status, f"status {status}")
-            raise GenerationError(f"llama.cpp could not compute {len(token_ids)} tokens: {cause}. {_last_words()}")
+            raise GenerationError(
+                f"llama.cpp could not compute {len(token_ids)} tokens: {cause}. {_last_words()}"
+            )
         self._tokens.extend(token_ids)
         self._unsure = False
 
@@ -301,7 +315,7 @@ class LlamaCppSession:
         if row is None:
             if len(self._row_at) > 2 * OUTPUT_ROWS:
                 self._row_at.clear()
-            memory = (ctypes.c_float * self.vocab_size).from_address(address)
+            memory: Any = (ctypes.c_float * self.vocab_size).from_address(address)
             row = self._row_at[address] = np.frombuffer(memory, np.float32)
         return row
 
@@ -315,7 +329,7 @@ class _Batch:
         self._positions = np.zeros(room, np.int32)
         self._outputs = np.zeros(room, np.int8)
         counts = np.ones(room, np.int32)
-        sequence = (ctypes.c_int32 * 1)(0)
+        sequence: Any = (ctypes.c_int32 * 1)(0)
         sequences = (ctypes.POINTER(ctypes.c_int32) * room)(*[sequence] * room)
         self._kept_alive = (counts, sequence, sequences)
         self._batch = library.llama_batch(
@@ -421,4 +435,5 @@ def _kv_token_bytes(metadata: dict[str, Any], library: Any, model: Any, kv_type:
     key = int(metadata.get(f"{arch}.attention.key_length", default))
     value = int(metadata.get(f"{arch}.attention.value_length", default))
     layers = int(library.llama_model_n_layer(model))
-    return layers * int(library.llama_model_n_head_kv(model)) * (key + value) * (2 if kv_type else 4)
+    kv_heads = int(library.llama_model_n_head_kv(model))
+    return layers * kv_heads * (key + value) * (2 if kv_type else 4)

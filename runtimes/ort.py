@@ -47,7 +47,7 @@ class OnnxRuntime:
         return Capabilities(
             runtime=self.name,
             available=found,
-            reason=f"onnxruntime {version}" if found else f"onnxruntime is not installed: {INSTALL}",
+            reason=f"onnxruntime {version}" if found else f"it is not installed: {INSTALL}",
             version=version,
             install=INSTALL,
             containers=frozenset({"onnx"}),
@@ -65,8 +65,8 @@ class OnnxRuntime:
             )
         if options.device not in ("auto", "cpu"):
             raise UnsupportedTarget(
-                f"this runtime computes on the CPU only, not on {options.device}: choose --device cpu, "
-                "or convert with --format gguf and run on llama.cpp"
+                f"this runtime computes on the CPU only, not on {options.device}: choose --device "
+                "cpu, or convert with --format gguf and run on llama.cpp"
             )
         if options.kv_dtype not in (None, "f32"):
             raise UnsupportedTarget(
@@ -94,8 +94,9 @@ class OnnxSession:
         state = onnxruntime.capi.onnxruntime_pybind11_state
         self._errors = tuple(getattr(state, name) for name in ERROR_NAMES if hasattr(state, name))
         try:
+            settings = _session_options(onnxruntime, threads)
             self._session: Any = onnxruntime.InferenceSession(
-                str(path), _session_options(onnxruntime, threads), providers=["CPUExecutionProvider"]
+                str(path), settings, providers=["CPUExecutionProvider"]
             )
         except self._errors as error:
             raise GenerationError(
@@ -106,17 +107,19 @@ class OnnxSession:
         shapes = {output.name: output.shape for output in self._session.get_outputs()}
         self.vocab_size = int(shapes["logits"][-1])
         self._tokens: list[int] = []
-        self._step_ids = np.zeros((1, min(STEP_TOKENS, context_tokens)), np.int64)
+        self._step_ids: npt.NDArray[np.int64] = np.zeros(
+            (1, min(STEP_TOKENS, context_tokens)), np.int64
+        )
         self._mask = np.ones((1, context_tokens), np.int64)
         self._logits_from = np.array([-1], np.int64)
-        self._logits = np.empty((1, 1, self.vocab_size), np.float32)
+        self._logits: Logits = np.empty((1, 1, self.vocab_size), np.float32)
         self._binding: Any = self._session.io_binding()
         self._bound_step = 0
         self._caches = self._bind()
 
     def _bind(self) -> list[npt.NDArray[np.float32]]:
-        """Bind what never moves; the caches ``[1, kv_heads, context, head_dim]``, keys and values."""
-        caches = []
+        """Bind what never moves; the caches, ``[1, kv_heads, context, head_dim]`` each."""
+        caches: list[npt.NDArray[np.float32]] = []
         for given in self._session.get_inputs():
             if given.name.startswith("past_key_values."):
                 _, heads, _, width = given.shape
@@ -145,21 +148,21 @@ class OnnxSession:
         start = len(self._tokens)
         if not all_logits:
             self._run_steps(token_ids, start)
-            return self._logits[0]
-        rows = np.empty((1, len(token_ids), self.vocab_size), np.float32)
+            return self._last()[np.newaxis]
+        rows: Logits = np.empty((1, len(token_ids), self.vocab_size), np.float32)
         self._logits_from[0] = 0
         try:
             self._run_steps(token_ids, start, rows)
         finally:
             self._logits_from[0] = -1
             self._bind_output("logits", self._logits)
-        return rows[0]
+        return rows.reshape(len(token_ids), self.vocab_size)
 
     def decode(self, token_id: int) -> Logits:
         self._check_open()
         limits.check_tokens((token_id,), len(self._tokens), self.context_tokens, self.vocab_size)
         self._run((token_id,))
-        return self._logits[0, 0]
+        return self._last()
 
     def trim(self, length: int) -> None:
         # What lies behind the last token is never read, so forgetting is only a shorter list.
@@ -177,8 +180,9 @@ class OnnxSession:
         self._check_open()
         limits.check_state(state, self.runtime, self.context_tokens)
         used = len(state.tokens)
-        if [copy.shape[1::2] for copy in state.data] != [cache.shape[1::2] for cache in self._caches]:
-            raise GenerationError("this cache was saved by another model: it cannot be restored here")
+        saved = [copy.shape[1::2] for copy in state.data]  # heads and width of each
+        if saved != [cache.shape[1::2] for cache in self._caches]:
+            raise GenerationError("this cache is of another model: it cannot be restored here")
         self._tokens.clear()
         for cache, copy in zip(self._caches, state.data, strict=True):
             cache[:, :, :used] = copy
@@ -192,6 +196,9 @@ class OnnxSession:
         self._binding = self._session = None
         self._caches = []
         self._tokens = []
+
+    def _last(self) -> Logits:
+        return self._logits.reshape(self.vocab_size)
 
     def _check_open(self) -> None:
         if self._session is None:

@@ -1,0 +1,219 @@
+"""Open a model and talk to it: a conversation over a session, its cache kept from turn to turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self, get_args
+
+from edgellm.errors import UsageError
+from edgellm.generate import Answer, AnswerStream, Decoding
+from edgellm.hardware import Choice, detect, pick
+from edgellm.manifest import Artifact, open_artifact
+from edgellm.manifest import verify as verify_artifact
+from edgellm.runtimes import runtime_named, runtime_names
+from edgellm.runtimes.session import Device, KvDtype, RunOptions, Session
+from edgellm.sampling import SamplingOptions
+
+
+class ChatTokenizer(Decoding, Protocol):
+    """What a conversation needs of a tokenizer."""
+
+    @property
+    def chat_template(self) -> str | None: ...
+
+    @property
+    def special_texts(self) -> tuple[str, ...]: ...
+
+    def encode(
+        self, text: str, *, add_special: bool = False, parse_special: bool = True
+    ) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> str: ...
+
+
+def open(
+    path: str | Path,
+    runtime: str | None = None,
+    device: Device = "auto",
+    context_tokens: int | None = None,
+    threads: int | None = None,
+    verify: bool = True,
+    *,
+    system: str | None = None,
+    kv_dtype: KvDtype | None = None,
+) -> ChatSession:
+    """A conversation with the model at ``path``: an artifact folder, or any GGUF file.
+
+    ``verify`` checks an artifact's checksums (files that passed before and did not change since are
+    not read again); a plain file has none, which ``notes`` says. ``runtime`` None takes the fastest
+    one installed that runs it. Raises ``SourceError``, ``VerificationError``, ``RuntimeMissing``,
+    ``UnsupportedTarget`` or ``GenerationError``.
+    """
+    if device not in get_args(Device):
+        raise UsageError(f"no device named {device!r}: choose {', '.join(get_args(Device))}")
+    artifact = open_artifact(Path(path))
+    notes = []
+    if artifact.manifest is None:
+        notes.append(f"{artifact.path.name} has no manifest: it runs, unverified")
+    elif verify:
+        verify_artifact(artifact, trust_unchanged=True)
+    hardware = detect()
+    names = runtime_names() if runtime is None else [runtime]
+    found = {name: runtime_named(name) for name in names}
+    capabilities = [one.capabilities(hardware) for one in found.values()]
+    choice = pick(artifact.container, hardware, capabilities, runtime=runtime, device=device)
+    options = RunOptions(_device(choice), context_tokens, threads, kv_dtype)
+    from edgellm.tokenization.artifact import artifact_tokenizer
+
+    tokenizer = artifact_tokenizer(artifact.main)
+    session = found[choice.runtime].open(artifact, options)
+    return ChatSession(
+        session, tokenizer, choice=choice, artifact=artifact, system=system, notes=notes
+    )
+
+
+def _device(choice: Choice) -> Device:
+    known: tuple[Device, ...] = get_args(Device)
+    return next(device for device in known if device == choice.device)
+
+
+class ChatSession:
+    """One conversation with one model; use it in a ``with`` block, or ``close`` it.
+
+    ``messages`` is the conversation so far. ``notes``: what whoever runs it should know.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: ChatTokenizer,
+        *,
+        choice: Choice,
+        artifact: Artifact | None = None,
+        system: str | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.session = session
+        self.tokenizer = tokenizer
+        self.choice = choice
+        self.artifact = artifact
+        self.notes = tuple(notes)
+        self.system = system
+        self.messages: list[dict[str, str]] = []
+        self._said = ""
+        self._said_ids: tuple[int, ...] = ()
+        self.clear()
+
+    @property
+    def used_tokens(self) -> int:
+        """Tokens in the cache."""
+        return len(self.session.tokens)
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens that the cache has room for."""
+        return self.session.context_tokens
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        sampling: SamplingOptions | None = None,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        raw: bool = False,
+    ) -> Answer:
+        """The whole answer to ``prompt``; see ``stream``."""
+        options: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, "raw": raw}
+        return self.stream(prompt, sampling=sampling, **options).answer()
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        sampling: SamplingOptions | None = None,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        raw: bool = False,
+    ) -> AnswerStream:
+        """The answer to ``prompt`` as it comes, in pieces of text.
+
+        ``prompt`` is the next message of the conversation, in the model's chat template; only what
+        the cache does not hold yet is computed. With ``raw``, or for a model without a template,
+        the text is continued as it is, outside any conversation. ``max_tokens`` None: until the
+        model ends or the context is full. The answer enters ``messages`` when the stream ends, a
+        cancelled one as far as it came.
+
+        Raises ``GenerationError`` when the conversation does not fit the context any more.
+        """
+        started_s = time.perf_counter()
+        if raw or self.tokenizer.chat_template is None:
+            if not raw and self.system:
+                raise UsageError(
+                    "this model has no chat template, so it takes no system message: leave it out"
+                )
+            text, prompt_ids = "", tuple(self.tokenizer.encode(prompt, add_special=True))
+        else:
+            text, prompt_ids = self._next_prompt(prompt)
+
+        def remember(stream: AnswerStream) -> None:
+            if text and (stream.token_ids or stream.finish_reason != "cancelled"):
+                self._remember(prompt, text, prompt_ids, stream)
+
+        return AnswerStream(
+            self.session,
+            self.tokenizer,
+            prompt_ids,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            stop=stop,
+            reuse_cache=bool(text and self.messages),
+            started_s=started_s,
+            reason=self.choice.reason,
+            on_end=remember,
+        )
+
+    def clear(self) -> None:
+        """Forget the conversation; the system message stays."""
+        self.messages.clear()
+        self._said, self._said_ids = "", ()
+
+    def close(self) -> None:
+        """Give the memory back; using the session afterwards raises ``GenerationError``."""
+        self.session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _next_prompt(self, message: str) -> tuple[str, tuple[int, ...]]:
+        """The conversation with ``message`` added, as text and as tokens.
+
+        Where the new text begins with what was said, the tokens do too: an answer read back as text
+        may be split into other tokens than those that the model chose, and would be computed again.
+        """
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        conversation = [*system, *self.messages, {"role": "user", "content": message}]
+        text = self.tokenizer.render_chat(conversation)
+        rest = text.removeprefix(self._said)
+        # Only at a special token is the split of the rest the same alone as in the whole.
+        if self._said and rest != text and rest.startswith(self.tokenizer.special_texts):
+            return text, (*self._said_ids, *self.tokenizer.encode(rest))
+        return text, tuple(self.tokenizer.encode(text))
+
+    def _remember(
+        self, message: str, text: str, prompt_ids: Sequence[int], stream: AnswerStream
+    ) -> None:
+        self.messages.append({"role": "user", "content": message})
+        self.messages.append({"role": "assistant", "content": stream.text})
+        whole = self.tokenizer.decode(stream.token_ids) == stream.text
+        self._said = text + stream.text if whole else ""
+        self._said_ids = (*prompt_ids, *stream.token_ids) if whole else ()
