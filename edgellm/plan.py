@@ -99,16 +99,23 @@ def resolve(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     reasons: list[str] = []
     chosen_format, chosen_quant = recipe.format, recipe.quant
     if chosen_format is None:
-        chosen_format, why = best_container()
+        chosen_format, why = _container_for(recipe.grid)
         reasons.append(f"format {chosen_format}: {why}")
-    if chosen_format not in CONTAINERS:
-        raise UsageError(f"no container named {chosen_format!r}: choose {' or '.join(CONTAINERS)}")
     container = container_named(chosen_format)
     if not recipe.grid:
         solver = f"{recipe.solver}:" if recipe.quant else ""
         chosen_quant = solver + container.default_grid
-        reasons.append(f"grid {container.default_grid}: {chosen_format}'s default, 4 bits a weight")
+        reasons.append(f"grid {container.default_grid}: the default of {chosen_format}")
     return msgspec.structs.replace(recipe, format=chosen_format, quant=chosen_quant), tuple(reasons)
+
+
+def _container_for(grid: str) -> tuple[str, str]:
+    """The container that runs best here, unless only another one has the grid that was named."""
+    best, why = best_container()
+    holders = [name for name in CONTAINERS if grid in container_named(name).grids]
+    if grid and holders and best not in holders:
+        return holders[0], f"the container that has {grid}"
+    return best, why
 
 
 def make_plan(
@@ -131,7 +138,8 @@ def make_plan(
     assert recipe.format is not None
     layout = container_named(recipe.format).lay_out(source, recipe)
     workers = threads or detect().physical_cores.value
-    output = sum(map(len, layout.files.values())) + sum(layout.data_files.values())
+    sizes = {name: len(content) for name, content in layout.files.items()} | layout.data_files
+    output = sum(sizes.values())
     slab = max((_slab_memory(tensor) for tensor in layout.tensors), default=0.0)
     return Plan(
         recipe=recipe,

@@ -1,0 +1,207 @@
+"""A conversion from end to end: same bytes whatever the threads, bounded memory, nothing half-done."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from edgellm import plan as planning
+from edgellm.conversion import carry_out, convert
+from edgellm.errors import OutputError, TensorError, UnknownGrid, UsageError, VerificationError
+from edgellm.manifest import Artifact, Parity, open_artifact, verify
+from edgellm.plan import make_plan
+from edgellm.recipe import Recipe
+from edgellm.tokenization import Tokenizer
+
+TinyModel = Callable[[str], Path]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of an artifact but its manifest, which also holds the time."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def converted(source: Path, out: Path, **choices: str) -> Artifact:
+    return convert(Recipe(source=str(source), **choices), out, check=False)
+
+
+@pytest.mark.parametrize(
+    ("container", "quant"),
+    [("gguf", "q4_k_m"), ("gguf", "f16"), ("onnx", "int4-g32"), ("onnx", "f32")],
+)
+def test_the_same_bytes_whatever_the_threads_and_slabs(
+    tiny_model: TinyModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    container: str,
+    quant: str,
+) -> None:
+    recipe = Recipe(source=str(tiny_model("llama-256")), format=container, quant=quant)
+    one = convert(recipe, tmp_path / "one", threads=1, check=False)
+    monkeypatch.setattr(planning, "SLAB_BYTES", 20_000)
+    three = convert(recipe, tmp_path / "three", threads=3, check=False)
+    assert contents(one.path) == contents(three.path)
+    assert one.manifest and three.manifest and one.manifest.sha256 == three.manifest.sha256
+    verify(three)
+
+
+def test_the_plan_says_every_byte_that_is_written(tiny_model: TinyModel, tmp_path: Path) -> None:
+    plan = make_plan(Recipe(source=str(tiny_model("llama")), format="gguf", quant="q4_0"))
+    artifact = carry_out(plan, tmp_path / "out", check=False)
+    assert sum(map(len, contents(artifact.path).values())) == plan.output_bytes
+    tensors = sum(tensor.nbytes for tensor in plan.layout.tensors)
+    assert plan.bits_per_weight == pytest.approx(8 * tensors / plan.weights)
+
+
+def test_a_weight_that_is_not_a_number_is_named_and_nothing_is_left(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    source = shutil.copytree(tiny_model("llama"), tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name] = weights[name].copy()
+    weights[name][3, 5] = np.nan
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    for container, quant in (("gguf", "q4_0"), ("onnx", "int4-g32")):
+        with pytest.raises(TensorError, match=rf"{name} holds nan at row 3, column 5"):
+            converted(source, tmp_path / "out", format=container, quant=quant)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_full_disk_is_known_before_any_work(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OutputError, match="free"):
+        converted(tiny_model("llama"), tmp_path / "out", format="gguf", quant="q4_0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_source_and_output_may_not_overlap(tiny_model: TinyModel, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_model("llama"), tmp_path / "source")
+    for out in (source / "inside", tmp_path):
+        with pytest.raises((UsageError, OutputError)):
+            convert(Recipe(source=str(source), format="gguf"), out, force=True, check=False)
+    assert sorted(path.name for path in source.iterdir()) == sorted(
+        path.name for path in tiny_model("llama").iterdir()
+    )
+
+
+def test_an_artifact_whose_tokenizer_differs_is_not_kept(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def differing(source: Tokenizer, main_file: Path) -> Parity:
+        return Parity(equal=False, cases=2, mismatches=("'\\n1': [1] and [2]",))
+
+    monkeypatch.setattr("edgellm.conversion.artifact_parity", differing)
+    with pytest.raises(VerificationError, match="splits text differently"):
+        converted(tiny_model("llama"), tmp_path / "out", format="gguf", quant="q4_0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_artifact_replaces_its_elder_only_when_forced(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    elder = converted(tiny_model("llama"), tmp_path / "out", format="gguf", quant="q4_0")
+    with pytest.raises(OutputError, match="--force"):
+        converted(tiny_model("llama"), tmp_path / "out", format="gguf", quant="q8_0")
+    recipe = Recipe(source=str(tiny_model("llama")), format="gguf", quant="q8_0")
+    younger = convert(recipe, tmp_path / "out", force=True, check=False)
+    assert younger.manifest != elder.manifest
+    verify(open_artifact(tmp_path / "out"))
+
+
+def test_the_container_follows_a_grid_that_only_it_has(tiny_model: TinyModel) -> None:
+    assert make_plan(Recipe(source=str(tiny_model("llama")), quant="q4_0")).recipe.format == "gguf"
+    plan = make_plan(Recipe(source=str(tiny_model("llama")), quant="int4-g32"))
+    assert plan.recipe.format == "onnx"
+    with pytest.raises(UnknownGrid, match="q4_k_m"):
+        make_plan(Recipe(source=str(tiny_model("llama")), quant="q4_km"))
+
+
+LARGE = """
+import sys
+from pathlib import Path
+from edgellm.conversion import carry_out
+from edgellm.hardware import peak_memory_bytes
+from edgellm.plan import make_plan
+from edgellm.recipe import Recipe
+container, quant = sys.argv[3:]
+plan = make_plan(Recipe(source=sys.argv[1], format=container, quant=quant), threads=2)
+carry_out(plan, Path(sys.argv[2]), check=False)
+print(plan.peak_memory_bytes, peak_memory_bytes())
+"""
+
+
+@pytest.fixture(scope="module")
+def large_model(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of 400 MB in f16, its layers alike, with the tiny model's tokenizer."""
+    folder = tmp_path_factory.mktemp("large") / "model"
+    shutil.copytree(tiny_model("llama-256"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    hidden, ffn, layers = 2048, 8192, 3
+    config |= {
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "torch_dtype": "float16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    random = np.random.default_rng(0)
+
+    def matrix(rows: int, columns: int) -> np.ndarray:
+        return random.standard_normal((rows, columns), np.float32).astype(np.float16)
+
+    square, wide, tall = matrix(hidden, hidden), matrix(ffn, hidden), matrix(hidden, ffn)
+    norm = np.ones(hidden, np.float16)
+    weights = {"model.embed_tokens.weight": matrix(config["vocab_size"], hidden)}
+    weights["model.norm.weight"] = norm
+    if not config["tie_word_embeddings"]:
+        weights["lm_head.weight"] = matrix(config["vocab_size"], hidden)
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        for part in "qkvo":
+            weights[f"{prefix}.self_attn.{part}_proj.weight"] = square
+        weights[f"{prefix}.mlp.gate_proj.weight"] = wide
+        weights[f"{prefix}.mlp.up_proj.weight"] = wide
+        weights[f"{prefix}.mlp.down_proj.weight"] = tall
+        weights[f"{prefix}.input_layernorm.weight"] = norm
+        weights[f"{prefix}.post_attention_layernorm.weight"] = norm
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("container", "quant"),
+    [("gguf", "q8_0"), ("gguf", "q4_0"), ("gguf", "f16"), ("onnx", "int4-g32"), ("onnx", "f32")],
+)
+def test_memory_stays_within_what_the_plan_says(
+    large_model: Path, tmp_path: Path, container: str, quant: str
+) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        LARGE,
+        str(large_model),
+        str(tmp_path / "out"),
+        container,
+        quant,
+    ]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True)
+    planned, measured = map(int, answer.stdout.split())
+    assert measured <= planned
+    assert planned <= 300e6  # the weights alone are 400 MB
