@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -44,15 +45,12 @@ class TensorRef:
     @property
     def columns(self) -> int:
         """Values in a row."""
-        return self.size // self.rows if self.rows else 0
+        return math.prod(self.shape[1:] if len(self.shape) > 1 else self.shape)
 
     @property
     def size(self) -> int:
         """Number of values."""
-        size = 1
-        for dimension in self.shape:
-            size *= dimension
-        return size
+        return math.prod(self.shape)
 
     def load(self, start: int = 0, stop: int | None = None) -> Array:
         """Rows ``start:stop`` as float32 ``[stop - start, columns]``, C-contiguous, writable.

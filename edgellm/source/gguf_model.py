@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from pathlib import Path
 
@@ -25,8 +26,11 @@ ROWS_PER_CALL = 32
 """libgguf starts threads of its own for more rows; the caller's count of threads shall hold."""
 
 FLOATS = {"f32": "<f4", "f16": "<f2", "f64": "<f8"}
-UNREADABLE = ("i8", "i16", "i32", "i64", "q8_1", "q8_k")
-"""Whole numbers, and types that only hold activations while llama.cpp computes."""
+UNREADABLE = {
+    **dict.fromkeys(("i8", "i16", "i32", "i64"), "whole numbers, which are no weights"),
+    **dict.fromkeys(("q8_1", "q8_k"), "a type for activations while llama.cpp computes"),
+    "q2_0": "a type that libgguf does not dequantize",
+}
 
 ROPE_FACTORS = "rope_freqs.weight"
 IGNORED = (".attn_rot_embd.weight", ".rope_freqs.weight", ".rope.freqs")
@@ -118,9 +122,7 @@ def halves_order(heads: int, head_dim: int) -> npt.NDArray[np.intp]:
 
 def _reference(file: WeightFile, tensor: GgufTensor) -> TensorRef:
     rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-    columns = 1
-    for dimension in tensor.shape[1:] if len(tensor.shape) > 1 else tensor.shape:
-        columns *= dimension
+    columns = math.prod(tensor.shape[1:] if len(tensor.shape) > 1 else tensor.shape)
     row_bytes = tensor.nbytes // rows
 
     def load_rows(start: int, stop: int) -> Array:
@@ -142,7 +144,8 @@ def dequantize(raw: Bytes, columns: int, tensor: GgufTensor) -> Array:
         return values
     if tensor.dtype in UNREADABLE:
         raise TensorError(
-            f"tensor {tensor.name} is stored as {tensor.dtype}, which holds no weights"
+            f"tensor {tensor.name} is stored as {tensor.dtype}, {UNREADABLE[tensor.dtype]}: "
+            "convert the model that the file was made from"
         )
     result = np.empty((len(raw), columns), dtype=np.float32)
     for start in range(0, len(raw), ROWS_PER_CALL):
