@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from edgellm.errors import EdgeError
     from edgellm.generate import Answer
 
@@ -79,21 +79,27 @@ def duration(seconds: float) -> str:
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: str = "") -> None:
-    """A table on stdout; ``right`` names the columns to align right, by initial index digits.
+    """A table on stdout; ``right`` holds the indices of the columns to align right.
 
-    On a terminal it fits the width; in a pipe no cell is ever shortened.
+    On a terminal a last column that does not fit goes on below itself; elsewhere lines are whole.
     """
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(
-            column, justify="right" if str(index) in right else "left", overflow="fold"
-        )
-    for row in rows:
-        table.add_row(*row)
-    _console().print(table)
+    table = [tuple(columns), *(tuple(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    left = sum(widths[:-1]) + 2 * (len(widths) - 1)
+    for index, row in enumerate(table):
+        cells = [
+            cell.rjust(width) if str(place) in right else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        last = [cells[-1].rstrip()]
+        if room > left + 20:
+            last = textwrap.wrap(cells[-1], room - left) or [""]
+        print("  ".join([*cells[:-1], last[0]]).rstrip())
+        for line in last[1:]:
+            print(" " * left + line)
+        if index == 0:
+            print("  ".join("-" * width for width in widths)[: room or None])
 
 
 def show_facts(facts: Iterable[tuple[str, str]]) -> None:
@@ -102,11 +108,3 @@ def show_facts(facts: Iterable[tuple[str, str]]) -> None:
     width = max((len(name) for name, _ in shown), default=0)
     for name, value in shown:
         print(f"{name:<{width}}  {value}")
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    # Piped output has no width: 80 would fold every row.
-    width = None if sys.stdout.isatty() else 200
-    return Console(file=sys.stdout, width=width, highlight=False, markup=False, soft_wrap=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -14,6 +14,7 @@ from edgellm.errors import UsageError
 if TYPE_CHECKING:
     from edgellm.chat import ChatSession
     from edgellm.generate import Answer
+    from edgellm.runtimes.session import Device
 
 STOPPED = 130
 """What a shell reports for a program that Ctrl-C ended: 128 + 2."""
@@ -114,7 +115,7 @@ def run(
     with open_model(
         path,
         runtime=runtime,
-        device=device,
+        device=cast("Device", device),  # checked there, with the choices in the message
         context_tokens=context,
         threads=threads,
         verify=verify,
