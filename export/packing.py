@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from edgellm.export import packing_onnx
 from edgellm.quant.grid import Grid, QTensor
 
 Bytes = npt.NDArray[np.uint8]
@@ -64,4 +65,7 @@ def _ggml_row_bytes(grid: Grid, columns: int) -> Mapping[str, int]:
 PACKERS: dict[str, Packer] = {
     "float": Packer(_float_row_bytes, _finished),
     "ggml": Packer(_ggml_row_bytes, _finished),
+    "nbits": Packer(packing_onnx.nbits_row_bytes, packing_onnx.pack_nbits),
+    "dynamic": Packer(packing_onnx.dynamic_row_bytes, packing_onnx.pack_dynamic),
+    "bnb4": Packer(packing_onnx.bnb4_row_bytes, packing_onnx.pack_bnb4),
 }

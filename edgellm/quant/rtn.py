@@ -1,0 +1,160 @@
+"""Round to nearest: codes for rows of weights from the rows alone, no calibration data.
+
+Ggml and float grids are rounded by their own modules. For the others the block's scale (and zero)
+is the best of a few candidates by squared error, each judged after the scale is refitted: for codes
+``q`` the best scale is ``<w, q> / <q, q>``, which leaves the error ``|w|² - <w, q>² / <q, q>``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm.errors import UnsupportedTarget
+from edgellm.quant import floats
+from edgellm.quant.grid import Grid, QTensor
+from edgellm.quant.nf4 import LEVELS
+from edgellm.tensors import Array
+
+Codes = npt.NDArray[np.uint8]
+
+SHRINK = (1.0, 0.93, 0.86, 0.79)
+"""Parts of a block's range that candidates for its scale span; a smaller part clips outliers.
+
+Four find 98 % of what a grid of 169 pairs of shrunken ends finds on SmolLM2's weights.
+"""
+
+REFITS = 1
+"""Times that the best candidate's codes are rounded again with the refitted scale, and it refitted."""
+
+CHUNK_VALUES = 1 << 16
+"""Weights worked on at once: a few float32 copies of them fit a core's own cache."""
+
+SMALLEST_SCALE = np.float32(1e-30)
+"""Blocks whose scale would be smaller count as zero: its inverse would leave float32's range."""
+
+
+def solve(rows: Array, grid: Grid) -> QTensor:
+    """``rows`` ``[rows, columns]`` rounded to ``grid``; the same bytes however rows are grouped.
+
+    ``columns`` must be a multiple of ``grid.block`` and the values finite. Scales are float32, as
+    every container of these grids stores them. Raises ``UnsupportedTarget`` for an unknown grid.
+    """
+    if grid.kind == "float":
+        return floats.encode(rows, grid)
+    if grid.kind == "ggml":
+        from edgellm.quant import ggml  # loads a shared library
+
+        return ggml.quantize(rows, grid)
+    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    if grid.kind == "affine":
+        return _affine(rows, grid)
+    if grid.kind == "per_channel":
+        return _per_channel(rows, grid)
+    if grid.name == "nf4":
+        return _nf4(rows, grid)
+    raise UnsupportedTarget(f"rtn cannot round to the grid {grid.name} ({grid.kind})")
+
+
+def _affine(rows: Array, grid: Grid) -> QTensor:
+    count, columns = rows.shape
+    blocks = rows.reshape(-1, grid.block)
+    codes = np.empty(blocks.shape, np.uint8)
+    scales = np.empty(len(blocks), np.float32)
+    zeros = np.empty(len(blocks), np.float32)
+    step = max(1, CHUNK_VALUES // grid.block)
+    for start in range(0, len(blocks), step):
+        part = slice(start, start + step)
+        scales[part], zeros[part] = _fit(np.ascontiguousarray(blocks[part].T), grid, codes[part])
+    return QTensor(
+        grid,
+        columns,
+        codes=codes.reshape(count, columns),
+        scales=scales.reshape(count, -1),
+        zeros=None if grid.symmetric else zeros.astype(np.uint8).reshape(count, -1),
+    )
+
+
+def _fit(blocks: Array, grid: Grid, codes: Codes) -> tuple[Array, Array]:
+    """Scales and zeros ``[blocks]`` for ``blocks`` ``[block, blocks]``; fills ``codes``.
+
+    Blocks stand in columns, so that every step runs along many blocks at once.
+    """
+    top = np.float32(2 ** int(grid.bits) - 1)
+    work = np.empty_like(blocks)
+    widest, zero = _widest(blocks, grid, top)
+    best, best_score = widest, np.full_like(widest, -1.0)
+    for part in SHRINK if grid.bits < 8 else SHRINK[:1]:
+        fit, score = _refit(blocks, widest * np.float32(part), zero, top, work)
+        better = score > best_score
+        best_score = np.where(better, score, best_score)
+        best = np.where(better, fit, best)
+    for _ in range(REFITS):
+        best, _ = _refit(blocks, best, zero, top, work)
+    _round(blocks, best, zero, top, work)
+    np.add(work, zero, out=work)
+    np.copyto(codes, work.T, casting="unsafe")
+    return best, zero
+
+
+def _widest(blocks: Array, grid: Grid, top: np.float32) -> tuple[Array, Array]:
+    """The scale that just spans each block, and its zero."""
+    low, high = blocks.min(axis=0), blocks.max(axis=0)
+    if grid.symmetric:
+        # There is one more code below the zero than above: the larger side takes it, by sign.
+        middle = np.float32((int(top) + 1) // 2)
+        scale = np.where(-low >= high, low, high) / -middle
+        return _usable(scale), np.full_like(scale, middle)
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    scale = _usable(high / top - low / top)
+    return scale, np.clip(np.rint(-low / scale), 0, top)
+
+
+def _usable(scale: Array) -> Array:
+    return np.where(np.abs(scale) < SMALLEST_SCALE, np.float32(1.0), scale)
+
+
+def _round(blocks: Array, scale: Array, zero: Array, top: np.float32, out: Array) -> None:
+    """Codes less their zero, as float32, into ``out``."""
+    np.multiply(blocks, 1 / scale, out=out)
+    np.maximum(out, -zero, out=out)
+    np.minimum(out, top - zero, out=out)
+    np.rint(out, out=out)
+
+
+def _refit(
+    blocks: Array, scale: Array, zero: Array, top: np.float32, work: Array
+) -> tuple[Array, Array]:
+    """The best scale for the codes that ``scale`` leads to, and a score that grows as error falls."""
+    _round(blocks, scale, zero, top, work)
+    against = np.einsum("ij,ij->j", blocks, work)
+    power = np.einsum("ij,ij->j", work, work)
+    some = power > 0
+    safe = np.where(some, power, np.float32(1.0))
+    fit = np.where(some, against / safe, scale)
+    return _usable(fit), np.where(some, np.abs(against) / np.sqrt(safe), np.float32(0.0))
+
+
+def _per_channel(rows: Array, grid: Grid) -> QTensor:
+    """One scale a row, from its largest magnitude: int8 codes around 128, -127 to 127."""
+    scale = _usable(np.abs(rows).max(axis=1, keepdims=True) / np.float32(127.0))
+    work = np.rint(rows * (1 / scale))
+    codes = (np.clip(work, -127, 127, out=work) + np.float32(128.0)).astype(np.uint8)
+    return QTensor(grid, rows.shape[1], codes=codes, scales=scale)
+
+
+def _nf4(rows: Array, grid: Grid) -> QTensor:
+    """Nearest of the sixteen levels times the block's largest magnitude (arXiv 2305.14314, appendix E)."""
+    count, columns = rows.shape
+    blocks = rows.reshape(-1, grid.block)
+    absmax = np.abs(blocks).max(axis=1, keepdims=True)
+    part = blocks / _usable(absmax)
+    codes = np.zeros(part.shape, np.uint8)
+    for border in (LEVELS[:-1] + LEVELS[1:]) / np.float32(2.0):
+        codes += part > border
+    return QTensor(
+        grid,
+        columns,
+        codes=codes.reshape(count, columns),
+        scales=absmax.reshape(count, -1),
+    )

@@ -1,0 +1,73 @@
+"""``genai_config.json``: what onnxruntime-genai reads to run the folder that ``to_onnx`` writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from edgellm.architectures.decoder import Decoder
+
+MODEL_TYPES = {"gpt2": "llama"}
+"""Types under which genai runs a family whose own type expects another set of inputs.
+
+genai's ``gpt2`` wants one combined cache tensor a layer; every decoder of ours has the inputs of its
+``llama``. Other families are known to genai by their own name.
+"""
+
+
+def genai_config(
+    decoder: Decoder,
+    *,
+    context_length: int,
+    model_file: str,
+    bos_token_id: int | None,
+    eos_token_ids: tuple[int, ...],
+    generation: Mapping[str, Any],
+) -> bytes:
+    """The file's bytes. Sampling defaults come from the model's own ``generation`` config."""
+    first_eos = eos_token_ids[0] if eos_token_ids else 0
+    eos: int | list[int] = list(eos_token_ids) if len(eos_token_ids) > 1 else first_eos
+    pad = generation.get("pad_token_id")
+    config = {
+        "model": {
+            "bos_token_id": first_eos if bos_token_id is None else bos_token_id,
+            "context_length": context_length,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": model_file,
+                "head_size": decoder.head_dim,
+                "hidden_size": decoder.hidden_size,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+                "num_attention_heads": decoder.heads,
+                "num_hidden_layers": len(decoder.layers),
+                "num_key_value_heads": decoder.kv_heads,
+            },
+            "eos_token_id": eos,
+            "pad_token_id": pad if isinstance(pad, int) else first_eos,
+            "type": MODEL_TYPES.get(decoder.family, decoder.family),
+            "vocab_size": decoder.vocab_size,
+        },
+        "search": {
+            "do_sample": bool(generation.get("do_sample", False)),
+            "max_length": context_length,
+            "min_length": 0,
+            "num_beams": 1,
+            "past_present_share_buffer": True,
+            "repetition_penalty": float(generation.get("repetition_penalty") or 1.0),
+            "temperature": float(generation.get("temperature") or 1.0),
+            "top_k": int(generation.get("top_k") or 50),
+            "top_p": float(generation.get("top_p") or 1.0),
+        },
+    }
+    return json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"

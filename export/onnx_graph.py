@@ -1,0 +1,146 @@
+"""An ONNX model being written down: nodes, small constants, and tensors that live in a data file.
+
+Weights are never held: each is an ``OutputTensor`` with its place in the data file, and the model
+refers to the bytes there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from edgellm.export.layout import OutputTensor, StoredArray
+from edgellm.export.packing import PACKERS
+from edgellm.quant.grid import Grid
+from edgellm.tensors import TensorRef
+
+OPSET = 21
+IR_VERSION = 10
+CONTRIB = "com.microsoft"
+CONTRIB_OPSET = 1
+
+DATA_FILE = "model.onnx.data"
+
+PAGE_BYTES = 4096
+"""Arrays begin on pages, so that a runtime can map them; ONNX's specification asks for 4096."""
+
+SMALL_BYTES = 16384
+"""Arrays below this are only aligned for vector loads: a page each would waste more than it gives."""
+
+VECTOR_BYTES = 64
+
+
+class GraphBuilder:
+    """Collects a graph; every ``node`` call returns the names of the values that it computes."""
+
+    def __init__(self, producer_version: str) -> None:
+        self.producer_version = producer_version
+        self.tensors: list[OutputTensor] = []
+        self.data_bytes = 0
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+
+    def input(self, name: str, element: int, shape: Sequence[int | str]) -> str:
+        """Declare an input of the model."""
+        self._inputs.append(helper.make_tensor_value_info(name, element, shape))
+        return name
+
+    def output(self, name: str, element: int, shape: Sequence[int | str]) -> None:
+        """Declare that the value ``name`` leaves the model."""
+        self._outputs.append(helper.make_tensor_value_info(name, element, shape))
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[str],
+        name: str,
+        *,
+        outputs: Sequence[str] = (),
+        contrib: bool = False,
+        **attributes: Any,
+    ) -> str:
+        """Add a node and return its first output's name, which is ``name`` unless ``outputs`` are given."""
+        names = list(outputs) or [name]
+        domain = CONTRIB if contrib else ""
+        self._nodes.append(
+            helper.make_node(operator, list(inputs), names, name=name, domain=domain, **attributes)
+        )
+        return names[0]
+
+    def constant(self, name: str, values: npt.NDArray[Any]) -> str:
+        """A small constant kept inside the model file; the same name is stored once."""
+        if name not in self._initializers:
+            self._initializers[name] = numpy_helper.from_array(values, name)
+        return name
+
+    def integers(self, *values: int) -> str:
+        """A vector of int64."""
+        label = "_".join(map(str, values))
+        return self.constant(f"int64_{label}", np.asarray(values, np.int64))
+
+    def default_input(self, name: str, values: npt.NDArray[Any]) -> str:
+        """An input that callers may leave out: an initializer that is listed as an input too."""
+        element = helper.np_dtype_to_tensor_dtype(values.dtype)
+        self.input(name, element, values.shape)
+        return self.constant(name, values)
+
+    def store(
+        self, role: str, parts: Sequence[TensorRef], grid: Grid, packer: str, note: str = ""
+    ) -> OutputTensor:
+        """Give a tensor its place in the data file; its arrays follow one another there."""
+        rows = sum(part.rows for part in parts)
+        arrays: list[StoredArray] = []
+        for component, row_bytes in PACKERS[packer].row_bytes(grid, parts[0].columns).items():
+            name = role if component == "data" else f"{role}.{component}"
+            offset = self._allocate(row_bytes * rows)
+            arrays.append(StoredArray(name, component, DATA_FILE, offset, row_bytes, rows))
+        tensor = OutputTensor(role, role, tuple(parts), grid, packer, tuple(arrays), note)
+        self.tensors.append(tensor)
+        return tensor
+
+    def stored(self, array: StoredArray, element: int, shape: Sequence[int], name: str = "") -> str:
+        """Refer to an array of the data file as an initializer; the same name refers once.
+
+        Two names with different shapes may refer to the same bytes.
+        """
+        name = name or array.name
+        if name not in self._initializers:
+            tensor = TensorProto(name=name, data_type=element, dims=shape)
+            tensor.data_location = TensorProto.EXTERNAL
+            place: Mapping[str, object] = {
+                "location": array.file, "offset": array.offset, "length": array.nbytes
+            }
+            for key, value in place.items():
+                tensor.external_data.add(key=key, value=str(value))
+            self._initializers[name] = tensor
+        return name
+
+    def serialize(self, metadata: Mapping[str, str]) -> bytes:
+        """The model file; the same graph gives the same bytes."""
+        graph = helper.make_graph(
+            self._nodes, "decoder", self._inputs, self._outputs, list(self._initializers.values())
+        )
+        model = helper.make_model(
+            graph,
+            opset_imports=[
+                helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, CONTRIB_OPSET)
+            ],
+            ir_version=IR_VERSION,
+            producer_name="edgellm",
+            producer_version=self.producer_version,
+        )
+        helper.set_model_props(model, dict(metadata))
+        return bytes(model.SerializeToString(deterministic=True))
+
+    def _allocate(self, nbytes: int) -> int:
+        alignment = PAGE_BYTES if nbytes >= SMALL_BYTES else VECTOR_BYTES
+        offset = -(-self.data_bytes // alignment) * alignment
+        self.data_bytes = offset + nbytes
+        return offset

@@ -1,0 +1,148 @@
+"""How a weight on some grid is multiplied and looked up by onnxruntime's operators: one row a grid.
+
+``matmul`` computes ``x @ weight.T + bias`` for ``x`` ``[..., in]`` and a weight ``[out, in]``;
+``gather`` looks rows of it up. Both may refer to the same stored bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from onnx import TensorProto
+
+from edgellm.export.layout import OutputTensor, StoredArray
+from edgellm.export.onnx_graph import GraphBuilder
+from edgellm.quant.grid import Grid
+
+MatMul = Callable[[GraphBuilder, str, OutputTensor, str, str | None], str]
+Gather = Callable[[GraphBuilder, str, OutputTensor, str], str]
+
+INT8_ACTIVATIONS = 4
+"""MatMulNBits' ``accuracy_level``: products of int8 by codes. Lower levels decode many times slower."""
+
+NF4 = 1
+"""MatMulBnb4's ``quant_type``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operators:
+    """One way to hold a weight: the packer that lays it out and the operators that read it.
+
+    ``gather`` is None where no operator looks rows of such a weight up.
+    """
+
+    packer: str
+    matmul: MatMul
+    gather: Gather | None
+
+
+def operators_of(grid: Grid) -> Operators:
+    """The operators for weights on ``grid``; ``KeyError`` where onnxruntime has none."""
+    return OPERATORS[grid.kind]
+
+
+def _part(tensor: OutputTensor, component: str) -> StoredArray | None:
+    return next((array for array in tensor.arrays if array.component == component), None)
+
+
+def _data(tensor: OutputTensor) -> StoredArray:
+    return tensor.arrays[0]
+
+
+def _block_inputs(graph: GraphBuilder, tensor: OutputTensor) -> list[str]:
+    """Scales and, where the grid has them, zeros."""
+    names: list[str] = []
+    scales, zeros = _part(tensor, "scales"), _part(tensor, "zeros")
+    if scales is not None:
+        blocks = scales.row_bytes // 4
+        names.append(graph.stored(scales, TensorProto.FLOAT, [tensor.rows, blocks]))
+    if zeros is not None:
+        names.append(graph.stored(zeros, TensorProto.UINT8, [tensor.rows, zeros.row_bytes]))
+    return names
+
+
+def _nbits_matmul(
+    graph: GraphBuilder, x: str, tensor: OutputTensor, name: str, bias: str | None
+) -> str:
+    grid = tensor.grid
+    blocks, blob = tensor.columns // grid.block, grid.block * int(grid.bits) // 8
+    shape = [tensor.rows, blocks, blob]
+    data = graph.stored(_data(tensor), TensorProto.UINT8, shape, f"{tensor.name}.blocks")
+    inputs = [x, data, *_block_inputs(graph, tensor)]
+    if bias is not None:
+        inputs += [""] * (5 - len(inputs)) + [bias]
+    return graph.node(
+        "MatMulNBits", inputs, name, contrib=True, K=tensor.columns, N=tensor.rows,
+        bits=int(grid.bits), block_size=grid.block, accuracy_level=INT8_ACTIVATIONS,
+    )  # fmt: skip
+
+
+def _nbits_gather(graph: GraphBuilder, ids: str, tensor: OutputTensor, name: str) -> str:
+    data = _data(tensor)
+    rows = graph.stored(data, TensorProto.UINT8, [tensor.rows, data.row_bytes])
+    return graph.node(
+        "GatherBlockQuantized", [rows, ids, *_block_inputs(graph, tensor)], name, contrib=True,
+        bits=int(tensor.grid.bits), block_size=tensor.grid.block, gather_axis=0, quantize_axis=1,
+    )  # fmt: skip
+
+
+def _float_data(graph: GraphBuilder, tensor: OutputTensor) -> tuple[str, bool]:
+    element = {32: TensorProto.FLOAT, 16: TensorProto.FLOAT16}[int(tensor.grid.bits)]
+    data = graph.stored(_data(tensor), element, [tensor.rows, tensor.columns])
+    return data, element != TensorProto.FLOAT
+
+
+def _float_matmul(
+    graph: GraphBuilder, x: str, tensor: OutputTensor, name: str, bias: str | None
+) -> str:
+    data, narrow = _float_data(graph, tensor)
+    if narrow:  # a cast of a constant, which onnxruntime does once, when it opens the model
+        data = graph.node("Cast", [data], f"{name}.widened", to=TensorProto.FLOAT)
+    product = name if bias is None else f"{name}.product"
+    graph.node("FusedMatMul", [x, data], product, contrib=True, transB=1)
+    return product if bias is None else graph.node("Add", [product, bias], name)
+
+
+def _float_gather(graph: GraphBuilder, ids: str, tensor: OutputTensor, name: str) -> str:
+    data, narrow = _float_data(graph, tensor)
+    if not narrow:
+        return graph.node("Gather", [data, ids], name)
+    rows = graph.node("Gather", [data, ids], f"{name}.rows")
+    return graph.node("Cast", [rows], name, to=TensorProto.FLOAT)
+
+
+def _dynamic_matmul(
+    graph: GraphBuilder, x: str, tensor: OutputTensor, name: str, bias: str | None
+) -> str:
+    scales = _part(tensor, "scales")
+    assert scales is not None
+    data = graph.stored(_data(tensor), TensorProto.INT8, [tensor.rows, tensor.columns])
+    # Folded when the model is opened: rows on disk stay the source's rows, so they stream.
+    turned = graph.node("Transpose", [data], f"{name}.turned", perm=[1, 0])
+    scale = graph.stored(scales, TensorProto.FLOAT, [tensor.rows])
+    inputs = [x, turned, scale, *(() if bias is None else ("", bias))]
+    return graph.node("DynamicQuantizeMatMul", inputs, name, contrib=True)
+
+
+def _bnb4_matmul(
+    graph: GraphBuilder, x: str, tensor: OutputTensor, name: str, bias: str | None
+) -> str:
+    absmax = _part(tensor, "absmax")
+    assert absmax is not None
+    data = graph.stored(_data(tensor), TensorProto.UINT8, [_data(tensor).nbytes])
+    maxima = graph.stored(absmax, TensorProto.FLOAT, [absmax.nbytes // 4])
+    product = name if bias is None else f"{name}.product"
+    graph.node(
+        "MatMulBnb4", [x, data, maxima], product, contrib=True, K=tensor.columns, N=tensor.rows,
+        block_size=tensor.grid.block, quant_type=NF4,
+    )  # fmt: skip
+    return product if bias is None else graph.node("Add", [product, bias], name)
+
+
+OPERATORS: dict[str, Operators] = {
+    "float": Operators("float", _float_matmul, _float_gather),
+    "affine": Operators("nbits", _nbits_matmul, _nbits_gather),
+    "per_channel": Operators("dynamic", _dynamic_matmul, None),
+    "codebook": Operators("bnb4", _bnb4_matmul, None),
+}

@@ -1,0 +1,75 @@
+"""Rows of codes as onnxruntime's operators read them.
+
+``MatMulNBits`` and ``GatherBlockQuantized`` share one layout, so that a tied embedding and head are
+one copy on disk. ``DynamicQuantizeMatMul`` takes int8, ``MatMulBnb4`` bitsandbytes' nibbles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm.quant.grid import Grid, QTensor
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def nbits_row_bytes(grid: Grid, columns: int) -> Mapping[str, int]:
+    """Bytes of a row for ``MatMulNBits``: codes, f32 scales, and zeros where the grid has them."""
+    blocks = columns // grid.block
+    sizes = {"data": columns * int(grid.bits) // 8, "scales": 4 * blocks}
+    return sizes if grid.symmetric else {**sizes, "zeros": -(-blocks * int(grid.bits) // 8)}
+
+
+def pack_nbits(tensor: QTensor) -> Mapping[str, Bytes]:
+    """Codes low nibble first within a byte, zeros alike; 8-bit codes as they are."""
+    assert tensor.codes is not None
+    assert tensor.scales is not None
+    bits = int(tensor.grid.bits)
+    packed = {"data": _low_first(tensor.codes, bits), "scales": _as_bytes(tensor.scales)}
+    if tensor.zeros is not None:
+        packed["zeros"] = _low_first(tensor.zeros, bits)
+    return packed
+
+
+def dynamic_row_bytes(grid: Grid, columns: int) -> Mapping[str, int]:
+    """Bytes of a row for ``DynamicQuantizeMatMul``: int8 codes and one f32 scale."""
+    return {"data": columns, "scales": 4}
+
+
+def pack_dynamic(tensor: QTensor) -> Mapping[str, Bytes]:
+    """Codes around 128 become int8 around 0 (their top bit flips)."""
+    assert tensor.codes is not None
+    assert tensor.scales is not None
+    return {"data": tensor.codes ^ np.uint8(128), "scales": _as_bytes(tensor.scales)}
+
+
+def bnb4_row_bytes(grid: Grid, columns: int) -> Mapping[str, int]:
+    """Bytes of a row for ``MatMulBnb4``: two codes a byte and an f32 absmax a block."""
+    return {"data": columns // 2, "absmax": 4 * (columns // grid.block)}
+
+
+def pack_bnb4(tensor: QTensor) -> Mapping[str, Bytes]:
+    """Codes *high* nibble first within a byte, as bitsandbytes stores them."""
+    assert tensor.codes is not None
+    assert tensor.scales is not None
+    codes = tensor.codes
+    return {"data": codes[:, 0::2] << 4 | codes[:, 1::2], "absmax": _as_bytes(tensor.scales)}
+
+
+def _low_first(codes: Bytes, bits: int) -> Bytes:
+    if bits == 8:
+        return np.ascontiguousarray(codes)
+    if codes.shape[1] % 2:
+        codes = np.pad(codes, ((0, 0), (0, 1)))
+    if not codes.flags.c_contiguous:
+        codes = np.ascontiguousarray(codes)
+    # A pair of codes is one little-endian u16: 0x0H0L. Shifting by 4 brings H beside L.
+    pairs = codes.view("<u2")
+    return (pairs | pairs >> 4).astype(np.uint8)
+
+
+def _as_bytes(values: npt.NDArray[np.float32]) -> Bytes:
+    return np.ascontiguousarray(values, "<f4").view(np.uint8).reshape(values.shape[0], -1)

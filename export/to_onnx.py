@@ -1,0 +1,173 @@
+"""The ONNX container: a folder that onnxruntime and onnxruntime-genai run.
+
+``model.onnx`` is the graph, ``model.onnx.data`` the weights; beside them ``genai_config.json``,
+``config.json`` and the tokenizer's files.
+"""
+
+from __future__ import annotations
+
+import json
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+import edgellm
+from edgellm.architectures.decoder import Decoder
+from edgellm.errors import UnknownGrid, UnsupportedTarget
+from edgellm.export.decoder_graph import EXPRESSIBLE, DecoderGraph, Grids
+from edgellm.export.genai_config import genai_config
+from edgellm.export.layout import Container, Layout, OutputTensor
+from edgellm.export.onnx_graph import DATA_FILE, GraphBuilder
+from edgellm.export.onnx_operators import operators_of
+from edgellm.quant.grid import GRIDS, Grid
+
+if TYPE_CHECKING:
+    from edgellm.recipe import Recipe
+    from edgellm.source import ModelSource
+
+MODEL_FILE = "model.onnx"
+
+GRID_NAMES = (
+    "int4-g32", "int4-g64", "int4-g128", "int4-g32-sym", "int4-g64-sym", "int4-g128-sym",
+    "int8", "int8-dynamic", "nf4", "f16", "f32",
+)  # fmt: skip
+
+DEFAULT_GRID = "int4-g32"
+
+LOOKED_UP_AS = {"int8-dynamic": "int8", "nf4": "int8"}
+"""Grids that no operator looks rows up from, and the one that the embedding (and a tied head) takes."""
+
+NOTES = {
+    "nf4": "nf4 runs through MatMulBnb4, which is many times slower on a CPU than int4-g64: "
+    "choose it to compare, not to run",
+    "int8-dynamic": "int8-dynamic quantizes activations on the fly, one scale a step: quick prefill, "
+    "and less exact than int8",
+    "f16": "f16 is the size on disk; onnxruntime computes in f32 on a CPU and widens the weights "
+    "when it opens the model",
+}
+
+
+def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
+    """Every byte that converting ``source`` to ONNX will write; reads no weight.
+
+    Raises ``UnknownGrid`` for a grid that does not exist, and ``UnsupportedTarget`` for one that ONNX
+    or a tensor's rows cannot hold and for features that the graph cannot compute.
+    """
+    decoder = source.decoder
+    _check_features(decoder)
+    grids = choose_grids(recipe, decoder)
+    context_length = min(decoder.context_length, recipe.context or decoder.context_length)
+    graph = GraphBuilder(edgellm.__version__)
+    DecoderGraph(graph, decoder, source.tensors, grids, context_length).build()
+    _check_groups(graph.tensors)
+    generation = source.generation
+    tokenizer = source.tokenizer
+    files = {
+        MODEL_FILE: graph.serialize({"edgellm.family": decoder.family}),
+        "genai_config.json": genai_config(
+            decoder,
+            context_length=context_length,
+            model_file=MODEL_FILE,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_ids=tuple(tokenizer.eos_token_ids),
+            generation=generation,
+        ),
+        "config.json": _json(source.config),
+        **tokenizer.files(),
+    }
+    if generation:
+        files["generation_config.json"] = _json(generation)
+    notes = [NOTES[name] for name in dict.fromkeys(_names(grids)) if name in NOTES]
+    if context_length < decoder.context_length:
+        notes.append(f"context capped at {context_length} of {decoder.context_length} tokens, as asked")
+    return Layout(
+        container="onnx",
+        main_file=MODEL_FILE,
+        files=files,
+        data_files={DATA_FILE: graph.data_bytes},
+        tensors=tuple(graph.tensors),
+        context_length=context_length,
+        notes=tuple(notes),
+    )
+
+
+def choose_grids(recipe: Recipe, decoder: Decoder) -> Grids:
+    """The grids of linear layers, embedding and head: as asked, or what suits the body's.
+
+    Raises ``UnknownGrid`` and ``UnsupportedTarget`` as ``lay_out`` does.
+    """
+    body = _grid(recipe.grid or DEFAULT_GRID, "--quant")
+    looked_up = LOOKED_UP_AS.get(body.name, body.name)
+    embed_name = recipe.embed or (recipe.head if decoder.tied_head and recipe.head else looked_up)
+    embed = _grid(LOOKED_UP_AS.get(embed_name, embed_name) if not recipe.embed else embed_name, "--embed")
+    if operators_of(embed).gather is None:
+        raise UnsupportedTarget(
+            f"--embed {embed.name}: onnxruntime cannot look rows up from {embed.name}; choose "
+            f"{', '.join(name for name in GRID_NAMES if name not in LOOKED_UP_AS)}"
+        )
+    head = _grid(recipe.head or (embed.name if decoder.tied_head else body.name), "--head")
+    return Grids(body=body, embed=embed, head=head)
+
+
+def _grid(name: str, option: str) -> Grid:
+    if name in GRID_NAMES:
+        return GRIDS[name]
+    near = get_close_matches(name, GRID_NAMES)
+    choice = f"did you mean {' or '.join(near)}?" if near else f"choose {', '.join(GRID_NAMES)}"
+    if name in GRIDS or name in REFUSED:
+        reason = REFUSED.get(name, "its blocks are ggml's own, which no ONNX operator reads")
+        raise UnsupportedTarget(
+            f"{option} {name}: ONNX cannot hold it ({reason}); {choice}, or --format gguf"
+        )
+    raise UnknownGrid(f"{option} {name}: no grid of that name for ONNX; {choice}")
+
+
+REFUSED = {
+    "bf16": "onnxruntime has no bf16 product on a CPU: use f16 or f32",
+    "q4_0": "the same values with an f32 scale are int4-g32-sym",
+    "q8_0": "the same values with an f32 scale are int8",
+    "q4_1": "onnxruntime's quick kernels take integer zeros alone: use int4-g32",
+}
+"""Why grids that ONNX lacks are refused, where there is more to say than that they are ggml's."""
+
+
+def _check_features(decoder: Decoder) -> None:
+    missing = decoder.features() - EXPRESSIBLE
+    if missing:
+        raise UnsupportedTarget(
+            f"the ONNX graph cannot compute {', '.join(sorted(missing))}, which {decoder.family} "
+            "models have: choose --format gguf"
+        )
+
+
+def _check_groups(tensors: list[OutputTensor]) -> None:
+    """Refuse a group that leaves part of a row over, and say which groups do not."""
+    misfits = [tensor for tensor in tensors if tensor.grid.block and tensor.columns % tensor.grid.block]
+    if not misfits:
+        return
+    first = misfits[0]
+    grid = first.grid
+    columns = {tensor.columns for tensor in tensors if tensor.grid == grid}
+    fitting = [
+        name
+        for name, other in GRIDS.items()
+        if name in GRID_NAMES and other.kind in ("affine", "per_channel")
+        and all(other.block == 0 or width % other.block == 0 for width in columns)
+    ]  # fmt: skip
+    raise UnsupportedTarget(
+        f"{grid.name} has groups of {grid.block} values, which do not divide the rows of "
+        f"{len(misfits)} tensors ({first.name} has rows of {first.columns}): "
+        f"choose {', '.join(fitting) or 'f16 or f32'}"
+    )
+
+
+def _names(grids: Grids) -> tuple[str, str, str]:
+    return grids.body.name, grids.embed.name, grids.head.name
+
+
+def _json(fields: object) -> bytes:
+    return json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+
+
+CONTAINER = Container(
+    name="onnx", grids=GRID_NAMES, default_grid=DEFAULT_GRID, lay_out=lay_out
+)
