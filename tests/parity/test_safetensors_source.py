@@ -13,7 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from edgellm.conversion import convert
+from edgellm.recipe import Recipe
 from edgellm.source import open_source
+from edgellm.source.gguf_file import read_gguf
+from edgellm.source.gguf_model import references
 from edgellm.source.safetensors_file import read_safetensors
 from edgellm.tensors import transposed
 
@@ -105,3 +109,25 @@ def test_masks_of_old_gpt2_checkpoints_are_ignored(
     assert list(ours.tensors) == list(theirs.tensors)
     role = "blk.0.attn_qkv.weight"
     np.testing.assert_array_equal(ours.tensors[role].load(), theirs.tensors[role].load())
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "gemma3", "gpt2"])
+def test_a_model_comes_back_from_gguf_as_it_went_in(
+    name: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Rows of q and k paired and back (biases too), norms with their offset and without."""
+    folder = tiny_model(name)
+    artifact = convert(
+        Recipe(source=str(folder), format="gguf", quant="f32"), tmp_path / "out", check=False
+    )
+    before, after = open_source(str(folder)), open_source(str(artifact.main))
+    assert after.decoder == before.decoder
+    assert set(after.tensors) == set(before.tensors)
+    stored = references(read_gguf(artifact.main))
+    moved = 0
+    for role, ref in before.tensors.items():
+        # Adding one to a norm and taking it off again rounds twice.
+        np.testing.assert_allclose(after.tensors[role].load(), ref.load(), rtol=0, atol=2.4e-7)
+        moved += not np.array_equal(stored[role].load(), ref.load())
+    layers = len(before.decoder.layers)
+    assert moved == {"llama-biased": 4 * layers, "gemma3": 6 * layers + 1, "gpt2": 0}[name]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from edgellm.errors import SourceError, TensorError
@@ -151,3 +152,21 @@ def test_whole_numbers_are_listed_but_not_loaded(
     assert ref.dtype == "i32"
     with pytest.raises(TensorError, match="I32"):
         ref.load()
+
+
+def test_reading_a_large_file_leaves_memory_as_it_was(tmp_path: Path) -> None:
+    """Mapped pages would count; the file is read by positions instead."""
+    rows, columns = 2048, 32768  # 128 MB as bf16, of holes that take no disk
+    nbytes = 2 * rows * columns
+    path = damaged(tmp_path / "x.safetensors", {"x": entry(0, nbytes, [rows, columns], "BF16")})
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 16 + nbytes)
+    ref = read_safetensors(path).ref("x")
+    process = psutil.Process()
+    ref.load(0, 16)
+    before = most = process.memory_info().rss
+    for start in range(0, rows, 16):
+        slab = ref.load(start, start + 16)
+        most = max(most, process.memory_info().rss)
+    assert not slab.any()
+    assert most - before < 24 << 20
