@@ -1,4 +1,4 @@
-"""A conversion from end to end: same bytes whatever the threads, bounded memory, nothing half-done."""
+"""Conversion, whole: same bytes whatever the threads, bounded memory, nothing half-done."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def test_the_same_bytes_whatever_the_threads_and_slabs(
     monkeypatch.setattr(planning, "SLAB_BYTES", 20_000)
     three = convert(recipe, tmp_path / "three", threads=3, check=False)
     assert contents(one.path) == contents(three.path)
-    assert one.manifest and three.manifest and one.manifest.sha256 == three.manifest.sha256
+    assert one.manifest is not None
+    assert three.manifest is not None
+    assert one.manifest.sha256 == three.manifest.sha256
     verify(three)
 
 
