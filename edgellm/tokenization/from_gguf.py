@@ -152,32 +152,30 @@ def _sentencepiece(
 def _merges_by_score(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     """Every split of every normal token into two, tokens of better score first.
 
-    Raises ``UnsupportedTokenizer`` where llama.cpp's order hangs on the place in the text: tokens
-    of one score, which a list of merges cannot say.
+    Among equals llama.cpp merges from left to right. For runs of one letter (Llama's spaces) that
+    is what the longer left side first comes to; for anything else a list of merges cannot say it,
+    and ``UnsupportedTokenizer`` is raised.
     """
     normal = vocabulary.of_type(TokenType.NORMAL)
-    tokens = vocabulary.tokens
-    known = {tokens[index] for index in normal}
-    scores = vocabulary.scores
-    merges: list[tuple[str, str]] = []
-    last_score: float | None = None
-    for index in sorted(normal, key=lambda index: -scores[index]):
-        token = tokens[index]
-        splits = [
-            (token[:cut], token[cut:])
-            for cut in range(1, len(token))
-            if token[:cut] in known and token[cut:] in known
+    known = {vocabulary.tokens[index] for index in normal}
+    splits: list[tuple[float, int, int, str]] = []
+    whose: dict[float, str] = {}
+    for index in normal:
+        token, score = vocabulary.tokens[index], vocabulary.scores[index]
+        cuts = [
+            cut for cut in range(1, len(token)) if token[:cut] in known and token[cut:] in known
         ]
-        if not splits:
+        if not cuts:
             continue
-        if scores[index] == last_score:
+        equal = whose.setdefault(score, token)
+        if equal is not token and len({*equal, *token}) > 1:
             raise UnsupportedTokenizer(
-                f"{PREFIX}scores gives several tokens the score {last_score}, so the order of "
-                f"merges is lost (an older converter wrote this file): {_WAY_OUT}"
+                f"{PREFIX}scores gives {equal!r} and {token!r} the same score {score}, so the "
+                f"order of merges is lost (an older converter wrote this file): {_WAY_OUT}"
             )
-        last_score = scores[index]
-        merges += splits
-    return merges
+        splits += [(-score, -cut, cut - len(token), token) for cut in cuts]
+    splits.sort()
+    return [(token[:-cut], token[-cut:]) for _, cut, _, token in splits]
 
 
 def _bpe(vocab: dict[str, int], merges: list[tuple[str, str]], **options: Any) -> models.BPE:

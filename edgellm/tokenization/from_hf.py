@@ -51,11 +51,12 @@ def read(folder: Path) -> Tokenizer:
     if _add_missing(backend, config, folder):
         files["tokenizer.json"] = backend.to_str(pretty=True).encode()
     special_ids = _special_ids(backend, config, model)
-    prefix, suffix = _around(backend, config, special_ids)
+    # The post-processor alone: with a tokenizer.json, transformers 5 reads neither add_bos_token
+    # nor add_eos_token of the config.
+    prefix, suffix = surroundings(backend)
     eos: list[int] = [special_ids["eos"]] if "eos" in special_ids else []
-    eos += _ids(generation.get("eos_token_id"))
-    if not eos:
-        eos = _ids(model.get("eos_token_id"))
+    # As transformers: the model's config speaks where there is no generation config.
+    eos += _ids(generation.get("eos_token_id")) or _ids(model.get("eos_token_id"))
     settings = Settings(
         special_ids=special_ids,
         eos_token_ids=tuple(dict.fromkeys(eos)),
@@ -173,19 +174,6 @@ def _ids(value: Any) -> list[int]:
     """Token ids of a config: none, one, or a list."""
     values: Iterable[Any] = value if isinstance(value, list) else [value]
     return [item for item in values if isinstance(item, int) and not isinstance(item, bool)]
-
-
-def _around(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], special_ids: Mapping[str, int]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What is put around a text: ``add_bos_token`` and ``add_eos_token`` where the config has
-    either, else what the post-processor does (the rule of transformers 5)."""
-    if config.get("add_bos_token") is None and config.get("add_eos_token") is None:
-        return surroundings(backend)
-    return tuple(
-        (special_ids[name],) if config.get(f"add_{name}_token") and name in special_ids else ()
-        for name in ("bos", "eos")
-    )  # type: ignore[return-value]
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 from edgellm.errors import RuntimeMissing, SourceError
 from edgellm.tokenization import chat
 from edgellm.tokenization.stream import TextStream
+from edgellm.tokenization.vocabulary import PREFIX, read_vocabulary
 
 _BUFFER_BYTES = 4096
 
@@ -25,16 +26,24 @@ class LlamaCppTokenizer:
     def __init__(self, path: str | Path) -> None:
         try:
             # Loads the library with its log turned away from stderr.
-            from edgellm.runtimes.llamacpp import INSTALL, _library
+            from edgellm.runtimes.llamacpp import _library
 
             library = _library()
         except ImportError as error:
             raise RuntimeMissing(
-                f"llama.cpp's own tokenizer needs llama-cpp-python: {INSTALL}"
+                "llama.cpp's own tokenizer needs llama-cpp-python: pip install 'edgellm[llamacpp]'"
             ) from error
         self.path = Path(path)
         if not self.path.is_file():
             raise SourceError(f"there is no file {self.path}")
+        # What llama.cpp does not check but dies of, with the whole process, is checked here first.
+        from edgellm.source.gguf_file import read_gguf
+
+        metadata = read_gguf(self.path).metadata
+        read_vocabulary(metadata)
+        self._strips_space = metadata.get(PREFIX + "model") == "llama" and metadata.get(
+            PREFIX + "add_space_prefix", True
+        )
         options = library.llama_model_default_params()
         options.vocab_only = True
         model = library.llama_model_load_from_file(str(self.path).encode(), options)
@@ -80,13 +89,14 @@ class LlamaCppTokenizer:
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ``ids``; broken UTF-8 becomes U+FFFD.
 
-        Put together from pieces as llama.cpp streams them: its whole-text function also tidies
-        spaces before punctuation away.
+        Put together from pieces, less the space that a SentencePiece model puts before a text:
+        llama.cpp's whole-text function also takes spaces before punctuation away.
         """
         text = b"".join(
             self._piece(token_id, skip_special) for token_id in ids if token_id < self.vocab_size
         )
-        return text.decode("utf-8", "replace")
+        whole = text.decode("utf-8", "replace")
+        return whole.removeprefix(" ") if self._strips_space else whole
 
     def _piece(self, token_id: int, skip_special: bool) -> bytes:
         size = _BUFFER_BYTES

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-# A UTF-8 character has at most four bytes, so five tokens that still end in a broken one are not
-# waiting for more: the bytes are wrong and stay U+FFFD.
+_BROKEN = "\ufffd"
+# Of a UTF-8 character: five tokens that still end in a broken one do not all wait for more.
 _MOST_BYTES = 4
 
 
@@ -14,7 +14,9 @@ class TextStream:
 
     ``decode`` turns ids into text at once, writing U+FFFD for broken UTF-8. Text that ends in
     U+FFFD is held back until the tokens that complete it arrive. Only ids since the last piece of
-    text are decoded again, so a long answer costs no more per token than a short one.
+    text are decoded again, so a long answer costs no more per token than a short one. (Where a
+    SentencePiece model writes bytes that are no UTF-8, decoding at once also breaks whole
+    characters next to them; the stream has shown those by then.)
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
@@ -27,9 +29,16 @@ class TextStream:
         """The text that ``token_id`` completes, or None when it completes none."""
         self._ids.append(token_id)
         text = self._decode(self._ids)
-        if text.endswith("\ufffd") and len(self._ids) - self._shown_ids <= _MOST_BYTES:
+        if not text.endswith(_BROKEN):
+            return self._show(text)
+        if len(self._ids) - self._shown_ids <= _MOST_BYTES:
             return None
-        return self._show(text)
+        # Only the end can still become a character; what stands before it is broken for good.
+        end = min(len(text) - len(text.rstrip(_BROKEN)), _MOST_BYTES - 1)
+        certain = text[: len(text) - end]
+        new = certain[len(self._shown_text) :]
+        self._shown_text = certain
+        return new or None
 
     def finish(self) -> str | None:
         """What was held back: characters that never became whole, as U+FFFD."""

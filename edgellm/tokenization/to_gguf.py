@@ -58,11 +58,15 @@ def limits(tokenizer: Tokenizer) -> tuple[str, ...]:
                 f"llama.cpp's pre-tokenizer {name!r} only comes near the model's own, for capitals "
                 "outside ASCII and combining marks"
             )
-    elif _space_prefix(tokenizer) and steps is not None:
-        found.append(
-            "llama.cpp puts a space before the text after each special token, and before a text "
-            "that begins with one"
-        )
+    else:
+        if _space_prefix(tokenizer) and steps is not None:
+            found.append(
+                "llama.cpp puts a space before the text after each special token, and before a "
+                "text that begins with one"
+            )
+        mergeable = [text for text in _control_texts(rules) if _can_merge(text, rules["model"])]
+        if mergeable:
+            found.append(f"llama.cpp makes {_some(mergeable)} out of plain text, too")
     added = rules["added_tokens"]
     greedy = [token["content"] for token in added if token["lstrip"] or token["rstrip"]]
     if greedy:
@@ -70,11 +74,20 @@ def limits(tokenizer: Tokenizer) -> tuple[str, ...]:
     whole = [token["content"] for token in added if token["single_word"]]
     if whole:
         found.append(f"llama.cpp finds {_some(whole)} within words, too")
-    control = {token["content"] for token in added if token["special"]}
-    taken = sorted((CONTROL_TEXTS & set(rules["model"]["vocab"])) - control)
+    taken = sorted((CONTROL_TEXTS & set(rules["model"]["vocab"])) - set(_control_texts(rules)))
     if taken:
         found.append(f"llama.cpp takes {_some(taken)} for control tokens")
     return tuple(found)
+
+
+def _control_texts(rules: Mapping[str, Any]) -> list[str]:
+    return [token["content"] for token in rules["added_tokens"] if token["special"]]
+
+
+def _can_merge(text: str, model: Mapping[str, Any]) -> bool:
+    """Whether two tokens make ``text``, which is all that llama.cpp's SentencePiece asks for."""
+    vocab = model["vocab"]
+    return any(text[:cut] in vocab and text[cut:] in vocab for cut in range(1, len(text)))
 
 
 def _some(texts: Sequence[str]) -> str:
@@ -154,10 +167,11 @@ def _byte_level(tokenizer: Tokenizer, rules: Mapping[str, Any]) -> dict[str, Any
 def _pre_tokenizer_name(tokenizer: Tokenizer, model: Mapping[str, Any]) -> str:
     """The name under which llama.cpp splits text as this tokenizer does, found by trying."""
     wanted = bool(model.get("ignore_merges"))
-    names = list(names_of(tokenizer.backend.pre_tokenizer))
-    for name in names:
+    names: list[str] = []
+    for name in names_of(tokenizer.backend.pre_tokenizer):
         if PRE_TOKENIZERS[name].ignore_merges == wanted:
             return name
+        names.append(name)
     if names and _merges_reach_every_token(tokenizer, model):
         return names[0]
     if names:
@@ -262,6 +276,11 @@ def _tokens(tokenizer: Tokenizer, rules: Mapping[str, Any]) -> tuple[list[str], 
             kind = TokenType.BYTE
         elif text == unk:
             kind = TokenType.UNKNOWN
+        if "\0" in text:
+            raise UnsupportedTokenizer(
+                f"the token {text!r} (id {index}) holds a NUL character, and llama.cpp ends the "
+                "text of a token there: choose --format onnx"
+            )
         tokens.append(text)
         types.append(int(kind))
     return tokens, types

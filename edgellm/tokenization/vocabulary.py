@@ -76,8 +76,10 @@ class Vocabulary:
 def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     """The vocabulary in GGUF ``metadata``; raises ``SourceError`` when it is incomplete."""
     tokens = string_list(metadata, "tokens")
-    # llama.cpp's stand-in for an empty text, so that every text is there once.
+    # llama.cpp ends a text at its first NUL, and has a stand-in for an empty one.
+    tokens = [token.partition("\0")[0] if "\0" in token else token for token in tokens]
     tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
+    # It stops the whole process when a text is there twice.
     if len(set(tokens)) != len(tokens):
         seen: set[str] = set()
         twice = next(token for token in tokens if token in seen or seen.add(token))  # type: ignore[func-returns-value]
