@@ -10,113 +10,107 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from edgellm.architectures.decoder import Decoder, Feature
+from edgellm.architectures.decoder import Activation, Decoder, Feature, RopeScaling
 from edgellm.architectures.family import GgufLayout
 from edgellm.errors import UnsupportedTarget, UsageError
-
-_RMS = {Feature.ROPE, Feature.RMS_NORM, Feature.GATED_MLP, Feature.TIED_HEAD}
-_SCALED_ROPE = {Feature.ROPE_LINEAR, Feature.ROPE_YARN}
-_WINDOWS = {Feature.SLIDING_WINDOW, Feature.ALTERNATING_WINDOW}
-"""Never refused: a graph without windows is right for contexts within the window."""
 
 
 @dataclass(frozen=True, slots=True)
 class Graph:
     """One architecture of llama.cpp: the features it has, and what is fixed in its code.
 
-    ``equal_heads``: the heads together are as wide as the model.
+    ``square_attention``: the heads together are as wide as the model. ``any_yarn``: settings that
+    no key says are baked into ``rope_freqs.weight``.
     """
 
     features: frozenset[Feature]
-    activation: str
-    equal_heads: bool = False
+    activation: Activation
+    square_attention: bool = False
+    any_yarn: bool = False
 
+
+_WINDOWS = {Feature.SLIDING_WINDOW, Feature.ALTERNATING_WINDOW}
+"""Never refused: a graph without windows is right for contexts within the window."""
+
+_BUILT_LIKE_LLAMA = _WINDOWS | {
+    Feature.ROPE,
+    Feature.ROPE_LINEAR,
+    Feature.RMS_NORM,
+    Feature.GATED_MLP,
+    Feature.TIED_HEAD,
+}
+_QWEN = _BUILT_LIKE_LLAMA | {Feature.ROPE_YARN, Feature.QKV_BIAS}
+_LLAMA = _QWEN | {
+    Feature.ROPE_LLAMA3,
+    Feature.ROPE_FACTORS,
+    Feature.OUTPUT_BIAS,
+    Feature.MLP_BIAS,
+}
+_GEMMA3 = _BUILT_LIKE_LLAMA | {
+    Feature.ROPE_PER_LAYER,
+    Feature.NORM_OFFSET,
+    Feature.QK_NORM,
+    Feature.POST_NORMS,
+    Feature.EMBEDDING_SCALE,
+    Feature.ATTENTION_SCALE,
+}
+_GPT2 = {
+    Feature.LEARNED_POSITIONS,
+    Feature.LAYER_NORM,
+    Feature.PLAIN_MLP,
+    Feature.QKV_BIAS,
+    Feature.OUTPUT_BIAS,
+    Feature.MLP_BIAS,
+    Feature.TIED_HEAD,
+}
 
 GRAPHS: dict[str, Graph] = {
-    "llama": Graph(
-        frozenset(
-            _RMS
-            | _SCALED_ROPE
-            | {Feature.ROPE_LLAMA3, Feature.QKV_BIAS, Feature.OUTPUT_BIAS, Feature.MLP_BIAS}
-        ),
-        "silu",
-    ),
-    "qwen2": Graph(frozenset(_RMS | _SCALED_ROPE | {Feature.QKV_BIAS}), "silu", equal_heads=True),
-    "qwen3": Graph(frozenset(_RMS | _SCALED_ROPE | {Feature.QKV_BIAS, Feature.QK_NORM}), "silu"),
-    "gemma3": Graph(
-        frozenset(
-            _RMS
-            | {
-                Feature.ROPE_LINEAR,
-                Feature.ROPE_PER_LAYER,
-                Feature.NORM_OFFSET,
-                Feature.QK_NORM,
-                Feature.POST_NORMS,
-                Feature.EMBEDDING_SCALE,
-                Feature.ATTENTION_SCALE,
-            }
-        ),
-        "gelu_tanh",
-    ),
-    "gpt2": Graph(
-        frozenset(
-            {
-                Feature.LEARNED_POSITIONS,
-                Feature.LAYER_NORM,
-                Feature.PLAIN_MLP,
-                Feature.QKV_BIAS,
-                Feature.OUTPUT_BIAS,
-                Feature.MLP_BIAS,
-                Feature.TIED_HEAD,
-            }
-        ),
-        "gelu_tanh",
-        equal_heads=True,
-    ),
+    "llama": Graph(frozenset(_LLAMA), "silu", any_yarn=True),
+    "qwen2": Graph(frozenset(_QWEN), "silu", square_attention=True),
+    "qwen3": Graph(frozenset(_QWEN | {Feature.QK_NORM}), "silu"),
+    "gemma3": Graph(frozenset(_GEMMA3), "gelu_tanh"),
+    "gpt2": Graph(frozenset(_GPT2), "gelu_tanh", square_attention=True),
 }
 
 GEMMA3_27B_LAYERS = 62
 """llama.cpp knows Gemma 3 27B, with its other attention scale, by its number of layers."""
 
-BF16_ROUNDING = 2.0**-8
-"""Gemma's embedding scale is stored in bf16, llama.cpp computes it."""
 
-
-def check_expressible(decoder: Decoder, layout: GgufLayout) -> None:
+def check_expressible(decoder: Decoder, arch: str) -> None:
     """Raise ``UnsupportedTarget`` naming everything that llama.cpp would compute differently."""
-    graph = GRAPHS.get(layout.arch)
+    graph = GRAPHS.get(arch)
     if graph is None:
         raise UnsupportedTarget(
-            f"GGUF of the architecture {layout.arch!r} is not understood: choose --format onnx, or "
-            f"a model of {', '.join(GRAPHS)}"
+            f"GGUF of the architecture {arch!r} is not understood: choose --format onnx, or a "
+            f"model of {', '.join(GRAPHS)}"
         )
-    missing = [str(feature) for feature in decoder.features() - graph.features - _WINDOWS]
-    reasons = sorted(missing) + list(_differences(decoder, layout, graph))
+    reasons = sorted(map(str, decoder.features() - graph.features))
+    reasons += _differences(decoder, graph)
+    if arch == "gemma3":
+        reasons += _gemma3_differences(decoder)
     if reasons:
         raise UnsupportedTarget(
-            f"llama.cpp's {layout.arch} graph cannot express {'; '.join(reasons)}: "
-            "choose --format onnx"
+            f"llama.cpp's {arch} graph cannot express {'; '.join(reasons)}: choose --format onnx"
         )
 
 
-def _differences(decoder: Decoder, layout: GgufLayout, graph: Graph) -> Iterator[str]:
+def _differences(decoder: Decoder, graph: Graph) -> Iterator[str]:
     if decoder.activation != graph.activation:
         yield f"the activation {decoder.activation} (it has {graph.activation})"
-    if graph.equal_heads and decoder.heads * decoder.head_dim != decoder.hidden_size:
+    if graph.square_attention and decoder.query_size != decoder.hidden_size:
         yield (
             f"{decoder.heads} heads of {decoder.head_dim} in a model of width {decoder.hidden_size}"
         )
-    ropes = {layer.rope for layer in decoder.layers if layer.rope is not None}
-    for rope in ropes:
+    for rope in {layer.rope for layer in decoder.layers if layer.rope is not None}:
         if rope.dimensions != decoder.head_dim:
             yield f"rope over {rope.dimensions} of a head's {decoder.head_dim} values"
-        scaling = rope.scaling
-        if scaling is None or scaling.kind != "yarn":
-            continue
-        if (scaling.beta_fast, scaling.beta_slow, scaling.truncate) != (32.0, 1.0, True):
+        if rope.scaling and not graph.any_yarn and not _has_keys(rope.scaling):
             yield "yarn with beta_fast, beta_slow or truncate other than 32, 1 and true"
-    if layout.arch == "gemma3":
-        yield from _gemma3_differences(decoder)
+
+
+def _has_keys(scaling: RopeScaling) -> bool:
+    settings = (scaling.beta_fast, scaling.beta_slow, scaling.truncate)
+    return scaling.kind != "yarn" or settings == (32.0, 1.0, True)
 
 
 def _gemma3_differences(decoder: Decoder) -> Iterator[str]:
@@ -125,15 +119,17 @@ def _gemma3_differences(decoder: Decoder) -> Iterator[str]:
         if len(decoder.layers) == GEMMA3_27B_LAYERS
         else decoder.head_dim
     )
-    scale = decoder.attention_scale or 1 / math.sqrt(decoder.head_dim)
-    if not math.isclose(scale, 1 / math.sqrt(width), rel_tol=1e-6):
-        yield f"an attention scale of {scale:g} (it has {1 / math.sqrt(width):g})"
+    scale, fixed = decoder.softmax_scale, 1 / math.sqrt(width)
+    if not math.isclose(scale, fixed, rel_tol=1e-6):
+        yield f"an attention scale of {scale:g} (it has {fixed:g})"
     fixed = math.sqrt(decoder.hidden_size)
-    if not math.isclose(decoder.embedding_scale, fixed, rel_tol=BF16_ROUNDING):
+    if not math.isclose(decoder.embedding_scale, fixed, rel_tol=1e-6):
         yield f"an embedding scale of {decoder.embedding_scale:g} (it has {fixed:g})"
-    windows = {layer.window for layer in decoder.layers} - {None}
-    if len(windows) > 1:
-        yield f"windows of different sizes: {sorted(w for w in windows if w)}"
+    local = [layer for layer in decoder.layers if layer.window is not None]
+    if len(set(local)) > 1:
+        yield "local layers that differ in window or rope"
+    if any(layer.rope and layer.rope.scaling for layer in local):
+        yield "rope scaling in local layers"
 
 
 def context_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
@@ -51,9 +51,9 @@ def gguf_head(metadata: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> H
         writer.add_tensor_info(
             tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind
         )
-    # The writer opens a file for its head by itself, but takes one that is open already.
+    # The writer would open a file by itself, but takes one that is open already.
     buffer = io.BytesIO()
-    writer.fout, writer.state = [buffer], WriterState.EMPTY
+    writer.fout, writer.state = [cast(io.BufferedWriter, buffer)], WriterState.EMPTY
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

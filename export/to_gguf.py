@@ -12,10 +12,9 @@ from gguf.constants import GGML_QUANT_VERSION
 from gguf.utility import size_label
 
 import edgellm
-from edgellm.architectures import gguf_keys
-from edgellm.architectures.decoder import Decoder, Rope
+from edgellm.architectures import gguf_keys, rope_factors
+from edgellm.architectures.decoder import Decoder
 from edgellm.architectures.family import Family
-from edgellm.architectures.rope import inverse_frequencies
 from edgellm.export.gguf_graphs import check_expressible, context_of
 from edgellm.export.gguf_head import ARCHITECTURE, StoredTensor, gguf_head
 from edgellm.export.gguf_mixture import MIXTURES, Choice, chooser
@@ -29,6 +28,26 @@ if TYPE_CHECKING:
 
 FILE = "model.gguf"
 
+BASE_MODEL = "general.base_model."
+
+KEPT_KEYS = tuple(
+    f"general.{key}"
+    for key in (
+        "organization",
+        "author",
+        "version",
+        "basename",
+        "finetune",
+        "description",
+        "license.name",
+        "license.link",
+        "url",
+        "tags",
+        "languages",
+    )
+)
+"""What a GGUF source says of itself and a conversion does not change."""
+
 INTERLEAVED = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")
 
 
@@ -39,7 +58,7 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     ``UnknownGrid``, and ``UsageError`` for a context beyond the model's.
     """
     family, decoder = source.family, source.decoder
-    check_expressible(decoder, family.gguf)
+    check_expressible(decoder, family.gguf.arch)
     context, notes = context_of(decoder, family.gguf, recipe.context)
     stated = dataclasses.replace(decoder, context_length=context)
     types = chooser(recipe, decoder, family.gguf.arch)
@@ -69,9 +88,9 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
 
 def stored_tensors(source: ModelSource, context: int) -> Iterator[TensorRef]:
     """The tensors as llama.cpp expects them, in the family's order, ``role`` being their name."""
-    scaling = llama3_rope(source.decoder)
-    if scaling is not None:
-        yield constant("rope_freqs.weight", rope_divisors(scaling))
+    divisors = rope_factors(source.decoder, source.family)
+    if divisors is not None:
+        yield constant("rope_freqs.weight", divisors)
     for row in source.family.tensors(source.decoder):
         ref = source.tensors.get(row.role)
         if ref is not None and row.kind == "positions":
@@ -99,34 +118,34 @@ def interleaved_order(heads: int, head_dim: int) -> npt.NDArray[np.intp]:
     return np.arange(heads * head_dim).reshape(heads, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
 
 
-def llama3_rope(decoder: Decoder) -> Rope | None:
-    """The rope that is stored as divisors of its frequencies, for which GGUF has no keys."""
-    rope = decoder.layers[0].rope if decoder.layers else None
-    return rope if rope and rope.scaling and rope.scaling.kind == "llama3" else None
-
-
-def rope_divisors(rope: Rope) -> npt.NDArray[np.float64]:
-    """``[dimensions / 2]``: plain frequencies by scaled ones; llama.cpp divides by them."""
-    plain, _ = inverse_frequencies(dataclasses.replace(rope, scaling=None))
-    scaled, _ = inverse_frequencies(rope)
-    return plain / scaled
-
-
 def general_keys(source: ModelSource) -> dict[str, object]:
-    """``general.*``: what the model is, where it came from, who changed it; no time, no path."""
+    """``general.*``: what the model is, where it came from, who changed it; no time, no path.
+
+    What a GGUF source says of itself is kept. Where it names no parents, it is the base itself.
+    """
+    kept = {key: source.provenance[key] for key in KEPT_KEYS if key in source.provenance}
+    parents = {key: value for key, value in source.provenance.items() if key.startswith(BASE_MODEL)}
+    organization, slash, _ = source.name.rpartition("/")
     weights = sum(ref.size for ref in source.tensors.values())
-    keys: dict[str, object] = {
+    return {
         "general.type": "model",
         "general.name": source.name,
+        "general.organization": organization if slash else "",
         "general.size_label": size_label(weights, weights, 0, 0),
+        **kept,
         "general.license": source.licence,
+        **(
+            parents
+            or {
+                f"{BASE_MODEL}count": 1,
+                f"{BASE_MODEL}0.name": source.name,
+                f"{BASE_MODEL}0.organization": kept.get("general.organization", organization),
+                f"{BASE_MODEL}0.version": source.revision,
+                f"{BASE_MODEL}0.repo_url": source.url,
+            }
+        ),
         "general.quantized_by": f"edgellm {edgellm.__version__}",
-        "general.base_model.count": 1,
-        "general.base_model.0.name": source.name,
-        "general.base_model.0.version": source.revision,
-        "general.base_model.0.repo_url": source.url,
     }
-    return keys
 
 
 def _entry(ref: TensorRef, choice: Choice) -> StoredTensor:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
-import llama_cpp
 import numpy as np
 import pytest
 
@@ -20,14 +18,13 @@ from edgellm.quant import floats, ggml
 from edgellm.quant.grid import GRIDS, Grid, QTensor
 from edgellm.tensors import Array
 
+pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+
+from llamacpp_quantizer import quantize_with_llamacpp
+
 ROWS = 4
 
 Weights = dict[str, Array]
-
-
-@llama_cpp.llama_log_callback
-def be_quiet(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
-    """Swallow llama.cpp's log."""
 
 
 class Model:
@@ -125,25 +122,6 @@ MODELS = {
 SLOW = ("iq3_xxs", "iq3_xs", "iq3_s", "iq3_m")
 
 
-def quantize_with_llamacpp(
-    source: Path, out: Path, name: str, *, embed: str | None = None, head: str | None = None
-) -> bool:
-    """Whether llama.cpp could make ``out`` of the float file ``source``."""
-    llama_cpp.llama_log_set(be_quiet, ctypes.c_void_p(0))
-    params = llama_cpp.llama_model_quantize_default_params()
-    prefix = "LLAMA_FTYPE_ALL_" if name == "f32" else "LLAMA_FTYPE_MOSTLY_"
-    params.ftype = getattr(llama_cpp, prefix + name.upper())
-    params.nthread = 1
-    if embed:
-        params.token_embedding_type = GRIDS[embed].ggml_type
-    if head:
-        params.output_tensor_type = GRIDS[head].ggml_type
-    code = llama_cpp.llama_model_quantize(
-        str(source).encode(), str(out).encode(), ctypes.byref(params)
-    )
-    return bool(code == 0)
-
-
 def our_bytes(rows: Array, grid: Grid) -> QTensor:
     solve = floats.encode if grid.kind == "float" else ggml.quantize
     return solve(rows.reshape(-1, rows.shape[-1]), grid)
@@ -187,8 +165,7 @@ def test_mixture(
         assert_equal_to_ours(tmp_path / "made.gguf", model, name, types)
     else:
         with pytest.raises(UnsupportedTarget, match="importance"):
-            for role, values in model.weights.items():
-                types.choose(role, values.shape)
+            {role: types.choose(role, values.shape) for role, values in model.weights.items()}
 
 
 @pytest.mark.parametrize("name", ["q4_k_m", "f16"])
