@@ -47,6 +47,10 @@ class Chat:
     def run(self) -> None:
         """Read and answer until /exit, Ctrl-D or a second Ctrl-C at an empty prompt."""
         _edit_lines()
+        choice = self._session.choice
+        render.say(f"{choice.runtime} on {choice.device}, {self._session.context_tokens} tokens.")
+        if self._session.tokenizer.chat_template is None:
+            render.say("This model has no chat template: each text is continued, nothing is kept.")
         render.say("Type a message, /help for commands, Ctrl-D to leave.")
         interrupted = False
         while True:

@@ -35,60 +35,66 @@ def _bar() -> Iterator[Progress]:
     from rich.console import Console
 
     columns = (
-        bars.TextColumn("{task.description:<9}"),
-        bars.BarColumn(bar_width=None),
-        bars.TextColumn("{task.fields[items]}"),
-        bars.DownloadColumn(),
-        bars.TransferSpeedColumn(),
-        bars.TimeRemainingColumn(compact=True),
+        bars.TextColumn("{task.description:<9}", markup=False),
+        bars.BarColumn(bar_width=30),
+        bars.TextColumn("{task.fields[facts]}", markup=False),
     )
     tasks: dict[Stage, TaskID] = {}
-    with bars.Progress(*columns, console=Console(file=sys.stderr), expand=True) as bar:
+    started: dict[Stage, float] = {}
+    with bars.Progress(*columns, console=Console(file=sys.stderr)) as bar:
 
         def watch(event: ProgressEvent) -> None:
+            now = time.monotonic()
             if event.stage not in tasks:
-                tasks[event.stage] = bar.add_task(event.stage, items="")
+                for earlier in tasks.values():
+                    bar.update(earlier, total=1, completed=1)
+                tasks[event.stage] = bar.add_task(event.stage, total=None, facts="")
+                started[event.stage] = now
             bar.update(
                 tasks[event.stage],
                 completed=event.done_bytes,
-                total=event.total_bytes or None,
-                items=_items(event),
+                total=event.total_bytes if event.done_bytes else None,
+                facts=_facts(event, now - started[event.stage]),
             )
 
         yield watch
+        for task in tasks.values():
+            bar.update(task, total=1, completed=1)
 
 
 def _lines() -> Progress:
     started: dict[Stage, float] = {}
     last: dict[Stage, float] = {}
+    finished: set[Stage] = set()
 
     def watch(event: ProgressEvent) -> None:
         now = time.monotonic()
-        finished = 0 < event.total_bytes <= event.done_bytes
         if event.stage not in started:
             started[event.stage] = last[event.stage] = now
-        if last[event.stage] == float("inf"):  # its last line is out
-            return
-        if not finished and now - last[event.stage] < SECONDS_BETWEEN_LINES:
-            return
-        last[event.stage] = float("inf") if finished else now
-        print(_line(event, now - started[event.stage]), file=sys.stderr, flush=True)
+        whole = 0 < event.total_bytes <= event.done_bytes
+        due = whole or now - last[event.stage] >= SECONDS_BETWEEN_LINES
+        if due and event.stage not in finished:
+            last[event.stage] = now
+            facts = _facts(event, now - started[event.stage])
+            print(f"{event.stage:<9} {facts}", file=sys.stderr, flush=True)
+        if whole:
+            finished.add(event.stage)
 
     return watch
 
 
-def _line(event: ProgressEvent, seconds: float) -> str:
-    share = event.done_bytes / event.total_bytes if event.total_bytes else 1.0
-    speed = event.done_bytes / seconds / 1e6 if seconds > 0 else 0.0
-    left = seconds * (1 / share - 1) if share > 0 else 0.0
-    facts = [f"{share:4.0%}", _items(event), f"{event.done_bytes / 1e6:.0f} MB"]
-    if speed:
-        facts.append(f"{speed:.0f} MB/s")
-    facts.append(f"{left:.0f} s left" if share < 1 else f"in {seconds:.1f} s")
-    return f"{event.stage:<9} " + "  ".join(fact for fact in facts if fact)
-
-
-def _items(event: ProgressEvent) -> str:
-    if not event.total_items:
-        return ""
-    return f"{event.done_items}/{event.total_items} tensors"
+def _facts(event: ProgressEvent, seconds: float) -> str:
+    """`` 40%  109/272 tensors  42 MB  120 MB/s  3 s left``; where nothing is counted, the item."""
+    if not event.done_bytes:
+        return event.item
+    facts = [f"{event.done_bytes / 1e6:.0f} MB"]
+    if event.total_items:
+        facts.insert(0, f"{event.done_items}/{event.total_items} tensors")
+    if seconds > 0:
+        facts.append(f"{event.done_bytes / seconds / 1e6:.0f} MB/s")
+    if event.total_bytes:
+        share = event.done_bytes / event.total_bytes
+        facts.insert(0, f"{share:4.0%}")
+        left = seconds * (1 / share - 1)
+        facts.append(f"{left:.0f} s left" if share < 1 else f"in {seconds:.1f} s")
+    return "  ".join(facts)
