@@ -99,14 +99,15 @@ class Sampler:
         _check_best(best)
         if options.temperature == 0:
             return np.array([logits.argmax()]), np.ones(1)
-        if 0 < options.top_k < len(logits):
+        limited = 0 < options.top_k < len(logits)
+        if limited:
             ids = _largest(logits, options.top_k)
         elif options.top_p < 1:
             ids = _nucleus(logits, options.temperature, options.top_p, float(best))
         else:
             ids = np.arange(len(logits))
         weights = np.exp((logits[ids].astype(np.float64) - best) / options.temperature)
-        if options.top_k and options.top_p < 1:  # the ids are in falling order
+        if limited and options.top_p < 1:  # the ids are in falling order
             before = np.cumsum(weights) - weights
             keep = before < options.top_p * weights.sum()
             ids, weights = ids[keep], weights[keep]

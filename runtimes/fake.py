@@ -72,11 +72,15 @@ class FakeSession:
     def prefill(self, token_ids: Sequence[int], *, all_logits: bool = False) -> Logits:
         self._check_open()
         limits.check_tokens(token_ids, len(self._tokens), self.context_tokens, self.vocab_size)
-        rows = []
-        for token in token_ids:
-            self._append(token)
-            if all_logits:
-                rows.append(self._logits())
+        rows, start = [], len(self._tokens)
+        try:
+            for token in token_ids:
+                self._append(token)
+                if all_logits:
+                    rows.append(self._logits())
+        except BaseException:  # Ctrl-C: keep none of them
+            self.trim(start)
+            raise
         return np.array(rows) if all_logits else self._logits()[np.newaxis]
 
     def decode(self, token_id: int) -> Logits:

@@ -173,6 +173,9 @@ class LlamaCppSession:
         context_options.n_outputs_max = min(OUTPUT_ROWS, self.context_tokens)
         context_options.n_threads = context_options.n_threads_batch = threads
         context_options.type_k = context_options.type_v = kv_type
+        if options.kv_dtype == "f32":
+            # Flash attention rounds to f16 on its way, whatever the cache holds.
+            context_options.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
         # A window's cache that forgets old tokens could not be trimmed back to them.
         context_options.swa_full = True
         context_options.no_perf = True

@@ -1,0 +1,101 @@
+"""Sessions of every runtime on the same tiny models, in f32 with f32 caches."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgellm.conversion import convert
+from edgellm.manifest import Artifact
+from edgellm.recipe import Recipe
+from edgellm.runtimes import runtime_named
+from edgellm.runtimes.session import RunOptions, Session
+
+CONTEXT_TOKENS = 96
+
+
+@dataclass(frozen=True)
+class Case:
+    """A runtime, the module that it needs, and the artifact that it opens.
+
+    ``bound``: how far logits may lie apart that differ only in how the tokens were handed over. The
+    tiny models' logits reach about 10, and f32 sums of a few hundred terms are taken in another
+    order; ggml also looks GELU up in a table of f16.
+    """
+
+    runtime: str
+    container: str
+    module: str
+    bound: float
+
+
+CASES = (
+    Case("fake", "onnx", "numpy", 0.0),
+    Case("onnxruntime", "onnx", "onnxruntime", 1e-4),
+    Case("llamacpp", "gguf", "llama_cpp", 1e-3),
+)
+MODELS = ("llama", "gemma3")
+"""One with plain attention, one with windows of eight tokens in every other layer."""
+
+
+@pytest.fixture(scope="session")
+def artifact(
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Artifact]:
+    """``artifact(model, container)``: the tiny model in f32, converted at first use."""
+    made: dict[tuple[str, str], Artifact] = {}
+
+    def make(model: str, container: str) -> Artifact:
+        if (model, container) not in made:
+            recipe = Recipe(source=str(tiny_model(model)), format=container, quant="f32")
+            out = tmp_path_factory.mktemp("artifacts") / f"{model}-{container}"
+            made[model, container] = convert(recipe, out, check=False)
+        return made[model, container]
+
+    return make
+
+
+@pytest.fixture(
+    params=[(case, model) for case in CASES for model in MODELS],
+    ids=lambda given: f"{given[0].runtime}-{given[1]}",
+)
+def case(request: pytest.FixtureRequest) -> tuple[Case, str]:
+    """A runtime and a model; skipped where the runtime's library is missing."""
+    chosen, model = request.param
+    if importlib.util.find_spec(chosen.module) is None:
+        pytest.skip(f"{chosen.module} is not installed")
+    return chosen, model
+
+
+@pytest.fixture
+def bound(case: tuple[Case, str]) -> float:
+    return case[0].bound
+
+
+@pytest.fixture
+def open_session(
+    case: tuple[Case, str], artifact: Callable[[str, str], Artifact]
+) -> Iterator[Callable[..., Session]]:
+    """``open_session(**options)``: a session of the case, closed when the test ends."""
+    chosen, model = case
+    opened: list[Session] = []
+
+    def make(**options: Any) -> Session:
+        settings = {"context_tokens": CONTEXT_TOKENS, "threads": 1, "kv_dtype": "f32", **options}
+        runtime = runtime_named(chosen.runtime)
+        opened.append(runtime.open(artifact(model, chosen.container), RunOptions(**settings)))
+        return opened[-1]
+
+    yield make
+    for session in opened:
+        session.close()
+
+
+@pytest.fixture
+def session(open_session: Callable[..., Session]) -> Session:
+    return open_session()
