@@ -155,6 +155,10 @@ HUGE = (1 << 63) + 5
         (gguf([pair("x", ARRAY, array(ARRAY, 1, b"\0" * 12))], []), "array of the unknown type 9"),
         (gguf([pair("x", STRING, struct.pack("<Q", HUGE))], []), "x claims"),
         (gguf([pair("x", STRING, struct.pack("<Q", 5000))], []), "in the middle of x"),
+        (
+            gguf([pair("x", ARRAY, array(STRING, 1, struct.pack("<Q", 5000)))], []),
+            "in the middle of x",
+        ),
         (gguf([pair("x", 99, b"\0" * 16)], []), "unknown value type 99"),
         (gguf([pair("x", STRING, text(b"\xff"))], []), "x is not UTF-8"),
         (gguf([pair("x", ARRAY, array(STRING, 1, text(b"\xff")))], []), "x is not UTF-8"),

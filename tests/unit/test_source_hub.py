@@ -164,7 +164,14 @@ def test_hub_ids(text: str, expected: HubId | None) -> None:
     [
         (
             "o/n",
-            ["config.json", "model.safetensors", "x.bin", "onnx/config.json", "model.gguf"],
+            [
+                "config.json",
+                "model.fp16.safetensors",
+                "model.safetensors",
+                "x.bin",
+                "onnx/config.json",
+                "model.gguf",
+            ],
             ["config.json", "model.safetensors"],
         ),
         (
