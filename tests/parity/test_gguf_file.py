@@ -238,19 +238,12 @@ def test_smollm2_equals_what_llamacpps_quantizer_makes_of_our_floats(
 
 def test_smollm2_answers_alike_from_floats(smollm2: Path, tmp_path: Path) -> None:
     """The same weights as Q4_1, F32 and F16. What is left is how llama.cpp multiplies: it rounds
-    activations to 8 bits beside Q4_1 (measured KL 0.004) and to halves beside F16 (1e-6)."""
+    activations to 8 bits beside Q4_1 (measured KL 0.003) and to halves beside F16 (3e-6)."""
     ids = open_source(str(smollm2)).tokenizer.encode(TEXT)
     found = {"q4_1": log_softmax(llamacpp_logits.logits(smollm2, ids))}
     for quant in ("f32", "f16"):
         write_gguf(smollm2, tmp_path / "floats.gguf", quant)
         found[quant] = log_softmax(llamacpp_logits.logits(tmp_path / "floats.gguf", ids))
-    print(
-        divergence(found["f32"], found["q4_1"]),
-        divergence(found["f32"], found["f16"]),
-        (found["f32"].argmax(1) == found["q4_1"].argmax(1)).mean(),
-        (found["f32"].argmax(1) == found["f16"].argmax(1)).mean(),
-        len(ids),
-    )
     assert divergence(found["f32"], found["q4_1"]) < 0.02
     assert divergence(found["f32"], found["f16"]) < 1e-4
     assert (found["f32"].argmax(1) == found["f16"].argmax(1)).all()
