@@ -17,6 +17,9 @@ LoadRows = Callable[[int, int], Array]
 COLUMN_CHUNK_BYTES = 1 << 20
 """Float32 bytes of whole rows that are alive at once while columns are cut out of them."""
 
+TURNED_ROWS = 64
+"""Rows of a strip while a matrix is turned: what is written stays in the cache."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
@@ -113,13 +116,22 @@ def transposed(ref: TensorRef) -> TensorRef:
         raise ValueError(f"only a matrix can be transposed, {ref.name} has shape {list(ref.shape)}")
 
     def load_rows(start: int, stop: int) -> Array:
-        return np.ascontiguousarray(ref.load_columns(start, stop).T)
+        return _turned(ref.load_columns(start, stop))
 
     def load_columns(start: int, stop: int) -> Array:
-        return np.ascontiguousarray(ref.load_rows(start, stop).T)
+        return _turned(ref.load_rows(start, stop))
 
     shape = (ref.shape[1], ref.shape[0])
     return replace(ref, shape=shape, load_rows=load_rows, column_loader=load_columns)
+
+
+def _turned(matrix: Array) -> Array:
+    """``matrix.T`` as an array of its own; in strips, several times faster than numpy's copy."""
+    result = np.empty((matrix.shape[1], matrix.shape[0]), dtype=np.float32)
+    for start in range(0, len(matrix), TURNED_ROWS):
+        strip = matrix[start : start + TURNED_ROWS]
+        result[:, start : start + len(strip)] = strip.T
+    return result
 
 
 def reordered(ref: TensorRef, order: npt.NDArray[np.intp]) -> TensorRef:

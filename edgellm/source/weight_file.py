@@ -41,7 +41,12 @@ class WeightFile:
         Raises ``SourceError`` when the file ends before, or the disk fails.
         """
         result = np.empty(nbytes, dtype=np.uint8)
-        view = result.data
+        self.read_into(result.data, offset)
+        return result
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` (of bytes) from ``offset`` on; raises as ``read`` does."""
+        nbytes = len(view)
         done = 0
         while done < nbytes:
             try:
@@ -54,7 +59,6 @@ class WeightFile:
                     "expected: it is cut short or changed while it was read; fetch it again"
                 )
             done += count
-        return result
 
     def _read_into(self, offset: int, view: memoryview) -> int:
         if hasattr(os, "preadv"):

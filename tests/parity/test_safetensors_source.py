@@ -102,7 +102,7 @@ def test_masks_of_old_gpt2_checkpoints_are_ignored(
     stored = safetensors.load_file(folder / "model.safetensors")
     old = {name.removeprefix("transformer."): array for name, array in stored.items()}
     old["h.0.attn.bias"] = np.tril(np.ones((1, 1, 8, 8), np.float32))
-    old["h.0.attn.masked_bias"] = np.float32([-1e4]).reshape(())
+    old["h.0.attn.masked_bias"] = np.array(-1e4, np.float32)
     old["h.1.attn.bias"] = np.tril(np.ones((1, 1, 8, 8), np.uint8))
     safetensors.save_file(old, tmp_path / "model.safetensors")
     ours, theirs = open_source(str(tmp_path)), open_source(str(folder))

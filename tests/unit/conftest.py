@@ -109,7 +109,7 @@ def write_model(tmp_path: Path) -> WriteModel:
         if shards == 1:
             (path / "model.safetensors").write_bytes(safetensors_bytes(tensors))
             return path
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for shard in range(shards):
             name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
             part = dict(list(tensors.items())[shard::shards])

@@ -37,6 +37,11 @@ def test_a_transpose_equals_numpys_and_turns_back() -> None:
     assert ref.load(0, 2).flags.c_contiguous
 
 
+def test_a_transpose_of_more_than_one_strip() -> None:
+    matrix = np.arange(150 * 3, dtype=np.float32).reshape(150, 3)
+    np.testing.assert_array_equal(transposed(constant("x", matrix)).load(1, 3), matrix.T[1:3])
+
+
 def test_a_vector_has_no_transpose() -> None:
     with pytest.raises(ValueError, match="shape"):
         transposed(constant("x", np.zeros(3)))
