@@ -1,0 +1,131 @@
+"""Benchmarks measure what happened: peak memory, wall, turns of a pair, commands as shown."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:  # benchmarks/ is no part of the installed package
+    sys.path.append(str(ROOT))
+
+from benchmarks import __main__ as command_line  # noqa: E402
+from benchmarks import measure, places  # noqa: E402
+from benchmarks.results import Comparison  # noqa: E402
+
+MEGABYTE = 1 << 20
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(measure, "WORK", tmp_path)
+    monkeypatch.setattr(places, "WORK", tmp_path)
+    monkeypatch.setattr(measure, "PAUSE_S", 0.0)
+    monkeypatch.setattr(os, "sync", lambda: None)
+    return tmp_path
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-S", "-c", code]
+
+
+def first_child(command: list[str], tmp_path: Path) -> measure.Run:
+    """Measured from a process as small as the one that benchmarks run in."""
+    code = (
+        "import dataclasses, json, pathlib, sys\n"
+        "from benchmarks import measure\n"
+        f"measure.WORK = pathlib.Path({str(tmp_path)!r})\n"
+        f"print(json.dumps(dataclasses.asdict(measure.run({command!r}))))"
+    )
+    environment = places.environment(command) | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    return measure.Run(**json.loads(done.stdout))
+
+
+def test_peak_memory_counts_what_was_freed_and_what_was_mapped(tmp_path: Path) -> None:
+    plain = first_child(python("pass"), tmp_path).peak_memory_bytes
+    assert plain < 40 * MEGABYTE
+    freed = first_child(python(f"x = b'1' * {100 * MEGABYTE}; del x"), tmp_path).peak_memory_bytes
+    assert 90 < (freed - plain) / MEGABYTE < 110
+    file = tmp_path / "mapped"
+    file.write_bytes(b"\0" * 100 * MEGABYTE)
+    mapping = (
+        f"import mmap; f = open({str(file)!r}, 'rb'); "
+        "m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ); sum(m[::4096])"
+    )
+    mapped = first_child(python(mapping), tmp_path).peak_memory_bytes
+    assert 90 < (mapped - plain) / MEGABYTE < 110
+
+
+def test_wall_and_first_output_are_told_apart(work: Path) -> None:
+    code = "import time; time.sleep(0.2); print('a', flush=True); time.sleep(0.3); print('b')"
+    done = measure.run(python(code), read_stdout=True)
+    assert done.first_output_s is not None
+    assert 0.2 <= done.first_output_s <= done.wall_s - 0.3
+
+
+def test_a_failing_command_is_an_error_with_its_last_words(work: Path) -> None:
+    with pytest.raises(measure.CommandFailed, match="ended with 3:\nlast words"):
+        measure.run(python("print('last words', flush=True); raise SystemExit(3)"))
+
+
+def test_measured_programs_see_no_settings_of_threads(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    measure.run(python("import os; raise SystemExit('OMP_NUM_THREADS' in os.environ)"))
+
+
+def test_pairs_take_turns_and_the_warm_up_is_dropped() -> None:
+    order: list[str] = []
+
+    def call(name: str) -> int:
+        order.append(name)
+        return len(order)
+
+    found = measure.interleaved(lambda: call("a"), lambda: call("b"), pairs=2, warm_up=1)
+    assert order == ["a", "b"] * 3
+    assert found == ([3, 5], [4, 6])
+
+
+def test_a_loop_answers_round_by_round_and_its_end_is_told(work: Path) -> None:
+    code = (
+        "import json, sys\nprint(json.dumps({}), flush=True)\n"
+        "for n, _ in enumerate(sys.stdin):\n"
+        "    if n == 2: raise SystemExit('out of rounds')\n"
+        "    print(json.dumps({'n': n}), flush=True)\n"
+    )
+    with measure.Loop(python(code)) as loop:
+        assert [loop.round()["n"], loop.round()["n"]] == [0, 1]
+        with pytest.raises(measure.CommandFailed, match="out of rounds"):
+            loop.round()
+
+
+def test_shown_commands_hold_no_path_of_the_machine() -> None:
+    command = [sys.executable, str(places.LOOPS / "genai_loop.py"), "model", "what is it?"]
+    command += [str(places.WORK / "model"), str(places.PEERS / "bin" / "python")]
+    program = Path(sys.executable).name
+    assert places.shown(command) == (
+        f"{program} benchmarks/loops/genai_loop.py model 'what is it?' model python"
+    )
+
+
+def test_ratios_are_judged_pair_by_pair() -> None:
+    drifting = Comparison("wall", "s", [1.0, 2.0, 4.0], [2.0, 4.0, 8.0], at_most=0.5)
+    assert drifting.ratios == [0.5, 0.5, 0.5]
+    assert drifting.met
+    assert Comparison("decode", "tokens/s", [9.0], [10.0], at_least=0.98).met is False
+    assert Comparison("size", "bytes", [9.0]).met is None
+
+
+@pytest.mark.parametrize("name", command_line.BENCHMARKS)
+def test_every_benchmark_can_be_imported(name: str) -> None:
+    assert callable(importlib.import_module(f"benchmarks.{name}").measure)
