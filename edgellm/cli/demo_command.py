@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 ARTIFACTS = (("onnx", "int4-g32"), ("gguf", "q4_k_m"))
 """What is made of the demo's model: container and grid."""
 
-QUESTION = "Why is the sky blue?"
+QUESTION = "What is photosynthesis?"
 MAX_TOKENS = 96
+REPEAT_PENALTY = 1.1
+"""A model this small runs in circles without one."""
 
 
 def demo(
@@ -43,7 +45,7 @@ def demo(
     \b
     Examples:
       edgellm demo
-      edgellm demo "What is the capital of France?"
+      edgellm demo "How do bees make honey?"
       edgellm demo --out /tmp/demo --json | jq '.artifacts[] | {container, decode_tokens_per_s}'
     """
     from edgellm.demo_model import demo_model
@@ -86,11 +88,13 @@ def _convert(source: Path, out: Path, container: str, quant: str, *, quiet: bool
 
 def _ask(artifact: Artifact, question: str, *, quiet: bool) -> str:
     from edgellm.chat import open as open_model
+    from edgellm.sampling import SamplingOptions
 
     if not quiet:
         render.say(f"\n>>> {question}")
+    sampling = SamplingOptions(repeat_penalty=REPEAT_PENALTY)
     with open_model(artifact.path, verify=False) as session:
-        stream = session.stream(question, max_tokens=MAX_TOKENS)
+        stream = session.stream(question, max_tokens=MAX_TOKENS, sampling=sampling)
         for piece in stream:
             if not quiet:
                 print(piece, end="", flush=True)
@@ -110,9 +114,12 @@ def _measured(artifact: Artifact, question: str) -> dict[str, Any]:
         "output_bytes": sum(file.nbytes for file in made.files),
         "convert_s": artifact.manifest.measured["convert_s"],
     }
-    command = ("run", str(artifact.path), question, "--max-tokens", str(MAX_TOKENS), "--json")
+    options = ("--max-tokens", str(MAX_TOKENS), "--repeat-penalty", str(REPEAT_PENALTY), "--json")
     run = subprocess.run(
-        [sys.executable, "-m", "edgellm", *command], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "edgellm", "run", str(artifact.path), question, *options],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     answer = json.loads(run.stdout)
     if "error" in answer:
