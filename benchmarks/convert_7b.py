@@ -14,11 +14,13 @@ from benchmarks.results import Comparison, Result
 
 GRIDS = ("q8_0", "q4_k_m")
 PEAK_BYTES = 700e6
+HONEST = 1.1
+"""How far above the plan's word the peak may go: what Python and its allocator keep varies."""
 
 
 def measure(*, quick: bool) -> Result:
-    """Peak memory and wall for each grid; quick: for the last alone."""
-    model = llama7b()
+    """Peak memory and wall for each grid; quick: for the last alone, of two layers."""
+    model = llama7b("llama7b-2-layers" if quick else "llama7b")
     comparisons: list[Comparison] = []
     commands: dict[str, str] = {}
     facts: dict[str, object] = {"source_bytes": folder_bytes(model), "packages": ["libgguf"]}
@@ -27,13 +29,19 @@ def measure(*, quick: bool) -> Result:
         command = [*edgellm(), "convert", model.name, "--format", "gguf", "--quant", grid]
         command += ["--out", out, "--no-check"]
         fresh(out)
-        plan = output_of([*command, "--dry-run", "--json"])
+        planned: float = output_of([*command, "--dry-run", "--json"])["peak_memory_bytes"]
         done = run(command)
         comparisons += [
             Comparison(
                 f"{grid}, peak memory", "bytes", [done.peak_memory_bytes], at_most=PEAK_BYTES
             ),
-            Comparison(f"{grid}, peak memory that the plan said", "bytes", [_peak(plan)]),
+            Comparison(f"{grid}, peak memory that the plan said", "bytes", [planned]),
+            Comparison(
+                f"{grid}, measured / planned",
+                "",
+                [done.peak_memory_bytes / planned],
+                at_most=HONEST,
+            ),
             Comparison(f"{grid}, wall", "s", [done.wall_s]),
         ]
         commands[grid] = shown(command)
@@ -51,7 +59,3 @@ def measure(*, quick: bool) -> Result:
         commands=commands,
         facts=facts,
     )
-
-
-def _peak(plan: dict[str, float]) -> float:
-    return plan["peak_memory_bytes"]

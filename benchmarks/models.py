@@ -25,8 +25,9 @@ NOISE_STEPS = 0.3
 SHARD_BYTES = 5 << 30
 RANDOM_BYTES = 16 << 20
 
-LLAMA_7B = {"hidden": 4096, "intermediate": 11008, "layers": 32, "heads": 32}
-LLAMA_7B_BYTES = 14 << 30
+LLAMA_7B = {"hidden": 4096, "intermediate": 11008, "heads": 32}
+LLAMA_7B_LAYERS = {"llama7b": 32, "llama7b-2-layers": 2}
+LLAMA_7B_BYTES = {"llama7b": 14 << 30, "llama7b-2-layers": 2 << 30}
 """What the folder takes, to the next GiB."""
 
 SMOLLM2 = "SmolLM2-135M-Instruct off its 4-bit grid (seeded noise), bf16 safetensors"
@@ -37,18 +38,18 @@ def smollm2() -> Path:
     return _made("smollm2")
 
 
-def llama7b() -> Path:
+def llama7b(name: str) -> Path:
     """The 7B-shaped folder, made when missing; raises ``OSError`` when the disk is too small."""
-    if not (WORK / "llama7b").exists():
+    if not (WORK / name).exists():
         WORK.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(WORK).free
-        if free < 2 * LLAMA_7B_BYTES:
+        free, needed = shutil.disk_usage(WORK).free, 2 * LLAMA_7B_BYTES[name]
+        if free < needed:
             raise OSError(
-                f"the 7B-shaped model and its artifacts need {2 * LLAMA_7B_BYTES >> 30} GiB, and "
+                f"the 7B-shaped model and its artifacts need {needed >> 30} GiB, and "
                 f"{free >> 30} GiB are free: free some, or set EDGELLM_BENCH_FOLDER to a folder on "
                 "a larger disk"
             )
-    return _made("llama7b")
+    return _made(name)
 
 
 def _made(name: str) -> Path:
@@ -114,7 +115,7 @@ def write_smollm2(folder: Path) -> None:
     write_tokenizer(metadata, folder)
 
 
-def write_llama7b(folder: Path) -> None:
+def write_llama7b(folder: Path, layers: int) -> None:
     """Write a random model of Llama-2-7B's shape, SmolLM2's vocabulary, in f16 shards of 5 GiB.
 
     Every tensor is cut from one block of random numbers, from another place each, so that making
@@ -128,7 +129,7 @@ def write_llama7b(folder: Path) -> None:
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     vocab = len(metadata["tokenizer.ggml.tokens"])
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for layer in range(LLAMA_7B["layers"]):
+    for layer in range(layers):
         prefix = f"model.layers.{layer}."
         for part in ("q", "k", "v", "o"):
             shapes[f"{prefix}self_attn.{part}_proj.weight"] = (hidden, hidden)
@@ -180,7 +181,7 @@ def write_llama7b(folder: Path) -> None:
     config = _llama_config(
         hidden=hidden,
         intermediate=intermediate,
-        layers=LLAMA_7B["layers"],
+        layers=layers,
         heads=LLAMA_7B["heads"],
         kv_heads=LLAMA_7B["heads"],
         vocab=vocab,
@@ -358,7 +359,9 @@ def _product(shape: tuple[int, ...]) -> int:
     return total
 
 
-WRITERS = {"smollm2": write_smollm2, "llama7b": write_llama7b}
-
 if __name__ == "__main__":
-    WRITERS[sys.argv[1]](Path(sys.argv[2]))
+    wanted, target = sys.argv[1], Path(sys.argv[2])
+    if wanted == "smollm2":
+        write_smollm2(target)
+    else:
+        write_llama7b(target, LLAMA_7B_LAYERS[wanted])

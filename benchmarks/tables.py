@@ -79,7 +79,7 @@ def _shown(value: float, unit: str) -> str:
         return f"{value:.2f} s"
     if unit == "tokens/s":
         return f"{value:.1f} tokens/s"
-    return f"{value:.4f} {unit}".strip()
+    return f"{value:.4f} {unit}" if unit else f"{value:.2f}"
 
 
 def _provenance(result: Result) -> str:
