@@ -180,8 +180,10 @@ def prove_parity(plan: Plan, folder: Path) -> Parity:
 
     Raises ``VerificationError`` with examples when they split text differently.
     """
-    parity = artifact_parity(plan.source.tokenizer, folder / plan.layout.main_file)
-    if not parity.equal:
+    parity = artifact_parity(
+        plan.source.tokenizer, folder / plan.layout.main_file, plan.layout.tokenizer_limits
+    )
+    if parity.mismatches:
         raise VerificationError(
             "the artifact's tokenizer splits text differently from the source's, so its answers "
             f"would differ: {'; '.join(parity.mismatches)}"
@@ -222,7 +224,11 @@ def describe(plan: Plan, folder: Path, parity: Parity, progress: Progress = unwa
             tokenizer_sha256=source.tokenizer.sha256(),
             chat_template_sha256=source.tokenizer.chat_template_sha256(),
             tokenizer_parity=msgspec.structs.replace(parity, method=""),
-            notes=(*source.notes, *layout.notes),
+            notes=(
+                *source.notes,
+                *layout.notes,
+                *(limit.sentence for limit in layout.tokenizer_limits),
+            ),
             tool_versions=_tool_versions(),
         )
 

@@ -69,14 +69,17 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
 class Parity(msgspec.Struct, frozen=True, kw_only=True):
     """Whether source and output split the built-in text of awkward cases into the same ids.
 
-    ``method`` says whose tokenizers were asked. It is empty in a manifest's digested part, which
-    must not depend on what else is installed, and stands among the measured figures.
+    ``known`` differences are those that the container's reader is known for (the manifest's notes
+    say which), ``mismatches`` any others, which no artifact is kept with. ``method`` says whose
+    tokenizers were asked. It is empty in a manifest's digested part, which must not depend on what
+    else is installed, and stands among the measured figures.
     """
 
     equal: bool
     cases: int
     method: str = ""
     mismatches: tuple[str, ...] = ()
+    known: tuple[str, ...] = ()
 
 
 class Digested(msgspec.Struct, frozen=True, kw_only=True):

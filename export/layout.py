@@ -8,7 +8,7 @@ name; ``plan`` shows it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgellm.quant.grid import Grid
@@ -17,6 +17,7 @@ from edgellm.tensors import TensorRef
 if TYPE_CHECKING:
     from edgellm.recipe import Recipe
     from edgellm.source import ModelSource
+    from edgellm.tokenization import Limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,8 @@ class Layout:
     ``files``: small files, whole, by relative path. ``data_files``: path to size in bytes of the
     files that tensors are streamed into; where a path is in both, ``files`` holds its head.
     ``main_file`` is what a runtime opens. ``notes``: facts about the whole (a capped context).
-    ``context_length``: what the artifact can be run with.
+    ``context_length``: what the artifact can be run with. ``tokenizer_limits``: what readers of the
+    container are known to do differently with this tokenizer.
     """
 
     container: str
@@ -84,7 +86,8 @@ class Layout:
     data_files: dict[str, int]
     tensors: tuple[OutputTensor, ...]
     context_length: int
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    tokenizer_limits: tuple[Limit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,7 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
         ),
         context_length=context,
         notes=notes,
+        tokenizer_limits=source.tokenizer.gguf_limits(),
     )
 
 

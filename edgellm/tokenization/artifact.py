@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgellm.errors import UnsupportedTokenizer
 from edgellm.manifest import Parity
 from edgellm.tokenization.llamacpp import LlamaCppTokenizer
-from edgellm.tokenization.parity import check_parity, merged
+from edgellm.tokenization.parity import Limit, check_parity, merged
 from edgellm.tokenization.tokenizer import Tokenizer
 
 
@@ -32,20 +33,27 @@ def artifact_tokenizer(main_file: str | Path) -> Tokenizer | LlamaCppTokenizer:
         raise
 
 
-def artifact_parity(source: Tokenizer, main_file: str | Path) -> Parity:
+def artifact_parity(
+    source: Tokenizer, main_file: str | Path, limits: Sequence[Limit] = ()
+) -> Parity:
     """Whether the artifact whose main file this is splits text as ``source`` does.
 
     By the tokenizer that edgellm reads back from it and, for a GGUF file where llama-cpp-python is
     installed, by llama.cpp's own as well; ``method`` says which were asked.
+    ``limits``: what readers of the container are known to do differently.
     """
     found = check_parity(
-        source, artifact_tokenizer(main_file), method="edgellm reading the artifact back"
+        source,
+        artifact_tokenizer(main_file),
+        method="edgellm reading the artifact back",
+        limits=limits,
     )
     if Path(main_file).suffix != ".gguf" or not _llamacpp_is_installed():
         return found
     judge = LlamaCppTokenizer(main_file)
     try:
-        return merged(found, check_parity(source, judge, method="llama.cpp's own tokenizer"))
+        theirs = check_parity(source, judge, method="llama.cpp's own tokenizer", limits=limits)
+        return merged(found, theirs)
     finally:
         judge.close()
 

@@ -26,9 +26,9 @@ class LlamaCppTokenizer:
     def __init__(self, path: str | Path) -> None:
         try:
             # Loads the library with its log turned away from stderr.
-            from edgellm.runtimes.llamacpp import _library
+            from edgellm.runtimes.llamacpp_library import load_library
 
-            library = _library()
+            library = load_library()
         except ImportError as error:
             raise RuntimeMissing(
                 "llama.cpp's own tokenizer needs llama-cpp-python: pip install 'edgellm[llamacpp]'"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import models
 
 from edgellm.errors import UnsupportedTokenizer
 from edgellm.tokenization.from_gguf import SPACE
+from edgellm.tokenization.parity import Limit
 from edgellm.tokenization.pre_tokenizers import PRE_TOKENIZERS, names_of, splits_equal
 from edgellm.tokenization.vocabulary import CONTROL_TEXTS, ID_KEYS, PREFIX, TokenType
 
@@ -43,41 +45,69 @@ def metadata(tokenizer: Tokenizer, rows: int | None) -> dict[str, Any]:
     return fill_up(keys, rows)
 
 
-def limits(tokenizer: Tokenizer) -> tuple[str, ...]:
+def limits(tokenizer: Tokenizer) -> tuple[Limit, ...]:
     """What llama.cpp does differently with ``tokenizer``: see ``Tokenizer.gguf_limits``."""
     rules = json.loads(tokenizer.backend.to_str())
-    found: list[str] = []
+    found: list[Limit] = []
     normalizer, steps = rules["normalizer"], rules["pre_tokenizer"]
     if normalizer is not None and normalizer.get("type") == "NFC":
-        found.append("llama.cpp does not compose decomposed accents (NFC) before it splits text")
+        found.append(
+            Limit(
+                "llama.cpp does not compose decomposed accents (NFC) before it splits text",
+                lambda text: not unicodedata.is_normalized("NFC", text),
+            )
+        )
     if _has(steps, "ByteLevel"):
         name = _pre_tokenizer_name(tokenizer, rules["model"])
         row = PRE_TOKENIZERS[name]
         if row.trained_splits and not splits_equal(tokenizer.backend.pre_tokenizer, row.splits):
             found.append(
-                f"llama.cpp's pre-tokenizer {name!r} only comes near the model's own, for capitals "
-                "outside ASCII and combining marks"
+                Limit(
+                    f"llama.cpp's pre-tokenizer {name!r} only comes near the model's own, for "
+                    "capitals outside ASCII and combining marks",
+                    _has_capitals_or_marks,
+                )
             )
     else:
         if _space_prefix(tokenizer) and steps is not None:
             found.append(
-                "llama.cpp puts a space before the text after each special token, and before a "
-                "text that begins with one"
+                Limit(
+                    "llama.cpp puts a space before a text that begins with one already, and before "
+                    "the text after each special token",
+                    _begins_with_space_or_contains(tokenizer.special_texts),
+                )
             )
         mergeable = [text for text in _control_texts(rules) if _can_merge(text, rules["model"])]
-        if mergeable:
-            found.append(f"llama.cpp makes {_some(mergeable)} out of plain text, too")
+        _add_limit(found, mergeable, "llama.cpp makes {} out of plain text, too")
     added = rules["added_tokens"]
     greedy = [token["content"] for token in added if token["lstrip"] or token["rstrip"]]
-    if greedy:
-        found.append(f"llama.cpp keeps the spaces around {_some(greedy)}")
+    _add_limit(found, greedy, "llama.cpp keeps the spaces around {}")
     whole = [token["content"] for token in added if token["single_word"]]
-    if whole:
-        found.append(f"llama.cpp finds {_some(whole)} within words, too")
+    _add_limit(found, whole, "llama.cpp finds {} within words, too")
     taken = sorted((CONTROL_TEXTS & set(rules["model"]["vocab"])) - set(_control_texts(rules)))
-    if taken:
-        found.append(f"llama.cpp takes {_some(taken)} for control tokens")
+    _add_limit(found, taken, "llama.cpp takes {} for control tokens")
     return tuple(found)
+
+
+def _add_limit(found: list[Limit], tokens: Sequence[str], sentence: str) -> None:
+    if tokens:
+        found.append(Limit(sentence.format(_some(tokens)), _contains(tokens)))
+
+
+def _contains(tokens: Sequence[str]) -> Callable[[str], bool]:
+    return lambda text: any(token in text for token in tokens)
+
+
+def _begins_with_space_or_contains(tokens: Sequence[str]) -> Callable[[str], bool]:
+    contains = _contains(tokens)
+    return lambda text: text.startswith((" ", SPACE)) or contains(text)
+
+
+def _has_capitals_or_marks(text: str) -> bool:
+    return any(
+        character > "\x7f" and unicodedata.category(character) in ("Lu", "Lt", "Mn", "Mc", "Me")
+        for character in text
+    )
 
 
 def _control_texts(rules: Mapping[str, Any]) -> list[str]:

@@ -9,13 +9,16 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
 from edgellm.errors import UnsupportedTokenizer
 from edgellm.tokenization import chat
 from edgellm.tokenization.stream import TextStream
+
+if TYPE_CHECKING:
+    from edgellm.tokenization.parity import Limit
 
 # GGUF's order of special tokens; the key in tokenizer_config.json is the name + "_token".
 SPECIAL_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -220,11 +223,10 @@ class Tokenizer:
         template = self.chat_template
         return hashlib.sha256(template.encode()).hexdigest() if template else ""
 
-    def gguf_limits(self) -> tuple[str, ...]:
-        """What llama.cpp does differently with this tokenizer in a GGUF file, a sentence each.
+    def gguf_limits(self) -> tuple[Limit, ...]:
+        """What llama.cpp does differently with this tokenizer in a GGUF file.
 
-        Where this is empty, every difference in ids is an error; otherwise the parity check shows
-        what the differences come to.
+        The parity check shows what that comes to; any other difference in ids is an error.
         """
         if self._source_metadata is not None:
             return ()

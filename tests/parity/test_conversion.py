@@ -102,13 +102,25 @@ def test_source_and_output_may_not_overlap(tiny_model: TinyModel, tmp_path: Path
 def test_an_artifact_whose_tokenizer_differs_is_not_kept(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def differing(source: Tokenizer, main_file: Path) -> Parity:
+    def differing(source: Tokenizer, main_file: Path, limits: object) -> Parity:
         return Parity(equal=False, cases=2, mismatches=("'\\n1': [1] and [2]",))
 
     monkeypatch.setattr("edgellm.conversion.artifact_parity", differing)
     with pytest.raises(VerificationError, match="splits text differently"):
         converted(tiny_model("llama"), tmp_path / "out", format="gguf", quant="q4_0")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_llamacpp_is_known_to_split_differently_is_recorded(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    artifact = converted(tiny_model("qwen2"), tmp_path / "out", format="gguf", quant="q8_0")
+    assert artifact.manifest is not None
+    parity = artifact.manifest.artifact.tokenizer_parity
+    assert not parity.equal
+    assert parity.known
+    assert not parity.mismatches
+    assert any("NFC" in note for note in artifact.manifest.artifact.notes)
 
 
 def test_an_artifact_replaces_its_elder_only_when_forced(

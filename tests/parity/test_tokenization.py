@@ -211,7 +211,7 @@ def test_control_tokens_made_of_plain_text_are_a_stated_limit(
     model["merges"].append(["s", ">"])
     backend = changed(sentencepiece(), model=model)
     source = Tokenizer.from_hf_folder(write_folder(tmp_path, backend))
-    assert any("out of plain text" in limit for limit in source.gguf_limits())
+    assert any("out of plain text" in limit.sentence for limit in source.gguf_limits())
     judge = LlamaCppTokenizer(write_gguf(source.gguf_metadata()))
     begin = judge.encode("<s>")[-1]
     assert begin in judge.encode("a<s>", parse_special=False)
