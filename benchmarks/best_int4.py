@@ -3,7 +3,8 @@
 Quality is the mean KL divergence from the unquantized model (transformers, float32) to the
 quantized one over 4,096 positions of held-out text; ours must not be worse.
 
-`python -m benchmarks.best_int4 --quant int4-g64 --head int8` tries another recipe and keeps nothing.
+`python -m benchmarks.best_int4 --quant int4-g64 --head int8` tries another recipe and changes no
+result.
 """
 
 from __future__ import annotations

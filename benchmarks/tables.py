@@ -30,10 +30,12 @@ def render(result: Result) -> str:
 
 
 def fill(text: str, results: Path) -> str:
-    """``text`` with every marked table made anew; raises ``FileNotFoundError`` for no result."""
+    """``text`` with every marked table made anew; one without a result says that it has none."""
 
     def table(found: re.Match[str]) -> str:
-        content = render(load(results / f"{found[2]}.json"))
+        path = results / f"{found[2]}.json"
+        unmeasured = f"Not measured yet: `python -m benchmarks {found[2]}`."
+        content = render(load(path)) if path.exists() else unmeasured
         return f"{found[1]}{content}\n{found[3]}"
 
     return MARKED.sub(table, text)
