@@ -64,4 +64,4 @@ size:
 	@du -sm .cache/size/lib/python*/site-packages/* | sort -rn | head -12
 
 clean:
-	rm -rf $(DEMO) $(TEST) .cache build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(DEMO) $(TEST) .venv-peers .cache build *.egg-info .mypy_cache .pytest_cache .ruff_cache
