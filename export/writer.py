@@ -82,8 +82,9 @@ class StagedFolder:
 
     def write_at(self, name: str, offset: int, content: bytes | npt.NDArray[np.uint8]) -> None:
         """Write bytes into a data file; safe from several threads at once."""
-        with _translated(self.out), memoryview(content) as view:
-            flat = view.cast("B")
+        view = memoryview(content) if isinstance(content, bytes) else content.data
+        flat = view.cast("B")
+        with _translated(self.out):
             done = 0
             while done < len(flat):
                 done += os.pwrite(self._descriptors[name], flat[done:], offset + done)
