@@ -84,7 +84,8 @@ class FakeSession:
         return np.array(rows) if all_logits else self._logits()[np.newaxis]
 
     def decode(self, token_id: int) -> Logits:
-        return self.prefill((token_id,))[0]
+        self.prefill((token_id,))
+        return self._logits()
 
     def trim(self, length: int) -> None:
         self._check_open()

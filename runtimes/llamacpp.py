@@ -10,12 +10,8 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import os
-import re
-import threading
 import weakref
-from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +21,14 @@ from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget
 from edgellm.hardware import Hardware, detect
 from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
+from edgellm.runtimes.llamacpp_library import (
+    WITHOUT_AMX,
+    forget_log,
+    last_words,
+    library_folder,
+    load_library,
+    miscompiled_amx,
+)
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
 
 INSTALL = 'pip install "edgellm[llamacpp]"'
@@ -39,11 +43,6 @@ KV_TYPES = {"f32": 0, "f16": 1}  # GGML_TYPE_F32, GGML_TYPE_F16
 GPU_LIBRARIES = {"cuda": "ggml-cuda", "metal": "ggml-metal"}
 ALL_LAYERS = -1
 
-WITHOUT_AMX = "CFLAGS and CXXFLAGS set to '-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'"
-AMX_SYMBOL = b"ggml_backend_amx_mul_mat"
-FIRST_SOUND_GCC = {11: 5, 12: 4, 13: 3}
-"""Minor releases from which GCC compiles AMX code right; all of 14 and later do."""
-
 DECODE_FAILURES = {
     1: "no room in the KV cache",
     2: "it was aborted",
@@ -52,10 +51,6 @@ DECODE_FAILURES = {
     -3: "the computation failed",
 }
 """What ``llama_decode`` returns, from llama.h."""
-
-_log: deque[str] = deque(maxlen=20)
-_log_callback: Any = None
-_loading = threading.Lock()
 
 
 class LlamaCppRuntime:
@@ -88,13 +83,13 @@ class LlamaCppRuntime:
             oldest = ".".join(map(str, OLDEST))
             reason = f"llama-cpp-python {version} is older than {oldest}: {INSTALL} --upgrade"
             return found(False, reason, version)
-        folder = _library_folder()
+        folder = library_folder()
         libraries = " ".join(file.name for file in folder.glob("*ggml*"))
         gpus = tuple(device for device, part in GPU_LIBRARIES.items() if part in libraries)
         usable = tuple(device for device in gpus if _has_gpu(hardware, device))
         build = f"built for {', '.join(gpus)}" if gpus else "built for the CPU"
         reason = f"llama-cpp-python {version}, {build}"
-        if compiler := _miscompiled_amx(folder, hardware.cpu_features.value):
+        if compiler := miscompiled_amx(folder, hardware.cpu_features.value):
             reason += (
                 f"; its AMX code was made by {compiler}, which breaks it (GCC bug 114098), so "
                 "weights are not repacked and it is slower: build it anew by a newer compiler, or "
@@ -123,10 +118,16 @@ class LlamaCppRuntime:
         from edgellm.source.gguf_file import read_gguf
 
         metadata = read_gguf(artifact.main).metadata
-        repack = not _miscompiled_amx(_library_folder(), hardware.cpu_features.value)
+        repack = not miscompiled_amx(library_folder(), hardware.cpu_features.value)
         threads = options.threads or hardware.physical_cores.value
         return LlamaCppSession(
-            _library(), artifact, metadata, options, device=device, threads=threads, repack=repack
+            load_library(),
+            artifact,
+            metadata,
+            options,
+            device=device,
+            threads=threads,
+            repack=repack,
         )
 
 
@@ -154,13 +155,13 @@ class LlamaCppSession:
         self.device = device
         kv_type = KV_TYPES[options.kv_dtype or "f16"]
 
-        _log.clear()
+        forget_log()
         model_options = library.llama_model_default_params()
         model_options.n_gpu_layers = 0 if device == "cpu" else ALL_LAYERS
         model_options.use_extra_bufts = repack
         model = library.llama_model_load_from_file(os.fsencode(artifact.main), model_options)
         if not model:
-            raise GenerationError(f"llama.cpp could not load {artifact.main}: {_last_words()}")
+            raise GenerationError(f"llama.cpp could not load {artifact.main}: {last_words()}")
         self._free: Any = weakref.finalize(self, library.llama_model_free, model)
 
         trained = int(library.llama_model_n_ctx_train(model))
@@ -183,7 +184,7 @@ class LlamaCppSession:
         if not context:
             raise GenerationError(
                 f"llama.cpp could not make a context of {self.context_tokens} tokens for "
-                f"{artifact.main}: {_last_words()}. A smaller --context takes less memory"
+                f"{artifact.main}: {last_words()}. A smaller --context takes less memory"
             )
         self._free.detach()
         self._free = weakref.finalize(self, _free, library, context, model)
@@ -242,7 +243,7 @@ class LlamaCppSession:
         written = self._library.llama_state_seq_get_data(self._context, target, size, 0)
         if written != size:
             raise GenerationError(
-                f"llama.cpp saved {written} of {size} bytes of its KV cache: {_last_words()}"
+                f"llama.cpp saved {written} of {size} bytes of its KV cache: {last_words()}"
             )
         return KvState(self.runtime, tuple(self._tokens), buffer)
 
@@ -261,7 +262,7 @@ class LlamaCppSession:
             if read != buffer.size:
                 self._forget_rest()
                 raise GenerationError(
-                    f"llama.cpp did not take the saved KV cache back: {_last_words()}"
+                    f"llama.cpp did not take the saved KV cache back: {last_words()}"
                 )
         else:
             self._forget_rest()
@@ -303,7 +304,7 @@ class LlamaCppSession:
             self._forget_rest()
             cause = DECODE_FAILURES.get(status, f"status {status}")
             raise GenerationError(
-                f"llama.cpp could not compute {len(token_ids)} tokens: {cause}. {_last_words()}"
+                f"llama.cpp could not compute {len(token_ids)} tokens: {cause}. {last_words()}"
             )
         self._tokens.extend(token_ids)
         self._unsure = False
@@ -312,7 +313,7 @@ class LlamaCppSession:
         """Logits ``[vocab]`` of one computed position, a view into llama.cpp's buffer."""
         pointer = self._library.llama_get_logits_ith(self._context, index)
         if not pointer:
-            raise GenerationError(f"llama.cpp gave no logits: {_last_words()}")
+            raise GenerationError(f"llama.cpp gave no logits: {last_words()}")
         address = ctypes.addressof(pointer.contents)
         row = self._row_at.get(address)
         if row is None:
@@ -357,58 +358,6 @@ class _Batch:
         self._outputs[:count] = outputs == "all"
         self._outputs[count - 1] = outputs != "none"
         return self._batch
-
-
-def _library_folder() -> Path:
-    spec = importlib.util.find_spec("llama_cpp")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).with_name("lib")
-
-
-def _library() -> Any:
-    """llama.cpp's functions, loaded and silenced on first use."""
-    global _log_callback
-    with _loading:
-        if _log_callback is None:
-            import llama_cpp
-
-            callback = llama_cpp.llama_log_callback(_remember)
-            llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
-            llama_cpp.llama_backend_init()
-            _log_callback = callback  # llama.cpp keeps a bare pointer to it
-    import llama_cpp
-
-    return llama_cpp.llama_cpp
-
-
-def _miscompiled_amx(folder: Path, features: frozenset[str]) -> str | None:
-    """The compiler that made this build's AMX code crash, where this CPU would run it.
-
-    GCC bug 114098: ``_tile_loadconfig`` told the compiler about 8 of its 64 bytes, so the rest was
-    optimized away. Fixed in 11.5, 12.4, 13.3 and 14.
-    """
-    if "amx_int8" not in features:
-        return None
-    for file in folder.glob("*ggml-cpu*"):
-        content = file.read_bytes()
-        made_by = re.search(rb"GCC: \([^)]*\) (\d+)\.(\d+)", content)
-        if made_by and AMX_SYMBOL in content:
-            major, minor = int(made_by[1]), int(made_by[2])
-            if major < 11 or minor < FIRST_SOUND_GCC.get(major, 0):
-                return f"GCC {major}.{minor}"
-    return None
-
-
-def _remember(level: int, text: bytes, user_data: object) -> None:
-    # 3 and 4 are warnings and errors in ggml_log_level, 5 goes on with the line before.
-    if level >= 3:
-        _log.append(text.decode("utf-8", "replace"))
-
-
-def _last_words() -> str:
-    lines = " ".join("".join(_log).split("\n")[-4:]).strip()
-    return lines or "it gave no reason"
 
 
 def _free(library: Any, context: Any, model: Any) -> None:

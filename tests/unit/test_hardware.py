@@ -97,8 +97,9 @@ def test_peak_memory_follows_what_was_touched() -> None:
     after = peak_memory_bytes()
     del block
     assert before >= resident * 0.9
-    assert after >= resident + (64 << 20)
-    assert peak_memory_bytes() >= after
+    assert after >= resident + (63 << 20)
+    # Linux counts pages in batches by CPU, so a peak is true to some hundred kilobytes.
+    assert peak_memory_bytes() >= after - (1 << 20)
 
 
 def machine(gpus: tuple[Gpu, ...] = (), cores: int = 4) -> Hardware:

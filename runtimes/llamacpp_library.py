@@ -1,0 +1,106 @@
+"""The llama.cpp that llama-cpp-python brings: found, loaded, silenced, its flaws worked round."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import re
+import threading
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+OPENMP_WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+SPIN_COUNT = "300"
+"""Turns of a waiting loop, some 10 us. Milliseconds a token of SmolLM2 Q4_0, on two cores that ten
+other busy threads shared: 255 by libgomp's default, 74-131 at 3000, 32-58 at 300, 28-49 at 0."""
+
+WITHOUT_AMX = "CFLAGS and CXXFLAGS set to '-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'"
+AMX_SYMBOL = b"ggml_backend_amx_mul_mat"
+FIRST_SOUND_GCC = {11: 5, 12: 4, 13: 3}
+"""Minor releases from which GCC compiles AMX code right; all of 14 and later do."""
+
+_log: deque[str] = deque(maxlen=20)
+_log_callback: Any = None
+_loading = threading.Lock()
+
+
+def library_folder() -> Path:
+    """Where the shared libraries lie; llama-cpp-python must be installed."""
+    spec = importlib.util.find_spec("llama_cpp")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).with_name("lib")
+
+
+def load_library() -> Any:
+    """llama.cpp's functions, loaded and silenced on first use."""
+    global _log_callback
+    with _loading:
+        if _log_callback is None:
+            with _short_spin():
+                import llama_cpp
+
+            callback = llama_cpp.llama_log_callback(_remember)
+            llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+            llama_cpp.llama_backend_init()
+            _log_callback = callback  # llama.cpp keeps a bare pointer to it
+    import llama_cpp
+
+    return llama_cpp.llama_cpp
+
+
+def miscompiled_amx(folder: Path, features: frozenset[str]) -> str | None:
+    """The compiler that made this build's AMX code crash, where this CPU would run it.
+
+    GCC bug 114098: ``_tile_loadconfig`` told the compiler about 8 of its 64 bytes, so the rest was
+    optimized away. Fixed in 11.5, 12.4, 13.3 and 14.
+    """
+    if "amx_int8" not in features:
+        return None
+    for file in folder.glob("*ggml-cpu*"):
+        content = file.read_bytes()
+        made_by = re.search(rb"GCC: \([^)]*\) (\d+)\.(\d+)", content)
+        if made_by and AMX_SYMBOL in content:
+            major, minor = int(made_by[1]), int(made_by[2])
+            if major < 11 or minor < FIRST_SOUND_GCC.get(major, 0):
+                return f"GCC {major}.{minor}"
+    return None
+
+
+@contextlib.contextmanager
+def _short_spin() -> Iterator[None]:
+    """Let OpenMP's threads give up spinning early, unless the environment says how they wait.
+
+    libgomp reads this once, when it is loaded. By default its threads spin for milliseconds at the
+    end of every operation, which on a busy machine keeps the very thread from running that they
+    wait for: a token then takes ten times as long.
+    """
+    if OPENMP_WAITING & os.environ.keys():
+        yield
+        return
+    os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+    try:
+        yield
+    finally:
+        del os.environ["GOMP_SPINCOUNT"]
+
+
+def _remember(level: int, text: bytes, user_data: object) -> None:
+    # 3 and 4 are warnings and errors in ggml_log_level, 5 goes on with the line before.
+    if level >= 3:
+        _log.append(text.decode("utf-8", "replace"))
+
+
+def forget_log() -> None:
+    """Begin anew, so that ``last_words`` are about what comes next."""
+    _log.clear()
+
+
+def last_words() -> str:
+    """What llama.cpp last complained about, in one line."""
+    lines = " ".join("".join(_log).split("\n")[-4:]).strip()
+    return lines or "it gave no reason"

@@ -1,0 +1,158 @@
+"""What only the llama.cpp runtime has: files that it must not be given, and flaws of builds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from edgellm.errors import EdgeError, SourceError, UnsupportedTarget
+from edgellm.hardware import Fact, Gpu, detect
+from edgellm.manifest import Artifact
+from edgellm.runtimes import llamacpp_library
+from edgellm.runtimes.llamacpp import LlamaCppRuntime
+from edgellm.runtimes.llamacpp_library import miscompiled_amx
+from edgellm.runtimes.session import RunOptions
+
+AMX = frozenset({"avx2", "amx_int8"})
+
+
+def compiled_by(folder: Path, compiler: str, *, amx: bool = True) -> Path:
+    symbol = b"_Z24ggml_backend_amx_mul_matPK" if amx else b"_Z4mulmat"
+    content = b"\x7fELF\0" + symbol + b"\0" + compiler.encode() + b"\0"
+    (folder / "libggml-cpu.so").write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("compiler", "broken"),
+    [
+        ("GCC: (Debian 12.2.0-14+deb12u1) 12.2.0", "GCC 12.2"),
+        ("GCC: (Debian 12.4.0-2) 12.4.0", None),
+        ("GCC: (Ubuntu 11.4.0-1ubuntu1) 11.4.0", "GCC 11.4"),
+        ("GCC: (GNU) 10.3.1", "GCC 10.3"),
+        ("GCC: (Ubuntu 13.2.0) 13.2.0", "GCC 13.2"),
+        ("GCC: (GNU) 14.1.0", None),
+        ("clang version 17.0.6", None),
+    ],
+)
+def test_builds_whose_amx_code_crashes_are_known(
+    tmp_path: Path, compiler: str, broken: str | None
+) -> None:
+    assert miscompiled_amx(compiled_by(tmp_path, compiler), AMX) == broken
+
+
+def test_broken_amx_code_does_not_matter_where_it_is_not_run(tmp_path: Path) -> None:
+    old = "GCC: (Debian 12.2.0-14) 12.2.0"
+    assert miscompiled_amx(compiled_by(tmp_path, old), frozenset({"avx2"})) is None
+    assert miscompiled_amx(compiled_by(tmp_path, old, amx=False), AMX) is None
+
+
+def test_waiting_of_threads_is_shortened_and_the_environment_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in llamacpp_library.OPENMP_WAITING:
+        monkeypatch.delenv(name, raising=False)
+    with llamacpp_library._short_spin():
+        assert os.environ["GOMP_SPINCOUNT"] == llamacpp_library.SPIN_COUNT
+    assert "GOMP_SPINCOUNT" not in os.environ
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    with llamacpp_library._short_spin():
+        assert "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_missing_library_is_said_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = LlamaCppRuntime().capabilities(detect())
+    assert not found.available
+    assert 'pip install "edgellm[llamacpp]"' in found.reason
+
+
+def test_old_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llama_cpp", reason="llama_cpp is not installed")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.3.9")
+    found = LlamaCppRuntime().capabilities(detect())
+    assert not found.available
+    assert "0.3.9 is older than" in found.reason
+
+
+def test_gpu_needs_a_build_and_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llama_cpp", reason="llama_cpp is not installed")
+    (tmp_path / "libggml-cuda.so").touch()
+    monkeypatch.setattr("edgellm.runtimes.llamacpp.library_folder", lambda: tmp_path)
+    assert LlamaCppRuntime().capabilities(detect()).devices == ("cpu",)
+    with_card = replace(detect(), gpus=Fact((Gpu("a card", "NVIDIA"),), "test"))
+    assert LlamaCppRuntime().capabilities(with_card).devices == ("cuda", "cpu")
+
+
+@pytest.fixture(scope="module")
+def gguf(artifact: Callable[[str, str], Artifact]) -> bytes:
+    pytest.importorskip("llama_cpp", reason="llama_cpp is not installed")
+    return artifact("llama", "gguf").main.read_bytes()
+
+
+def open_bytes(folder: Path, content: bytes) -> None:
+    path = folder / "model.gguf"
+    path.write_bytes(content)
+    plain = Artifact(path=path, main=path, container="gguf")
+    LlamaCppRuntime().open(plain, RunOptions(context_tokens=32)).close()
+
+
+def test_a_sound_file_opens(gguf: bytes, tmp_path: Path) -> None:
+    open_bytes(tmp_path, gguf)
+
+
+@pytest.mark.parametrize("part", [0.001, 0.01, 0.5, 0.999])
+def test_file_cut_short_is_an_error_and_no_crash(gguf: bytes, tmp_path: Path, part: float) -> None:
+    with pytest.raises(SourceError):
+        open_bytes(tmp_path, gguf[: int(len(gguf) * part)])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0glama", "glama"),
+        (b"llama.block_count", b"llama.block_counx", "block_count"),
+        (b"token_embd.weight", b"token_embx.weight", "token_embd"),
+        (b"blk.1.attn_k.weight", b"blk.1.attn_x.weight", "attn_k"),
+    ],
+)
+def test_what_llamacpp_says_reaches_the_user(
+    gguf: bytes, tmp_path: Path, old: bytes, new: bytes, message: str
+) -> None:
+    assert old in gguf
+    with pytest.raises(EdgeError, match=message):
+        open_bytes(tmp_path, gguf.replace(old, new, 1))
+
+
+def test_other_containers_are_refused(tmp_path: Path) -> None:
+    artifact = Artifact(path=tmp_path, main=tmp_path / "model.onnx", container="onnx")
+    with pytest.raises(UnsupportedTarget, match="--runtime onnxruntime"):
+        LlamaCppRuntime().open(artifact, RunOptions())
+
+
+def test_half_precision_cache_is_the_default_and_half_as_large(
+    artifact: Callable[[str, str], Artifact],
+) -> None:
+    pytest.importorskip("llama_cpp", reason="llama_cpp is not installed")
+    model = artifact("llama", "gguf")
+    sizes = []
+    for kv_dtype in (None, "f32"):
+        options = RunOptions(context_tokens=64, kv_dtype=kv_dtype)  # type: ignore[arg-type]
+        session = LlamaCppRuntime().open(model, options)
+        sizes.append(session.kv_bytes())
+        session.close()
+    assert sizes[0] * 2 == sizes[1]
+
+
+def test_error_is_the_last_words_of_llamacpp() -> None:
+    llamacpp_library.forget_log()
+    assert llamacpp_library.last_words() == "it gave no reason"
+    llamacpp_library._remember(2, b"info\n", None)
+    llamacpp_library._remember(4, b"first: no\n", None)
+    llamacpp_library._remember(4, b"second: no\n", None)
+    assert llamacpp_library.last_words() == "first: no second: no"
+    llamacpp_library.forget_log()

@@ -1,0 +1,105 @@
+"""What only the onnxruntime runtime has: graphs that do not load, and refusals."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edgellm.errors import GenerationError, UnsupportedTarget
+from edgellm.hardware import detect
+from edgellm.manifest import Artifact
+from edgellm.runtimes.ort import OnnxRuntime
+from edgellm.runtimes.session import RunOptions
+
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+
+
+@pytest.fixture
+def copied(artifact: Callable[[str, str], Artifact], tmp_path: Path) -> Artifact:
+    """An artifact of its own that a test may damage."""
+    original = artifact("llama", "onnx")
+    folder = tmp_path / "copy"
+    shutil.copytree(original.path, folder)
+    return msgspec.structs.replace(original, path=folder, main=folder / original.main.name)
+
+
+def damage_graph(artifact: Artifact) -> None:
+    artifact.main.write_bytes(artifact.main.read_bytes()[:1000])
+
+
+def empty_graph(artifact: Artifact) -> None:
+    artifact.main.write_bytes(b"")
+
+
+def remove_graph(artifact: Artifact) -> None:
+    artifact.main.unlink()
+
+
+def remove_data(artifact: Artifact) -> None:
+    for file in artifact.path.glob("*.data"):
+        file.unlink()
+
+
+def cut_data(artifact: Artifact) -> None:
+    for file in artifact.path.glob("*.data"):
+        file.write_bytes(file.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize("harm", [damage_graph, empty_graph, remove_graph, remove_data, cut_data])
+def test_damage_is_an_error_with_the_next_step(
+    copied: Artifact, harm: Callable[[Artifact], None]
+) -> None:
+    harm(copied)
+    with pytest.raises(GenerationError, match=r"could not load .*edgellm verify"):
+        OnnxRuntime().open(copied, RunOptions())
+
+
+def test_what_it_cannot_do_is_refused_with_a_way_out(
+    artifact: Callable[[str, str], Artifact], tmp_path: Path
+) -> None:
+    model = artifact("llama", "onnx")
+    with pytest.raises(UnsupportedTarget, match=r"run on llama\.cpp"):
+        OnnxRuntime().open(model, RunOptions(device="cuda"))
+    with pytest.raises(UnsupportedTarget, match="f32"):
+        OnnxRuntime().open(model, RunOptions(kv_dtype="f16"))
+    plain = Artifact(path=tmp_path, main=tmp_path / "model.gguf", container="gguf")
+    with pytest.raises(UnsupportedTarget, match="--runtime llamacpp"):
+        OnnxRuntime().open(plain, RunOptions())
+
+
+def test_cache_of_another_model_is_refused(artifact: Callable[[str, str], Artifact]) -> None:
+    one = OnnxRuntime().open(artifact("llama", "onnx"), RunOptions(context_tokens=32))
+    other = OnnxRuntime().open(artifact("gemma3", "onnx"), RunOptions(context_tokens=32))
+    other.prefill([1, 2])
+    one.prefill([1])
+    with pytest.raises(GenerationError, match="another model"):
+        one.restore(other.save())
+    assert list(one.tokens) == [1]
+    one.close()
+    other.close()
+
+
+def test_caches_are_written_in_place(artifact: Callable[[str, str], Artifact]) -> None:
+    session = OnnxRuntime().open(artifact("llama", "onnx"), RunOptions(context_tokens=32))
+    session.prefill([5, 6])
+    for cache in session._caches:
+        assert cache[:, :, :2].any()
+        assert not cache[:, :, 2:].any()
+    addresses = [cache.ctypes.data for cache in session._caches]
+    session.decode(7)
+    assert [cache.ctypes.data for cache in session._caches] == addresses
+    for cache in session._caches:
+        assert cache[:, :, 2].any()
+        assert not cache[:, :, 3:].any()
+    session.close()
+
+
+def test_missing_library_is_said_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = OnnxRuntime().capabilities(detect())
+    assert not found.available
+    assert "pip install onnxruntime" in found.reason
