@@ -84,8 +84,7 @@ class FakeSession:
         return np.array(rows) if all_logits else self._logits()[np.newaxis]
 
     def decode(self, token_id: int) -> Logits:
-        self.prefill((token_id,))
-        return self._logits()
+        return self.prefill((token_id,)).reshape(self.vocab_size)
 
     def trim(self, length: int) -> None:
         self._check_open()
