@@ -9,7 +9,7 @@ from typing import Any
 from edgellm.architectures.decoder import Decoder
 
 MODEL_TYPES = {"gpt2": "llama"}
-"""Types under which genai runs a family whose own type expects another set of inputs.
+"""Types that genai runs a family as, where its own type expects other inputs.
 
 genai's ``gpt2`` wants one combined cache tensor a layer; every decoder of ours has the inputs of its
 ``llama``. Other families are known to genai by their own name.

@@ -30,7 +30,7 @@ PAGE_BYTES = 4096
 """Arrays begin on pages, so that a runtime can map them; ONNX's specification asks for 4096."""
 
 SMALL_BYTES = 16384
-"""Arrays below this are only aligned for vector loads: a page each would waste more than it gives."""
+"""Arrays below this are aligned for vector loads only: a page each would waste too much."""
 
 VECTOR_BYTES = 64
 
@@ -66,7 +66,7 @@ class GraphBuilder:
         contrib: bool = False,
         **attributes: Any,
     ) -> str:
-        """Add a node and return its first output's name, which is ``name`` unless ``outputs`` are given."""
+        """Add a node; returns its first output: ``name``, or the first of ``outputs``."""
         names = list(outputs) or [name]
         domain = CONTRIB if contrib else ""
         self._nodes.append(
@@ -115,23 +115,29 @@ class GraphBuilder:
             tensor = TensorProto(name=name, data_type=element, dims=shape)
             tensor.data_location = TensorProto.EXTERNAL
             place: Mapping[str, object] = {
-                "location": array.file, "offset": array.offset, "length": array.nbytes
+                "location": array.file,
+                "offset": array.offset,
+                "length": array.nbytes,
             }
             for key, value in place.items():
                 tensor.external_data.add(key=key, value=str(value))
             self._initializers[name] = tensor
         return name
 
+    def graph(self) -> onnx.GraphProto:
+        """The graph as it is now."""
+        initializers = list(self._initializers.values())
+        return helper.make_graph(self._nodes, "decoder", self._inputs, self._outputs, initializers)
+
+    def opsets(self) -> list[onnx.OperatorSetIdProto]:
+        """The operator sets that the nodes come from."""
+        return [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, CONTRIB_OPSET)]
+
     def serialize(self, metadata: Mapping[str, str]) -> bytes:
         """The model file; the same graph gives the same bytes."""
-        graph = helper.make_graph(
-            self._nodes, "decoder", self._inputs, self._outputs, list(self._initializers.values())
-        )
         model = helper.make_model(
-            graph,
-            opset_imports=[
-                helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, CONTRIB_OPSET)
-            ],
+            self.graph(),
+            opset_imports=self.opsets(),
             ir_version=IR_VERSION,
             producer_name="edgellm",
             producer_version=self.producer_version,

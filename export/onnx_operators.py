@@ -19,7 +19,7 @@ MatMul = Callable[[GraphBuilder, str, OutputTensor, str, str | None], str]
 Gather = Callable[[GraphBuilder, str, OutputTensor, str], str]
 
 INT8_ACTIVATIONS = 4
-"""MatMulNBits' ``accuracy_level``: products of int8 by codes. Lower levels decode many times slower."""
+"""MatMulNBits' ``accuracy_level``: products of int8 by codes. Lower ones are many times slower."""
 
 NF4 = 1
 """MatMulBnb4's ``quant_type``."""

@@ -56,7 +56,8 @@ def pack_bnb4(tensor: QTensor) -> Mapping[str, Bytes]:
     assert tensor.codes is not None
     assert tensor.scales is not None
     codes = tensor.codes
-    return {"data": codes[:, 0::2] << 4 | codes[:, 1::2], "absmax": _as_bytes(tensor.scales)}
+    high_first = (codes[:, 0::2] << np.uint8(4)) | codes[:, 1::2]
+    return {"data": high_first.astype(np.uint8), "absmax": _as_bytes(tensor.scales)}
 
 
 def _low_first(codes: Bytes, bits: int) -> Bytes:
@@ -68,7 +69,8 @@ def _low_first(codes: Bytes, bits: int) -> Bytes:
         codes = np.ascontiguousarray(codes)
     # A pair of codes is one little-endian u16: 0x0H0L. Shifting by 4 brings H beside L.
     pairs = codes.view("<u2")
-    return (pairs | pairs >> 4).astype(np.uint8)
+    packed: Bytes = (pairs | (pairs >> 4)).astype(np.uint8)
+    return packed
 
 
 def _as_bytes(values: npt.NDArray[np.float32]) -> Bytes:

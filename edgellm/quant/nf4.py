@@ -1,4 +1,4 @@
-"""NF4: sixteen levels at the quantiles of a normal distribution, times a block's largest magnitude."""
+"""NF4: sixteen levels, quantiles of a normal distribution, times a block's largest magnitude."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ Four find 98 % of what a grid of 169 pairs of shrunken ends finds on SmolLM2's w
 """
 
 REFITS = 1
-"""Times that the best candidate's codes are rounded again with the refitted scale, and it refitted."""
+"""Times that codes are rounded again with the best refitted scale, which is then refitted again."""
 
 CHUNK_VALUES = 1 << 16
 """Weights worked on at once: a few float32 copies of them fit a core's own cache."""
@@ -125,7 +125,7 @@ def _round(blocks: Array, scale: Array, zero: Array, top: np.float32, out: Array
 def _refit(
     blocks: Array, scale: Array, zero: Array, top: np.float32, work: Array
 ) -> tuple[Array, Array]:
-    """The best scale for the codes that ``scale`` leads to, and a score that grows as error falls."""
+    """The best scale for the codes that ``scale`` gives, and a score that grows as error falls."""
     _round(blocks, scale, zero, top, work)
     against = np.einsum("ij,ij->j", blocks, work)
     power = np.einsum("ij,ij->j", work, work)
@@ -144,7 +144,7 @@ def _per_channel(rows: Array, grid: Grid) -> QTensor:
 
 
 def _nf4(rows: Array, grid: Grid) -> QTensor:
-    """Nearest of the sixteen levels times the block's largest magnitude (arXiv 2305.14314, appendix E)."""
+    """The nearest of the sixteen levels times the block's largest magnitude."""
     count, columns = rows.shape
     blocks = rows.reshape(-1, grid.block)
     absmax = np.abs(blocks).max(axis=1, keepdims=True)
