@@ -102,7 +102,7 @@ class Digested(msgspec.Struct, frozen=True, kw_only=True):
 
     def sha256(self) -> str:
         """Digest over the canonical JSON (sorted keys, no spaces) of this part."""
-        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
+        return _canonical_sha256(self)
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,7 +178,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"make one with `edgellm convert {folder} --out DIR`"
         ) from None
     try:
-        version = msgspec.json.decode(content, type=dict[str, Any])["artifact"]["schema_version"]
+        stored = msgspec.json.decode(content, type=dict[str, Any])["artifact"]
+        version = stored["schema_version"]
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise SourceError(
                 f"{path} has schema version {version}; this edgellm reads up to {SCHEMA_VERSION}: "
@@ -187,7 +188,8 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = msgspec.json.decode(content, type=Manifest)
     except (msgspec.DecodeError, KeyError, TypeError) as error:
         raise SourceError(f"{path} is not a manifest that edgellm understands: {error}") from error
-    if manifest.artifact.sha256() != manifest.sha256:
+    # Of what stands in the file: a field that a later edgellm added must not look like a change.
+    if _canonical_sha256(stored) != manifest.sha256:
         raise VerificationError(
             f"{path} was changed after it was written: its own digest does not match"
         )
@@ -195,6 +197,10 @@ def read_manifest(folder: Path) -> Manifest:
         if Path(entry.path).is_absolute() or ".." in Path(entry.path).parts:
             raise VerificationError(f"{path} names a file outside its folder: {entry.path!r}")
     return manifest
+
+
+def _canonical_sha256(value: object) -> str:
+    return hashlib.sha256(msgspec.json.encode(value, order="sorted")).hexdigest()
 
 
 def verify(artifact: Artifact, *, trust_unchanged: bool = False) -> None:

@@ -134,6 +134,17 @@ def test_a_manifest_that_was_edited_is_refused(folder: Path) -> None:
         open_artifact(folder)
 
 
+def test_a_manifest_of_the_same_schema_may_lack_or_add_optional_fields(folder: Path) -> None:
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["artifact"]["model"]["windows"]
+    content["artifact"]["a_later_field"] = 1
+    canonical = json.dumps(content["artifact"], sort_keys=True, separators=(",", ":"))
+    content["sha256"] = sha256(canonical.encode())
+    path.write_text(json.dumps(content))
+    verify(open_artifact(folder))
+
+
 def test_measured_figures_are_not_part_of_the_digest(folder: Path) -> None:
     path = folder / "manifest.json"
     path.write_text(path.read_text().replace("1.5", "2.5"))
