@@ -15,6 +15,7 @@ from edgellm.architectures.decoder import Decoder
 from edgellm.errors import UnknownGrid, UnsupportedTarget
 from edgellm.export.decoder_graph import EXPRESSIBLE, DecoderGraph, Grids
 from edgellm.export.genai_config import genai_config
+from edgellm.export.gguf_mixture import MIXTURES
 from edgellm.export.layout import Container, Layout, OutputTensor
 from edgellm.export.onnx_graph import DATA_FILE, GraphBuilder
 from edgellm.export.onnx_operators import operators_of
@@ -124,7 +125,7 @@ def _grid(name: str, option: str) -> Grid:
         return GRIDS[name]
     near = get_close_matches(name, GRID_NAMES)
     choice = f"did you mean {' or '.join(near)}?" if near else f"choose {', '.join(GRID_NAMES)}"
-    if name in GRIDS or name in REFUSED:
+    if name in GRIDS or name in MIXTURES:
         reason = REFUSED.get(name, "its blocks are ggml's own, which no ONNX operator reads")
         raise UnsupportedTarget(
             f"{option} {name}: ONNX cannot hold it ({reason}); {choice}, or --format gguf"
