@@ -281,7 +281,9 @@ class DecoderGraph:
                 "output.weight", [self.tensors[source]], self.grids.head, operators.packer
             )
         operators.matmul(graph, x, tensor, "logits", None)
-        shape: list[int | str] = ["batch_size", "logits_length", decoder.vocab_size]
+        # One position is what the default gives, and what tells genai not to expect them all. A
+        # caller who asks for more gets more, and a warning in onnxruntime's log.
+        shape: list[int | str] = ["batch_size", 1, decoder.vocab_size]
         graph.output("logits", TensorProto.FLOAT, shape)
 
 

@@ -11,8 +11,8 @@ from edgellm.architectures.decoder import Decoder
 MODEL_TYPES = {"gpt2": "llama"}
 """Types that genai runs a family as, where its own type expects other inputs.
 
-genai's ``gpt2`` wants one combined cache tensor a layer; every decoder of ours has the inputs of its
-``llama``. Other families are known to genai by their own name.
+genai's ``gpt2`` wants one combined cache tensor a layer; every decoder of ours has the inputs of
+its ``llama``. Other families are known to genai by their own name.
 """
 
 

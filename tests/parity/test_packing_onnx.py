@@ -7,8 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
+import onnxruntime
 from onnx import TensorProto, helper
 
 from edgellm.export import onnx_operators
@@ -52,7 +53,8 @@ def evaluate(
     model = helper.make_model(graph.graph(), opset_imports=graph.opsets(), ir_version=10)
     for array in stored.arrays:
         content = packed[array.component]
-        assert content.dtype == np.uint8 and content.shape == (ROWS, array.row_bytes)
+        assert content.dtype == np.uint8
+        assert content.shape == (ROWS, array.row_bytes)
         for initializer in model.graph.initializer:
             place = {entry.key: entry.value for entry in initializer.external_data}
             if place.get("offset") == str(array.offset):

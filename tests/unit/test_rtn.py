@@ -42,13 +42,15 @@ def test_shapes_dtypes_and_range(grid: Grid) -> None:
     rows = normal_rows(5)
     tensor = solve(rows, grid)
     blocks = 256 // grid.block if grid.block else 1
-    assert tensor.codes is not None and tensor.scales is not None
-    assert tensor.codes.shape == (5, 256) and tensor.codes.dtype == np.uint8
+    assert tensor.codes is not None
+    assert tensor.scales is not None
+    assert (tensor.codes.shape, tensor.codes.dtype) == ((5, 256), np.uint8)
     assert tensor.codes.max() < 2**grid.bits
-    assert tensor.scales.shape == (5, blocks) and tensor.scales.dtype == np.float32
+    assert (tensor.scales.shape, tensor.scales.dtype) == ((5, blocks), np.float32)
     assert (tensor.zeros is None) == grid.symmetric
     if tensor.zeros is not None:
-        assert tensor.zeros.shape == (5, blocks) and tensor.zeros.max() < 2**grid.bits
+        assert tensor.zeros.shape == (5, blocks)
+        assert tensor.zeros.max() < 2**grid.bits
 
 
 @pytest.mark.parametrize(
@@ -132,4 +134,5 @@ def test_a_block_full_of_its_own_grid_comes_back_exactly() -> None:
     rows = ((np.arange(32) % 16 - 5.0) * 0.25).astype(np.float32).reshape(1, -1)
     tensor = solve(rows, GRIDS["int4-g32"])
     np.testing.assert_allclose(dequantize(tensor), rows, rtol=0, atol=1e-6)
-    assert tensor.zeros is not None and tensor.zeros.tolist() == [[5]]
+    assert tensor.zeros is not None
+    assert tensor.zeros.tolist() == [[5]]
