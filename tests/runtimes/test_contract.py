@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import pytest
 
 from edgellm.errors import GenerationError, UnsupportedTarget
@@ -208,6 +209,20 @@ def test_closed_session_gives_usable_errors(session: Session) -> None:
     ):
         with pytest.raises(GenerationError, match="closed"):
             use()
+
+
+def test_closing_gives_memory_back(open_session: Callable[..., Session]) -> None:
+    process = psutil.Process()
+
+    def use() -> int:
+        session = open_session(context_tokens=256)
+        session.prefill(IDS, all_logits=True)
+        session.close()
+        return int(process.memory_info().rss)
+
+    settled = [use() for _ in range(5)][-1]
+    # A session of these models takes 2 MB and more; allocators may keep what a few have used.
+    assert [use() for _ in range(20)][-1] - settled < 20 << 20
 
 
 @pytest.mark.parametrize("all_logits", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -88,6 +89,16 @@ def test_fields_of_the_answer() -> None:
     assert answer.decode_tokens_per_s is not None
     assert answer.decode_tokens_per_s > 0
     assert answer.peak_memory_bytes > 1 << 20
+
+
+def test_time_of_whoever_reads_does_not_count() -> None:
+    stream = answer_stream("abcd")
+    for _ in stream:
+        time.sleep(0.05)
+    rate = stream.answer().decode_tokens_per_s
+    # Four tokens decoded; the reader alone took 0.2 s.
+    assert rate is not None
+    assert rate > 4 / 0.1
 
 
 def test_max_tokens_ends_it() -> None:
