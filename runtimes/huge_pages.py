@@ -41,7 +41,9 @@ def use_huge_pages(already: frozenset[tuple[int, int]] = frozenset()) -> int:
 
 
 def anonymous_ranges() -> frozenset[tuple[int, int]]:
-    """Private writable memory of this process that no file backs, stacks left out."""
+    """Private writable memory of this process that no file backs, stacks left out; Linux only."""
+    if not sys.platform.startswith("linux"):
+        return frozenset()
     return frozenset(_ranges(Path("/proc/self/maps").read_text()))
 
 

@@ -19,6 +19,7 @@ from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget
 from edgellm.hardware import Hardware, detect
 from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
+from edgellm.runtimes.huge_pages import anonymous_ranges, use_huge_pages
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
 
 INSTALL = "pip install onnxruntime"
@@ -99,7 +100,9 @@ class OnnxSession:
         import onnxruntime
 
         state = onnxruntime.capi.onnxruntime_pybind11_state
-        self._errors = tuple(getattr(state, name) for name in ERROR_NAMES if hasattr(state, name))
+        named = (getattr(state, name) for name in ERROR_NAMES if hasattr(state, name))
+        self._errors: tuple[type[Exception], ...] = (RuntimeError, *named)
+        before = anonymous_ranges()
         try:
             settings = _session_options(onnxruntime, threads)
             self._session: Any = onnxruntime.InferenceSession(
@@ -110,6 +113,7 @@ class OnnxSession:
                 f"onnxruntime could not load {path}: {_first_line(error)}. Check the artifact with "
                 "`edgellm verify`"
             ) from error
+        use_huge_pages(before)
         self.context_tokens = context_tokens
         shapes = {output.name: output.shape for output in self._session.get_outputs()}
         self.vocab_size = int(shapes["logits"][-1])
@@ -137,6 +141,7 @@ class OnnxSession:
                 caches.append(cache)
         self._bind_input("logits_from", self._logits_from, (1,))
         self._bind_output("logits", self._logits)
+        self._logits_place = len(caches)  # among the outputs, in the order they were bound
         return caches
 
     def _bind_input(self, name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
@@ -156,14 +161,14 @@ class OnnxSession:
         if not all_logits:
             self._run_steps(token_ids, start)
             return self._last()[np.newaxis]
-        rows: Logits = np.empty((1, len(token_ids), self.vocab_size), np.float32)
+        rows: Logits = np.empty((len(token_ids), self.vocab_size), np.float32)
         self._logits_from[0] = 0
         try:
             self._run_steps(token_ids, start, rows)
         finally:
             self._logits_from[0] = -1
             self._bind_output("logits", self._logits)
-        return rows.reshape(len(token_ids), self.vocab_size)
+        return rows
 
     def decode(self, token_id: int) -> Logits:
         self._check_open()
@@ -218,8 +223,12 @@ class OnnxSession:
             for first in range(0, len(token_ids), size):
                 step = token_ids[first : first + size]
                 if rows is not None:
-                    self._bind_output("logits", rows[:, first : first + len(step)])
+                    # The graph declares one position: more come only in memory that is not ours.
+                    self._binding.bind_output("logits", "cpu")
                 self._run(step)
+                if rows is not None:
+                    computed = self._binding.get_outputs()[self._logits_place].numpy()
+                    rows[first : first + len(step)] = computed[0]
         except BaseException:
             del self._tokens[start:]
             raise
