@@ -18,7 +18,7 @@ import msgspec
 
 import edgellm
 from edgellm import registry
-from edgellm.errors import RuntimeMissing, VerificationError
+from edgellm.errors import RuntimeMissing, TensorError, VerificationError
 from edgellm.export.layout import OutputTensor
 from edgellm.export.packing import PACKERS
 from edgellm.export.writer import StagedFolder, check_output
@@ -121,7 +121,7 @@ def carry_out(
 def quantize_tensors(plan: Plan, staged: StagedFolder, progress: Progress = unwatched) -> None:
     """Write every tensor of the plan: load, solve, pack and place one slab of rows at a time.
 
-    Raises ``TensorError`` naming a tensor that holds NaN or Inf.
+    Raises ``TensorError`` naming a tensor that holds NaN, Inf, or more than its grid reaches.
     """
     solve: Solve = registry.attribute(SOLVERS[plan.recipe.solver])
     slabs = plan.slabs()
@@ -152,7 +152,11 @@ def quantize_tensors(plan: Plan, staged: StagedFolder, progress: Progress = unwa
 
 def _write_slab(tensor: OutputTensor, slab: Slab, solve: Solve, staged: StagedFolder) -> int:
     rows = stacked_rows(tensor.parts, slab.start, slab.stop)
-    packed = PACKERS[tensor.packer].pack(solve(rows, tensor.grid))
+    try:
+        packed = PACKERS[tensor.packer].pack(solve(rows, tensor.grid))
+    except TensorError as error:  # a solver knows values alone
+        names = ", ".join(part.name for part in tensor.parts)
+        raise TensorError(f"tensor {names}: {error}") from error
     for array in tensor.arrays:
         staged.write_at(
             array.file, array.offset + slab.start * array.row_bytes, packed[array.component]

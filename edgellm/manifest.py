@@ -16,6 +16,9 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 READ_BYTES = 1 << 20
 
+PART_SUFFIXES = (".data", ".gguf", ".jinja", ".json", ".model", ".onnx")
+"""Files that a reader of an artifact's folder may take for a part of it."""
+
 
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
     """A file of the artifact, by path relative to its folder."""
@@ -196,6 +199,9 @@ def read_manifest(folder: Path) -> Manifest:
     for entry in manifest.artifact.files:
         if Path(entry.path).is_absolute() or ".." in Path(entry.path).parts:
             raise VerificationError(f"{path} names a file outside its folder: {entry.path!r}")
+    main_file = manifest.artifact.main_file
+    if main_file not in {entry.path for entry in manifest.artifact.files}:
+        raise VerificationError(f"{path} names a main file without a checksum: {main_file!r}")
     return manifest
 
 
@@ -232,6 +238,11 @@ def verify(artifact: Artifact, *, trust_unchanged: bool = False) -> None:
             faults.append(f"{entry.path} has {stat.st_size} bytes instead of {entry.nbytes}")
         elif file_sha256(file) != entry.sha256:
             faults.append(f"{entry.path} differs{_damaged_tensors(artifact, entry.path)}")
+    known = {MANIFEST, *(entry.path for entry in entries)}
+    for name in sorted(file.name for file in artifact.path.iterdir()):
+        # A note or a picture beside the model harms nobody; another chat template would be used.
+        if name.endswith(PART_SUFFIXES) and name not in known:
+            faults.append(f"{name} does not belong to it")
     if faults:
         raise VerificationError(
             f"{artifact.path} is not what was written: {'; '.join(faults)}. "

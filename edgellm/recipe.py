@@ -82,9 +82,12 @@ def load_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
 
 
 def make_recipe(fields: Mapping[str, Any], origin: str = "the options") -> Recipe:
-    """A validated recipe of plain values; raises ``UsageError`` naming the field at fault."""
+    """A validated recipe of plain values, names in lower case.
+
+    Raises ``UsageError`` naming the field at fault.
+    """
     try:
-        recipe = msgspec.convert(dict(_given(fields)), Recipe)
+        recipe = msgspec.convert(_given(fields), Recipe)
     except msgspec.ValidationError as error:
         known = ", ".join(Recipe.__struct_fields__)
         raise UsageError(f"{origin}: {error}. A recipe has the keys {known}") from error
@@ -92,7 +95,10 @@ def make_recipe(fields: Mapping[str, Any], origin: str = "the options") -> Recip
         raise UsageError(f"{origin}: context must be at least 1 token, got {recipe.context}")
     if recipe.quant is not None:
         split_quant(recipe.quant)
-    return recipe
+    names = {name: getattr(recipe, name) for name in ("format", "quant", "embed", "head")}
+    return msgspec.structs.replace(
+        recipe, **{name: text.strip().lower() for name, text in names.items() if text is not None}
+    )
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

@@ -270,8 +270,11 @@ def chooser(recipe: Recipe, decoder: Decoder, arch: str) -> Chooser:
 
 
 def mixture_named(name: str) -> Mixture:
-    """The mixture; raises ``UnknownGrid`` with the nearest names, ``UnsupportedTarget`` if another
-    container has it or it needs importance."""
+    """The mixture called ``name``, in any case.
+
+    Raises ``UnknownGrid`` with the nearest names, and ``UnsupportedTarget`` if another container
+    has it or it needs importance.
+    """
     lower = name.lower()
     if lower in MIXTURES:
         return MIXTURES[lower]
@@ -279,9 +282,16 @@ def mixture_named(name: str) -> Mixture:
         raise UnsupportedTarget(
             f"{name} is garbage without an importance matrix: choose iq3_s, iq3_m or q2_k"
         )
+    if lower in GRIDS and GRIDS[lower].ggml_type is not None:
+        raise UnknownGrid(
+            f"{name} is a type of single tensors, for --embed and --head: for a whole model choose "
+            f"{' or '.join(other for other in MIXTURES if MIXTURES[other].grid == lower)}"
+        )
     if lower in GRIDS:
         raise UnsupportedTarget(f"GGUF {cannot_hold(GRIDS[lower])}")
-    raise unknown_grid(name, MIXTURES)
+    # Grids of other containers count as near: the name may be meant for one of them.
+    others = [other for other, grid in GRIDS.items() if grid.ggml_type is None]
+    raise unknown_grid(name, (*MIXTURES, *others))
 
 
 def grid_asked(text: str, option: str) -> Grid:

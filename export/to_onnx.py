@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import edgellm
 from edgellm.architectures.decoder import Decoder
-from edgellm.errors import UnknownGrid, UnsupportedTarget
+from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
 from edgellm.export.decoder_graph import EXPRESSIBLE, DecoderGraph, Grids
 from edgellm.export.genai_config import genai_config
 from edgellm.export.gguf_mixture import MIXTURES
@@ -55,13 +55,14 @@ NOTES = {
 def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     """Every byte that converting ``source`` to ONNX will write; reads no weight.
 
-    Raises ``UnknownGrid`` for a grid that does not exist, and ``UnsupportedTarget`` for one that
-    ONNX or a tensor's rows cannot hold and for features that the graph cannot compute.
+    Raises ``UnknownGrid`` for a grid that does not exist, ``UnsupportedTarget`` for one that ONNX
+    or a tensor's rows cannot hold and for features that the graph cannot compute, and
+    ``UsageError`` for a context beyond the model's.
     """
     decoder = source.decoder
     _check_features(decoder)
     grids = choose_grids(recipe, decoder)
-    context_length = min(decoder.context_length, recipe.context or decoder.context_length)
+    context_length = _context(decoder, recipe.context)
     graph = GraphBuilder(edgellm.__version__)
     DecoderGraph(graph, decoder, source.tensors, grids, context_length).build()
     _check_groups(graph.tensors)
@@ -96,6 +97,16 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
         context_length=context_length,
         notes=tuple(notes),
     )
+
+
+def _context(decoder: Decoder, asked: int | None) -> int:
+    """The context in tokens; raises ``UsageError`` for more than the model has."""
+    if asked is not None and asked > decoder.context_length:
+        raise UsageError(
+            f"--context {asked} is more than the model's {decoder.context_length}: choose at most "
+            f"{decoder.context_length}"
+        )
+    return asked or decoder.context_length
 
 
 def choose_grids(recipe: Recipe, decoder: Decoder) -> Grids:

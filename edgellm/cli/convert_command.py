@@ -164,7 +164,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "peak_memory_bytes": plan.peak_memory_bytes,
         "disk_bytes": plan.disk_bytes,
-        "seconds": plan.seconds,
+        "convert_s": plan.seconds,
         "threads": plan.threads,
         "notes": plan.layout.notes,
         "tensors": [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import libgguf
 import numpy as np
 
+from edgellm.errors import TensorError
+from edgellm.quant.floats import LARGEST_F16
 from edgellm.quant.grid import Grid, QTensor
 from edgellm.tensors import Array
 
@@ -18,10 +20,17 @@ def quantize(rows: Array, grid: Grid) -> QTensor:
     ``columns`` must be a multiple of ``grid.block`` (the layout sees to that), and the values
     finite: ggml rounds NaN to a finite number without a word. No importance is used. Each row is
     rounded apart, so the bytes do not depend on how rows are grouped; the interpreter is free
-    meanwhile.
+    meanwhile. Raises ``TensorError`` for a value that a block's f16 scale or minimum may not reach:
+    it would become Inf, also without a word.
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     count, columns = rows.shape
+    largest = max(rows.max(initial=0), -rows.min(initial=0))
+    if largest > LARGEST_F16:
+        raise TensorError(
+            f"a value of size {largest:g} does not fit {grid.name}, whose blocks have f16 scales "
+            f"of at most {LARGEST_F16:g}: choose bf16 or f32, or --format onnx"
+        )
     packed = np.empty((count, libgguf.row_size(grid.ggml_type, columns)), np.uint8)
     for start in range(0, count, ROWS_PER_CALL):
         some, into = rows[start : start + ROWS_PER_CALL], packed[start : start + ROWS_PER_CALL]

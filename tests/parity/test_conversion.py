@@ -80,6 +80,20 @@ def test_a_weight_that_is_not_a_number_is_named_and_nothing_is_left(
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize("quant", ["f16", "q4_0", "q4_k_m"])
+def test_a_weight_that_its_grid_cannot_reach_is_named_and_nothing_is_left(
+    tiny_model: TinyModel, tmp_path: Path, quant: str
+) -> None:
+    source = shutil.copytree(tiny_model("llama-256"), tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name] = weights[name] * np.float32(1e7)
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TensorError, match=rf"tensor {name}: .*does not fit"):
+        converted(source, tmp_path / "out", format="gguf", quant=quant)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_a_full_disk_is_known_before_any_work(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 import onnx_files
 
-from edgellm.errors import UnknownGrid, UnsupportedTarget
+from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
 from edgellm.export.layout import Layout
 from edgellm.export.onnx_graph import PAGE_BYTES, SMALL_BYTES, VECTOR_BYTES
 from edgellm.export.to_onnx import CONTAINER, lay_out
@@ -125,7 +125,7 @@ def test_a_group_that_leaves_part_of_a_row_is_refused_with_those_that_do_not(
     ("quant", "error", "message"),
     [
         ("int4-g33", UnknownGrid, "no grid of that name for ONNX; did you mean int4-g32"),
-        ("q4_k_m", UnknownGrid, "choose|did you mean"),
+        ("q4_k_m", UnsupportedTarget, "ggml.s own.*--format gguf"),
         ("q4_k", UnsupportedTarget, "ggml's own.*--format gguf"),
         ("q4_0", UnsupportedTarget, "int4-g32-sym"),
         ("q4_1", UnsupportedTarget, "integer zeros.*int4-g32"),
@@ -147,6 +147,11 @@ def test_the_context_may_be_capped(tiny_model: TinyModel) -> None:
     assert rope.rows == 40
     config = json.loads(layout.files["genai_config.json"])
     assert config["model"]["context_length"] == config["search"]["max_length"] == 40
+
+
+def test_the_context_may_not_be_stretched(tiny_model: TinyModel) -> None:
+    with pytest.raises(UsageError, match="choose at most 256"):
+        laid_out(tiny_model("llama"), "f32", context=257)
 
 
 def test_slow_or_inexact_grids_say_so(tiny_model: TinyModel) -> None:

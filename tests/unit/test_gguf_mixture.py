@@ -177,3 +177,13 @@ def test_unknown_names_bring_the_nearest() -> None:
     with pytest.raises(UnknownGrid, match="q8_0"):
         choose("q4_0", "output.weight", head="q8")
     assert choose("Q4_K_M", "output.weight").grid.name == "q6_k"
+
+
+def test_names_meant_for_another_container_bring_its_nearest() -> None:
+    with pytest.raises(UnknownGrid, match="int4-g32"):
+        choose("int4", "output.weight")
+
+
+def test_the_type_of_a_single_tensor_names_the_mixtures_of_it() -> None:
+    with pytest.raises(UnknownGrid, match=r"single tensors.*choose q4_k_m or q4_k_s"):
+        choose("q4_k", "output.weight")

@@ -104,6 +104,14 @@ def test_missing_and_shortened_files_are_named(folder: Path) -> None:
         verify(open_artifact(folder))
 
 
+def test_files_that_readers_would_take_for_parts_do_not_belong(folder: Path) -> None:
+    (folder / "notes.md").write_text("my own")
+    verify(open_artifact(folder))
+    (folder / "chat_template.jinja").write_text("another")
+    with pytest.raises(VerificationError, match=r"chat_template\.jinja does not belong"):
+        verify(open_artifact(folder), trust_unchanged=True)
+
+
 def test_an_unchanged_file_is_not_read_twice_and_a_changed_one_is(folder: Path) -> None:
     artifact = open_artifact(folder)
     verify(artifact)
@@ -190,4 +198,14 @@ def test_a_manifest_cannot_reach_outside_its_folder(folder: Path) -> None:
     digested = msgspec.structs.replace(manifest.artifact, files=(entry,))
     (folder / "manifest.json").write_bytes(Manifest.of(digested, {}).to_json())
     with pytest.raises(VerificationError, match="outside its folder"):
+        open_artifact(folder)
+
+
+@pytest.mark.parametrize("main_file", ["../other/model.bin", "/etc/hostname", "manifest.json"])
+def test_the_file_that_is_run_has_a_checksum(folder: Path, main_file: str) -> None:
+    manifest = open_artifact(folder).manifest
+    assert manifest is not None
+    digested = msgspec.structs.replace(manifest.artifact, main_file=main_file)
+    (folder / "manifest.json").write_bytes(Manifest.of(digested, {}).to_json())
+    with pytest.raises(VerificationError, match="main file without a checksum"):
         open_artifact(folder)

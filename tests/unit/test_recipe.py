@@ -60,6 +60,11 @@ def test_the_solver_is_split_from_the_grid() -> None:
         make_recipe({"source": "m", "quant": "magic:q4_0"})
 
 
+def test_names_are_the_same_in_any_case() -> None:
+    loud = make_recipe({"source": "A", "format": "ONNX", "quant": "INT8", "head": "F16"})
+    assert loud == make_recipe({"source": "A", "format": "onnx", "quant": "int8", "head": "f16"})
+
+
 def test_the_digest_follows_the_choices_and_not_the_place() -> None:
     here, there = Recipe(source="/a/m", quant="q4_0"), Recipe(source="/b/m", quant="q4_0")
     assert here.sha256() == there.sha256()

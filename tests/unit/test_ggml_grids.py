@@ -1,0 +1,30 @@
+"""Rounding to ggml's grids: what ggml itself would spoil without a word."""
+
+import libgguf
+import numpy as np
+import pytest
+
+from edgellm.errors import TensorError
+from edgellm.quant.ggml import quantize
+from edgellm.quant.grid import GRIDS
+
+NAMES = [name for name, grid in GRIDS.items() if grid.kind == "ggml"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_that_f16_scales_reach_come_back_finite(name: str) -> None:
+    rows = np.random.default_rng(0).normal(size=(3, 256)).astype(np.float32)
+    rows[0, 7], rows[1, 9], rows[2] = 65504.0, -65504.0, np.tile([65504.0, -65504.0], 128)
+    packed = quantize(rows, GRIDS[name]).packed
+    assert packed is not None
+    read_back = libgguf.dequantize_rows(packed, GRIDS[name].ggml_type, 256)
+    assert np.isfinite(read_back).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [1e6, -1e6])
+def test_values_beyond_are_refused_by_size(name: str, value: float) -> None:
+    rows = np.zeros((2, 256), np.float32)
+    rows[1, 3] = value
+    with pytest.raises(TensorError, match=f"1e[+]06 does not fit {name}.*f32"):
+        quantize(rows, GRIDS[name])
