@@ -36,6 +36,8 @@ class Typist:
         self.seen = ""
 
     def type(self, text: str) -> None:
+        if text == CTRL_C:
+            time.sleep(0.3)  # readline shows its prompt a moment before it listens for signals
         os.write(self.terminal, text.encode())
 
     def wait_for(self, text: str, seconds: float = 30) -> str:
