@@ -18,6 +18,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 import onnx_files
 import tiny_models
 
+from edgellm.export.onnx_graph import DATA_FILE, GraphBuilder
+
 TinyModel = Callable[[str], Path]
 
 TOLERANCE = 2e-4
@@ -68,3 +70,29 @@ def test_f16_weights_answer_as_the_same_weights_in_transformers(
         wanted = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
     got = onnx_files.logits(tmp_path, ids)
     np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_weights_beyond_4_gb_are_found(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data file with a hole: all tensors but the first lie where 32 bits do not reach."""
+    allocate = GraphBuilder._allocate
+
+    def far_away(graph: GraphBuilder, nbytes: int) -> int:
+        if 0 < graph.data_bytes < FAR_BYTES:
+            graph.data_bytes = FAR_BYTES
+        return allocate(graph, nbytes)
+
+    monkeypatch.setattr(GraphBuilder, "_allocate", far_away)
+    folder = tiny_model("llama-256")
+    layout = onnx_files.write_onnx(folder, tmp_path, quant="int4-g32", embed="f32", head="f32")
+    assert layout.data_files[DATA_FILE] > FAR_BYTES
+    assert (tmp_path / DATA_FILE).stat().st_blocks * 512 < 1 << 26
+    far = onnx_files.logits(tmp_path, tiny_models.some_token_ids(8))
+    monkeypatch.undo()
+    onnx_files.write_onnx(folder, tmp_path / "near", quant="int4-g32", embed="f32", head="f32")
+    near = onnx_files.logits(tmp_path / "near", tiny_models.some_token_ids(8))
+    np.testing.assert_array_equal(far, near)
+
+
+FAR_BYTES = (4 << 30) + (1 << 20)
