@@ -19,7 +19,7 @@ from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget
 from edgellm.hardware import Hardware, detect
 from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
-from edgellm.runtimes.huge_pages import anonymous_ranges, use_huge_pages
+from edgellm.runtimes.huge_pages import HugePages, anonymous_ranges
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
 
 INSTALL = "pip install onnxruntime"
@@ -113,7 +113,8 @@ class OnnxSession:
                 f"onnxruntime could not load {path}: {_first_line(error)}. Check the artifact with "
                 "`edgellm verify`"
             ) from error
-        use_huge_pages(before)
+        # Begun before the caches are made, whose untouched places must not be filled.
+        self._pages = HugePages(before)
         self.context_tokens = context_tokens
         shapes = {output.name: output.shape for output in self._session.get_outputs()}
         self.vocab_size = int(shapes["logits"][-1])
@@ -205,6 +206,7 @@ class OnnxSession:
         return sum(cache.nbytes for cache in self._caches)
 
     def close(self) -> None:
+        self._pages.stop()
         self._binding = self._session = None
         self._caches = []
         self._tokens = []

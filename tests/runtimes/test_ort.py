@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from edgellm.errors import GenerationError, UnsupportedTarget
 from edgellm.hardware import detect
 from edgellm.manifest import Artifact
+from edgellm.runtimes import ort
 from edgellm.runtimes.ort import OnnxRuntime
 from edgellm.runtimes.session import RunOptions
 
@@ -96,6 +98,25 @@ def test_caches_are_written_in_place(artifact: Callable[[str, str], Artifact]) -
         assert cache[:, :, 2].any()
         assert not cache[:, :, 3:].any()
     session.close()
+
+
+def test_huge_pages_change_no_token_and_hold_no_session_open(
+    artifact: Callable[[str, str], Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer() -> list[int]:
+        session = OnnxRuntime().open(artifact("llama", "onnx"), RunOptions(context_tokens=32))
+        logits = session.prefill([5, 6, 7])[-1]
+        tokens = []
+        for _ in range(20):
+            tokens.append(int(logits.argmax()))
+            logits = session.decode(tokens[-1])
+        session.close()
+        return tokens
+
+    with_pages = answer()
+    assert not [thread for thread in threading.enumerate() if "huge pages" in thread.name]
+    monkeypatch.setattr(ort, "anonymous_ranges", lambda: frozenset({(0, 1 << 63)}))
+    assert with_pages == answer()
 
 
 def test_missing_library_is_said_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
