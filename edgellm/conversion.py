@@ -18,7 +18,7 @@ import msgspec
 
 import edgellm
 from edgellm import registry
-from edgellm.errors import RuntimeMissing, TensorError, VerificationError
+from edgellm.errors import GenerationError, RuntimeMissing, TensorError, VerificationError
 from edgellm.export.layout import OutputTensor
 from edgellm.export.packing import PACKERS
 from edgellm.export.writer import StagedFolder, check_output
@@ -55,6 +55,7 @@ RECORDED_PACKAGES = ("numpy", "gguf", "libgguf", "onnx", "tokenizers")
 
 CHECK_PROMPT = "The capital of France is"
 CHECK_TOKENS = 8
+CHECK_CONTEXT_TOKENS = 64
 
 
 def convert(
@@ -286,19 +287,27 @@ def check_artifact(artifact: Artifact) -> dict[str, Any]:
     """What a few greedy tokens of a new artifact look like, on the runtime that ``run`` would pick.
 
     Where no runtime here can open it, the reason stands in ``skipped``. Raises
-    ``VerificationError`` when the logits are not finite, ``GenerationError`` when running fails.
+    ``VerificationError`` when it does not run, or its logits are not finite.
     """
     from edgellm.chat import open as open_model  # a backend takes longer to import than to convert
 
+    assert artifact.manifest is not None
+    room = min(CHECK_CONTEXT_TOKENS, artifact.manifest.artifact.model.context_length)
+    prompt = CHECK_PROMPT
     try:
-        session = open_model(artifact.path, verify=False, context_tokens=64)
+        with open_model(artifact.path, verify=False, context_tokens=room) as session:
+            while len(session.tokenizer.encode(prompt, add_special=True)) >= room > 1:
+                prompt = prompt[: len(prompt) // 2]
+            result = session.generate(prompt, max_tokens=CHECK_TOKENS, raw=True)
     except RuntimeMissing as error:
         return {"skipped": str(error)}
-    with session:
-        result = session.generate(CHECK_PROMPT, max_tokens=CHECK_TOKENS, raw=True)
-        return {
-            "prompt": CHECK_PROMPT,
-            "text": result.text,
-            "token_ids": list(result.token_ids),
-            "runtime": result.runtime,
-        }
+    except GenerationError as error:
+        raise VerificationError(
+            f"what was made does not run, and is not kept (--no-check would): {error}"
+        ) from error
+    return {
+        "prompt": prompt,
+        "text": result.text,
+        "token_ids": list(result.token_ids),
+        "runtime": result.runtime,
+    }

@@ -16,7 +16,14 @@ from safetensors.numpy import load_file, save_file
 
 from edgellm import plan as planning
 from edgellm.conversion import carry_out, convert
-from edgellm.errors import OutputError, TensorError, UnknownGrid, UsageError, VerificationError
+from edgellm.errors import (
+    OutputError,
+    RuntimeMissing,
+    TensorError,
+    UnknownGrid,
+    UsageError,
+    VerificationError,
+)
 from edgellm.manifest import Artifact, Parity, open_artifact, verify
 from edgellm.plan import make_plan
 from edgellm.recipe import Recipe
@@ -135,6 +142,46 @@ def test_what_llamacpp_is_known_to_split_differently_is_recorded(
     assert parity.known
     assert not parity.mismatches
     assert any("NFC" in note for note in artifact.manifest.artifact.notes)
+
+
+@pytest.mark.parametrize("container", ["gguf", "onnx"])
+def test_an_artifact_that_gives_no_numbers_is_not_kept(
+    tiny_model: TinyModel, tmp_path: Path, container: str
+) -> None:
+    pytest.importorskip({"gguf": "llama_cpp", "onnx": "onnxruntime"}[container])
+    source = shutil.copytree(tiny_model("llama"), tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    for name in ("lm_head.weight", "model.norm.weight"):
+        weights[name] = weights[name] * np.float32(1e30)
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    recipe = Recipe(source=str(source), format=container, quant="f32")
+    with pytest.raises(VerificationError, match="does not run, and is not kept"):
+        convert(recipe, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("container", ["gguf", "onnx"])
+def test_the_check_fits_into_a_short_context(
+    tiny_model: TinyModel, tmp_path: Path, container: str
+) -> None:
+    pytest.importorskip({"gguf": "llama_cpp", "onnx": "onnxruntime"}[container])
+    recipe = Recipe(source=str(tiny_model("mistral")), format=container, quant="f32", context=6)
+    artifact = convert(recipe, tmp_path / "out")
+    assert artifact.manifest is not None
+    assert artifact.manifest.measured["check"]["token_ids"]
+
+
+def test_a_check_without_a_runtime_is_skipped_and_says_so(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*given: object, **options: object) -> None:
+        raise RuntimeMissing("no runtime here: pip install one")
+
+    monkeypatch.setattr("edgellm.chat.open", missing)
+    recipe = Recipe(source=str(tiny_model("llama")), format="gguf", quant="q8_0")
+    artifact = convert(recipe, tmp_path / "out")
+    assert artifact.manifest is not None
+    assert artifact.manifest.measured["check"] == {"skipped": "no runtime here: pip install one"}
 
 
 def test_an_artifact_replaces_its_elder_only_when_forced(
