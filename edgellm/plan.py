@@ -14,6 +14,7 @@ from edgellm.export import CONTAINERS, container_named
 from edgellm.export.layout import Layout, OutputTensor
 from edgellm.hardware import detect
 from edgellm.progress import Progress, unwatched
+from edgellm.quant.grid import Grid
 from edgellm.recipe import Recipe
 from edgellm.runtimes import best_container
 from edgellm.source import ModelSource, open_source
@@ -26,12 +27,23 @@ COPIES = {"float": 3.0, "ggml": 2.5, "affine": 6.0, "per_channel": 4.0, "codeboo
 
 BYTES_PER_SECOND = {
     "float": 700e6,
-    "ggml": 150e6,
+    "ggml": 300e6,
     "affine": 120e6,
     "per_channel": 250e6,
     "codebook": 100e6,
+    "q3_k": 200e6,
+    "q6_k": 70e6,
+    "q5_k": 60e6,
+    "q4_k": 50e6,
+    "q2_k": 50e6,
+    "iq4_xs": 20e6,
+    "iq4_nl": 20e6,
+    "iq2_s": 20e6,
+    "iq3_s": 13e6,
+    "iq3_xxs": 10e6,
 }
-"""Float32 bytes that one thread of a 2023 server core turns into codes; a guide, not a promise."""
+"""Float32 bytes that one thread of a 2023 server core reads, rounds and writes in a second, by kind
+of grid, or by name where ggml searches for scales; a guide, not a promise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +191,8 @@ def _slab_memory(tensor: OutputTensor) -> float:
 
 
 def _seconds(layout: Layout, workers: int) -> float:
-    busy = sum(
-        4 * tensor.rows * tensor.columns / BYTES_PER_SECOND[tensor.grid.kind]
-        for tensor in layout.tensors
-    )
+    def speed(grid: Grid) -> float:
+        return BYTES_PER_SECOND.get(grid.name) or BYTES_PER_SECOND[grid.kind]
+
+    busy = sum(4 * tensor.rows * tensor.columns / speed(tensor.grid) for tensor in layout.tensors)
     return 0.5 + busy / workers

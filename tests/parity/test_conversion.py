@@ -72,6 +72,16 @@ def test_the_plan_says_every_byte_that_is_written(tiny_model: TinyModel, tmp_pat
     assert plan.bits_per_weight == pytest.approx(8 * tensors / plan.weights)
 
 
+def test_grids_that_are_searched_for_are_planned_with_more_time(tiny_model: TinyModel) -> None:
+    def planned(quant: str) -> float:
+        recipe = Recipe(source=str(tiny_model("llama-256")), format="gguf", quant=quant)
+        return make_plan(recipe, threads=1).seconds
+
+    start = 0.5
+    assert planned("q4_k_m") - start > 3 * (planned("q4_0") - start)
+    assert planned("iq4_nl") - start > 2 * (planned("q4_k_m") - start)
+
+
 def test_a_weight_that_is_not_a_number_is_named_and_nothing_is_left(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
