@@ -40,17 +40,16 @@ def library_folder() -> Path:
 def load_library() -> Any:
     """llama.cpp's functions, loaded and silenced on first use."""
     global _log_callback
-    with _loading:
-        if _log_callback is None:
-            with _short_spin():
-                import llama_cpp
+    with _loading, _short_spin():
+        import llama_cpp
 
-            callback = llama_cpp.llama_log_callback(_remember)
-            llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+        first = _log_callback is None
+        if first:
+            _log_callback = llama_cpp.llama_log_callback(_remember)  # llama.cpp keeps no reference
+        # Each time: whoever else uses llama-cpp-python in this process may have set its own.
+        llama_cpp.llama_log_set(_log_callback, ctypes.c_void_p(0))
+        if first:
             llama_cpp.llama_backend_init()
-            _log_callback = callback  # llama.cpp keeps a bare pointer to it
-    import llama_cpp
-
     return llama_cpp.llama_cpp
 
 
