@@ -132,6 +132,9 @@ def run(
             render.show_json(session.generate(prompt, raw=raw, **options).as_dict())
             return
         answer = _stream(session, prompt, raw=raw, options=options)
+        if answer.finish_reason == "length" and answer.new_tokens != max_tokens:
+            room = session.context_tokens
+            render.say_notes([f"cut: the context of {room} tokens is full (--context TOKENS)"])
         if stats or answer.finish_reason == "cancelled":
             render.say_notes(render.answer_facts(answer))
         if answer.finish_reason == "cancelled":

@@ -82,6 +82,17 @@ def test_stop_cuts_before_the_text(command: Command, onnx_artifact: Path) -> Non
     assert cut["finish_reason"] == "stop"
 
 
+def test_a_full_context_is_said_and_a_limit_that_was_asked_for_is_not(
+    command: Command, onnx_artifact: Path
+) -> None:
+    asked = ("run", onnx_artifact, "hello", "--runtime", "fake", "--context", 40)
+    full = command(*asked)
+    assert full.code == 0
+    assert "cut: the context of 40 tokens is full" in full.err
+    assert command(*asked, "--json").json()["finish_reason"] == "length"
+    assert "cut" not in command(*asked, "--max-tokens", 3).err
+
+
 def test_template_system_and_raw_change_the_prompt(command: Command, onnx_artifact: Path) -> None:
     asked = ("run", onnx_artifact, "hello", *FAKE, "--json")
     raw = command(*asked, "--raw").json()["prompt_tokens"]
@@ -117,9 +128,7 @@ def test_refusals_name_what_to_do(
 
 
 @pytest.mark.parametrize("option", ["--json", "--raw"])
-def test_a_chat_is_neither_json_nor_raw(
-    option: str, command: Command, onnx_artifact: Path
-) -> None:
+def test_a_chat_is_neither_json_nor_raw(option: str, command: Command, onnx_artifact: Path) -> None:
     done = command("run", onnx_artifact, option)
     assert done.code == 2
     assert f"{option} needs a PROMPT" in done.out + done.err
@@ -185,9 +194,7 @@ def test_a_missing_runtime_comes_with_its_command(
     assert 'pip install "edgellm[llamacpp]"' in done.err
 
 
-def test_a_newer_manifest_is_refused(
-    command: Command, onnx_artifact: Path, tmp_path: Path
-) -> None:
+def test_a_newer_manifest_is_refused(command: Command, onnx_artifact: Path, tmp_path: Path) -> None:
     artifact = Path(shutil.copytree(onnx_artifact, tmp_path / "small"))
     manifest = json.loads((artifact / "manifest.json").read_text())
     manifest["artifact"]["schema_version"] = 99
