@@ -18,10 +18,12 @@ from edgellm.tensors import Array
 
 Codes = npt.NDArray[np.uint8]
 
-SHRINK = (1.0, 0.93, 0.86, 0.79)
+SHRINK = (1.0, 0.93)
 """Parts of a block's range that candidates for its scale span; a smaller part clips outliers.
 
-Four find 98 % of what a grid of 169 pairs of shrunken ends finds on SmolLM2's weights.
+KL to the original on held-out text, SmolLM2 off its grid: int4-g32 has 0.337 with one candidate,
+0.317 with these two, 0.317 with four (down to 0.79). Symmetric grids take the first alone: clipping
+lowers their squared error and yet moves the answers more (0.486; 0.517 with two, 0.527 with four).
 """
 
 REFITS = 1
@@ -84,7 +86,7 @@ def _fit(blocks: Array, grid: Grid, codes: Codes) -> tuple[Array, Array]:
     work = np.empty_like(blocks)
     widest, zero = _widest(blocks, grid, top)
     best, best_score = widest, np.full_like(widest, -1.0)
-    for part in SHRINK if grid.bits < 8 else SHRINK[:1]:
+    for part in SHRINK[:1] if grid.symmetric or grid.bits == 8 else SHRINK:
         fit, score = _refit(blocks, widest * np.float32(part), zero, top, work)
         better = score > best_score
         best_score = np.where(better, score, best_score)
