@@ -214,10 +214,10 @@ def verify(artifact: Artifact, *, trust_unchanged: bool = False) -> None:
 
     With ``trust_unchanged``, a file whose size and modification time are as they were when it last
     passed is not read again. Raises ``VerificationError`` naming every file, and the tensors inside
-    it, that differ, are missing, or do not belong.
+    it, that differ, are missing, or do not belong, and ``SourceError`` for a plain file.
     """
     if artifact.manifest is None:
-        raise VerificationError(
+        raise SourceError(
             f"{artifact.path} has no manifest, so there is nothing to verify it against"
         )
     entries = artifact.manifest.artifact.files

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from edgellm.errors import UnknownGrid, UsageError
+from edgellm.errors import OutputError, UnknownGrid, UsageError
 from edgellm.quant import SOLVERS
 
 DEFAULT_SOLVER = "rtn"
@@ -102,11 +102,19 @@ def make_recipe(fields: Mapping[str, Any], origin: str = "the options") -> Recip
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write ``recipe`` as TOML that ``load_recipe`` reads back (a relative source apart)."""
+    """Write ``recipe`` as TOML that ``load_recipe`` reads back (a relative source apart).
+
+    Raises ``OutputError`` when the file cannot be written.
+    """
     fields = {
         name: value for name, value in _given(msgspec.to_builtins(recipe)).items() if value != []
     }
-    path.write_bytes(msgspec.toml.encode(fields))
+    try:
+        path.write_bytes(msgspec.toml.encode(fields))
+    except OSError as error:
+        raise OutputError(
+            f"cannot write the recipe {path} ({error.strerror}): choose another --save-recipe"
+        ) from error
 
 
 def _given(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -81,3 +81,10 @@ def test_what_is_no_artifact(command: Command, model: Path, tmp_path: Path) -> N
         done = command("verify", path)
         assert done.code == 3
         assert str(path) in done.err
+
+
+def test_a_plain_file_has_nothing_to_verify_against(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "plain.gguf").write_bytes(b"GGUF....")
+    done = command("verify", tmp_path / "plain.gguf")
+    assert done.code == 3
+    assert "nothing to verify it against" in done.err

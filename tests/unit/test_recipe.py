@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from edgellm.errors import UnknownGrid, UsageError
+from edgellm.errors import OutputError, UnknownGrid, UsageError
 from edgellm.recipe import Recipe, load_recipe, make_recipe, save_recipe, split_quant
 
 
@@ -16,6 +16,11 @@ def test_a_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
     )
     save_recipe(recipe, tmp_path / "recipe.toml")
     assert load_recipe(tmp_path / "recipe.toml", {}) == recipe
+
+
+def test_a_recipe_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"absent/recipe\.toml.*--save-recipe"):
+        save_recipe(Recipe(source="m"), tmp_path / "absent" / "recipe.toml")
 
 
 def test_options_win_over_the_file_and_absent_options_do_not(tmp_path: Path) -> None:
