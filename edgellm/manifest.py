@@ -151,8 +151,11 @@ def open_artifact(path: Path) -> Artifact:
         return Artifact(
             path=path, main=main, container=manifest.artifact.container, manifest=manifest
         )
-    with path.open("rb") as file:
-        magic = file.read(4)
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror}") from error
     if magic == b"GGUF":
         return Artifact(path=path, main=path, container="gguf")
     raise SourceError(
@@ -180,6 +183,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} has no {MANIFEST}, so it is not an artifact ({what}): "
             f"make one with `edgellm convert {folder} --out DIR`"
         ) from None
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror}") from error
     try:
         stored = msgspec.json.decode(content, type=dict[str, Any])["artifact"]
         version = stored["schema_version"]

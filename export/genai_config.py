@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgellm.architectures.decoder import Decoder
+from edgellm.errors import SourceError
 
 MODEL_TYPES = {"gpt2": "llama"}
 """Types that genai runs a family as, where its own type expects other inputs.
@@ -25,7 +26,10 @@ def genai_config(
     eos_token_ids: tuple[int, ...],
     generation: Mapping[str, Any],
 ) -> bytes:
-    """The file's bytes. Sampling defaults come from the model's own ``generation`` config."""
+    """The file's bytes. Sampling defaults come from the model's own ``generation`` config.
+
+    Raises ``SourceError`` where that holds something else than a number.
+    """
     first_eos = eos_token_ids[0] if eos_token_ids else 0
     eos: int | list[int] = list(eos_token_ids) if len(eos_token_ids) > 1 else first_eos
     pad = generation.get("pad_token_id")
@@ -64,10 +68,20 @@ def genai_config(
             "min_length": 0,
             "num_beams": 1,
             "past_present_share_buffer": True,
-            "repetition_penalty": float(generation.get("repetition_penalty") or 1.0),
-            "temperature": float(generation.get("temperature") or 1.0),
-            "top_k": int(generation.get("top_k") or 50),
-            "top_p": float(generation.get("top_p") or 1.0),
+            "repetition_penalty": _number(generation, "repetition_penalty", 1.0),
+            "temperature": _number(generation, "temperature", 1.0),
+            "top_k": int(_number(generation, "top_k", 50)),
+            "top_p": _number(generation, "top_p", 1.0),
         },
     }
     return json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def _number(generation: Mapping[str, Any], key: str, default: float) -> float:
+    value = generation.get(key) or default
+    if not isinstance(value, int | float):
+        raise SourceError(
+            f"generation_config.json: {key} is {value!r}, expected a number: correct the file, or "
+            "fetch it again"
+        )
+    return float(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 import onnx_files
 
-from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
+from edgellm.errors import SourceError, UnknownGrid, UnsupportedTarget, UsageError
 from edgellm.export.layout import Layout
 from edgellm.export.onnx_graph import PAGE_BYTES, SMALL_BYTES, VECTOR_BYTES
 from edgellm.export.to_onnx import CONTAINER, lay_out
@@ -152,6 +153,15 @@ def test_the_context_may_be_capped(tiny_model: TinyModel) -> None:
 def test_the_context_may_not_be_stretched(tiny_model: TinyModel) -> None:
     with pytest.raises(UsageError, match="choose at most 256"):
         laid_out(tiny_model("llama"), "f32", context=257)
+
+
+def test_sampling_defaults_that_are_no_numbers_are_refused(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"temperature": "hot"}')
+    with pytest.raises(SourceError, match="temperature is 'hot'"):
+        laid_out(folder, "f32")
 
 
 def test_slow_or_inexact_grids_say_so(tiny_model: TinyModel) -> None:

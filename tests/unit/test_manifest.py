@@ -175,6 +175,23 @@ def test_a_damaged_manifest_is_refused(folder: Path, content: str) -> None:
         open_artifact(folder)
 
 
+def test_files_that_cannot_be_read_are_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").mkdir()
+    with pytest.raises(SourceError, match=r"cannot read .*manifest\.json"):
+        open_artifact(folder)
+    (tmp_path / "plain.gguf").write_bytes(b"GGUF")
+
+    def refused(*given: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(SourceError, match=r"cannot read .*plain\.gguf: Permission denied"):
+        open_artifact(tmp_path / "plain.gguf")
+
+
 def test_a_folder_without_a_manifest_is_not_an_artifact(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no manifest"):
         open_artifact(tmp_path)
