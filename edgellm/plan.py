@@ -22,15 +22,15 @@ from edgellm.source import ModelSource, open_source
 SLAB_BYTES = 8 << 20
 """Float32 bytes that a worker loads at once: small enough to stay in the cache's reach."""
 
-COPIES = {"float": 3.0, "ggml": 2.5, "affine": 6.0, "per_channel": 4.0, "codebook": 6.0}
+COPIES = {"float": 3.0, "ggml": 3.0, "affine": 3.5, "per_channel": 3.5, "codebook": 3.5}
 """Float32 slabs alive at once in a worker, by kind of grid (measured by the memory test)."""
 
 BYTES_PER_SECOND = {
     "float": 700e6,
-    "ggml": 300e6,
-    "affine": 120e6,
-    "per_channel": 250e6,
-    "codebook": 100e6,
+    "ggml": 600e6,
+    "affine": 350e6,
+    "per_channel": 600e6,
+    "codebook": 350e6,
     "q3_k": 200e6,
     "q6_k": 70e6,
     "q5_k": 60e6,
