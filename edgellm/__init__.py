@@ -37,6 +37,7 @@ def convert(
     quant: str | None = None,
     embed: str | None = None,
     head: str | None = None,
+    kv_cache: str | None = None,
     context: int | None = None,
     ignore_config_keys: tuple[str, ...] = (),
     threads: int | None = None,
@@ -62,6 +63,7 @@ def convert(
             "quant": quant,
             "embed": embed,
             "head": head,
+            "kv_cache": kv_cache,
             "context": context,
             "ignore_config_keys": ignore_config_keys,
         }

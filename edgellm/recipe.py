@@ -14,13 +14,17 @@ from edgellm.quant import SOLVERS
 
 DEFAULT_SOLVER = "rtn"
 
+LOWERED = ("format", "quant", "embed", "head", "kv_cache")
+"""Fields that hold names, which are compared in lower case."""
+
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What to convert and how; read from a TOML file, flags override it.
 
     ``quant`` reads ``[solver:]grid``; ``embed`` and ``head`` name other grids for the embedding and
-    the output head. ``context``: cap on the context length in tokens. ``ignore_config_keys``:
-    config keys that edgellm does not know and the user vouches for.
+    the output head. ``kv_cache``: what keys and values are cached in, where the container fixes it.
+    ``context``: cap on the context length in tokens. ``ignore_config_keys``: config keys that
+    edgellm does not know and the user vouches for.
     """
 
     source: str
@@ -28,6 +32,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     quant: str | None = None
     embed: str | None = None
     head: str | None = None
+    kv_cache: str | None = None
     context: int | None = None
     ignore_config_keys: tuple[str, ...] = ()
 
@@ -95,7 +100,7 @@ def make_recipe(fields: Mapping[str, Any], origin: str = "the options") -> Recip
         raise UsageError(f"{origin}: context must be at least 1 token, got {recipe.context}")
     if recipe.quant is not None:
         split_quant(recipe.quant)
-    names = {name: getattr(recipe, name) for name in ("format", "quant", "embed", "head")}
+    names = {name: getattr(recipe, name) for name in LOWERED}
     return msgspec.structs.replace(
         recipe, **{name: text.strip().lower() for name, text in names.items() if text is not None}
     )

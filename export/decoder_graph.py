@@ -22,6 +22,7 @@ import numpy as np
 from onnx import TensorProto
 
 from edgellm.architectures.decoder import Decoder, Feature, Layer, Rope
+from edgellm.export.kv_scales import CacheScales
 from edgellm.export.onnx_graph import GraphBuilder
 from edgellm.export.onnx_operators import operators_of
 from edgellm.export.rope_table import rope_tables
@@ -32,6 +33,9 @@ EXPRESSIBLE = frozenset(Feature)
 """Features that this graph computes; each is proven against transformers in ``tests/parity``."""
 
 FLOAT = GRIDS["f32"]
+
+SCALES_PLACE = 12
+"""Where ``k_scale`` and ``v_scale`` stand among GroupQueryAttention's inputs."""
 
 INT64_MAX = np.iinfo(np.int64).max
 
@@ -47,13 +51,17 @@ class Grids:
 
 @dataclass
 class DecoderGraph:
-    """Writes ``decoder`` into ``graph``; ``tensors`` are the source's, by role."""
+    """Writes ``decoder`` into ``graph``; ``tensors`` are the source's, by role.
+
+    ``int8_cache``: past and present are int8 by channel instead of f32.
+    """
 
     graph: GraphBuilder
     decoder: Decoder
     tensors: Mapping[str, TensorRef]
     grids: Grids
     context_length: int
+    int8_cache: bool = False
     _ropes: dict[Rope, tuple[str, str]] = field(default_factory=dict)
 
     def build(self) -> None:
@@ -131,22 +139,36 @@ class DecoderGraph:
         name = f"blk.{index}.attn"
         query, key, value = self._queries_keys_values(index, x)
         before, after = self._cache_shape("past"), self._cache_shape("total")
+        element = TensorProto.INT8 if self.int8_cache else TensorProto.FLOAT
         past = [
-            graph.input(f"past_key_values.{index}.{part}", TensorProto.FLOAT, before)
+            graph.input(f"past_key_values.{index}.{part}", element, before)
             for part in ("key", "value")
         ]
         present = [f"present.{index}.{part}" for part in ("key", "value")]
         inputs = [query, key, value, *past, "seqlens_k", "total_length"]
         if layer.rope is not None:
             inputs += self._rope(layer.rope)
+        cache = self._int8_cache(index, inputs) if self.int8_cache else {}
         attention = graph.node(
             "GroupQueryAttention", inputs, name, outputs=[name, *present], contrib=True,
             num_heads=decoder.heads, kv_num_heads=decoder.kv_heads, scale=decoder.softmax_scale,
             do_rotary=int(layer.rope is not None), local_window_size=layer.window or -1,
+            **cache,
         )  # fmt: skip
         for output in present:
-            graph.output(output, TensorProto.FLOAT, after)
+            graph.output(output, element, after)
         return attention
+
+    def _int8_cache(self, index: int, inputs: list[str]) -> dict[str, Any]:
+        """Add the scales of keys and values to ``inputs``; returns what the attention is told."""
+        scales = CacheScales(self.decoder, self.tensors, index)
+        shape = [self.decoder.kv_heads, 1, self.decoder.head_dim]
+        inputs += [""] * (SCALES_PLACE - len(inputs))
+        for ref in (scales.keys(), scales.values()):
+            stored = self.graph.store(ref.role, [ref], FLOAT, "float")
+            inputs.append(self.graph.stored(stored.arrays[0], TensorProto.FLOAT, shape))
+        by_channel = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
+        return {**by_channel, "kv_cache_bit_width": 8}
 
     def _cache_shape(self, extent: str) -> list[int | str]:
         kv_heads, head_dim = self.decoder.kv_heads, self.decoder.head_dim

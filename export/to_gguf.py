@@ -15,6 +15,7 @@ import edgellm
 from edgellm.architectures import gguf_keys, rope_factors
 from edgellm.architectures.decoder import Decoder
 from edgellm.architectures.family import Family
+from edgellm.errors import UnsupportedTarget
 from edgellm.export.gguf_graphs import check_expressible, context_of
 from edgellm.export.gguf_head import ARCHITECTURE, StoredTensor, gguf_head
 from edgellm.export.gguf_mixture import MIXTURES, Choice, chooser
@@ -58,6 +59,11 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     ``UnknownGrid``, and ``UsageError`` for a context beyond the model's.
     """
     family, decoder = source.family, source.decoder
+    if recipe.kv_cache is not None:
+        raise UnsupportedTarget(
+            f"--kv-cache {recipe.kv_cache}: a GGUF file does not say how its keys and values are "
+            "cached, llama.cpp is told when it runs; leave it out, or choose --format onnx"
+        )
     check_expressible(decoder, family.gguf.arch)
     context, notes = context_of(decoder, family.gguf, recipe.context)
     stated = dataclasses.replace(decoder, context_length=context)

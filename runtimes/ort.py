@@ -36,6 +36,10 @@ with 20 us, 6.8 and 27 with onnxruntime's default of a millisecond."""
 SHORT_SPIN_SINCE = (1, 32)
 """The oldest release that is known to heed ``spin_duration_us``; older ones do not spin here."""
 
+Cache = npt.NDArray[np.float32] | npt.NDArray[np.int8]
+CACHE_TYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
+"""Types of the keys and values that a graph takes, as onnxruntime names them."""
+
 ERROR_NAMES = (
     "EPFail", "EngineError", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf",
     "ModelLoaded", "NoModel", "NoSuchFile", "NotImplemented", "RuntimeException",
@@ -60,7 +64,7 @@ class OnnxRuntime:
             install=INSTALL,
             containers=frozenset({"onnx"}),
             devices=("cpu",) if found else (),
-            kv_dtypes=("f32",),
+            kv_dtypes=("f32", "int8"),
             speed_rank=20,
         )
 
@@ -76,10 +80,12 @@ class OnnxRuntime:
                 f"this runtime computes on the CPU only, not on {options.device}: choose --device "
                 "cpu, or convert with --format gguf and run on llama.cpp"
             )
-        if options.kv_dtype not in (None, "f32"):
+        kv_dtype = artifact.manifest.artifact.recipe.get("kv_cache") or "f32"
+        if options.kv_dtype not in (None, kv_dtype):
             raise UnsupportedTarget(
-                f"GroupQueryAttention keeps its cache in f32 on the CPU, not {options.kv_dtype}: "
-                "choose f32, or llama.cpp"
+                f"{artifact.path} was made to cache keys and values in {kv_dtype}, not "
+                f"{options.kv_dtype}: leave the choice out, convert again with --kv-cache f32 or "
+                "int8, or use llama.cpp"
             )
         if importlib.util.find_spec("onnxruntime") is None:
             raise RuntimeMissing(f"onnxruntime is not installed: {INSTALL}")
@@ -129,13 +135,13 @@ class OnnxSession:
         self._bound_step = 0
         self._caches = self._bind()
 
-    def _bind(self) -> list[npt.NDArray[np.float32]]:
+    def _bind(self) -> list[Cache]:
         """Bind what never moves; the caches, ``[1, kv_heads, context, head_dim]`` each."""
-        caches: list[npt.NDArray[np.float32]] = []
+        caches: list[Cache] = []
         for given in self._session.get_inputs():
             if given.name.startswith("past_key_values."):
                 _, heads, _, width = given.shape
-                cache = np.zeros((1, heads, self.context_tokens, width), np.float32)
+                cache = np.zeros((1, heads, self.context_tokens, width), CACHE_TYPES[given.type])
                 present = given.name.replace("past_key_values.", "present.")
                 self._bind_input(given.name, cache, cache.shape)
                 self._bind_output(present, cache)
@@ -148,8 +154,9 @@ class OnnxSession:
     def _bind_input(self, name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
 
-    def _bind_output(self, name: str, array: npt.NDArray[np.float32]) -> None:
-        self._binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+    def _bind_output(self, name: str, array: npt.NDArray[Any]) -> None:
+        element = array.dtype.type
+        self._binding.bind_output(name, "cpu", 0, element, array.shape, array.ctypes.data)
 
     @property
     def tokens(self) -> Sequence[int]:
@@ -193,8 +200,7 @@ class OnnxSession:
         self._check_open()
         limits.check_state(state, self.runtime, self.context_tokens)
         used = len(state.tokens)
-        saved = [copy.shape[1::2] for copy in state.data]  # heads and width of each
-        if saved != [cache.shape[1::2] for cache in self._caches]:
+        if [_kind(copy) for copy in state.data] != [_kind(cache) for cache in self._caches]:
             raise GenerationError("this cache is of another model: it cannot be restored here")
         self._tokens.clear()
         for cache, copy in zip(self._caches, state.data, strict=True):
@@ -249,6 +255,12 @@ class OnnxSession:
                 f"onnxruntime could not compute {count} tokens: {_first_line(error)}"
             ) from error
         self._tokens.extend(token_ids)
+
+
+def _kind(cache: Cache) -> tuple[np.dtype[Any], int, int]:
+    """What caches of one model share: the type, the heads and their width."""
+    _, heads, _, width = cache.shape
+    return cache.dtype, heads, width
 
 
 def _session_options(onnxruntime: Any, threads: int) -> Any:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Logits = npt.NDArray[np.float32]
 Device = Literal["auto", "cpu", "cuda", "metal"]
-KvDtype = Literal["f32", "f16"]
+KvDtype = Literal["f32", "f16", "int8"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,9 @@ def convert(
     quant: Annotated[
         str | None,
         typer.Option(
-            "--quant", "-q", metavar="[SOLVER:]GRID",
+            "--quant",
+            "-q",
+            metavar="[SOLVER:]GRID",
             help="How weights are rounded. Default: q4_k_m for gguf, int4-g32 for onnx.",
         ),
     ] = None,
@@ -45,6 +47,14 @@ def convert(
     ] = None,
     head: Annotated[
         str | None, typer.Option(metavar="GRID", help="Another grid for the output head.")
+    ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-cache",
+            metavar="TYPE",
+            help="What past keys and values are kept in, for onnx: f32 (default) or int8.",
+        ),
     ] = None,
     context: Annotated[
         int | None, typer.Option(metavar="TOKENS", help="Cap the context length.")
@@ -102,6 +112,7 @@ def convert(
             "quant": quant,
             "embed": embed,
             "head": head,
+            "kv_cache": kv_cache,
             "context": context,
             "ignore_config_keys": ignore_config_key or None,
         },

@@ -58,7 +58,10 @@ class Graph:
         self.session = onnxruntime.InferenceSession(folder / "model.onnx", options)
         self.buffers = {
             given.name: onnxruntime.OrtValue.ortvalue_from_numpy(
-                np.zeros((1, given.shape[1], context_tokens, given.shape[3]), np.float32)
+                np.zeros(
+                    (1, given.shape[1], context_tokens, given.shape[3]),
+                    np.int8 if given.type == "tensor(int8)" else np.float32,
+                )
             )
             for given in self.session.get_inputs()
             if given.name.startswith("past_key_values.")

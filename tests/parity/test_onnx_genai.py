@@ -42,7 +42,7 @@ def our_greedy(folder: Path, prompt: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("name", "quant"),
+    ("name", "quant"),  # and the type of the cache
     [
         ("llama", "f32"),
         ("llama", "f16"),
@@ -52,12 +52,15 @@ def our_greedy(folder: Path, prompt: list[int], count: int) -> list[int]:
         ("qwen3", "int4-g32"),
         ("gemma3", "f32"),
         ("gpt2", "int8-dynamic"),
+        ("llama", "f32 int8"),
+        ("gemma3", "f32 int8"),
     ],
 )
 def test_genai_generates_the_same_tokens(
     name: str, quant: str, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
-    onnx_files.write_onnx(tiny_model(name), tmp_path, quant)
+    grid, _, kv_cache = quant.partition(" ")
+    onnx_files.write_onnx(tiny_model(name), tmp_path, grid, kv_cache=kv_cache or None)
     seen: set[int] = set()
     for seed in range(4):
         prompt = tiny_models.some_token_ids(20, seed=seed)

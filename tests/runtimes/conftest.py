@@ -23,20 +23,23 @@ CONTEXT_TOKENS = 96
 class Case:
     """A runtime, the module that it needs, and the artifact that it opens.
 
-    ``bound``: how far logits may lie apart that differ only in how the tokens were handed over. The
-    tiny models' logits reach about 10, and f32 sums of a few hundred terms are taken in another
-    order; ggml also looks GELU up in a table of f16.
+    ``kv_dtype``: what the cache is kept in. ``bound``: how far logits may lie apart that differ
+    only in how the tokens were handed over. The tiny models' logits reach about 10, and f32 sums of
+    a few hundred terms are taken in another order; ggml also looks GELU up in a table of f16. A key
+    that lies between two codes of int8 may be rounded the other way.
     """
 
     runtime: str
     container: str
     module: str
     bound: float
+    kv_dtype: str = "f32"
 
 
 CASES = (
     Case("fake", "onnx", "numpy", 0.0),
     Case("onnxruntime", "onnx", "onnxruntime", 1e-4),
+    Case("onnxruntime", "onnx", "onnxruntime", 2e-2, kv_dtype="int8"),
     Case("llamacpp", "gguf", "llama_cpp", 1e-3),
 )
 MODELS = ("llama", "gemma3")
@@ -46,23 +49,26 @@ MODELS = ("llama", "gemma3")
 @pytest.fixture(scope="session")
 def artifact(
     tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, str], Artifact]:
-    """``artifact(model, container)``: the tiny model in f32, converted at first use."""
-    made: dict[tuple[str, str], Artifact] = {}
+) -> Callable[..., Artifact]:
+    """``artifact(model, container, kv_cache=None)``: the tiny model in f32, made at first use."""
+    made: dict[tuple[str, str, str | None], Artifact] = {}
 
-    def make(model: str, container: str) -> Artifact:
-        if (model, container) not in made:
-            recipe = Recipe(source=str(tiny_model(model)), format=container, quant="f32")
+    def make(model: str, container: str, kv_cache: str | None = None) -> Artifact:
+        key = (model, container, kv_cache)
+        if key not in made:
+            recipe = Recipe(
+                source=str(tiny_model(model)), format=container, quant="f32", kv_cache=kv_cache
+            )
             out = tmp_path_factory.mktemp("artifacts") / f"{model}-{container}"
-            made[model, container] = convert(recipe, out, check=False)
-        return made[model, container]
+            made[key] = convert(recipe, out, check=False)
+        return made[key]
 
     return make
 
 
 @pytest.fixture(
     params=[(case, model) for case in CASES for model in MODELS],
-    ids=lambda given: f"{given[0].runtime}-{given[1]}",
+    ids=lambda given: f"{given[0].runtime}-{given[0].kv_dtype}-{given[1]}",
 )
 def case(request: pytest.FixtureRequest) -> tuple[Case, str]:
     """A runtime and a model; skipped where the runtime's library is missing."""
@@ -79,16 +85,22 @@ def bound(case: tuple[Case, str]) -> float:
 
 @pytest.fixture
 def open_session(
-    case: tuple[Case, str], artifact: Callable[[str, str], Artifact]
+    case: tuple[Case, str], artifact: Callable[..., Artifact]
 ) -> Iterator[Callable[..., Session]]:
     """``open_session(**options)``: a session of the case, closed when the test ends."""
     chosen, model = case
     opened: list[Session] = []
 
     def make(**options: Any) -> Session:
-        settings = {"context_tokens": CONTEXT_TOKENS, "threads": 1, "kv_dtype": "f32", **options}
-        runtime = runtime_named(chosen.runtime)
-        opened.append(runtime.open(artifact(model, chosen.container), RunOptions(**settings)))
+        settings = {
+            "context_tokens": CONTEXT_TOKENS,
+            "threads": 1,
+            "kv_dtype": chosen.kv_dtype,
+            **options,
+        }
+        kv_cache = "int8" if chosen.kv_dtype == "int8" else None
+        model_folder = artifact(model, chosen.container, kv_cache)
+        opened.append(runtime_named(chosen.runtime).open(model_folder, RunOptions(**settings)))
         return opened[-1]
 
     yield make

@@ -100,6 +100,24 @@ def test_caches_are_written_in_place(artifact: Callable[[str, str], Artifact]) -
     session.close()
 
 
+def test_int8_cache_is_a_quarter_and_no_other_is_taken_for_it(
+    artifact: Callable[..., Artifact],
+) -> None:
+    models = [artifact("llama", "onnx"), artifact("llama", "onnx", "int8")]
+    full, small = (OnnxRuntime().open(model, RunOptions(context_tokens=32)) for model in models)
+    assert full.kv_bytes() == 4 * small.kv_bytes()
+    full.prefill([1, 2])
+    small.prefill([1])
+    with pytest.raises(GenerationError, match="another model"):
+        small.restore(full.save())
+    assert list(small.tokens) == [1]
+    full.close()
+    small.close()
+    for model, wanted in zip(models, ("int8", "f32"), strict=True):
+        with pytest.raises(UnsupportedTarget, match="convert again with --kv-cache"):
+            OnnxRuntime().open(model, RunOptions(kv_dtype=wanted))  # type: ignore[arg-type]
+
+
 def test_huge_pages_change_no_token_and_hold_no_session_open(
     artifact: Callable[[str, str], Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:

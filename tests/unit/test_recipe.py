@@ -12,6 +12,7 @@ def test_a_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
         format="gguf",
         quant="rtn:q4_k_m",
         embed="q8_0",
+        kv_cache="int8",
         ignore_config_keys=("x",),
     )
     save_recipe(recipe, tmp_path / "recipe.toml")
