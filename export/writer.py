@@ -33,9 +33,10 @@ class StagedFolder:
     """
 
     def __init__(self, out: Path, *, force: bool = False) -> None:
-        self.out = out
+        # A link stays, and what it leads to is replaced; "." needs its name to be renamed.
+        self.out = out.resolve() if out.is_symlink() or not out.name else out
         self.force = force
-        self.path = out.parent / f".{out.name}.{os.getpid()}.partial"
+        self.path = self.out.parent / f".{self.out.name}.{os.getpid()}.partial"
         self._descriptors: dict[str, int] = {}
 
     def __enter__(self) -> Self:

@@ -55,6 +55,36 @@ def test_an_older_artifact_stays_until_the_new_one_is_whole(tmp_path: Path) -> N
     assert names(tmp_path) == {"out"}
 
 
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path, dangling: bool) -> None:
+    target, link = tmp_path / "disk" / "target", tmp_path / "link"
+    target.parent.mkdir()
+    if not dangling:
+        target.mkdir()
+        (target / "manifest.json").write_text("old")
+    link.symlink_to(target)
+    with StagedFolder(link, force=True) as staged:
+        staged.write_file("manifest.json", b"new")
+        staged.commit()
+    assert link.is_symlink()
+    assert (target / "manifest.json").read_text() == "new"
+    assert names(tmp_path) == {"link", "disk"}
+    assert names(target.parent) == {"target"}
+
+
+def test_the_folder_of_the_shell_may_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with StagedFolder(Path()) as staged:
+        staged.write_file("manifest.json", b"new")
+        staged.commit()
+    assert (here / "manifest.json").read_text() == "new"
+    assert names(tmp_path) == {"here"}
+
+
 def test_force_does_not_replace_what_is_not_an_artifact(tmp_path: Path) -> None:
     (tmp_path / "letters.txt").write_text("dear")
     with pytest.raises(OutputError, match="did not write"):
