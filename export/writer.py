@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,17 +34,19 @@ class StagedFolder:
     """
 
     def __init__(self, out: Path, *, force: bool = False) -> None:
-        # A link stays, and what it leads to is replaced; "." needs its name to be renamed.
-        self.out = out.resolve() if out.is_symlink() or not out.name else out
+        # A link stays, and what it leads to is replaced.
+        self.out = out.resolve() if out.is_symlink() else out
         self.force = force
         self.path = self.out.parent / f".{self.out.name}.{os.getpid()}.partial"
         self._descriptors: dict[str, int] = {}
 
     def __enter__(self) -> Self:
+        with _translated(self.out):
+            if self.out.parent.is_dir():
+                _remove_abandoned(self.out)
         check_output(self.out, force=self.force)
         with _translated(self.out):
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(self.out)
             self.path.mkdir()
         return self
 
@@ -74,12 +77,10 @@ class StagedFolder:
         with _translated(self.out):
             target = self.path / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+            descriptor = os.open(target, flags, 0o666)
             self._descriptors[name] = descriptor
-            if nbytes and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, nbytes)
-            else:
-                os.truncate(descriptor, nbytes)
+            _reserve(descriptor, nbytes)
 
     def write_at(self, name: str, offset: int, content: bytes | npt.NDArray[np.uint8]) -> None:
         """Write bytes into a data file; safe from several threads at once."""
@@ -88,7 +89,14 @@ class StagedFolder:
         with _translated(self.out):
             done = 0
             while done < len(flat):
-                done += os.pwrite(self._descriptors[name], flat[done:], offset + done)
+                done += self._write(self._descriptors[name], flat[done:], offset + done)
+
+    def _write(self, descriptor: int, view: memoryview, offset: int) -> int:
+        if hasattr(os, "pwrite"):
+            return os.pwrite(descriptor, view, offset)
+        with self._lock:  # Windows has no positioned write
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            return os.write(descriptor, view[: 1 << 24])
 
     def sync(self) -> None:
         """Bring every data file to the disk and close it."""
@@ -100,15 +108,18 @@ class StagedFolder:
 
     def commit(self) -> None:
         """Put the folder in place, in the stead of an older artifact when forced."""
-        retired = self.out.parent / f".{self.out.name}.{os.getpid()}.retired"
+        retired = _beside(self.out, f"{os.getpid()}.retired")
         with _translated(self.out):
             if self.out.exists():
                 check_output(self.out, force=self.force)
                 self.out.rename(retired)
-            self.path.rename(self.out)
-            parent = os.open(self.out.parent, os.O_RDONLY)
-            os.fsync(parent)
-            os.close(parent)
+            try:
+                self.path.rename(self.out)
+            except OSError:
+                if retired.exists():
+                    retired.rename(self.out)
+                raise
+            _sync_folder(self.out.parent)
             if retired.exists():
                 shutil.rmtree(retired)
 
@@ -124,6 +135,11 @@ def check_output(out: Path, *, force: bool) -> None:
         return
     if not out.is_dir():
         raise OutputError(f"{out} is a file, and an artifact is a folder: choose another --out")
+    if out.resolve() == Path.cwd():
+        raise OutputError(
+            f"--out {out} is the folder that you are in, and would be replaced under your feet: "
+            "name a new folder in it"
+        )
     empty = next(out.iterdir(), None) is None
     if empty:
         return
@@ -136,14 +152,49 @@ def check_output(out: Path, *, force: bool) -> None:
         )
 
 
+def _beside(out: Path, ending: str) -> Path:
+    return out.with_name(f".{out.name}.{ending}")
+
+
 def _remove_abandoned(out: Path) -> None:
-    """Remove what killed runs with the same output left beside it."""
-    for leftover in out.parent.glob(f".{out.name}.*.partial"):
-        process = leftover.name.removesuffix(".partial").rpartition(".")[2]
-        if process.isdecimal() and (
-            int(process) == os.getpid() or not psutil.pid_exists(int(process))
-        ):
+    """Clear up what killed runs with the same output left beside it.
+
+    One that was killed between its two renames has put the older artifact aside: it goes back.
+    """
+    for leftover in list(out.parent.iterdir()):
+        stem, _, kind = leftover.name.rpartition(".")
+        name, _, process = stem.rpartition(".")
+        if name != f".{out.name}" or kind not in ("partial", "retired") or not process.isdecimal():
+            continue
+        if int(process) != os.getpid() and psutil.pid_exists(int(process)):
+            continue
+        if kind == "retired" and not out.exists():
+            leftover.rename(out)
+        else:
             shutil.rmtree(leftover)
+
+
+def _reserve(descriptor: int, nbytes: int) -> None:
+    """Give a file its size, and its blocks where the system can reserve them."""
+    if nbytes and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, nbytes)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise  # of these three, each says that this file system reserves nothing
+    os.truncate(descriptor, nbytes)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk; Windows opens no folders, and needs none opened."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -72,17 +73,14 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path, dangling:
     assert names(target.parent) == {"target"}
 
 
-def test_the_folder_of_the_shell_may_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("force", [False, True])
+def test_the_folder_of_the_shell_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
 ) -> None:
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    with StagedFolder(Path()) as staged:
-        staged.write_file("manifest.json", b"new")
-        staged.commit()
-    assert (here / "manifest.json").read_text() == "new"
-    assert names(tmp_path) == {"here"}
+    monkeypatch.chdir(tmp_path)
+    for out in (Path(), tmp_path):
+        with pytest.raises(OutputError, match="name a new folder in it"):
+            check_output(out, force=force)
 
 
 def test_force_does_not_replace_what_is_not_an_artifact(tmp_path: Path) -> None:
@@ -144,3 +142,77 @@ def test_what_a_killed_run_left_is_cleared_and_a_living_run_is_not(tmp_path: Pat
     with StagedFolder(tmp_path / "out") as staged:
         staged.commit()
     assert names(tmp_path) == {"out", living.name}
+
+
+def test_what_a_run_killed_between_its_renames_put_aside_comes_back(tmp_path: Path) -> None:
+    retired = tmp_path / ".out.999999999.retired"
+    retired.mkdir()
+    (retired / "manifest.json").write_text("old")
+    with pytest.raises(RuntimeError):
+        interrupted(tmp_path / "out")
+    assert (tmp_path / "out" / "manifest.json").read_text() == "old"
+    assert names(tmp_path) == {"out"}
+
+
+def test_an_older_artifact_stays_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text("old")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OutputError, match="nothing was kept"), StagedFolder(out, force=True) as new:
+        new.write_file("manifest.json", b"new")
+        new.commit()
+    assert (out / "manifest.json").read_text() == "old"
+    assert names(tmp_path) == {"out"}
+
+
+def test_a_link_is_replaced_where_it_leads_to(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "manifest.json").write_text("old")
+    link = tmp_path / "link"
+    link.symlink_to(there)
+    with StagedFolder(link, force=True) as staged:
+        staged.write_file("manifest.json", b"new")
+        staged.commit()
+    assert link.is_symlink()
+    assert (there / "manifest.json").read_text() == "new"
+    assert names(tmp_path) == {"there", "link"}
+
+
+def test_systems_without_positioned_writes_and_reserved_blocks_get_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "pwrite")
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    with StagedFolder(tmp_path / "out") as staged:
+        staged.create_data_file("data", 3 * 4096)
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda n: staged.write_at("data", n * 4096, bytes([n]) * 4096), range(3)))
+        staged.sync()
+        staged.commit()
+    expected = b"".join(bytes([n]) * 4096 for n in range(3))
+    assert (tmp_path / "out" / "data").read_bytes() == expected
+
+
+def test_a_file_system_that_reserves_nothing_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    with StagedFolder(tmp_path / "out") as staged:
+        staged.create_data_file("data", 6)
+        staged.write_at("data", 3, b"def")
+        staged.commit()
+    assert (tmp_path / "out" / "data").read_bytes() == b"\0\0\0def"
