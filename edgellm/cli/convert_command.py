@@ -93,7 +93,7 @@ def convert(
 
     \b
     GRID for gguf: f32 f16 bf16 q8_0 q6_k q5_k_m q5_k_s q5_0 q5_1 q4_k_m q4_k_s q4_0 q4_1
-                   iq4_nl iq4_xs q3_k_l q3_k_m q3_k_s q2_k
+                   iq4_nl iq4_xs q3_k_l q3_k_m q3_k_s q2_k iq3_m iq3_s iq3_xs iq3_xxs
     GRID for onnx: f32 f16 int8 int8-dynamic int4-g32 int4-g64 int4-g128 (and -sym of each) nf4
 
     \b

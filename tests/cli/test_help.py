@@ -7,12 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import edgellm
 from edgellm import registry
 from edgellm.cli import COMMANDS, build_app, main
+from edgellm.export import CONTAINERS, container_named
 
 from .conftest import Command
 
@@ -43,6 +45,15 @@ def test_examples_use_options_that_exist(name: str, command: Command) -> None:
     for line in examples:
         for word in shlex.split(line):
             assert not re.fullmatch(r"--[a-z-]+", word) or word in options, line
+
+
+def test_every_grid_is_named_in_the_help_and_the_readme(command: Command) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    for text in (command("convert", "--help").out, readme):
+        named = set(re.findall(r"[a-z0-9_-]+", text))
+        for container in CONTAINERS:
+            grids = {grid.removesuffix("-sym") for grid in container_named(container).grids}
+            assert grids <= named
 
 
 def test_all_commands_load_together() -> None:
