@@ -37,8 +37,9 @@ class StagedFolder:
         # A link stays, and what it leads to is replaced.
         self.out = out.resolve() if out.is_symlink() else out
         self.force = force
-        self.path = self.out.parent / f".{self.out.name}.{os.getpid()}.partial"
+        self.path = _beside(self.out, f"{os.getpid()}.partial")
         self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         with _translated(self.out):

@@ -168,9 +168,10 @@ def test_an_older_artifact_stays_when_the_new_one_cannot_take_its_place(
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OutputError, match="nothing was kept"), StagedFolder(out, force=True) as new:
-        new.write_file("manifest.json", b"new")
-        new.commit()
+    with StagedFolder(out, force=True) as staged:
+        staged.write_file("manifest.json", b"new")
+        with pytest.raises(OutputError, match="nothing was kept"):
+            staged.commit()
     assert (out / "manifest.json").read_text() == "old"
     assert names(tmp_path) == {"out"}
 
