@@ -18,7 +18,14 @@ import msgspec
 
 import edgellm
 from edgellm import registry
-from edgellm.errors import GenerationError, RuntimeMissing, TensorError, VerificationError
+from edgellm.digests import file_sha256, ranges_sha256
+from edgellm.errors import (
+    GenerationError,
+    RuntimeMissing,
+    TensorError,
+    UnsupportedTarget,
+    VerificationError,
+)
 from edgellm.export.layout import OutputTensor
 from edgellm.export.packing import PACKERS
 from edgellm.export.writer import StagedFolder, check_output
@@ -34,9 +41,7 @@ from edgellm.manifest import (
     ModelFacts,
     Parity,
     TensorEntry,
-    file_sha256,
     open_artifact,
-    ranges_sha256,
 )
 from edgellm.plan import Plan, Slab, check_apart, check_disk, make_plan
 from edgellm.progress import Progress, ProgressEvent, unwatched
@@ -186,7 +191,10 @@ def prove_parity(plan: Plan, folder: Path) -> Parity:
     Raises ``VerificationError`` with examples when they split text differently.
     """
     parity = artifact_parity(
-        plan.source.tokenizer, folder / plan.layout.main_file, plan.layout.tokenizer_limits
+        plan.source.tokenizer,
+        folder / plan.layout.main_file,
+        plan.layout.container,
+        plan.layout.tokenizer_limits,
     )
     if parity.mismatches:
         raise VerificationError(
@@ -299,7 +307,7 @@ def check_artifact(artifact: Artifact) -> dict[str, Any]:
             while len(session.tokenizer.encode(prompt, add_special=True)) >= room > 1:
                 prompt = prompt[: len(prompt) // 2]
             result = session.generate(prompt, max_tokens=CHECK_TOKENS, raw=True)
-    except RuntimeMissing as error:
+    except (RuntimeMissing, UnsupportedTarget) as error:
         return {"skipped": str(error)}
     except GenerationError as error:
         raise VerificationError(

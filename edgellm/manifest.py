@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
 import msgspec
 
+from edgellm.digests import file_sha256, ranges_sha256
 from edgellm.errors import SourceError, VerificationError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-READ_BYTES = 1 << 20
 
 PART_SUFFIXES = (".data", ".gguf", ".jinja", ".json", ".model", ".onnx")
 """Files that a reader of an artifact's folder may take for a part of it."""
@@ -42,7 +42,7 @@ class TensorEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Base(msgspec.Struct, frozen=True, kw_only=True):
-    """The model that went in. ``sha256`` is over its weight files' digests in name order."""
+    """The model that went in; ``sha256`` as ``ModelSource.digest`` takes it of the weight files."""
 
     name: str
     kind: str
@@ -138,11 +138,12 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
     manifest: Manifest | None = None
 
 
-def open_artifact(path: Path) -> Artifact:
+def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     """What can be run at ``path``: a folder with a manifest, or a single GGUF file (unverified).
 
     Raises ``SourceError`` when there is nothing to run, or the manifest cannot be understood.
     """
+    path = Path(path)
     if not path.exists():
         raise SourceError(f"{path} does not exist: give an artifact folder or a .gguf file")
     if path.is_dir():
@@ -257,29 +258,6 @@ def verify(artifact: Artifact, *, trust_unchanged: bool = False) -> None:
         _remember(artifact, stamps)
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def ranges_sha256(path: Path, ranges: Iterable[tuple[int, int]]) -> str:
-    """SHA-256 over the ``(offset, nbytes)`` ranges of a file, one after the other."""
-    digest = hashlib.sha256()
-    buffer = bytearray(READ_BYTES)
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
-        for offset, nbytes in ranges:
-            file.seek(offset)
-            while nbytes:
-                count = file.readinto(view[: min(nbytes, READ_BYTES)])
-                if not count:
-                    raise VerificationError(f"{path} ends before the tensors that it should hold")
-                digest.update(view[:count])
-                nbytes -= count
-    return digest.hexdigest()
-
-
 def _damaged_tensors(artifact: Artifact, name: str) -> str:
     assert artifact.manifest is not None
     damaged = []
@@ -295,26 +273,36 @@ def _damaged_tensors(artifact: Artifact, name: str) -> str:
     return f" in {', '.join(damaged[:5])}{more}"
 
 
-def _cache_file(artifact: Artifact) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgellm" / "verified"
-    return root / hashlib.sha256(str(artifact.path.resolve()).encode()).hexdigest()
+def _cache_file(artifact: Artifact) -> Path | None:
+    """Where it is remembered that ``artifact`` passed; None for a user without a home."""
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    key = hashlib.sha256(str(artifact.path.resolve()).encode()).hexdigest()
+    return root / "edgellm" / "verified" / key
 
 
 def _passed(artifact: Artifact) -> dict[str, list[int | str]]:
+    file = _cache_file(artifact)
+    if file is None:
+        return {}
     try:
-        return msgspec.json.decode(
-            _cache_file(artifact).read_bytes(), type=dict[str, list[int | str]]
-        )
+        return msgspec.json.decode(file.read_bytes(), type=dict[str, list[int | str]])
     except (OSError, msgspec.DecodeError):
         return {}  # no memory of an earlier pass: everything is read
 
 
 def _remember(artifact: Artifact, stamps: dict[str, list[int | str]]) -> None:
     target = _cache_file(artifact)
+    if target is None:
+        return
     partial = target.with_suffix(f".{os.getpid()}")
-    try:
+    # A home that cannot be written costs time, not correctness.
+    with contextlib.suppress(OSError):
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(msgspec.json.encode(stamps))
-        partial.replace(target)
-    except OSError:
-        partial.unlink(missing_ok=True)  # a home that cannot be written costs time, not correctness
+        try:
+            partial.write_bytes(msgspec.json.encode(stamps))
+            partial.replace(target)
+        except OSError:
+            partial.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgellm.errors import SourceError
+from edgellm.digests import file_sha256
 from edgellm.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -59,13 +59,7 @@ class ModelSource:
     def _digest(self) -> str:
         files = sorted(self.weight_files, key=lambda path: path.name)
         with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
-            digests = list(pool.map(_file_digest, files))
-        return (digests[0] if len(files) == 1 else hashlib.sha256(b"".join(digests)).digest()).hex()
-
-
-def _file_digest(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError as error:
-        raise SourceError(f"cannot read {path}: {error.strerror}") from error
+            digests = list(pool.map(file_sha256, files))
+        if len(digests) == 1:
+            return digests[0]
+        return hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()

@@ -13,14 +13,14 @@ from edgellm.tokenization.parity import Limit, check_parity, merged
 from edgellm.tokenization.tokenizer import Tokenizer
 
 
-def artifact_tokenizer(main_file: str | Path) -> Tokenizer | LlamaCppTokenizer:
+def artifact_tokenizer(main_file: Path, container: str) -> Tokenizer | LlamaCppTokenizer:
     """The tokenizer of a GGUF file, or of the folder around another container's main file.
 
-    A GGUF file whose tokenizer edgellm cannot rebuild is read by llama.cpp's own, where
-    llama-cpp-python is installed; otherwise ``UnsupportedTokenizer`` is raised.
+    ``container`` decides, not the file's name: a GGUF file may have any. One whose tokenizer
+    edgellm cannot rebuild is read by llama.cpp's own, where llama-cpp-python is installed;
+    otherwise ``UnsupportedTokenizer`` is raised.
     """
-    main_file = Path(main_file)
-    if main_file.suffix != ".gguf":
+    if container != "gguf":
         return Tokenizer.from_hf_folder(main_file.parent)
     from edgellm.source.gguf_file import read_gguf
 
@@ -34,7 +34,7 @@ def artifact_tokenizer(main_file: str | Path) -> Tokenizer | LlamaCppTokenizer:
 
 
 def artifact_parity(
-    source: Tokenizer, main_file: str | Path, limits: Sequence[Limit] = ()
+    source: Tokenizer, main_file: Path, container: str, limits: Sequence[Limit] = ()
 ) -> Parity:
     """Whether the artifact whose main file this is splits text as ``source`` does.
 
@@ -44,11 +44,11 @@ def artifact_parity(
     """
     found = check_parity(
         source,
-        artifact_tokenizer(main_file),
+        artifact_tokenizer(main_file, container),
         method="edgellm reading the artifact back",
         limits=limits,
     )
-    if Path(main_file).suffix != ".gguf" or not _llamacpp_is_installed():
+    if container != "gguf" or not _llamacpp_is_installed():
         return found
     judge = LlamaCppTokenizer(main_file)
     try:

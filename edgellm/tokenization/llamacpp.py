@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ class LlamaCppTokenizer:
         )
         options = library.llama_model_default_params()
         options.vocab_only = True
-        model = library.llama_model_load_from_file(str(self.path).encode(), options)
+        model = library.llama_model_load_from_file(os.fsencode(self.path), options)
         if not model:
             raise SourceError(f"llama.cpp cannot read the tokenizer of {self.path}")
         self._free = weakref.finalize(self, library.llama_model_free, model)

@@ -133,7 +133,7 @@ def test_source_and_output_may_not_overlap(tiny_model: TinyModel, tmp_path: Path
 def test_an_artifact_whose_tokenizer_differs_is_not_kept(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def differing(source: Tokenizer, main_file: Path, limits: object) -> Parity:
+    def differing(source: Tokenizer, main_file: Path, container: str, limits: object) -> Parity:
         return Parity(equal=False, cases=2, mismatches=("'\\n1': [1] and [2]",))
 
     monkeypatch.setattr("edgellm.conversion.artifact_parity", differing)

@@ -71,7 +71,7 @@ def smollm2_path() -> Path:
 
 @functools.cache
 def smollm2() -> Tokenizer:
-    tokenizer = artifact_tokenizer(smollm2_path())
+    tokenizer = artifact_tokenizer(smollm2_path(), "gguf")
     assert isinstance(tokenizer, Tokenizer)
     return tokenizer
 
@@ -172,17 +172,22 @@ def test_a_published_tokenizer_keeps_its_ids_in_llamacpp(
     backend.pre_tokenizer = published_pre_tokenizer(name)
     source = Tokenizer.from_hf_folder(write_folder(tmp_path, backend))
     path = write_gguf(source.gguf_metadata())
-    verdict = artifact_parity(source, path)
+    verdict = artifact_parity(source, path, "gguf")
     assert verdict.equal, verdict.mismatches
     assert "llama.cpp's own" in verdict.method
     assert_same_ids(source, path, random_texts(300, 14))
+
+
+def test_a_gguf_file_may_have_any_name(write_gguf: WriteGguf, tmp_path: Path) -> None:
+    path = write_gguf(byte_level_keys()).rename(tmp_path / "sha256-0123")
+    assert artifact_tokenizer(path, "gguf").encode("a")
 
 
 @needs_llamacpp
 def test_the_verdict_on_a_wrong_artifact_is_no(write_gguf: WriteGguf, tmp_path: Path) -> None:
     source = Tokenizer.from_hf_folder(write_folder(tmp_path, byte_level()))
     keys = source.gguf_metadata() | {"tokenizer.ggml.pre": "smollm"}
-    verdict = artifact_parity(source, write_gguf(keys))
+    verdict = artifact_parity(source, write_gguf(keys), "gguf")
     assert not verdict.equal
     assert any("333" in line for line in verdict.mismatches)
 
@@ -194,7 +199,7 @@ def test_stated_limits_are_what_llamacpp_does(write_gguf: WriteGguf, tmp_path: P
     source = Tokenizer.from_hf_folder(write_folder(tmp_path, backend))
     assert len(source.gguf_limits()) == 2
     keys = source.gguf_metadata()
-    verdict = artifact_parity(source, write_gguf(keys))
+    verdict = artifact_parity(source, write_gguf(keys), "gguf")
     assert not verdict.equal
     # Our reading of the file errs exactly as llama.cpp does.
     assert_same_ids(Tokenizer.from_gguf(keys), write_gguf(keys), random_texts(300, 15))
@@ -228,7 +233,7 @@ def test_what_cannot_be_rebuilt_is_read_by_llamacpp(write_gguf: WriteGguf) -> No
     }
     with pytest.raises(UnsupportedTokenizer, match="'afmoe'"):
         Tokenizer.from_gguf(keys)
-    tokenizer = artifact_tokenizer(write_gguf(keys))
+    tokenizer = artifact_tokenizer(write_gguf(keys), "gguf")
     assert isinstance(tokenizer, LlamaCppTokenizer)
     assert tokenizer.render_chat([{"role": "user", "content": "hi"}]) == "<s>hi</s>"
     assert (tokenizer.bos_token_id, tokenizer.add_bos) == (0, True)

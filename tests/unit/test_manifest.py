@@ -124,6 +124,21 @@ def test_an_unchanged_file_is_not_read_twice_and_a_changed_one_is(folder: Path) 
         verify(artifact, trust_unchanged=True)
 
 
+def test_a_user_without_a_home_and_one_whose_home_is_a_file_verify_all_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    verify(open_artifact(folder), trust_unchanged=True)
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    verify(open_artifact(str(folder)), trust_unchanged=True)
+
+
 def test_only_a_full_verification_sees_a_change_that_hides_its_time(folder: Path) -> None:
     artifact = open_artifact(folder)
     verify(artifact)

@@ -176,20 +176,6 @@ def test_an_older_artifact_stays_when_the_new_one_cannot_take_its_place(
     assert names(tmp_path) == {"out"}
 
 
-def test_a_link_is_replaced_where_it_leads_to(tmp_path: Path) -> None:
-    there = tmp_path / "there"
-    there.mkdir()
-    (there / "manifest.json").write_text("old")
-    link = tmp_path / "link"
-    link.symlink_to(there)
-    with StagedFolder(link, force=True) as staged:
-        staged.write_file("manifest.json", b"new")
-        staged.commit()
-    assert link.is_symlink()
-    assert (there / "manifest.json").read_text() == "new"
-    assert names(tmp_path) == {"there", "link"}
-
-
 def test_systems_without_positioned_writes_and_reserved_blocks_get_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
