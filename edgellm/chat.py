@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self, get_args
+from typing import Any, Protocol, Self, cast, get_args
 
 from edgellm.errors import UsageError
 from edgellm.generate import Answer, AnswerStream, Decoding
@@ -57,6 +57,11 @@ def open(
     """
     if device not in get_args(Device):
         raise UsageError(f"no device named {device!r}: choose {', '.join(get_args(Device))}")
+    if kv_dtype not in (None, *get_args(KvDtype)):
+        allowed = ", ".join(get_args(KvDtype))
+        raise UsageError(f"no type of cache named {kv_dtype!r}: choose {allowed}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads must be at least 1, got {threads}")
     artifact = open_artifact(Path(path))
     notes = []
     if artifact.manifest is None:
@@ -67,20 +72,23 @@ def open(
     names = runtime_names() if runtime is None else [runtime]
     found = {name: runtime_named(name) for name in names}
     capabilities = [one.capabilities(hardware) for one in found.values()]
-    choice = pick(artifact.container, hardware, capabilities, runtime=runtime, device=device)
-    options = RunOptions(_device(choice), context_tokens, threads, kv_dtype)
+    choice = pick(
+        artifact.container,
+        hardware,
+        capabilities,
+        runtime=runtime,
+        device=device,
+        kv_dtype=kv_dtype,
+    )
+    chosen = cast("Device", choice.device)  # one that the runtime itself named
+    options = RunOptions(chosen, context_tokens, threads, kv_dtype)
     from edgellm.tokenization.artifact import artifact_tokenizer
 
-    tokenizer = artifact_tokenizer(artifact.main)
+    tokenizer = artifact_tokenizer(artifact.main, artifact.container)
     session = found[choice.runtime].open(artifact, options)
     return ChatSession(
         session, tokenizer, choice=choice, artifact=artifact, system=system, notes=notes
     )
-
-
-def _device(choice: Choice) -> Device:
-    known: tuple[Device, ...] = get_args(Device)
-    return next(device for device in known if device == choice.device)
 
 
 class ChatSession:

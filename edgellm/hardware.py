@@ -130,8 +130,11 @@ def pick(
     *,
     runtime: str | None = None,
     device: Device = "auto",
+    kv_dtype: str | None = None,
 ) -> Choice:
     """The runtime that runs ``container`` here: the one asked for, or the first by ``speed_rank``.
+
+    ``kv_dtype``: what it must be able to keep past keys and values in; None for any.
 
     Raises ``UsageError`` for an unknown ``runtime``, ``RuntimeMissing`` when installing something
     would help, and ``UnsupportedTarget`` otherwise; the message holds every refusal.
@@ -145,7 +148,7 @@ def pick(
     refusals: list[str] = []
     installs: list[str] = []
     for found in sorted(asked, key=lambda found: found.speed_rank):
-        refusal = _refusal(found, container, device)
+        refusal = _refusal(found, container, device, kv_dtype)
         if refusal is None:
             chosen = found.devices[0] if device == "auto" else device
             why = "asked for" if runtime else f"the fastest installed here that runs {container}"
@@ -163,13 +166,18 @@ def pick(
     raise UnsupportedTarget(f"{message}. Choose another --runtime or --device, or convert again")
 
 
-def _refusal(found: Capabilities, container: str, device: str) -> str | None:
+def _refusal(
+    found: Capabilities, container: str, device: str, kv_dtype: str | None
+) -> str | None:
     if container not in found.containers:
         return f"runs {', '.join(sorted(found.containers)) or 'nothing'}, not {container}"
     if not found.available:
         return found.reason
     if device != "auto" and device not in found.devices:
         return f"has {', '.join(found.devices)} here, not {device}"
+    if kv_dtype is not None and kv_dtype not in found.kv_dtypes:
+        kept = ", ".join(found.kv_dtypes) or "types of its own choice"
+        return f"keeps keys and values in {kept}, not {kv_dtype}"
     return None
 
 

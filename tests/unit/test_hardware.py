@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import numpy as np
@@ -179,6 +180,13 @@ def test_pick_names_every_refusal_and_what_to_install() -> None:
 
     with pytest.raises(UnsupportedTarget, match="slow: has cpu here, not metal"):
         pick("gguf", machine(), [SLOW], device="metal")
+
+
+def test_a_cache_that_the_runtime_cannot_keep_is_a_refusal() -> None:
+    runtime = dataclasses.replace(SLOW, kv_dtypes=("f32", "f16"))
+    assert pick("gguf", machine(), [runtime], kv_dtype="f16").runtime == runtime.runtime
+    with pytest.raises(UnsupportedTarget, match="keeps keys and values in f32, f16, not int8"):
+        pick("gguf", machine(), [runtime], kv_dtype="int8")
 
 
 def test_pick_refuses_a_runtime_that_nobody_knows() -> None:
