@@ -114,6 +114,7 @@ def test_template_system_and_raw_change_the_prompt(command: Command, onnx_artifa
         (("--context", "1000000", "--runtime", "fake"), 9, "--context"),
         (("--context", "3", "--runtime", "fake"), 9, "--context"),
         (("--stop", ""), 2, "stop"),
+        (("--threads", "0"), 2, "--threads"),
     ],
 )
 def test_refusals_name_what_to_do(

@@ -10,8 +10,11 @@ from edgellm.quant.grid import GRIDS
 
 NAMES = [name for name, grid in GRIDS.items() if grid.kind == "ggml"]
 
+SLOW_TABLES = ("iq2_s",)
+"""ggml takes a quarter of a minute to build this grid's tables at first use."""
 
-@pytest.mark.parametrize("name", NAMES)
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in SLOW_TABLES])
 def test_values_that_f16_scales_reach_come_back_finite(name: str) -> None:
     rows = np.random.default_rng(0).normal(size=(3, 256)).astype(np.float32)
     rows[0, 7], rows[1, 9], rows[2] = 65504.0, -65504.0, np.tile([65504.0, -65504.0], 128)
