@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm.export import packing_onnx
+from edgellm.quant import ggml_types
 from edgellm.quant.grid import Grid, QTensor
 
 Bytes = npt.NDArray[np.uint8]
@@ -38,28 +39,8 @@ def _float_row_bytes(grid: Grid, columns: int) -> Mapping[str, int]:
     return {"data": int(grid.bits) // 8 * columns}
 
 
-GGML_BLOCK_BYTES = {
-    "q4_0": 18,
-    "q4_1": 20,
-    "q5_0": 22,
-    "q5_1": 24,
-    "q8_0": 34,
-    "q2_k": 84,
-    "q3_k": 110,
-    "q4_k": 144,
-    "q5_k": 176,
-    "q6_k": 210,
-    "iq2_s": 82,
-    "iq3_xxs": 98,
-    "iq3_s": 110,
-    "iq4_nl": 18,
-    "iq4_xs": 136,
-}
-"""Bytes of a block of ``Grid.block`` values (ggml-common.h: the ``block_*`` structs)."""
-
-
 def _ggml_row_bytes(grid: Grid, columns: int) -> Mapping[str, int]:
-    return {"data": columns // grid.block * GGML_BLOCK_BYTES[grid.name]}
+    return {"data": columns // grid.block * ggml_types.NAMED[grid.name].block_bytes}
 
 
 PACKERS: dict[str, Packer] = {

@@ -6,13 +6,12 @@ A new family is a file and a row in ``FAMILIES``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from edgellm.architectures.family import Family
 from edgellm.architectures.gguf_metadata import config_from_gguf, gguf_keys, rope_factors
 from edgellm.errors import UnsupportedModel
-from edgellm.registry import attribute
+from edgellm.registry import attribute, suggestion
 
 __all__ = ["FAMILIES", "REFUSED", "config_from_gguf", "family_of", "gguf_keys", "rope_factors"]
 
@@ -60,8 +59,6 @@ def family_of(config: Mapping[str, Any]) -> Family:
         return family
     if kind in REFUSED:
         raise UnsupportedModel(f"model_type {kind!r} is not converted: {REFUSED[kind]}")
-    near = get_close_matches(kind, FAMILIES)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise UnsupportedModel(
-        f"model_type {kind!r} is not converted: edgellm knows {', '.join(FAMILIES)}{hint}"
+        f"model_type {kind!r} is not one that edgellm converts: {suggestion(kind, FAMILIES)}"
     )

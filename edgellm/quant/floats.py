@@ -1,4 +1,4 @@
-"""Weights kept as floats: rows rounded to f32, f16 or bf16, to nearest with ties to even."""
+"""Weights kept as floats: rounded to f32, f16 or bf16 (to nearest, ties to even), and read."""
 
 from __future__ import annotations
 
@@ -47,6 +47,19 @@ def to_bf16(rows: Array) -> npt.NDArray[np.uint8]:
     return halves.view(np.uint8)
 
 
+def decode(raw: npt.NDArray[np.uint8], dtype: str) -> Array:
+    """Little-endian floats of type ``dtype``, one of ``READABLE``, as float32.
+
+    ``raw`` is uint8 ``[..., n * item]``, the result ``[..., n]``. A double out of float32's range
+    becomes Inf.
+    """
+    if dtype == "bf16":  # the upper half of a float32
+        values: Array = np.left_shift(raw.view("<u2"), 16, dtype=np.uint32).view(np.float32)
+        return values
+    with np.errstate(over="ignore"):
+        return raw.view(NUMPY_TYPES[dtype]).astype(np.float32, copy=False)
+
+
 def _refuse_overflow(
     rows: Array, fits: npt.NDArray[np.bool_], name: str, largest: float, instead: str
 ) -> None:
@@ -58,3 +71,8 @@ def _refuse_overflow(
 
 
 ENCODERS = {"f32": to_f32, "f16": to_f16, "bf16": to_bf16}
+
+NUMPY_TYPES = {"f32": "<f4", "f16": "<f2", "f64": "<f8"}
+
+READABLE = (*NUMPY_TYPES, "bf16")
+"""Types that ``decode`` reads."""

@@ -1,12 +1,14 @@
-"""Rounding to ggml's block grids by ggml's own code (``libgguf``), byte for byte."""
+"""Rounding to ggml's blocks and back by ggml's own code (``libgguf``), byte for byte."""
 
 from __future__ import annotations
 
 import libgguf
 import numpy as np
+import numpy.typing as npt
 
 from edgellm.errors import TensorError
 from edgellm.quant.floats import LARGEST_F16
+from edgellm.quant.ggml_types import GgmlType
 from edgellm.quant.grid import Grid, QTensor
 from edgellm.tensors import Array
 
@@ -36,3 +38,13 @@ def quantize(rows: Array, grid: Grid) -> QTensor:
         some, into = rows[start : start + ROWS_PER_CALL], packed[start : start + ROWS_PER_CALL]
         libgguf.quantize_rows_into_raw(grid.ggml_type, some, into, len(some), columns)
     return QTensor(grid, columns, packed=packed)
+
+
+def dequantize(blocks: npt.NDArray[np.uint8], kind: GgmlType) -> Array:
+    """Rows of blocks, uint8 ``[rows, row_bytes]``, as float32 ``[rows, columns]``."""
+    columns = blocks.shape[1] // kind.block_bytes * kind.block
+    values = np.empty((len(blocks), columns), np.float32)
+    for start in range(0, len(blocks), ROWS_PER_CALL):
+        some, into = blocks[start : start + ROWS_PER_CALL], values[start : start + ROWS_PER_CALL]
+        libgguf.dequantize_rows_into_raw(kind.number, some, into, len(some), columns)
+    return values

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from edgellm.errors import UnknownGrid
+from edgellm.quant.ggml_types import NAMED
+from edgellm.registry import suggestion
 
 GridKind = Literal["float", "affine", "per_channel", "codebook", "ggml"]
 
@@ -54,16 +55,21 @@ class QTensor:
     packed: npt.NDArray[np.uint8] | None = None
 
 
-def _ggml(name: str, ggml_type: int, bits: float, block: int, symmetric: bool = False) -> Grid:
-    return Grid(name, "ggml", bits, block, symmetric, ggml_type)
+def _ggml(name: str, bits: float, symmetric: bool = False) -> Grid:
+    kind = NAMED[name]
+    return Grid(name, "ggml", bits, kind.block, symmetric, kind.number)
+
+
+def _float(name: str, bits: float) -> Grid:
+    return Grid(name, "float", bits, 1, ggml_type=NAMED[name].number)
 
 
 GRIDS: dict[str, Grid] = {
     grid.name: grid
     for grid in (
-        Grid("f32", "float", 32, 1, ggml_type=0),
-        Grid("f16", "float", 16, 1, ggml_type=1),
-        Grid("bf16", "float", 16, 1, ggml_type=30),
+        _float("f32", 32),
+        _float("f16", 16),
+        _float("bf16", 16),
         Grid("int8", "affine", 8, 32, symmetric=True),
         Grid("int8-dynamic", "per_channel", 8, 0, symmetric=True),
         *(Grid(f"int4-g{group}", "affine", 4, group) for group in (32, 64, 128)),
@@ -72,21 +78,21 @@ GRIDS: dict[str, Grid] = {
             for group in (32, 64, 128)
         ),
         Grid("nf4", "codebook", 4, 64, symmetric=True),
-        _ggml("q4_0", 2, 4, 32, symmetric=True),
-        _ggml("q4_1", 3, 4, 32),
-        _ggml("q5_0", 6, 5, 32, symmetric=True),
-        _ggml("q5_1", 7, 5, 32),
-        _ggml("q8_0", 8, 8, 32, symmetric=True),
-        _ggml("q2_k", 10, 2, 256),
-        _ggml("q3_k", 11, 3, 256, symmetric=True),
-        _ggml("q4_k", 12, 4, 256),
-        _ggml("q5_k", 13, 5, 256),
-        _ggml("q6_k", 14, 6, 256, symmetric=True),
-        _ggml("iq3_xxs", 18, 3, 256),
-        _ggml("iq4_nl", 20, 4, 32),
-        _ggml("iq3_s", 21, 3, 256),
-        _ggml("iq2_s", 22, 2, 256),
-        _ggml("iq4_xs", 23, 4, 256),
+        _ggml("q4_0", 4, symmetric=True),
+        _ggml("q4_1", 4),
+        _ggml("q5_0", 5, symmetric=True),
+        _ggml("q5_1", 5),
+        _ggml("q8_0", 8, symmetric=True),
+        _ggml("q2_k", 2),
+        _ggml("q3_k", 3, symmetric=True),
+        _ggml("q4_k", 4),
+        _ggml("q5_k", 5),
+        _ggml("q6_k", 6, symmetric=True),
+        _ggml("iq3_xxs", 3),
+        _ggml("iq4_nl", 4),
+        _ggml("iq3_s", 3),
+        _ggml("iq2_s", 2),
+        _ggml("iq4_xs", 4),
     )
 }
 
@@ -100,6 +106,4 @@ def grid_named(text: str) -> Grid:
 
 def unknown_grid(text: str, names: Iterable[str]) -> UnknownGrid:
     """The error that says which of ``names`` come nearest to ``text``, or all where none does."""
-    near = get_close_matches(text.lower(), names := tuple(names), n=4, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}"
-    return UnknownGrid(f"no grid named {text!r}: {hint}")
+    return UnknownGrid(f"no grid named {text!r}: {suggestion(text.lower(), names)}")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from pathlib import Path
 
-import libgguf
 import numpy as np
 import numpy.typing as npt
 
@@ -15,6 +13,7 @@ from edgellm.architectures.config import Config
 from edgellm.architectures.decoder import Decoder
 from edgellm.architectures.family import Family, TensorRow
 from edgellm.errors import TensorError
+from edgellm.quant import floats, ggml
 from edgellm.source.gguf_file import GgufFile, GgufTensor, read_gguf
 from edgellm.source.matching import check_vocabulary, match
 from edgellm.source.model import ModelSource
@@ -22,10 +21,6 @@ from edgellm.source.weight_file import Bytes, WeightFile
 from edgellm.tensors import Array, TensorRef, derived, reordered
 from edgellm.tokenization import Tokenizer
 
-ROWS_PER_CALL = 32
-"""libgguf starts threads of its own for more rows; the caller's count of threads shall hold."""
-
-FLOATS = {"f32": "<f4", "f16": "<f2", "f64": "<f8"}
 UNREADABLE = {
     **dict.fromkeys(("i8", "i16", "i32", "i64"), "whole numbers, which are no weights"),
     **dict.fromkeys(("q8_1", "q8_k"), "a type for activations while llama.cpp computes"),
@@ -122,33 +117,22 @@ def halves_order(heads: int, head_dim: int) -> npt.NDArray[np.intp]:
 
 def _reference(file: WeightFile, tensor: GgufTensor) -> TensorRef:
     rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-    columns = math.prod(tensor.shape[1:] if len(tensor.shape) > 1 else tensor.shape)
     row_bytes = tensor.nbytes // rows
 
     def load_rows(start: int, stop: int) -> Array:
         raw = file.read(tensor.offset + start * row_bytes, (stop - start) * row_bytes)
-        return dequantize(raw.reshape(stop - start, row_bytes), columns, tensor)
+        return dequantize(raw.reshape(stop - start, row_bytes), tensor)
 
     return TensorRef(tensor.name, tensor.name, tensor.shape, tensor.dtype, tensor.nbytes, load_rows)
 
 
-def dequantize(raw: Bytes, columns: int, tensor: GgufTensor) -> Array:
+def dequantize(raw: Bytes, tensor: GgufTensor) -> Array:
     """Rows uint8 ``[rows, row_bytes]`` as float32 ``[rows, columns]``, by ggml's own code."""
-    values: Array
-    if tensor.dtype in FLOATS:
-        with np.errstate(over="ignore"):  # out of range gives Inf, which is looked for later
-            values = raw.view(FLOATS[tensor.dtype]).astype(np.float32, copy=False)
-            return values
-    if tensor.dtype == "bf16":
-        values = np.left_shift(raw.view("<u2"), 16, dtype=np.uint32).view(np.float32)
-        return values
+    if tensor.dtype in floats.READABLE:
+        return floats.decode(raw, tensor.dtype)
     if tensor.dtype in UNREADABLE:
         raise TensorError(
             f"tensor {tensor.name} is stored as {tensor.dtype}, {UNREADABLE[tensor.dtype]}: "
             "convert the model that the file was made from"
         )
-    result = np.empty((len(raw), columns), dtype=np.float32)
-    for start in range(0, len(raw), ROWS_PER_CALL):
-        some, into = raw[start : start + ROWS_PER_CALL], result[start : start + ROWS_PER_CALL]
-        libgguf.dequantize_rows_into_raw(tensor.type.number, some, into, len(some), columns)
-    return result
+    return ggml.dequantize(raw, tensor.type)

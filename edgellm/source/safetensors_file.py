@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from edgellm.errors import SourceError, TensorError
+from edgellm.quant import floats
 from edgellm.source.weight_file import Bytes, WeightFile
 from edgellm.tensors import COLUMN_CHUNK_BYTES, Array, TensorRef
 
@@ -29,11 +30,10 @@ ITEM_BYTES = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
     "C64": 8,
 }  # fmt: skip
-FLOATS = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
 FEW_COLUMNS = 4
 """Below one column in so many, a read per row is quicker than reading rows whole."""
 
-READABLE = (*FLOATS, "BF16")
+READABLE = tuple(dtype.upper() for dtype in floats.READABLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,15 +211,9 @@ def _reference(file: WeightFile, stored: StoredTensor) -> TensorRef:
 
 
 def _to_float32(raw: Bytes, stored: StoredTensor) -> Array:
-    """Values of uint8 ``[n * item]`` as float32 ``[n]``; a double out of range gives Inf."""
-    values: Array
-    if stored.dtype in FLOATS:
-        with np.errstate(over="ignore"):
-            values = raw.view(FLOATS[stored.dtype]).astype(np.float32, copy=False)
-            return values
-    if stored.dtype == "BF16":  # the upper half of a float32
-        values = np.left_shift(raw.view("<u2"), 16, dtype=np.uint32).view(np.float32)
-        return values
+    """Values of uint8 ``[n * item]`` as float32 ``[n]``."""
+    if stored.dtype in READABLE:
+        return floats.decode(raw, stored.dtype.lower())
     raise TensorError(
         f"tensor {stored.name} is stored as {stored.dtype}, of which edgellm cannot make weights "
         f"(readable: {', '.join(READABLE)}): the checkpoint is quantized already; convert the "

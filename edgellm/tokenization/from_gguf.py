@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,11 +96,8 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> Backend:
     name = metadata.get(PREFIX + "pre", "default")
     row = PRE_TOKENIZERS.get(name)
     if row is None:
-        near = difflib.get_close_matches(str(name), PRE_TOKENIZERS, n=3)
         raise UnsupportedTokenizer(
-            f"the pre-tokenizer {name!r} ({PREFIX}pre) is not known here"
-            + (f" (near it: {', '.join(near)})" if near else "")
-            + f": {_WAY_OUT}"
+            f"the pre-tokenizer {name!r} ({PREFIX}pre) is not known here: {_WAY_OUT}"
         )
     merges = []
     for merge in string_list(metadata, "merges"):

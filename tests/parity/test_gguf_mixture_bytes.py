@@ -13,7 +13,7 @@ from edgellm.architectures.decoder import Decoder, Layer, Norm
 from edgellm.errors import UnsupportedTarget
 from edgellm.export.gguf_head import StoredTensor, gguf_head
 from edgellm.export.gguf_mixture import MIXTURES, Chooser, mixture_named
-from edgellm.export.packing import GGML_BLOCK_BYTES
+from edgellm.export.packing import PACKERS
 from edgellm.quant import floats, ggml
 from edgellm.quant.grid import GRIDS, Grid, QTensor
 from edgellm.tensors import Array
@@ -214,12 +214,16 @@ def test_tied_embedding_apart(
 
 
 def test_block_geometry_is_ggmls() -> None:
-    for name, nbytes in GGML_BLOCK_BYTES.items():
-        grid = GRIDS[name]
-        kind = gguf.GGMLQuantizationType[name.upper()]
+    for grid in GRIDS.values():
+        if grid.kind != "ggml":
+            continue
+        kind = gguf.GGMLQuantizationType[grid.name.upper()]
         assert grid.ggml_type == kind
-        assert gguf.GGML_QUANT_SIZES[kind] == (grid.block, nbytes)
-    assert set(GGML_BLOCK_BYTES) == {g.name for g in GRIDS.values() if g.kind == "ggml"}
+        block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        assert (grid.block, PACKERS["ggml"].row_bytes(grid, 2 * block)) == (
+            block,
+            {"data": 2 * nbytes},
+        )
 
 
 @pytest.mark.parametrize("name", ["f32", "f16", "bf16"])

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgellm.quant.ggml_types import GGML_TYPES
 from edgellm.quant.grid import GRIDS
 from edgellm.source import ModelSource, open_source
-from edgellm.source.gguf_file import GGML_TYPES, read_gguf
+from edgellm.source.gguf_file import read_gguf
 from edgellm.source.gguf_model import UNREADABLE, references
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")

@@ -56,5 +56,5 @@ def test_grids_are_found_by_name_in_any_case() -> None:
     assert grid_named("Q4_K") is GRIDS["q4_k"]
     with pytest.raises(UnknownGrid, match=r"did you mean .*int4-g64"):
         grid_named("int4-64")
-    with pytest.raises(UnknownGrid, match="choose one of f32, f16"):
+    with pytest.raises(UnknownGrid, match="choose f32, f16"):
         grid_named("?")

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from edgellm.errors import SourceError, TensorError
+from edgellm.quant.ggml_types import GGML_TYPES
 from edgellm.source import open_source
-from edgellm.source.gguf_file import GGML_TYPES, read_gguf
+from edgellm.source.gguf_file import read_gguf
 from edgellm.source.gguf_model import halves_order, references
 
 UINT32, STRING, ARRAY = 4, 8, 9
