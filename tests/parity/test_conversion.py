@@ -290,3 +290,10 @@ def test_memory_stays_within_what_the_plan_says(
     planned, measured = map(int, answer.stdout.split())
     assert measured <= planned
     assert planned <= 300e6  # the weights alone are 400 MB
+
+
+def test_grids_that_want_importance_say_so(tiny_model: TinyModel) -> None:
+    source = str(tiny_model("llama-256"))
+    noted = make_plan(Recipe(source=source, format="gguf", quant="iq3_s")).layout.notes
+    assert any("q3_k_m" in note for note in noted)
+    assert not make_plan(Recipe(source=source, format="gguf", quant="q3_k_m")).layout.notes
