@@ -5,22 +5,22 @@ Headers are read, weights are not.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from edgellm.errors import SourceError
+from edgellm.json_file import read_json
 from edgellm.manifest import MANIFEST, Artifact, Manifest, open_artifact
+from edgellm.source.pickles import PICKLES, refuse_pickle
 
 LONGEST_VALUE = 200
 """Characters of a metadata value that are kept; a vocabulary or a chat template is longer."""
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class InspectedTensor(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,19 +52,18 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     manifest: Manifest | None = None
 
 
-def inspect(path: Path) -> Inspection:
+def inspect(path: str | PathLike[str]) -> Inspection:
     """What is at ``path``, a file or a folder.
 
     Raises ``SourceError`` for something that is no model, is damaged, or is a pickle.
     """
+    path = Path(path)
     if not path.exists():
         raise SourceError(f"{path} does not exist: give an artifact, a folder or a model file")
     if path.is_dir():
         return _inspect_folder(path)
     if path.suffix in PICKLES:
-        raise SourceError(
-            f"{path} is a pickle, and opening one can run any code: get the model as safetensors"
-        )
+        refuse_pickle(path)
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"GGUF":
@@ -139,10 +138,7 @@ def _inspect_safetensors(path: Path, shards: list[Path]) -> Inspection:
     config = path / "config.json"
     metadata: dict[str, Any] = {}
     if path.is_dir() and config.exists():
-        try:
-            metadata.update(json.loads(config.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise SourceError(f"{config} is not JSON ({error}): fetch it again") from error
+        metadata.update(read_json(config))
     for header in headers:
         metadata.update(header.metadata)
     return _inspection(

@@ -67,9 +67,10 @@ class HugePages:
 
 def anonymous_ranges() -> Ranges:
     """Private writable memory of this process that no file backs, stacks left out; Linux only."""
-    if not sys.platform.startswith("linux"):
+    maps = Path("/proc/self/maps")
+    if not sys.platform.startswith("linux") or not maps.exists():
         return frozenset()
-    return frozenset(_ranges(Path("/proc/self/maps").read_text()))
+    return frozenset(_ranges(maps.read_text(errors="replace")))  # names of files in any encoding
 
 
 def without(ranges: Ranges, others: Ranges) -> list[tuple[int, int]]:

@@ -83,7 +83,9 @@ def _show(found: Inspection) -> None:
 def _lineage(manifest: Manifest) -> list[tuple[str, str]]:
     made, base = manifest.artifact, manifest.artifact.base
     parity = made.tokenizer_parity
-    verdict = "the source's own ids" if parity.equal else f"DIFFERS: {'; '.join(parity.mismatches)}"
+    verdict = "the source's own ids"
+    if not parity.equal:
+        verdict = f"other ids than the source's ({'; '.join(parity.mismatches or parity.known)})"
     recipe = " ".join(f"{name}={value}" for name, value in made.recipe.items() if value)
     measured = manifest.measured
     lines = [

@@ -9,9 +9,9 @@ from pathlib import Path
 from edgellm.errors import SourceError
 from edgellm.progress import Progress, unwatched
 from edgellm.source.model import ModelSource
-from edgellm.tensors import check_finite
+from edgellm.source.pickles import PICKLES, refuse_pickle
 
-__all__ = ["ModelSource", "check_finite", "open_source"]
+__all__ = ["ModelSource", "open_source"]
 
 
 def open_source(
@@ -53,7 +53,7 @@ def open_source(
 
 
 def _open_path(path: Path, ignore_config_keys: Collection[str], context: int | None) -> ModelSource:
-    from edgellm.source.checkpoint import PICKLES, open_folder, refuse_pickle
+    from edgellm.source.checkpoint import open_folder
     from edgellm.source.gguf_model import open_gguf
 
     if path.is_dir():

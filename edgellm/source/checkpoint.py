@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -13,16 +12,16 @@ from edgellm.architectures.config import Config
 from edgellm.architectures.decoder import Decoder
 from edgellm.architectures.family import Family
 from edgellm.errors import SourceError, TensorError, UnsupportedModel
+from edgellm.json_file import read_json
 from edgellm.source.matching import check_vocabulary, embedding_row, equal, head_row, listed, match
 from edgellm.source.model import ModelSource
+from edgellm.source.pickles import PICKLES, refuse_pickle
 from edgellm.source.safetensors_file import READABLE, read_safetensors
 from edgellm.tensors import TensorRef
 from edgellm.tokenization import Tokenizer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-MAX_JSON_BYTES = 64 << 20
 PROVENANCE_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
@@ -82,21 +81,6 @@ def open_folder(
         provenance={key: config[key] for key in PROVENANCE_KEYS if config.get(key)},
         notes=(*reader.notes, *notes),
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises ``SourceError`` when it is none."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise SourceError(f"{path} has more than {MAX_JSON_BYTES >> 20} MB: it is damaged")
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise SourceError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path} is not JSON ({error}): fetch it again") from error
-    if not isinstance(value, dict):
-        raise SourceError(f"{path} holds {type(value).__name__}, not an object: fetch it again")
-    return value
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -252,16 +236,6 @@ def _refuse_other_formats(path: Path) -> None:
     pickles = [file for file in files if file.endswith(PICKLES)]
     if pickles and not any(file.endswith(".safetensors") for file in files):
         refuse_pickle(path / pickles[0])
-
-
-def refuse_pickle(path: Path) -> None:
-    """Raise ``SourceError``: reading a pickle runs whatever code it holds."""
-    raise SourceError(
-        f"{path} is a pickle, which can run any code when it is read, so edgellm does not read it. "
-        "Most models on the Hub have safetensors in another revision; or, where you trust the "
-        "file, save the model again with transformers: "
-        "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-    )
 
 
 def _licence(readme: Path) -> str:

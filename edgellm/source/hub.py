@@ -16,9 +16,11 @@ from typing import Any
 
 from edgellm.errors import HubError, SourceError
 from edgellm.progress import Progress, ProgressEvent
-from edgellm.source.checkpoint import INDEX, PICKLES, SINGLE
+from edgellm.source.checkpoint import INDEX, SINGLE
 from edgellm.source.gguf_file import SPLIT_NAME
 from edgellm.source.matching import listed
+from edgellm.source.pickles import PICKLES
+from edgellm.tokenization.from_hf import TEMPLATE_FOLDER
 
 HUB_ID = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:@\s]+))?(?::(?P<file>[^:\s]+\.gguf))?"
@@ -130,7 +132,8 @@ def needed_files(wanted: HubId, names: Collection[str]) -> list[str]:
     else:
         chosen = [SINGLE] if SINGLE in names else weights
     if chosen:
-        return sorted([*chosen, *SMALL_FILES.intersection(names)])
+        templates = [name for name in names if name.startswith(f"{TEMPLATE_FOLDER}/")]
+        return sorted([*chosen, *templates, *SMALL_FILES.intersection(names)])
     if ggufs:
         raise HubError(
             f"{wanted.repo} holds {len(ggufs)} GGUF files: name one, such as "

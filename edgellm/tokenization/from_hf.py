@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ from typing import Any
 import tokenizers
 
 from edgellm.errors import SourceError, UnsupportedTokenizer
+from edgellm.json_file import read_json
 from edgellm.tokenization.tokenizer import SPECIAL_NAMES, Settings, Tokenizer, surroundings
 
 # What travels with a model, beside tokenizer.json.
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_TEMPLATE_FOLDER = "additional_chat_templates"
+TEMPLATE_FOLDER = "additional_chat_templates"
 # Tokenizers that tokenizer.json replaced, by the file that gives them away.
 _OLDER_KINDS = {
     "tokenizer.model": "a SentencePiece model",
@@ -37,15 +37,16 @@ def read(folder: Path) -> Tokenizer:
     for name in _COMPANIONS:
         if (folder / name).is_file():
             files[name] = _bytes(folder / name)
-    for extra in sorted((folder / _TEMPLATE_FOLDER).glob("*.jinja")):
-        files[f"{_TEMPLATE_FOLDER}/{extra.name}"] = _bytes(extra)
+    for extra in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")):
+        files[f"{TEMPLATE_FOLDER}/{extra.name}"] = _bytes(extra)
 
     config = {
         **_json_object(folder / "special_tokens_map.json"),
         **_json_object(folder / "tokenizer_config.json"),
     }
     model = _json_object(folder / "config.json")
-    model = {**model.get("text_config", {}), **model}
+    inner = model.get("text_config")
+    model = {**(inner if isinstance(inner, dict) else {}), **model}
     generation = _json_object(folder / "generation_config.json")
 
     if _add_missing(backend, config, folder):
@@ -107,15 +108,7 @@ def _bytes(path: Path) -> bytes:
 
 def _json_object(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``, empty when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(_bytes(path))
-    except ValueError as error:
-        raise SourceError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise SourceError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
+    return read_json(path) if path.is_file() else {}
 
 
 def _text(token: Any) -> str | None:
@@ -128,11 +121,17 @@ def _text(token: Any) -> str | None:
 def _add_missing(backend: tokenizers.Tokenizer, config: Mapping[str, Any], folder: Path) -> bool:
     """Add the tokens that only tokenizer_config.json knows, as transformers does; whether any."""
     decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict) or not all(key.isdecimal() for key in decoder):
+        raise SourceError(
+            f"{folder}: added_tokens_decoder in tokenizer_config.json is not an object of tokens "
+            "by their ids: fetch it again"
+        )
     added = False
     for key, token in sorted(decoder.items(), key=lambda item: int(item[0])):
         text = _text(token)
         if text is None:
             continue
+        token = token if isinstance(token, Mapping) else {}
         if backend.token_to_id(text) is None:
             backend.add_tokens(
                 [
@@ -189,7 +188,7 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     alone = folder / "chat_template.jinja"
     if alone.is_file():
         templates = {"default": _decoded(alone)}
-        for extra in sorted((folder / _TEMPLATE_FOLDER).glob("*.jinja")):
+        for extra in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")):
             templates[extra.stem] = _decoded(extra)
     return templates
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import shutil
 import struct
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from edgellm.inspection import inspect, shortened
-from edgellm.manifest import read_manifest
+from edgellm.manifest import Manifest, Parity, read_manifest
 
 from .conftest import Command
 
@@ -24,6 +26,19 @@ def test_artifact_shows_metadata_tensors_and_lineage(command: Command, gguf_arti
         assert f"\n{tensor.name} " in done.out
     for fact in (made.base.sha256, "bits per weight", "quant=q8_0", "awkward cases"):
         assert fact in done.out
+
+
+def test_known_differences_of_the_tokenizer_are_shown(
+    gguf_artifact: Path, tmp_path: Path, command: Command
+) -> None:
+    folder = tmp_path / "artifact"
+    shutil.copytree(gguf_artifact, folder)
+    manifest = read_manifest(folder)
+    parity = Parity(equal=False, cases=50, known=("'e\u0301': from token 0: [1] and [2]",))
+    changed = msgspec.structs.replace(manifest.artifact, tokenizer_parity=parity)
+    (folder / "manifest.json").write_bytes(Manifest.of(changed, {}).to_json())
+    shown = command("inspect", folder).out
+    assert "other ids than the source's ('e\u0301': from token 0: [1] and [2]) in 50" in shown
 
 
 def test_bits_per_weight_count_every_weight_once(gguf_artifact: Path) -> None:

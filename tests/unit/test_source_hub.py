@@ -171,8 +171,9 @@ def test_hub_ids(text: str, expected: HubId | None) -> None:
                 "x.bin",
                 "onnx/config.json",
                 "model.gguf",
+                "additional_chat_templates/tool_use.jinja",
             ],
-            ["config.json", "model.safetensors"],
+            ["additional_chat_templates/tool_use.jinja", "config.json", "model.safetensors"],
         ),
         (
             "o/n",

@@ -171,8 +171,10 @@ def test_no_tokenizer_at_all_is_refused(tmp_path: Path) -> None:
     [
         ("tokenizer.json", b'{"version": "1.0", "model"', r"tokenizer\.json cannot be read"),
         ("tokenizer.json", b"{}", r"tokenizer\.json cannot be read"),
-        ("tokenizer_config.json", b"{", "not valid JSON"),
-        ("generation_config.json", b"[]", "not a JSON object"),
+        ("tokenizer_config.json", b"{", "is not JSON"),
+        ("generation_config.json", b"[]", "not an object"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": "<s>"}}', "by their ids"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": ["<s>"]}', "by their ids"),
         ("chat_template.jinja", b"\xff\xfe", "not UTF-8"),
     ],
 )
