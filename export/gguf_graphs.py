@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from edgellm.architectures.decoder import Activation, Decoder, Feature, RopeScaling
+from edgellm.architectures.decoder import Activation, Decoder, Feature
 from edgellm.architectures.family import GgufLayout
+from edgellm.architectures.gguf_metadata import GEMMA3_27B_LAYERS, has_keys
 from edgellm.errors import UnsupportedTarget, UsageError
 
 
@@ -72,9 +73,6 @@ GRAPHS: dict[str, Graph] = {
     "gpt2": Graph(frozenset(_GPT2), "gelu_tanh", square_attention=True),
 }
 
-GEMMA3_27B_LAYERS = 62
-"""llama.cpp knows Gemma 3 27B, with its other attention scale, by its number of layers."""
-
 
 def check_expressible(decoder: Decoder, arch: str) -> None:
     """Raise ``UnsupportedTarget`` naming everything that llama.cpp would compute differently."""
@@ -104,13 +102,8 @@ def _differences(decoder: Decoder, graph: Graph) -> Iterator[str]:
     for rope in {layer.rope for layer in decoder.layers if layer.rope is not None}:
         if rope.dimensions != decoder.head_dim:
             yield f"rope over {rope.dimensions} of a head's {decoder.head_dim} values"
-        if rope.scaling and not graph.any_yarn and not _has_keys(rope.scaling):
+        if rope.scaling and not graph.any_yarn and not has_keys(rope.scaling):
             yield "yarn with beta_fast, beta_slow or truncate other than 32, 1 and true"
-
-
-def _has_keys(scaling: RopeScaling) -> bool:
-    settings = (scaling.beta_fast, scaling.beta_slow, scaling.truncate)
-    return scaling.kind != "yarn" or settings == (32.0, 1.0, True)
 
 
 def _gemma3_differences(decoder: Decoder) -> Iterator[str]:

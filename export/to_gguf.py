@@ -6,22 +6,19 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 from gguf.constants import GGML_QUANT_VERSION
 from gguf.utility import size_label
 
 import edgellm
 from edgellm.architectures import gguf_keys, rope_factors
-from edgellm.architectures.decoder import Decoder
-from edgellm.architectures.family import Family
+from edgellm.architectures.gguf_rows import as_llamacpp_stores
 from edgellm.errors import UnsupportedTarget
 from edgellm.export.gguf_graphs import check_expressible, context_of
 from edgellm.export.gguf_head import ARCHITECTURE, StoredTensor, gguf_head
 from edgellm.export.gguf_mixture import MIXTURES, Choice, chooser
 from edgellm.export.layout import Container, Layout, OutputTensor, StoredArray
 from edgellm.export.packing import PACKERS
-from edgellm.tensors import TensorRef, constant, derived, reordered
+from edgellm.tensors import TensorRef, constant
 
 if TYPE_CHECKING:
     from edgellm.recipe import Recipe
@@ -54,8 +51,6 @@ IQ3_NOTE = (
     "q3_k's at nearly the same size: prefer q3_k_m"
 )
 """SmolLM2, KL to f32: 1.4 to 1.7 for iq3_s, iq3_m and iq3_xs, 0.13 to 0.5 for the q3_k mixtures."""
-
-INTERLEAVED = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")
 
 
 def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
@@ -110,25 +105,7 @@ def stored_tensors(source: ModelSource, context: int) -> Iterator[TensorRef]:
             # llama.cpp wants one row for each token of the stated context.
             ref = dataclasses.replace(ref, shape=(context, *ref.shape[1:]))
         if ref is not None:
-            yield as_llamacpp_stores(ref, source.decoder, source.family)
-
-
-def as_llamacpp_stores(ref: TensorRef, decoder: Decoder, family: Family) -> TensorRef:
-    """The tensor with its rows paired for interleaved rope, or its norm's offset added."""
-    if family.gguf.interleaved_rope and ref.role.endswith(INTERLEAVED):
-        heads = decoder.heads if ".attn_q." in ref.role else decoder.kv_heads
-        order = interleaved_order(heads, decoder.head_dim)
-        if len(ref.shape) == 1:
-            return derived(ref, lambda row: row[:, order])
-        return reordered(ref, order)
-    if family.gguf.norm_plus_one and ref.role.endswith("norm.weight"):
-        return derived(ref, lambda row: row + np.float32(1))
-    return ref
-
-
-def interleaved_order(heads: int, head_dim: int) -> npt.NDArray[np.intp]:
-    """Of each row of ``(x0, y0, x1, y1, ..)``, the place in halves ``(x0, x1, .., y0, ..)``."""
-    return np.arange(heads * head_dim).reshape(heads, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
+            yield as_llamacpp_stores(ref, row, source.decoder, source.family)
 
 
 def general_keys(source: ModelSource) -> dict[str, object]:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from edgellm.architectures.config import Config
-from edgellm.architectures.decoder import Decoder, Rope
+from edgellm.architectures.decoder import Decoder, Rope, RopeScaling
 from edgellm.architectures.family import Family
 from edgellm.architectures.llama import LAYER_TYPES, MOST_LAYERS
 from edgellm.architectures.rope import inverse_frequencies, yarn_attention_factor
@@ -89,7 +89,7 @@ def rope_factors(decoder: Decoder, family: Family) -> tuple[float, ...] | None:
     rope = _main_rope(decoder)
     if rope is None or rope.scaling is None or family.gguf.arch != "llama":
         return None
-    if rope.scaling.kind == "linear" or (rope.scaling.kind == "yarn" and _is_usual_yarn(rope)):
+    if rope.scaling.kind == "linear" or (rope.scaling.kind == "yarn" and has_keys(rope.scaling)):
         return None
     plain, _ = inverse_frequencies(replace(rope, scaling=None))
     scaled, _ = inverse_frequencies(rope)
@@ -102,15 +102,10 @@ def _main_rope(decoder: Decoder) -> Rope | None:
     return (ropes or [layer.rope for layer in decoder.layers])[0]
 
 
-def _is_usual_yarn(rope: Rope) -> bool:
-    """Whether llama.cpp's constants are this yarn's settings."""
-    scaling = rope.scaling
-    usual = (32.0, 1.0, True)
-    return scaling is not None and usual == (
-        scaling.beta_fast,
-        scaling.beta_slow,
-        scaling.truncate,
-    )
+def has_keys(scaling: RopeScaling) -> bool:
+    """Whether GGUF has keys for all of it: of a yarn, llama.cpp fixes these three settings."""
+    settings = (scaling.beta_fast, scaling.beta_slow, scaling.truncate)
+    return scaling.kind != "yarn" or settings == (32.0, 1.0, True)
 
 
 def _window_keys(decoder: Decoder, family: Family) -> dict[str, Value]:

@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from edgellm.architectures import config_from_gguf, family_of
 from edgellm.architectures.config import Config
-from edgellm.architectures.decoder import Decoder
-from edgellm.architectures.family import Family, TensorRow
+from edgellm.architectures.gguf_rows import as_checkpoint_stores
 from edgellm.errors import TensorError
 from edgellm.quant import floats, ggml
 from edgellm.source.gguf_file import GgufFile, GgufTensor, read_gguf
 from edgellm.source.matching import check_vocabulary, match
 from edgellm.source.model import ModelSource
 from edgellm.source.weight_file import Bytes, WeightFile
-from edgellm.tensors import Array, TensorRef, derived, reordered
+from edgellm.tensors import Array, TensorRef
 from edgellm.tokenization import Tokenizer
 
 UNREADABLE = {
@@ -31,7 +27,6 @@ ROPE_FACTORS = "rope_freqs.weight"
 IGNORED = (".attn_rot_embd.weight", ".rope_freqs.weight", ".rope.freqs")
 """Ends of names that old converters wrote: tables that llama.cpp computes anyway."""
 
-PAIRED_ROLES = ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias")
 URL_KEYS = ("general.source.url", "general.url", "general.base_model.0.repo_url")
 
 
@@ -88,31 +83,6 @@ def references(stored: GgufFile) -> dict[str, TensorRef]:
     """Every tensor of the file by name, dequantized slab by slab on loading, as it is stored."""
     files = {path: WeightFile(path) for path in stored.files}
     return {name: _reference(files[tensor.file], tensor) for name, tensor in stored.tensors.items()}
-
-
-def as_checkpoint_stores(
-    ref: TensorRef, row: TensorRow, decoder: Decoder, family: Family
-) -> TensorRef:
-    """``ref`` with the rows of q and k back in half-rotation order and norms less their offset."""
-    layout = family.gguf
-    if layout.interleaved_rope and ref.role.endswith(PAIRED_ROLES):
-        heads = decoder.heads if ".attn_q." in ref.role else decoder.kv_heads
-        order = halves_order(heads, decoder.head_dim)
-        if len(ref.shape) == 1:
-            return derived(ref, lambda values: values[:, order])
-        return reordered(ref, order)
-    if layout.norm_plus_one and row.kind == "norm":
-        return derived(ref, lambda values: values - np.float32(1))
-    return ref
-
-
-def halves_order(heads: int, head_dim: int) -> npt.NDArray[np.intp]:
-    """For each row of a head in halves (x0, x1, .., y0, ..), its place in pairs (x0, y0, ..).
-
-    The inverse of ``LlamaModel.permute`` in llama.cpp's converter.
-    """
-    pairs = np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2)
-    return pairs.swapaxes(1, 2).reshape(-1)
 
 
 def _reference(file: WeightFile, tensor: GgufTensor) -> TensorRef:

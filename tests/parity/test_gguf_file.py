@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import edgellm
+from edgellm.architectures.gguf_rows import pairs_order
 from edgellm.demo_model import INSTALL, find_demo_model
 from edgellm.errors import UnknownGrid, UnsupportedTarget
 from edgellm.export.gguf_head import ALIGNMENT, StoredTensor, gguf_head
-from edgellm.export.to_gguf import CONTAINER, general_keys, interleaved_order, lay_out
+from edgellm.export.to_gguf import CONTAINER, general_keys, lay_out
 from edgellm.recipe import Recipe
 from edgellm.source import ModelSource, open_source
 
@@ -98,7 +99,7 @@ def test_a_value_that_gguf_has_no_type_for_is_a_programming_error() -> None:
 
 
 def test_rows_of_a_head_are_paired() -> None:
-    assert interleaved_order(2, 4).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert pairs_order(2, 4).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-biased", "gemma3", "gpt2", "qwen3"])

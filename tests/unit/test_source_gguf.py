@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgellm.architectures.gguf_rows import halves_order
 from edgellm.errors import SourceError, TensorError
 from edgellm.quant.ggml_types import GGML_TYPES
 from edgellm.source import open_source
 from edgellm.source.gguf_file import read_gguf
-from edgellm.source.gguf_model import halves_order, references
+from edgellm.source.gguf_model import references
 
 UINT32, STRING, ARRAY = 4, 8, 9
 

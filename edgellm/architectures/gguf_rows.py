@@ -1,0 +1,60 @@
+"""Rows of weights as llama.cpp's graphs read them, and back as a checkpoint stores them."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm.architectures.decoder import Decoder
+from edgellm.architectures.family import Family, TensorRow
+from edgellm.tensors import TensorRef, derived, reordered
+
+PAIRED_ROLES = ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias")
+"""Ends of the roles whose rows ``GgufLayout.interleaved_rope`` is about."""
+
+Order = npt.NDArray[np.intp]
+
+
+def as_llamacpp_stores(
+    ref: TensorRef, row: TensorRow, decoder: Decoder, family: Family
+) -> TensorRef:
+    """``ref`` with the rows of q and k in pairs, or a norm with its offset added."""
+    if family.gguf.interleaved_rope and row.role.endswith(PAIRED_ROLES):
+        return _in_order(ref, pairs_order(_heads(row, decoder), decoder.head_dim))
+    if family.gguf.norm_plus_one and row.kind == "norm":
+        return derived(ref, lambda values: values + np.float32(1))
+    return ref
+
+
+def as_checkpoint_stores(
+    ref: TensorRef, row: TensorRow, decoder: Decoder, family: Family
+) -> TensorRef:
+    """``ref`` with the rows of q and k back in half-rotation order, or a norm less its offset."""
+    if family.gguf.interleaved_rope and row.role.endswith(PAIRED_ROLES):
+        return _in_order(ref, halves_order(_heads(row, decoder), decoder.head_dim))
+    if family.gguf.norm_plus_one and row.kind == "norm":
+        return derived(ref, lambda values: values - np.float32(1))
+    return ref
+
+
+def pairs_order(heads: int, head_dim: int) -> Order:
+    """For each row of a head in pairs (x0, y0, ..), its place in halves (x0, x1, .., y0, ..).
+
+    ``LlamaModel.permute`` in llama.cpp's converter.
+    """
+    return np.arange(heads * head_dim).reshape(heads, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
+
+
+def halves_order(heads: int, head_dim: int) -> Order:
+    """The inverse: for each row of a head in halves, its place in pairs."""
+    return np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _heads(row: TensorRow, decoder: Decoder) -> int:
+    return decoder.heads if ".attn_q." in row.role else decoder.kv_heads
+
+
+def _in_order(ref: TensorRef, order: Order) -> TensorRef:
+    if len(ref.shape) == 1:
+        return derived(ref, lambda values: values[:, order])
+    return reordered(ref, order)
