@@ -3,8 +3,8 @@
 Quality is the mean KL divergence from the unquantized model (transformers, float32) to the
 quantized one over 4,096 positions of held-out text; ours must not be worse.
 
-`python -m benchmarks.best_int4 --quant int4-g64 --head int8` tries another recipe and changes no
-result.
+`python -m benchmarks.best_int4 --quant int4-g32 --kv-cache int8` tries another recipe and changes
+no result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.places import LOOPS, WORK, edgellm, peers_python, shown
 from benchmarks.results import Comparison, Result
 from benchmarks.text import tokens
 
-RECIPE = ("--quant", "int4-g64", "--head", "int8")
+RECIPE = ("--quant", "int4-g64", "--kv-cache", "int8")
 """What `edgellm convert --format onnx` is given beside source and output."""
 
 THREADS = (1, 2)

@@ -102,6 +102,7 @@ def convert(
       edgellm convert HuggingFaceTB/SmolLM2-135M-Instruct --out small --format onnx
       edgellm convert model.gguf --out small --quant q5_k_m --embed q8_0
       edgellm convert ./my-model --quant int4-g64 --format onnx --dry-run
+      edgellm convert ./my-model --out small --format onnx --kv-cache int8
       edgellm convert --recipe recipe.toml --out small --json | jq .manifest.sha256
     """
     asked = _asked(
