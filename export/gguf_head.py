@@ -11,8 +11,12 @@ import numpy as np
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 from gguf.gguf_writer import GGUFWriter, WriterState
 
+from edgellm.errors import UnsupportedTarget
+
 ALIGNMENT: int = GGUF_DEFAULT_ALIGNMENT
 """Every tensor's data begins at a multiple of this, in bytes."""
+
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 ARCHITECTURE = "general.architecture"
 
@@ -40,7 +44,8 @@ def gguf_head(metadata: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> H
     """The head of a file with ``metadata`` (``general.architecture`` among it) and ``tensors``.
 
     Integers are stored as uint32 and lists of them as int32, floats as float32, as llama.cpp reads
-    them. Empty texts and lists are left out. The same input gives the same bytes.
+    them. Empty texts and lists are left out. The same input gives the same bytes. Raises
+    ``UnsupportedTarget`` for a number that does not fit.
     """
     writer = GGUFWriter(None, metadata[ARCHITECTURE])
     for key, value in metadata.items():
@@ -72,6 +77,10 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
     elif isinstance(value, int):
         writer.add_uint32(key, value)
     elif isinstance(value, float):
+        if abs(value) > LARGEST_FLOAT32:
+            raise UnsupportedTarget(
+                f"{key} is {value:g}, beyond the float32 that GGUF keeps it in: check config.json"
+            )
         writer.add_float32(key, value)
     elif isinstance(value, str):
         writer.add_string(key, value)

@@ -22,6 +22,7 @@ from edgellm.hardware import Hardware, detect
 from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
 from edgellm.runtimes.llamacpp_library import (
+    INSTALL,
     WITHOUT_AMX,
     forget_log,
     last_words,
@@ -31,7 +32,6 @@ from edgellm.runtimes.llamacpp_library import (
 )
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
 
-INSTALL = 'pip install "edgellm[llamacpp]"'
 OLDEST = (0, 3, 36)
 """Where ``n_outputs_max`` and ``load_mode`` came in, on whose place in the structures we rely."""
 

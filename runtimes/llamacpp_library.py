@@ -13,6 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from edgellm.errors import RuntimeMissing
+
+INSTALL = 'pip install "edgellm[llamacpp]"'
+"""The command that brings it."""
+
 OPENMP_WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
 SPIN_COUNT = "2000"
 """Turns of a waiting loop, 10 to 45 ns each by CPU: 20 to 90 us in all. SmolLM2 Q4_0 on two cores
@@ -38,10 +43,21 @@ def library_folder() -> Path:
 
 
 def load_library() -> Any:
-    """llama.cpp's functions, loaded and silenced on first use."""
+    """llama.cpp's functions, loaded and silenced on first use.
+
+    Raises ``RuntimeMissing`` where llama-cpp-python is not installed or its build does not load.
+    """
     global _log_callback
     with _loading, _short_spin():
-        import llama_cpp
+        try:
+            import llama_cpp
+        except ModuleNotFoundError as error:
+            raise RuntimeMissing(f"llama-cpp-python is not installed: {INSTALL}") from error
+        except (OSError, RuntimeError) as error:  # its own words for a library that does not load
+            raise RuntimeMissing(
+                f"llama-cpp-python is installed and its library does not load ({error}): build it "
+                f"anew, {INSTALL} --force-reinstall --no-cache-dir"
+            ) from error
 
         first = _log_callback is None
         if first:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgellm.errors import RuntimeMissing, SourceError
+from edgellm.errors import SourceError
 from edgellm.tokenization import chat
 from edgellm.tokenization.stream import TextStream
 from edgellm.tokenization.vocabulary import PREFIX, read_vocabulary
@@ -25,15 +25,10 @@ class LlamaCppTokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        try:
-            # Loads the library with its log turned away from stderr.
-            from edgellm.runtimes.llamacpp_library import load_library
+        # Loads the library with its log turned away from stderr.
+        from edgellm.runtimes.llamacpp_library import load_library
 
-            library = load_library()
-        except ImportError as error:
-            raise RuntimeMissing(
-                "llama.cpp's own tokenizer needs llama-cpp-python: pip install 'edgellm[llamacpp]'"
-            ) from error
+        library = load_library()
         self.path = Path(path)
         if not self.path.is_file():
             raise SourceError(f"there is no file {self.path}")

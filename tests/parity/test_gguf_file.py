@@ -96,6 +96,8 @@ def test_the_head_is_what_the_gguf_package_writes_to_a_file(tmp_path: Path) -> N
 def test_a_value_that_gguf_has_no_type_for_is_a_programming_error() -> None:
     with pytest.raises(TypeError, match=r"a\.key"):
         gguf_head({"general.architecture": "llama", "a.key": {}}, [])
+    with pytest.raises(UnsupportedTarget, match=r"a\.key is 1e\+39, beyond the float32"):
+        gguf_head({"general.architecture": "llama", "a.key": 1e39}, [])
 
 
 def test_rows_of_a_head_are_paired() -> None:

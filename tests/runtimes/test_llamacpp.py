@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from edgellm.errors import EdgeError, SourceError, UnsupportedTarget
+from edgellm.errors import EdgeError, RuntimeMissing, SourceError, UnsupportedTarget
 from edgellm.hardware import Fact, Gpu, detect
 from edgellm.manifest import Artifact
 from edgellm.runtimes import llamacpp_library
@@ -156,3 +157,14 @@ def test_error_is_the_last_words_of_llamacpp() -> None:
     llamacpp_library._remember(4, b"second: no\n", None)
     assert llamacpp_library.last_words() == "first: no second: no"
     llamacpp_library.forget_log()
+
+
+def test_a_build_that_does_not_load_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = "raise RuntimeError('Failed to load shared library: no libgomp')"
+    (tmp_path / "llama_cpp.py").write_text(broken)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    with pytest.raises(RuntimeMissing, match=r"does not load .*no libgomp.*--force-reinstall"):
+        llamacpp_library.load_library()
