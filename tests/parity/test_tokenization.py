@@ -261,7 +261,7 @@ def test_files_that_llamacpp_would_die_of_are_refused(write_gguf: WriteGguf) -> 
 
 
 def test_llamacpp_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "edgellm.runtimes.llamacpp_library", None)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(RuntimeMissing, match=r"edgellm\[llamacpp\]"):
         LlamaCppTokenizer(tmp_path / "x.gguf")
 
