@@ -254,7 +254,7 @@ def _tensor_entry(tensor: OutputTensor, folder: Path) -> TensorEntry:
     return TensorEntry(
         name=tensor.name,
         role=tensor.role,
-        shape=(tensor.rows, tensor.columns) if tensor.rows > 1 else (tensor.columns,),
+        shape=tensor.shape,
         grid=tensor.grid.name,
         nbytes=tensor.nbytes,
         sha256=ranges_sha256(folder / files.pop(), ranges),

@@ -18,9 +18,7 @@ from edgellm.quant.grid import Grid
 from edgellm.recipe import Recipe
 from edgellm.runtimes import best_container
 from edgellm.source import ModelSource, open_source
-
-SLAB_BYTES = 8 << 20
-"""Float32 bytes that a worker loads at once: small enough to stay in the cache's reach."""
+from edgellm.tensors import SLAB_BYTES, rows_within
 
 COPIES = {"float": 3.0, "ggml": 3.0, "affine": 3.5, "per_channel": 3.5, "codebook": 3.5}
 """Float32 slabs alive at once in a worker, by kind of grid (measured by the memory test)."""
@@ -100,7 +98,7 @@ class Plan:
 
 def slab_rows(tensor: OutputTensor) -> int:
     """Rows of ``tensor`` that fit into a slab, at least one."""
-    return max(1, SLAB_BYTES // (4 * max(1, tensor.columns)))
+    return rows_within(SLAB_BYTES, tensor.columns)
 
 
 def resolve(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
@@ -124,8 +122,10 @@ def resolve(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
 def _container_for(grid: str) -> tuple[str, str]:
     """The container that runs best here, unless only another one has the grid that was named."""
     best, why = best_container()
+    if not grid:
+        return best, why
     holders = [name for name in CONTAINERS if grid in container_named(name).grids]
-    if grid and holders and best not in holders:
+    if holders and best not in holders:
         return holders[0], f"the container that has {grid}"
     return best, why
 

@@ -14,6 +14,9 @@ from edgellm.errors import TensorError
 Array = npt.NDArray[np.float32]
 LoadRows = Callable[[int, int], Array]
 
+SLAB_BYTES = 8 << 20
+"""Float32 bytes that a worker loads at once: small enough to stay in the cache's reach."""
+
 COLUMN_CHUNK_BYTES = 1 << 20
 """Float32 bytes of whole rows that are alive at once while columns are cut out of them."""
 
@@ -71,7 +74,7 @@ class TensorRef:
         if self.column_loader is not None:
             return self.column_loader(start, stop)
         result = np.empty((self.rows, stop - start), dtype=np.float32)
-        step = max(1, COLUMN_CHUNK_BYTES // (4 * max(1, self.columns)))
+        step = rows_within(COLUMN_CHUNK_BYTES, self.columns)
         for first in range(0, self.rows, step):
             last = min(first + step, self.rows)
             result[first:last] = self.load_rows(first, last)[:, start:stop]
@@ -80,6 +83,11 @@ class TensorRef:
     def with_role(self, role: str) -> TensorRef:
         """The same tensor under another role."""
         return replace(self, role=role)
+
+
+def rows_within(nbytes: int, columns: int) -> int:
+    """How many rows of ``columns`` float32 values take no more than ``nbytes``, at least one."""
+    return max(1, nbytes // (4 * max(1, columns)))
 
 
 def constant(name: str, values: npt.ArrayLike) -> TensorRef:

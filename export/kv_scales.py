@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from edgellm.architectures.decoder import Decoder, Rope
 from edgellm.architectures.rope import inverse_frequencies
-from edgellm.tensors import Array, TensorRef
+from edgellm.tensors import Array, TensorRef, rows_within
 
 KEY_SPREADS = 10.0
 VALUE_SPREADS = 6.0
@@ -105,7 +105,7 @@ class CacheScales:
         gain, middle = self._norm_weight("attn_norm"), self._norm_bias("attn_norm")
         size = self.decoder.kv_size
         center, spread = np.empty(size), np.empty(size)
-        step = max(1, CHUNK_BYTES // (4 * weight.columns))
+        step = rows_within(CHUNK_BYTES, weight.columns)
         for start in range(0, size, step):
             stop = min(start + step, size)
             rows = weight.load_rows(first + start, first + stop)

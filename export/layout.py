@@ -65,6 +65,11 @@ class OutputTensor:
         return self.parts[0].columns
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """``[out, in]``, or ``[n]`` for a vector."""
+        return self.parts[0].shape if len(self.parts) == 1 else (self.rows, self.columns)
+
+    @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
 

@@ -11,10 +11,9 @@ import numpy as np
 from edgellm.architectures.decoder import Decoder
 from edgellm.architectures.family import Family, TensorRow
 from edgellm.errors import SourceError, TensorError
-from edgellm.tensors import TensorRef, transposed
+from edgellm.tensors import SLAB_BYTES, TensorRef, rows_within, transposed
 
 LISTED_NAMES = 8
-SLAB_BYTES = 8 << 20
 
 
 def match(
@@ -81,7 +80,7 @@ def equal(left: TensorRef, right: TensorRef) -> bool:
     """Whether both hold the same values; reads slab by slab until they differ."""
     if left.shape != right.shape:
         return False
-    step = max(1, SLAB_BYTES // (4 * max(1, left.columns)))
+    step = rows_within(SLAB_BYTES, left.columns)
     return all(
         np.array_equal(
             left.load(start, min(start + step, left.rows)),
