@@ -26,7 +26,8 @@ from edgellm.errors import (
     UnsupportedTarget,
     VerificationError,
 )
-from edgellm.export.layout import OutputTensor
+from edgellm.export import container_named
+from edgellm.export.layout import Container, OutputTensor
 from edgellm.export.packing import PACKERS
 from edgellm.export.writer import StagedFolder, check_output
 from edgellm.hardware import peak_memory_bytes
@@ -55,8 +56,9 @@ Solve = Callable[[Array, Grid], QTensor]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-RECORDED_PACKAGES = ("numpy", "gguf", "libgguf", "onnx", "tokenizers")
-"""Packages whose version can change the bytes of an artifact."""
+RECORDED_PACKAGES = ("libgguf", "numpy", "tokenizers")
+"""Packages whose version can change the bytes of any artifact (libgguf reads GGUF sources); a
+container names its own."""
 
 CHECK_PROMPT = "The capital of France is"
 CHECK_TOKENS = 8
@@ -242,7 +244,7 @@ def describe(plan: Plan, folder: Path, parity: Parity, progress: Progress = unwa
                 *layout.notes,
                 *(limit.sentence for limit in layout.tokenizer_limits),
             ),
-            tool_versions=_tool_versions(),
+            tool_versions=_tool_versions(container_named(layout.container)),
         )
 
 
@@ -281,9 +283,9 @@ def _model_facts(plan: Plan) -> ModelFacts:
     )
 
 
-def _tool_versions() -> dict[str, str]:
+def _tool_versions(container: Container) -> dict[str, str]:
     versions = {"edgellm": edgellm.__version__}
-    for package in RECORDED_PACKAGES:
+    for package in (*RECORDED_PACKAGES, *container.packages):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

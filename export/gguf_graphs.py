@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from edgellm.architectures.decoder import Activation, Decoder, Feature
 from edgellm.architectures.family import GgufLayout
 from edgellm.architectures.gguf_metadata import GEMMA3_27B_LAYERS, has_keys
-from edgellm.errors import UnsupportedTarget, UsageError
+from edgellm.errors import UnsupportedTarget
+from edgellm.export.context import capped_context
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,20 +133,9 @@ def context_of(
 
     Raises ``UsageError`` when more is ``asked`` for than the model has.
     """
-    if asked is not None and asked > decoder.context_length:
-        raise UsageError(
-            f"--context {asked} is more than the model's {decoder.context_length}: choose at most "
-            f"{decoder.context_length}"
-        )
-    context, notes = decoder.context_length, []
     windows = [layer.window for layer in decoder.layers if layer.window is not None]
-    if windows and not layout.window and min(windows) < context:
-        context = min(windows)
-        notes.append(
-            f"context capped at {context} tokens instead of {decoder.context_length}: llama.cpp's "
-            f"{layout.arch} graph has no sliding window, so it is right only within it"
-        )
-    if asked is not None and asked < context:
-        context = asked
-        notes.append(f"context capped at {context} tokens as asked")
-    return context, tuple(notes)
+    usable = min(windows) if windows and not layout.window else None
+    because = (
+        f"llama.cpp's {layout.arch} graph has no sliding window, so it is right only within it"
+    )
+    return capped_context(decoder.context_length, asked, usable, because)

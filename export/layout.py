@@ -100,10 +100,12 @@ class Container:
     """A format that models are written in.
 
     ``grids``: what ``--quant`` may name, default first in ``default_grid``. ``lay_out`` is pure: it
-    reads headers, never weights, and raises ``UnsupportedTarget`` or ``UnknownGrid``.
+    reads headers, never weights, and raises ``UnsupportedTarget`` or ``UnknownGrid``. ``packages``:
+    distributions whose version can change the bytes, which the manifest records.
     """
 
     name: str
     grids: tuple[str, ...]
     default_grid: str
     lay_out: Callable[[ModelSource, Recipe], Layout]
+    packages: tuple[str, ...] = ()

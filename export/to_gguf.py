@@ -162,4 +162,10 @@ def _row_bytes(ref: TensorRef, choice: Choice) -> int:
     return PACKERS[choice.grid.kind].row_bytes(choice.grid, ref.columns)["data"]
 
 
-CONTAINER = Container(name="gguf", grids=tuple(MIXTURES), default_grid="q4_k_m", lay_out=lay_out)
+CONTAINER = Container(
+    name="gguf",
+    grids=tuple(MIXTURES),
+    default_grid="q4_k_m",
+    lay_out=lay_out,
+    packages=("gguf",),
+)

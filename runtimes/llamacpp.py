@@ -31,6 +31,7 @@ from edgellm.runtimes.llamacpp_library import (
     miscompiled_amx,
 )
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
+from edgellm.runtimes.versions import version_numbers
 
 OLDEST = (0, 3, 36)
 """Where ``n_outputs_max`` and ``load_mode`` came in, on whose place in the structures we rely."""
@@ -79,7 +80,7 @@ class LlamaCppRuntime:
         if importlib.util.find_spec("llama_cpp") is None:
             return found(False, f"llama-cpp-python is not installed: {INSTALL}")
         version = importlib.metadata.version("llama-cpp-python")
-        if _numbers(version) < OLDEST:
+        if version_numbers(version) < OLDEST:
             oldest = ".".join(map(str, OLDEST))
             reason = f"llama-cpp-python {version} is older than {oldest}: {INSTALL} --upgrade"
             return found(False, reason, version)
@@ -367,10 +368,6 @@ def _free(library: Any, context: Any, model: Any) -> None:
 
 def _bytes_of(buffer: npt.NDArray[np.uint8]) -> Any:
     return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
 
 
 def _has_gpu(hardware: Hardware, device: str) -> bool:
