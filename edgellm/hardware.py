@@ -155,7 +155,7 @@ def pick(
             cores = hardware.physical_cores.value
             where = f"{cores} physical core{'s' * (cores != 1)}" if chosen == "cpu" else chosen
             return Choice(found.runtime, chosen, f"{why}, on {where} ({found.reason})")
-        refusals.append(f"{found.runtime}: {refusal}")
+        refusals.append(f"{found.runtime}: {refusal.removesuffix(f': {found.install}')}")
         if not found.available and container in found.containers and found.install:
             installs.append(found.install)
     message = f"nothing here runs {container} files"

@@ -141,17 +141,24 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
 def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     """What can be run at ``path``: a folder with a manifest, or a single GGUF file (unverified).
 
+    The model file inside such a folder stands for the folder.
+
     Raises ``SourceError`` when there is nothing to run, or the manifest cannot be understood.
     """
     path = Path(path)
     if not path.exists():
-        raise SourceError(f"{path} does not exist: give an artifact folder or a .gguf file")
+        raise SourceError(
+            f"{path} does not exist: give an artifact folder or a .gguf file (a model on the Hub "
+            "is converted first: `edgellm convert`)"
+        )
     if path.is_dir():
         manifest = read_manifest(path)
         main = path / manifest.artifact.main_file
         return Artifact(
             path=path, main=main, container=manifest.artifact.container, manifest=manifest
         )
+    if _is_main_file(path):
+        return open_artifact(path.parent)
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -163,6 +170,15 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
         f"{path} is not a GGUF file (it starts with {magic!r}): give an artifact folder or a .gguf "
         "file, or convert the model first with `edgellm convert`"
     )
+
+
+def _is_main_file(path: Path) -> bool:
+    if not (path.parent / MANIFEST).exists():
+        return False
+    try:
+        return path.name == read_manifest(path.parent).artifact.main_file
+    except SourceError:  # a manifest.json of some other program
+        return False
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -50,18 +50,20 @@ HELP = """Quantize language models for the machine in front of you, and run them
 
 \b
 Examples:
-  edgellm demo                                       see it work on a real model
-  edgellm convert ./my-model --out small             4 bits, for the best runtime here
-  edgellm run small "Why is the sky blue?"           ask it
-  edgellm run small                                  chat with it
-  edgellm verify small                               is every byte as it was written?
-  edgellm doctor                                     what does this machine have?
+  edgellm demo                              see it work on a real model
+  edgellm convert ./my-model --out small    4 bits, for the best runtime here
+  edgellm run small "Why is the sky blue?"  ask it
+  edgellm run small                         chat with it
+  edgellm verify small                      is every byte as it was written?
+  edgellm doctor                            what does this machine have?
 """
 
 EXIT_CODES = """\b
-Exit codes: 0 done; 1 verify found damage; 2 options not understood; 3 the source cannot be read;
-4 the model is not supported; 5 this grid or container cannot hold it; 6 a runtime is missing;
-7 the output cannot be written; 8 verification failed; 9 running failed; 130 stopped by Ctrl-C.
+Exit codes: 0 done; 1 verify found damage; 2 options not understood;
+3 the source cannot be read; 4 the model is not supported;
+5 this grid or container cannot hold it; 6 a runtime is missing;
+7 the output cannot be written; 8 verification failed; 9 running failed;
+130 stopped by Ctrl-C.
 """
 
 BROKEN_PIPE = 1
@@ -75,6 +77,7 @@ def build_app(wanted: Sequence[str] | None = None) -> typer.Typer:
         help=HELP,
         epilog=EXIT_CODES,
         no_args_is_help=True,
+        context_settings={"help_option_names": ["--help", "-h"]},
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )

@@ -23,7 +23,7 @@ HELP = """\
 /save FILE   write the conversation to a file, as JSON
 /help        this
 /exit        leave (so does Ctrl-D)
-\"\"\"          before and after a text of several lines
+\"\"\"          before and after a text of several lines that you type
 Ctrl-C       stop the answer; the conversation goes on"""
 
 
@@ -47,8 +47,8 @@ class Chat:
     def run(self) -> None:
         """Read and answer until /exit, Ctrl-D or a second Ctrl-C at an empty prompt."""
         _edit_lines()
-        choice = self._session.choice
-        render.say(f"{choice.runtime} on {choice.device}, {self._session.context_tokens} tokens.")
+        choice, room = self._session.choice, self._session.context_tokens
+        render.say(f"{choice.runtime} on {choice.device}, with room for {room} tokens.")
         if self._session.tokenizer.chat_template is None:
             render.say("This model has no chat template: each text is continued, nothing is kept.")
         render.say("Type a message, /help for commands, Ctrl-D to leave.")
@@ -76,7 +76,7 @@ class Chat:
         name, _, argument = text.partition(" ")
         if name in self._commands:
             self._commands[name](argument.strip())
-        elif name.startswith("/") and "/" not in name[1:]:
+        elif name.startswith("/") and "/" not in name[1:] and "\n" not in text:
             render.say(f"no command {name}: /help lists them (a message cannot start with /)")
         else:
             try:
@@ -85,18 +85,12 @@ class Chat:
                 render.say_error(error)
 
     def _answer(self, text: str) -> None:
-        stream = self._session.stream(text, **self._options)
-        try:
-            for piece in stream:
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            stream.close()
-        print()
-        self._last = stream.answer()
+        self._last = render.show_stream(self._session.stream(text, **self._options))
         if self._last.finish_reason == "cancelled":
             render.say("(stopped)")
-        elif self._last.finish_reason == "length":
-            render.say("(cut: --max-tokens reached, or the context is full)")
+        max_tokens, room = self._options["max_tokens"], self._session.context_tokens
+        if why := render.why_cut(self._last, max_tokens, room):
+            render.say(f"(cut: {why})")
         if self._show_stats:
             self._stats("")
 
@@ -114,7 +108,9 @@ class Chat:
             return
         import json
 
-        document = {"messages": list(self._session.messages)}
+        system = self._session.system
+        first = [{"role": "system", "content": system}] if system else []
+        document = {"messages": [*first, *self._session.messages]}
         target = Path(argument).expanduser()
         try:
             target.write_text(
@@ -147,8 +143,11 @@ def _read() -> str:
 
 
 def _edit_lines() -> None:
-    """Arrow keys and history in ``input``, where the platform has readline."""
+    """Arrow keys, history and pasted lines in ``input``, where the platform has readline."""
     if sys.platform != "win32":
         import readline
 
         readline.set_auto_history(True)
+        if "libedit" not in (readline.__doc__ or ""):
+            # Python turns it off; with it, a text of several lines that is pasted is one message.
+            readline.parse_and_bind("set enable-bracketed-paste on")

@@ -46,7 +46,7 @@ def demo(
     Examples:
       edgellm demo
       edgellm demo "How do bees make honey?"
-      edgellm demo --out /tmp/demo --json | jq '.artifacts[] | {container, decode_tokens_per_s}'
+      edgellm demo --out /tmp/demo --json | jq '.artifacts[].decode_tokens_per_s'
     """
     from edgellm.demo_model import demo_model
 

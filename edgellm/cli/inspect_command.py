@@ -33,7 +33,7 @@ def inspect(
     Examples:
       edgellm inspect small
       edgellm inspect model.gguf | less
-      edgellm inspect ./SmolLM2-135M --json | jq '.tensors[] | select(.grid == "f32") | .name'
+      edgellm inspect small --json | jq '.tensors[] | select(.grid == "f32")'
     """
     from edgellm.inspection import inspect as inspect_path
 

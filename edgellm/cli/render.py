@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgellm.errors import EdgeError
-    from edgellm.generate import Answer
+    from edgellm.generate import Answer, AnswerStream
 
 
 def show_json(document: Any) -> None:
@@ -41,6 +41,26 @@ def say_notes(lines: Iterable[str]) -> None:
 def say_error(error: EdgeError) -> None:
     """The message of an error, on stderr."""
     say(f"\x1b[1;31merror:\x1b[0m {error}" if sys.stderr.isatty() else f"error: {error}")
+
+
+def show_stream(stream: AnswerStream) -> Answer:
+    """Print an answer on stdout as it comes, then return it whole; Ctrl-C ends it early."""
+    try:
+        for piece in stream:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        stream.close()
+    print()
+    return stream.answer()
+
+
+def why_cut(answer: Answer, max_tokens: int | None, context_tokens: int) -> str:
+    """What cut an answer short, empty where nothing did."""
+    if answer.finish_reason != "length":
+        return ""
+    if answer.new_tokens == max_tokens:
+        return f"--max-tokens {max_tokens} reached"
+    return f"the context of {context_tokens} tokens is full (--context TOKENS)"
 
 
 def answer_facts(answer: Answer) -> list[str]:
@@ -92,9 +112,7 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: 
             cell.rjust(width) if str(place) in right else cell.ljust(width)
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        last = [cells[-1].rstrip()]
-        if room > left + 20:
-            last = textwrap.wrap(cells[-1], room - left) or [""]
+        last = _folded(cells[-1].rstrip(), room - left)
         print("  ".join([*cells[:-1], last[0]]).rstrip())
         for line in last[1:]:
             print(" " * left + line)
@@ -103,8 +121,20 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: 
 
 
 def show_facts(facts: Iterable[tuple[str, str]]) -> None:
-    """Name and value pairs on stdout, the values in one column; empty values are left out."""
+    """Name and value pairs on stdout, the values in one column; empty values are left out.
+
+    On a terminal a value that does not fit goes on below itself; elsewhere lines are whole.
+    """
     shown = [(name, value) for name, value in facts if value]
     width = max((len(name) for name, _ in shown), default=0)
+    room = shutil.get_terminal_size().columns - width - 2 if sys.stdout.isatty() else 0
     for name, value in shown:
-        print(f"{name:<{width}}  {value}")
+        for index, line in enumerate(_folded(value, room)):
+            print(f"{'' if index else name:<{width}}  {line}")
+
+
+def _folded(text: str, room: int) -> list[str]:
+    """``text`` in lines of at most ``room`` characters, words whole; uncut if that is too few."""
+    if len(text) <= room or room <= 20:
+        return [text]
+    return textwrap.wrap(text, room, break_on_hyphens=False, break_long_words=False)

@@ -12,9 +12,10 @@ from edgellm.cli import render
 from edgellm.errors import UsageError
 
 if TYPE_CHECKING:
-    from edgellm.chat import ChatSession
-    from edgellm.generate import Answer
     from edgellm.runtimes.session import Device
+
+REPEAT_PENALTY = 1.1
+"""Small models, above all in 4 bits, easily repeat one sentence for ever without it."""
 
 STOPPED = 130
 """What a shell reports for a program that Ctrl-C ended: 128 + 2."""
@@ -42,8 +43,8 @@ def run(
         float, typer.Option(help="Leave out what is less likely than this share of the best.")
     ] = 0.0,
     repeat_penalty: Annotated[
-        float, typer.Option(help="Above 1 makes recent tokens less likely.")
-    ] = 1.0,
+        float, typer.Option(help="Above 1 makes recent tokens less likely; 1: off.")
+    ] = REPEAT_PENALTY,
     seed: Annotated[
         int | None, typer.Option(help="The same seed gives the same answer. Default: a new one.")
     ] = None,
@@ -84,8 +85,8 @@ def run(
     Examples:
       edgellm run small "Why is the sky blue?"
       edgellm run small
-      edgellm run small --temperature 0.8 --top-p 0.95 --seed 7 "Write a haiku about rivers."
-      git diff | edgellm run small --system "Write a commit message for this diff."
+      edgellm run small --temperature 0.8 --top-p 0.95 --seed 7 "Write a haiku."
+      git diff | edgellm run small --system "Write a commit message."
       edgellm run model.gguf --raw "The capital of France is" --max-tokens 5
       edgellm run small "Name a prime." --json | jq .decode_tokens_per_s
     """
@@ -131,22 +132,11 @@ def run(
         if as_json:
             render.show_json(session.generate(prompt, raw=raw, **options).as_dict())
             return
-        answer = _stream(session, prompt, raw=raw, options=options)
-        if answer.finish_reason == "length" and answer.new_tokens != max_tokens:
-            room = session.context_tokens
-            render.say_notes([f"cut: the context of {room} tokens is full (--context TOKENS)"])
+        answer = render.show_stream(session.stream(prompt, raw=raw, **options))
+        why = render.why_cut(answer, max_tokens, session.context_tokens)
+        if why and answer.new_tokens != max_tokens:  # that many were asked for: no news
+            render.say_notes([f"cut: {why}"])
         if stats or answer.finish_reason == "cancelled":
             render.say_notes(render.answer_facts(answer))
         if answer.finish_reason == "cancelled":
             raise typer.Exit(STOPPED)
-
-
-def _stream(session: ChatSession, prompt: str, *, raw: bool, options: dict[str, Any]) -> Answer:
-    stream = session.stream(prompt, raw=raw, **options)
-    try:
-        for piece in stream:
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        stream.close()
-    print()
-    return stream.answer()

@@ -34,7 +34,7 @@ def open_source(
         return _open_path(path, ignore_config_keys, context)
     from edgellm.source.hub import download, parse_hub_id
 
-    wanted = parse_hub_id(text)
+    wanted = None if text.startswith((".", "~")) else parse_hub_id(text)
     if wanted is None:
         raise SourceError(
             f"no file or folder {text}, and it does not read like a Hub id (org/name, "

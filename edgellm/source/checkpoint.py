@@ -13,6 +13,7 @@ from edgellm.architectures.decoder import Decoder
 from edgellm.architectures.family import Family
 from edgellm.errors import SourceError, TensorError, UnsupportedModel
 from edgellm.json_file import read_json
+from edgellm.manifest import MANIFEST
 from edgellm.source.matching import check_vocabulary, embedding_row, equal, head_row, listed, match
 from edgellm.source.model import ModelSource
 from edgellm.source.pickles import PICKLES, refuse_pickle
@@ -227,6 +228,11 @@ def _refuse_without_weights(path: Path) -> None:
 
 def _refuse_other_formats(path: Path) -> None:
     """Say what to do about weights that are there in a form which is not read from a folder."""
+    if (path / MANIFEST).exists():
+        raise SourceError(
+            f"{path} is an artifact, rounded already: convert the model that it was made from "
+            f"(`edgellm inspect {path}` names it)"
+        )
     files = sorted(file.name for file in path.iterdir() if file.is_file())
     ggufs = [file for file in files if file.endswith(".gguf")]
     if ggufs:

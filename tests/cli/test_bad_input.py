@@ -230,3 +230,14 @@ def test_bad_gguf_files(name: str, command: Command, gguf_artifact: Path, tmp_pa
         assert says in done.err.splitlines()[-1]
         assert done.out == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_an_artifact_and_a_path_that_is_not_there_are_no_sources(
+    command: Command, onnx_artifact: Path, tmp_path: Path
+) -> None:
+    done = command("convert", onnx_artifact, "-o", tmp_path / "out")
+    assert done.code == 3
+    assert "edgellm inspect" in done.err
+    done = command("convert", "./absent", "-o", tmp_path / "out")
+    assert done.code == 3
+    assert "check the path" in done.err

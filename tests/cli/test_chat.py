@@ -116,6 +116,19 @@ def test_a_conversation(chat: Typist, tmp_path: Path) -> None:
     assert chat.ended() == 0
 
 
+def test_lines_pasted_together_are_one_message(chat: Typist, tmp_path: Path) -> None:
+    pytest.importorskip("readline")
+    chat.type("\x1b[200~two\nlines\x1b[201~\n")
+    chat.wait_for("lines")
+    chat.wait_for(">>> ")
+    chat.type(f"/save {tmp_path / 'talk.json'}\n")
+    chat.wait_for("2 messages written")
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert saved["messages"][0]["content"] == "two\nlines"
+    chat.type("/exit\n")
+    assert chat.ended() == 0
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_chat(chat: Typist, tmp_path: Path) -> None:
     chat.type("tell me everything\n")
     chat.wait_for("everything\n")

@@ -150,9 +150,12 @@ def test_damage_is_found_before_running(
     assert command("run", artifact, "hello", *FAKE, "--no-verify").code == 0
 
 
-def test_a_plain_gguf_says_that_it_is_unverified(command: Command, gguf_artifact: Path) -> None:
+def test_a_plain_gguf_says_that_it_is_unverified(
+    command: Command, gguf_artifact: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    plain = gguf_artifact / read_manifest(gguf_artifact).artifact.main_file
+    main_file = read_manifest(gguf_artifact).artifact.main_file
+    plain = shutil.copy(gguf_artifact / main_file, tmp_path)
     done = command("run", plain, "hello", "--max-tokens", "3", "--threads", "1")
     assert done.code == 0
     assert "unverified" in done.err

@@ -131,8 +131,8 @@ SLOW = Capabilities(
     speed_rank=2,
 )
 MISSING = Capabilities(
-    "missing", False, "missing is not installed", install="pip install missing",
-    containers=GGUF, devices=("cpu",), speed_rank=0,
+    "missing", False, "missing is not installed: pip install missing",
+    install="pip install missing", containers=GGUF, devices=("cpu",), speed_rank=0,
 )  # fmt: skip
 TOY = Capabilities("toy", True, "a toy", "1", "", GGUF, ("cpu",), automatic=False)
 
@@ -172,6 +172,7 @@ def test_pick_names_every_refusal_and_what_to_install() -> None:
         pick("gguf", machine(), [MISSING, TOY])
     assert "missing: missing is not installed" in str(error.value)
     assert "Install one: pip install missing" in str(error.value)
+    assert str(error.value).count("pip install missing") == 1
 
     with pytest.raises(UnsupportedTarget) as refused:
         pick("onnx", machine(), [FAST, MISSING, TOY])

@@ -214,6 +214,18 @@ def test_a_folder_without_a_manifest_is_not_an_artifact(tmp_path: Path) -> None:
         open_artifact(tmp_path / "absent")
 
 
+def test_the_main_file_of_an_artifact_stands_for_its_folder(folder: Path) -> None:
+    assert open_artifact(folder / "model.bin") == open_artifact(folder)
+    with pytest.raises(SourceError, match="not a GGUF"):
+        open_artifact(folder / "manifest.json")
+
+
+def test_a_manifest_of_another_program_beside_a_gguf_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    (tmp_path / "plain.gguf").write_bytes(b"GGUF....")
+    assert open_artifact(tmp_path / "plain.gguf").manifest is None
+
+
 def test_a_plain_gguf_opens_unverified_and_other_files_do_not(tmp_path: Path) -> None:
     plain = tmp_path / "plain.gguf"
     plain.write_bytes(b"GGUF....")
