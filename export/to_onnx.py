@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 import json
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import edgellm
 from edgellm.architectures.decoder import Decoder
-from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
+from edgellm.errors import UnknownGrid, UnsupportedTarget
+from edgellm.export.context import capped_context
 from edgellm.export.decoder_graph import EXPRESSIBLE, DecoderGraph, Grids
 from edgellm.export.genai_config import genai_config
 from edgellm.export.gguf_mixture import MIXTURES
@@ -20,6 +20,7 @@ from edgellm.export.layout import Container, Layout, OutputTensor
 from edgellm.export.onnx_graph import DATA_FILE, GraphBuilder
 from edgellm.export.onnx_operators import operators_of
 from edgellm.quant.grid import GRIDS, Grid
+from edgellm.registry import suggestion
 
 if TYPE_CHECKING:
     from edgellm.recipe import Recipe
@@ -70,7 +71,7 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     decoder = source.decoder
     _check_features(decoder)
     grids = choose_grids(recipe, decoder)
-    context_length = _context(decoder, recipe.context)
+    context_length, context_notes = capped_context(decoder.context_length, recipe.context)
     int8_cache = _cache(recipe.kv_cache) == "int8"
     graph = GraphBuilder(edgellm.__version__)
     DecoderGraph(graph, decoder, source.tensors, grids, context_length, int8_cache).build()
@@ -95,10 +96,7 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     notes = [NOTES[name] for name in dict.fromkeys(_names(grids)) if name in NOTES]
     if int8_cache:
         notes.append(INT8_CACHE_NOTE)
-    if context_length < decoder.context_length:
-        notes.append(
-            f"context capped at {context_length} of {decoder.context_length} tokens, as asked"
-        )
+    notes += context_notes
     return Layout(
         container="onnx",
         main_file=MODEL_FILE,
@@ -108,16 +106,6 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
         context_length=context_length,
         notes=tuple(notes),
     )
-
-
-def _context(decoder: Decoder, asked: int | None) -> int:
-    """The context in tokens; raises ``UsageError`` for more than the model has."""
-    if asked is not None and asked > decoder.context_length:
-        raise UsageError(
-            f"--context {asked} is more than the model's {decoder.context_length}: choose at most "
-            f"{decoder.context_length}"
-        )
-    return asked or decoder.context_length
 
 
 def _cache(asked: str | None) -> str:
@@ -155,8 +143,7 @@ def _can_gather(name: str | None) -> bool:
 def _grid(name: str, option: str) -> Grid:
     if name in GRID_NAMES:
         return GRIDS[name]
-    near = get_close_matches(name, GRID_NAMES)
-    choice = f"did you mean {' or '.join(near)}?" if near else f"choose {', '.join(GRID_NAMES)}"
+    choice = suggestion(name, GRID_NAMES)
     if name in GRIDS or name in MIXTURES:
         reason = REFUSED.get(name, "its blocks are ggml's own, which no ONNX operator reads")
         raise UnsupportedTarget(
@@ -217,4 +204,10 @@ def _json(fields: object) -> bytes:
     return json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 
 
-CONTAINER = Container(name="onnx", grids=GRID_NAMES, default_grid=DEFAULT_GRID, lay_out=lay_out)
+CONTAINER = Container(
+    name="onnx",
+    grids=GRID_NAMES,
+    default_grid=DEFAULT_GRID,
+    lay_out=lay_out,
+    packages=("onnx",),
+)

@@ -21,6 +21,7 @@ from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
 from edgellm.runtimes.huge_pages import HugePages, anonymous_ranges
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
+from edgellm.runtimes.versions import version_numbers
 
 INSTALL = "pip install onnxruntime"
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
@@ -270,15 +271,11 @@ def _session_options(onnxruntime: Any, threads: int) -> Any:
     # Its cache of memory plans is keyed by shapes, and every token has a new one.
     options.enable_mem_pattern = False
     options.log_severity_level = 4
-    short_spin = _numbers(onnxruntime.__version__) >= SHORT_SPIN_SINCE
+    short_spin = version_numbers(onnxruntime.__version__) >= SHORT_SPIN_SINCE
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(short_spin)))
     if short_spin:
         options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
     return options
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
 def _version() -> str:

@@ -12,7 +12,6 @@ from edgellm.cli.progress_bar import progress_shown
 from edgellm.errors import UsageError
 
 if TYPE_CHECKING:
-    from edgellm.export.layout import OutputTensor
     from edgellm.manifest import Artifact
     from edgellm.plan import Plan
     from edgellm.recipe import Recipe
@@ -92,18 +91,20 @@ def convert(
     same source, recipe and versions give the same bytes.
 
     \b
-    GRID for gguf: f32 f16 bf16 q8_0 q6_k q5_k_m q5_k_s q5_0 q5_1 q4_k_m q4_k_s q4_0 q4_1
-                   iq4_nl iq4_xs q3_k_l q3_k_m q3_k_s q2_k iq3_m iq3_s iq3_xs iq3_xxs
-    GRID for onnx: f32 f16 int8 int8-dynamic int4-g32 int4-g64 int4-g128 (and -sym of each) nf4
+    GRID for gguf: f32 f16 bf16 q8_0 q6_k q5_k_m q5_k_s q5_0 q5_1 q4_k_m q4_k_s
+                   q4_0 q4_1 iq4_nl iq4_xs q3_k_l q3_k_m q3_k_s q2_k iq3_m iq3_s
+                   iq3_xs iq3_xxs
+    GRID for onnx: f32 f16 int8 int8-dynamic nf4 int4-g32 int4-g64 int4-g128
+                   (and -sym of each int4)
 
     \b
     Examples:
       edgellm convert ./SmolLM2-135M --out small
-      edgellm convert HuggingFaceTB/SmolLM2-135M-Instruct --out small --format onnx
+      edgellm convert HuggingFaceTB/SmolLM2-135M-Instruct --out small
       edgellm convert model.gguf --out small --quant q5_k_m --embed q8_0
       edgellm convert ./my-model --quant int4-g64 --format onnx --dry-run
       edgellm convert ./my-model --out small --format onnx --kv-cache int8
-      edgellm convert --recipe recipe.toml --out small --json | jq .manifest.sha256
+      edgellm convert --recipe recipe.toml --out small --json | jq .path
     """
     asked = _asked(
         recipe,
@@ -183,7 +184,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
             {
                 "name": tensor.name,
                 "role": tensor.role,
-                "shape": _shape(tensor),
+                "shape": tensor.shape,
                 "grid": tensor.grid.name,
                 "nbytes": tensor.nbytes,
                 "note": tensor.note,
@@ -199,7 +200,7 @@ def _show_plan(plan: Plan) -> None:
         [
             (
                 tensor.name,
-                " x ".join(map(str, _shape(tensor))),
+                " x ".join(map(str, tensor.shape)),
                 tensor.grid.name,
                 render.size(tensor.nbytes),
                 tensor.note,
@@ -224,20 +225,20 @@ def _show_plan(plan: Plan) -> None:
     render.show_notes(plan.layout.notes)
 
 
-def _shape(tensor: OutputTensor) -> tuple[int, ...]:
-    if len(tensor.parts) == 1:
-        return tensor.parts[0].shape
-    return (tensor.rows, tensor.columns)
-
-
 def _show_artifact(artifact: Artifact, *, as_json: bool) -> None:
     assert artifact.manifest is not None
     if as_json:
         render.show_json({"path": artifact.path, "manifest": artifact.manifest})
         return
     made = artifact.manifest.artifact
+    check = artifact.manifest.measured.get("check", {})
     render.say_notes(made.notes)
     nbytes = render.size(sum(file.nbytes for file in made.files))
     files = render.count(len(made.files), "file")
     print(f"{artifact.path}: {nbytes} in {files}, checksums in manifest.json")
-    render.say(f'ask it: edgellm run {artifact.path} "Why is the sky blue?"')
+    if "text" in check:
+        render.say_notes([f'it runs: "{" ".join((check["prompt"] + check["text"]).split())} ..."'])
+    if "skipped" in check:
+        render.say_notes([f"not tried: {check['skipped']}"])
+    else:
+        render.say(f'ask it: edgellm run {artifact.path} "Why is the sky blue?"')
