@@ -57,8 +57,6 @@ def open(
     """
     if device not in get_args(Device):
         raise UsageError(f"no device named {device!r}: choose {', '.join(get_args(Device))}")
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads must be at least 1, got {threads}")
     if kv_dtype not in (None, *get_args(KvDtype)):
         allowed = ", ".join(get_args(KvDtype))
         raise UsageError(f"no type of cache named {kv_dtype!r}: choose {allowed}")
