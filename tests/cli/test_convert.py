@@ -53,6 +53,24 @@ def test_check_generates_with_what_was_made(command: Command, model: Path, out: 
     assert done.json()["manifest"]["measured"]["check"]["token_ids"]
 
 
+def test_what_the_check_found_is_said(
+    command: Command, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("convert", model, "-o", out, "--format", "onnx", "--force")
+    done = command(*asked)
+    assert 'it runs: "The capital of France is' in done.err
+    assert "ask it:" in done.err
+
+    def missing(artifact: object) -> dict[str, str]:
+        return {"skipped": "nothing here runs it"}
+
+    monkeypatch.setattr("edgellm.conversion.check_artifact", missing)
+    done = command(*asked)
+    assert done.code == 0
+    assert "not tried: nothing here runs it" in done.err
+    assert "ask it:" not in done.err
+
+
 def test_dry_run_shows_every_tensor_and_writes_nothing(
     command: Command, model: Path, out: Path, onnx_artifact: Path
 ) -> None:

@@ -28,6 +28,13 @@ def test_root_help_lists_every_command_with_its_summary(command: Command) -> Non
         assert re.search(rf"^  {name} +{re.escape(summary)}$", shown.out, re.MULTILINE)
 
 
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_fits_a_terminal(name: str, command: Command) -> None:
+    shown = command(*filter(None, [name]), "-h")
+    assert shown.code == 0
+    assert [line for line in shown.out.splitlines() if len(line) > 80] == []
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_summary_is_the_first_line_of_the_help(name: str) -> None:
     target, summary = COMMANDS[name]
