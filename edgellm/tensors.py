@@ -175,24 +175,6 @@ def stacked_rows(parts: Sequence[TensorRef], start: int, stop: int) -> Array:
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
-def stacked(name: str, role: str, parts: Sequence[TensorRef]) -> TensorRef:
-    """``parts`` of equal width laid one below the other as one matrix, for one product."""
-    first = parts[0]
-    if any(part.columns != first.columns for part in parts):
-        widths = ", ".join(f"{part.name} {part.columns}" for part in parts)
-        raise ValueError(f"only matrices of equal width can be stacked, got {widths}")
-
-    def load_rows(start: int, stop: int) -> Array:
-        return stacked_rows(parts, start, stop)
-
-    def load_columns(start: int, stop: int) -> Array:
-        return np.concatenate([part.load_columns(start, stop) for part in parts])
-
-    shape = (sum(part.rows for part in parts), first.columns)
-    nbytes = sum(part.nbytes for part in parts)
-    return TensorRef(name, role, shape, first.dtype, nbytes, load_rows, load_columns)
-
-
 def check_finite(rows: Array, name: str, *, first_row: int = 0) -> None:
     """Raise ``TensorError`` with the place of the first NaN or Inf in ``rows`` ``[rows, columns]``.
 

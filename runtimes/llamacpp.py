@@ -115,6 +115,11 @@ class LlamaCppRuntime:
                 f"llama.cpp was built without {device}, or this machine has none ({found.reason}): "
                 f"choose --device {' or '.join(found.devices)}"
             )
+        if options.kv_dtype not in (None, *KV_TYPES):
+            raise UnsupportedTarget(
+                f"llama.cpp keeps keys and values in {' or '.join(KV_TYPES)} here, not in "
+                f"{options.kv_dtype}: choose one of those, or leave the choice out"
+            )
         # A damaged header makes llama.cpp stop the whole process, so it is read here first.
         from edgellm.source.gguf_file import read_gguf
 

@@ -45,7 +45,7 @@ class GgufLayout:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One row of the registry; ``docs`` and every exporter read it.
+    """One row of the registry, which every source and exporter reads.
 
     ``architecture`` is the class that transformers loads such a checkpoint with. ``base_prefix``
     may be missing from all names of a checkpoint that was saved without its head.

@@ -29,7 +29,10 @@ def open_source(
     ``progress`` is told of a download. Raises ``SourceError`` (``HubError``, ``TensorError``) for
     what is missing or damaged and ``UnsupportedModel`` for what is not understood.
     """
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:  # ~name of nobody
+        raise SourceError(f"{text}: {error} Give the folder's whole path") from error
     if path.exists():
         return _open_path(path, ignore_config_keys, context)
     from edgellm.source.hub import download, parse_hub_id

@@ -66,7 +66,7 @@ def open_gguf(
         name=str(general.get("general.name", path.stem)),
         kind="gguf",
         path=path,
-        config=config,
+        config={"architectures": [family.architecture], **config},
         family=family,
         decoder=decoder,
         tensors=tensors,

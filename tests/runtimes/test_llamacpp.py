@@ -147,6 +147,8 @@ def test_half_precision_cache_is_the_default_and_half_as_large(
         sizes.append(session.kv_bytes())
         session.close()
     assert sizes[0] * 2 == sizes[1]
+    with pytest.raises(UnsupportedTarget, match="in f32 or f16 here, not in int8"):
+        LlamaCppRuntime().open(model, RunOptions(kv_dtype="int8"))
 
 
 def test_error_is_the_last_words_of_llamacpp() -> None:

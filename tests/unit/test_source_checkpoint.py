@@ -315,3 +315,8 @@ def test_a_single_file_of_a_folder_names_the_folder(
 def test_what_is_neither_path_nor_hub_id_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no file or folder"):
         open_source(str(tmp_path / "nothing" / "here"))
+
+
+def test_a_home_that_nobody_has_is_said() -> None:
+    with pytest.raises(SourceError, match=r"~nobody-of-that-name/model: .*whole path"):
+        open_source("~nobody-of-that-name/model")

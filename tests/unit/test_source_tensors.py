@@ -16,7 +16,7 @@ from edgellm.tensors import (
     constant,
     derived,
     reordered,
-    stacked,
+    stacked_rows,
     transposed,
 )
 
@@ -59,13 +59,17 @@ def test_changes_reach_the_columns_too() -> None:
 
 def test_stacked_parts_are_one_matrix() -> None:
     parts = [constant("a", MATRIX[:3]), constant("b", MATRIX[3:])]
-    ref = stacked("qkv", "blk.0.attn_qkv.weight", parts)
-    assert ref.shape == (7, 5)
-    np.testing.assert_array_equal(ref.load(2, 5), MATRIX[2:5])
-    np.testing.assert_array_equal(ref.load_columns(1, 3), MATRIX[:, 1:3])
-    np.testing.assert_array_equal(transposed(ref).load(1, 3), MATRIX.T[1:3])
-    with pytest.raises(ValueError, match="equal width"):
-        stacked("x", "x", [parts[0], constant("c", np.zeros((2, 4)))])
+    for start, stop in ((0, 7), (2, 5), (0, 3), (3, 7)):
+        np.testing.assert_array_equal(stacked_rows(parts, start, stop), MATRIX[start:stop])
+
+
+def test_the_damaged_part_of_a_stack_is_named() -> None:
+    damaged = MATRIX[3:].copy()
+    damaged[1, 2] = np.nan
+    parts = [constant("a", MATRIX[:3]), constant("b", damaged)]
+    stacked_rows(parts, 0, 4)
+    with pytest.raises(TensorError, match="tensor b holds nan at row 1, column 2"):
+        stacked_rows(parts, 2, 6)
 
 
 def test_columns_of_a_large_tensor_take_little_memory() -> None:
