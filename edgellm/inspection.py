@@ -186,16 +186,23 @@ def _inspect_onnx(path: Path) -> Inspection:
     except DecodeError as error:
         raise SourceError(f"{path} is not an ONNX model, or cut short: {error}") from error
     graph = model.graph
-    files, tensors, places = {path}, [], set()
+    locations: set[str] = set()
+    tensors, places = [], set()
     for initializer in graph.initializer:
         external = {entry.key: entry.value for entry in initializer.external_data}
         dtype = onnx.TensorProto.DataType.Name(initializer.data_type).lower()
         nbytes, note = _onnx_bytes(initializer.data_type, math.prod(initializer.dims)), ""
         if external:
-            files.add(path.parent / external["location"])
-            place = (external["location"], external.get("offset", "0"))
+            location, length = external.get("location", ""), external.get("length", str(nbytes))
+            if not location or not length.isdecimal():
+                raise SourceError(
+                    f"{path}: the place of tensor {initializer.name} is {external}, which is none: "
+                    "the file is damaged"
+                )
+            locations.add(location)
+            place = (location, external.get("offset", "0"))
             note = "shares its bytes with another tensor" if place in places else ""
-            nbytes = 0 if note else int(external.get("length", nbytes))
+            nbytes = 0 if note else int(length)
             places.add(place)
         tensors.append(
             InspectedTensor(
@@ -206,13 +213,13 @@ def _inspect_onnx(path: Path) -> Inspection:
                 note=note,
             )
         )
-    missing = sorted(str(file.relative_to(path.parent)) for file in files if not file.is_file())
+    missing = sorted(name for name in locations if not (path.parent / name).is_file())
     opsets = {opset.domain or "ai.onnx": opset.version for opset in model.opset_import}
     operators = Counter(node.op_type for node in graph.node)
     found = _inspection(
         path,
         "onnx",
-        files=[file for file in files if file.is_file()],
+        files=[path, *(path.parent / name for name in locations.difference(missing))],
         metadata={
             "producer": f"{model.producer_name} {model.producer_version}".strip(),
             "ir_version": model.ir_version,

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 
+from edgellm.errors import SourceError
 from edgellm.inspection import inspect, shortened
 from edgellm.manifest import Manifest, Parity, read_manifest
 
@@ -72,6 +74,19 @@ def test_onnx_without_its_data_file(onnx_artifact: Path, tmp_path: Path) -> None
     copy = tmp_path / "model.onnx"
     copy.write_bytes((onnx_artifact / "model.onnx").read_bytes())
     assert any("missing" in note for note in inspect(copy).notes)
+
+
+def test_onnx_whose_data_lies_nowhere(onnx_artifact: Path, tmp_path: Path) -> None:
+    model = onnx.load(onnx_artifact / "model.onnx", load_external_data=False)
+    stored = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    path = tmp_path / "model.onnx"
+    stored.external_data[0].value = "/no/such/file"
+    onnx.save(model, path)
+    assert "its data file /no/such/file is missing" in inspect(path).notes
+    del stored.external_data[0]
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(SourceError, match=f"the place of tensor {stored.name} is"):
+        inspect(str(path))
 
 
 def test_model_folder(command: Command, model: Path) -> None:
