@@ -31,6 +31,7 @@ def run(
             metavar="PROMPT", help="The question; - reads it from stdin. Without one: a chat."
         ),
     ] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="WORD", hidden=True)] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Stop after so many tokens. Default: when the model ends.")
     ] = None,
@@ -90,6 +91,8 @@ def run(
       edgellm run model.gguf --raw "The capital of France is" --max-tokens 5
       edgellm run small "Name a prime." --json | jq .decode_tokens_per_s
     """
+    if prompt and words:  # a question without quotes
+        prompt = " ".join((prompt, *words))
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         prompt = sys.stdin.read().strip()
         if not prompt:

@@ -58,6 +58,13 @@ def test_stdin_is_the_prompt(command: Command, onnx_artifact: Path) -> None:
     assert given["token_ids"] == piped["token_ids"] == dash["token_ids"]
 
 
+def test_words_without_quotes_are_one_prompt(command: Command, onnx_artifact: Path) -> None:
+    quoted = command("run", onnx_artifact, "hello you", *FAKE, "--json").json()
+    words = command("run", onnx_artifact, "hello", *FAKE, "you", "--json").json()
+    assert words["prompt_tokens"] == quoted["prompt_tokens"]
+    assert words["token_ids"] == quoted["token_ids"]
+
+
 def test_empty_stdin_is_an_error(command: Command, onnx_artifact: Path) -> None:
     done = command("run", onnx_artifact, *FAKE, stdin="  \n")
     assert done.code == 2
