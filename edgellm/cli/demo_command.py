@@ -74,13 +74,12 @@ def _convert(source: Path, out: Path, container: str, quant: str, *, quiet: bool
     if not quiet:
         render.say(f"\n{source.name} to {container}, {quant}")
     recipe = make_recipe({"source": str(source), "format": container, "quant": quant})
-    started = time.perf_counter()
     with progress_shown(quiet=quiet) as progress:
         artifact = convert(recipe, out, force=True, progress=progress)
     converted = time.perf_counter()
     verify(artifact)
-    if not quiet:
-        made = render.duration(converted - started)
+    if not quiet and artifact.manifest:
+        made = render.duration(artifact.manifest.measured["convert_s"])
         verified = render.duration(time.perf_counter() - converted)
         render.say_notes([f"made in {made}, all checksums verified in {verified}: {artifact.path}"])
     return artifact
