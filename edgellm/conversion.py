@@ -107,8 +107,7 @@ def carry_out(
                 staged.write_file(name, content)
         quantize_tensors(plan, staged, progress)
         staged.sync()
-        parity = prove_parity(plan, staged.path)
-        digested = describe(plan, staged.path, parity, progress)
+        digested, parity = describe(plan, staged.path, progress)
         measured = {
             "created_unix_s": round(time.time()),
             "convert_s": round(time.perf_counter() - started, 3),
@@ -206,8 +205,11 @@ def prove_parity(plan: Plan, folder: Path) -> Parity:
     return parity
 
 
-def describe(plan: Plan, folder: Path, parity: Parity, progress: Progress = unwatched) -> Digested:
-    """What stands in ``folder``: digests of files and tensors, and where it all came from."""
+def describe(plan: Plan, folder: Path, progress: Progress = unwatched) -> tuple[Digested, Parity]:
+    """What stands in ``folder``, by digests, and where it came from; and the tokenizers' verdict.
+
+    Raises ``VerificationError`` when the artifact's tokenizer is not the source's.
+    """
     layout, source = plan.layout, plan.source
     names = sorted({*layout.files, *layout.data_files})
     total = sum((folder / name).stat().st_size for name in names)
@@ -216,7 +218,8 @@ def describe(plan: Plan, folder: Path, parity: Parity, progress: Progress = unwa
         base_sha256 = pool.submit(source.digest)
         files = [pool.submit(file_sha256, folder / name) for name in names]
         tensors = [pool.submit(_tensor_entry, tensor, folder) for tensor in layout.tensors]
-        return Digested(
+        parity = prove_parity(plan, folder)
+        digested = Digested(
             schema_version=SCHEMA_VERSION,
             container=layout.container,
             main_file=layout.main_file,
@@ -246,6 +249,7 @@ def describe(plan: Plan, folder: Path, parity: Parity, progress: Progress = unwa
             ),
             tool_versions=_tool_versions(container_named(layout.container)),
         )
+        return digested, parity
 
 
 def _tensor_entry(tensor: OutputTensor, folder: Path) -> TensorEntry:

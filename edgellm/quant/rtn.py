@@ -86,13 +86,14 @@ def _fit(blocks: Array, grid: Grid, codes: Codes) -> tuple[Array, Array]:
     work = np.empty_like(blocks)
     widest, zero = _widest(blocks, grid, top)
     best, best_score = widest, np.full_like(widest, -1.0)
-    for part in SHRINK[:1] if grid.symmetric or grid.bits == 8 else SHRINK:
-        fit, score = _refit(blocks, widest * np.float32(part), zero, top, work)
-        better = score > best_score
-        best_score = np.where(better, score, best_score)
-        best = np.where(better, fit, best)
-    for _ in range(REFITS):
-        best, _ = _refit(blocks, best, zero, top, work)
+    if grid.bits < 8:  # with 255 steps to a block there is nothing to win
+        for part in SHRINK[:1] if grid.symmetric else SHRINK:
+            fit, score = _refit(blocks, widest * np.float32(part), zero, top, work)
+            better = score > best_score
+            best_score = np.where(better, score, best_score)
+            best = np.where(better, fit, best)
+        for _ in range(REFITS):
+            best, _ = _refit(blocks, best, zero, top, work)
     _round(blocks, best, zero, top, work)
     np.add(work, zero, out=work)
     np.copyto(codes, work.T, casting="unsafe")
