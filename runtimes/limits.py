@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgellm.errors import GenerationError
+from edgellm.errors import GenerationError, UsageError
 from edgellm.runtimes.session import KvState
 
 DEFAULT_CONTEXT_TOKENS = 4096
@@ -13,11 +13,11 @@ DEFAULT_CONTEXT_TOKENS = 4096
 
 
 def context_tokens(wanted: int | None, trained: int, path: Path) -> int:
-    """Room for the KV cache; raises ``GenerationError`` for more than the model was made for."""
+    """Room for the KV cache; raises ``UsageError`` for more than the model was made for."""
     if wanted is None:
         return min(trained, DEFAULT_CONTEXT_TOKENS)
     if not 1 <= wanted <= trained:
-        raise GenerationError(
+        raise UsageError(
             f"a context of {wanted} tokens is not possible: {path.name} was made for 1 to "
             f"{trained}; choose another --context"
         )

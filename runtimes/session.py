@@ -117,5 +117,5 @@ class Runtime(Protocol):
     def open(self, artifact: Artifact, options: RunOptions) -> Session:
         """A session on ``artifact``.
 
-        Raises ``RuntimeMissing``, ``UnsupportedTarget`` or ``GenerationError``.
+        Raises ``UsageError``, ``RuntimeMissing``, ``UnsupportedTarget`` or ``GenerationError``.
         """

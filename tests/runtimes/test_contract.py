@@ -9,7 +9,7 @@ import numpy.typing as npt
 import psutil
 import pytest
 
-from edgellm.errors import GenerationError, UnsupportedTarget
+from edgellm.errors import GenerationError, UnsupportedTarget, UsageError
 from edgellm.hardware import detect
 from edgellm.runtimes import RUNTIMES, llamacpp, ort, runtime_named
 from edgellm.runtimes.session import KvState, Session
@@ -184,7 +184,7 @@ def test_impossible_trims_are_refused(session: Session, length: int) -> None:
 
 
 def test_context_beyond_the_models_is_refused(open_session: Callable[..., Session]) -> None:
-    with pytest.raises(GenerationError, match="choose another --context"):
+    with pytest.raises(UsageError, match="choose another --context"):
         open_session(context_tokens=100_000)
 
 
