@@ -19,10 +19,15 @@ INSTALL = 'pip install "edgellm[llamacpp]"'
 """The command that brings it."""
 
 OPENMP_WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
-SPIN_COUNT = "2000"
-"""Turns of a waiting loop, 10 to 45 ns each by CPU: 20 to 90 us in all. SmolLM2 Q4_0 on two cores
-took, in ms a token: on a nearly idle machine 10 at 30000 turns and 17 without spinning; on one
-shared with busy others 255 by libgomp's default, 70 at 3000, 45 at 1000, 33 without spinning."""
+QUIET_SPIN_COUNT, BUSY_SPIN_COUNT = "30000", "2000"
+"""Turns of a waiting loop, 10 to 45 ns each by CPU. SmolLM2 Q4_0 on two cores took, in ms a token:
+on a nearly idle machine 10 at 30000 turns and 17 without spinning; on one shared with busy others
+255 by libgomp's default, 70 at 3000, 45 at 1000, 33 without spinning."""
+
+CPU_PRESSURE = Path("/proc/pressure/cpu")
+BUSY_PERCENT = 5.0
+"""Share of the last ten seconds in which some thread waited for a CPU; our own threads, one to a
+core, make it wait for none."""
 
 WITHOUT_AMX = "CFLAGS and CXXFLAGS set to '-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'"
 AMX_SYMBOL = b"ggml_backend_amx_mul_mat"
@@ -93,16 +98,25 @@ def _short_spin() -> Iterator[None]:
 
     libgomp reads this once, when it is loaded. By default its threads spin for milliseconds at the
     end of every operation, which on a busy machine keeps the very thread from running that they
-    wait for: a token then takes ten times as long.
+    wait for: a token then takes ten times as long. On a quiet one a longer wait is quicker.
     """
     if OPENMP_WAITING & os.environ.keys():
         yield
         return
-    os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+    os.environ["GOMP_SPINCOUNT"] = BUSY_SPIN_COUNT if machine_is_busy() else QUIET_SPIN_COUNT
     try:
         yield
     finally:
         del os.environ["GOMP_SPINCOUNT"]
+
+
+def machine_is_busy() -> bool:
+    """Whether threads had to wait for a CPU just now; where the kernel does not say, they had."""
+    try:
+        found = re.search(r"some avg10=([\d.]+)", CPU_PRESSURE.read_text())
+    except OSError:  # not Linux, or a kernel without pressure accounting
+        return True
+    return found is None or float(found[1]) > BUSY_PERCENT
 
 
 def _remember(level: int, text: bytes, user_data: object) -> None:

@@ -53,12 +53,21 @@ def test_broken_amx_code_does_not_matter_where_it_is_not_run(tmp_path: Path) -> 
 
 
 def test_waiting_of_threads_is_shortened_and_the_environment_left_alone(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in llamacpp_library.OPENMP_WAITING:
         monkeypatch.delenv(name, raising=False)
-    with llamacpp_library._short_spin():
-        assert os.environ["GOMP_SPINCOUNT"] == llamacpp_library.SPIN_COUNT
+    pressure = tmp_path / "cpu"
+    monkeypatch.setattr(llamacpp_library, "CPU_PRESSURE", pressure)
+    for content, turns in (
+        (None, llamacpp_library.BUSY_SPIN_COUNT),
+        ("some avg10=0.40 avg60=9.00", llamacpp_library.QUIET_SPIN_COUNT),
+        ("some avg10=62.10 avg60=0.00", llamacpp_library.BUSY_SPIN_COUNT),
+    ):
+        if content is not None:
+            pressure.write_text(content)
+        with llamacpp_library._short_spin():
+            assert os.environ["GOMP_SPINCOUNT"] == turns
     assert "GOMP_SPINCOUNT" not in os.environ
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     with llamacpp_library._short_spin():
