@@ -36,6 +36,7 @@ test: lint types
 
 lint: $(TEST)/installed
 	$(TEST)/bin/ruff check .
+	$(TEST)/bin/ruff format --check --quiet .
 
 types: $(TEST)/installed
 	$(TEST)/bin/mypy

@@ -166,9 +166,7 @@ def pick(
     raise UnsupportedTarget(f"{message}. Choose another --runtime or --device, or convert again")
 
 
-def _refusal(
-    found: Capabilities, container: str, device: str, kv_dtype: str | None
-) -> str | None:
+def _refusal(found: Capabilities, container: str, device: str, kv_dtype: str | None) -> str | None:
     if container not in found.containers:
         return f"runs {', '.join(sorted(found.containers)) or 'nothing'}, not {container}"
     if not found.available:

@@ -63,7 +63,7 @@ def demo(
         render.show_json({"question": question, "text": text, "artifacts": measured})
         return
     _show(measured)
-    render.say(f'\nTalk to it: edgellm run {artifacts[0].path}')
+    render.say(f"\nTalk to it: edgellm run {artifacts[0].path}")
 
 
 def _convert(source: Path, out: Path, container: str, quant: str, *, quiet: bool) -> Artifact:

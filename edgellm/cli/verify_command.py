@@ -16,9 +16,7 @@ DAMAGED = 1
 
 def verify(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="A folder made by convert.")],
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Recompute every checksum of an artifact.
 

@@ -61,9 +61,7 @@ def test_custom_runtime(onnx_artifact: Path, tmp_path: Path) -> None:
     assert "tracing" in [runtime["runtime"] for runtime in doctor["runtimes"]]
     assert doctor["picks"][1]["choice"]["runtime"] == "onnxruntime"
     asked = ("run", onnx_artifact, "hello", "--max-tokens", "4", "--runtime", "tracing", "--json")
-    answer = json.loads(
-        run("-m", "edgellm", *asked, PYTHONPATH=path, EDGELLM_TRACE=str(trace))
-    )
+    answer = json.loads(run("-m", "edgellm", *asked, PYTHONPATH=path, EDGELLM_TRACE=str(trace)))
     assert answer["runtime"] == "tracing"
     calls = [json.loads(line) for line in trace.read_text().splitlines()]
     assert [call["call"] for call in calls] == ["prefill", "decode", "decode", "decode"]
