@@ -118,7 +118,7 @@ def test_template_system_and_raw_change_the_prompt(command: Command, onnx_artifa
         (("--temperature", "-1"), 2, "temperature"),
         (("--top-p", "0"), 2, "top_p"),
         (("--max-tokens", "0"), 2, "max_tokens"),
-        (("--context", "1000000", "--runtime", "fake"), 9, "--context"),
+        (("--context", "1000000", "--runtime", "fake"), 2, "--context"),
         (("--context", "3", "--runtime", "fake"), 9, "--context"),
         (("--stop", ""), 2, "stop"),
         (("--threads", "0"), 2, "--threads"),
