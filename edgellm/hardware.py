@@ -10,6 +10,7 @@ import ctypes
 import ctypes.util
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -197,6 +198,21 @@ def memory_bandwidth_bytes_per_s(threads: int, *, seconds: float = 0.3) -> float
             list(pool.map(np.max, buffers))
             best = max(best, threads * count * 4 / (time.perf_counter() - begun))
     return best
+
+
+CPU_PRESSURE = Path("/proc/pressure/cpu")
+BUSY_PERCENT = 5.0
+"""Share of the last ten seconds in which some thread waited for a CPU; our own threads, one to a
+core, make it wait for none."""
+
+
+def machine_is_busy() -> bool:
+    """Whether threads had to wait for a CPU just now; where the kernel does not say, they had."""
+    try:
+        found = re.search(r"some avg10=([\d.]+)", CPU_PRESSURE.read_text())
+    except OSError:  # not Linux, or a kernel without pressure accounting
+        return True
+    return found is None or float(found[1]) > BUSY_PERCENT
 
 
 def peak_memory_bytes() -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgellm.errors import RuntimeMissing
+from edgellm.hardware import machine_is_busy
 
 INSTALL = 'pip install "edgellm[llamacpp]"'
 """The command that brings it."""
@@ -23,11 +24,6 @@ QUIET_SPIN_COUNT, BUSY_SPIN_COUNT = "30000", "2000"
 """Turns of a waiting loop, 10 to 45 ns each by CPU. SmolLM2 Q4_0 on two cores took, in ms a token:
 on a nearly idle machine 10 at 30000 turns and 17 without spinning; on one shared with busy others
 255 by libgomp's default, 70 at 3000, 45 at 1000, 33 without spinning."""
-
-CPU_PRESSURE = Path("/proc/pressure/cpu")
-BUSY_PERCENT = 5.0
-"""Share of the last ten seconds in which some thread waited for a CPU; our own threads, one to a
-core, make it wait for none."""
 
 WITHOUT_AMX = "CFLAGS and CXXFLAGS set to '-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'"
 AMX_SYMBOL = b"ggml_backend_amx_mul_mat"
@@ -108,15 +104,6 @@ def _short_spin() -> Iterator[None]:
         yield
     finally:
         del os.environ["GOMP_SPINCOUNT"]
-
-
-def machine_is_busy() -> bool:
-    """Whether threads had to wait for a CPU just now; where the kernel does not say, they had."""
-    try:
-        found = re.search(r"some avg10=([\d.]+)", CPU_PRESSURE.read_text())
-    except OSError:  # not Linux, or a kernel without pressure accounting
-        return True
-    return found is None or float(found[1]) > BUSY_PERCENT
 
 
 def _remember(level: int, text: bytes, user_data: object) -> None:

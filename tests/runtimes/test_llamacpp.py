@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from edgellm import hardware
 from edgellm.errors import EdgeError, RuntimeMissing, SourceError, UnsupportedTarget
 from edgellm.hardware import Fact, Gpu, detect
 from edgellm.manifest import Artifact
@@ -58,7 +59,7 @@ def test_waiting_of_threads_is_shortened_and_the_environment_left_alone(
     for name in llamacpp_library.OPENMP_WAITING:
         monkeypatch.delenv(name, raising=False)
     pressure = tmp_path / "cpu"
-    monkeypatch.setattr(llamacpp_library, "CPU_PRESSURE", pressure)
+    monkeypatch.setattr(hardware, "CPU_PRESSURE", pressure)
     for content, turns in (
         (None, llamacpp_library.BUSY_SPIN_COUNT),
         ("some avg10=0.40 avg60=9.00", llamacpp_library.QUIET_SPIN_COUNT),
