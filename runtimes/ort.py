@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget
-from edgellm.hardware import Hardware, detect, machine_is_busy
+from edgellm.hardware import Hardware, detect
 from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
 from edgellm.runtimes.huge_pages import HugePages, anonymous_ranges
@@ -32,7 +32,7 @@ STEP_TOKENS = 128
 core's cache (512 tokens of SmolLM2 int4 took 1.14x and 1.05x as long in one step, on 1 and 2
 threads). Ctrl-C is heard between steps."""
 
-QUIET_SPIN_US, BUSY_SPIN_US = "1000", "20"
+SPIN_US = "20"
 """How long threads wait for the next operator before they sleep. Milliseconds a token of SmolLM2
 int4 on two cores, nearly idle and shared with others: 10.7 and 12.7 without spinning, 6.9 and 14.8
 with 20 us, 6.8 and 27 with onnxruntime's default of a millisecond."""
@@ -276,10 +276,7 @@ def _session_options(onnxruntime: Any, threads: int) -> Any:
     short_spin = version_numbers(onnxruntime.__version__) >= SHORT_SPIN_SINCE
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(short_spin)))
     if short_spin:
-        options.add_session_config_entry(
-            "session.intra_op.spin_duration_us",
-            BUSY_SPIN_US if machine_is_busy() else QUIET_SPIN_US,
-        )
+        options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
     return options
 
 
