@@ -5,6 +5,7 @@ EdgeError                      1   root; never raised itself
 │   └── UnknownGrid            2   no grid of that name (the nearest names are in the message)
 ├── SourceError                3   the input model is missing, damaged or unsafe
 │   ├── TensorError            3   one tensor of it: missing, wrong shape or dtype, NaN or Inf
+│   ├── AdapterError           3   an adapter that is damaged, matches nothing, or has another base
 │   └── HubError               3   the Hub could not give the model
 ├── UnsupportedModel           4   an architecture, feature or config key that is not understood
 │   └── UnsupportedTokenizer   4   a tokenizer that would not survive the conversion
@@ -45,6 +46,10 @@ class SourceError(EdgeError):
 
 class TensorError(SourceError):
     """One tensor of the input is missing, has a wrong shape or dtype, or holds NaN or Inf."""
+
+
+class AdapterError(SourceError):
+    """An adapter that is damaged or incomplete, matches no weight, or belongs to another base."""
 
 
 class HubError(SourceError):
