@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 from edgellm.architectures.family import Kind
+from edgellm.lora.factors import kept, row_product
 from edgellm.tensors import Array, TensorRef
 
 
@@ -15,13 +15,16 @@ class Target:
     """The weight that is changed. ``name`` is the Hugging Face name, ``shape`` ``[out, in]``.
 
     ``transposed``: the checkpoint stores it ``[in, out]`` (Conv1D), which ``fan_in_fan_out`` means.
-    ``kind`` is ``embedding`` for a table of token rows, whose adapters are stored turned round.
+    ``kind`` is ``embedding`` for a table of token rows, whose adapters are stored turned round, and
+    ``bias`` for a vector. ``base`` is the weight itself, canonical, for the changes that depend on
+    more of it than the row at hand (DoRA on an embedding); None where only shapes are known.
     """
 
     name: str
     shape: tuple[int, ...]
     kind: Kind
     transposed: bool = False
+    base: TensorRef | None = None
 
 
 class Edit(Protocol):
@@ -31,10 +34,15 @@ class Edit(Protocol):
     def rank(self) -> int:
         """The rank of the change; 0 where it has none to speak of."""
 
+    @property
+    def scale(self) -> float:
+        """What the adapter's product is multiplied by (alpha / r); 1 where the kind has none."""
+
     def apply(self, rows: Array, start: int, stop: int, weight: float) -> Array:
         """Rows ``start:stop`` as they are after the change, ``weight`` times as strong.
 
-        ``rows`` is float32 ``[stop - start, in]`` and may be changed in place.
+        ``rows`` is float32 ``[stop - start, in]``, of the weight as the base holds it, and may be
+        changed in place. At weight 0 they stay as they are.
         """
 
 
@@ -57,13 +65,13 @@ class LowRank:
     def rank(self) -> int:
         return self.a.shape[0]
 
-    @cached_property
+    @property
     def a_values(self) -> Array:
-        """``A`` whole, float32 ``[rank, in]``; small, and read once."""
-        return self.a.load()
+        """``A`` whole, float32 ``[rank, in]``; kept while it is in use, so do not change it."""
+        return kept.get(self, self.a.load)
 
     def delta(self, start: int, stop: int) -> Array:
-        product: Array = self.b.load(start, stop) @ self.a_values
+        product = row_product(self.b.load(start, stop), self.a_values, start)
         product *= self.scale
         return product
 
