@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
-from edgellm.architectures.decoder import Decoder, Feature, Layer, Rope
+from edgellm.architectures.decoder import Decoder, Feature, Rope
 from edgellm.export.kv_scales import CacheScales
 from edgellm.export.onnx_graph import GraphBuilder
 from edgellm.export.onnx_operators import operators_of
@@ -75,19 +75,53 @@ class DecoderGraph:
         # `stream` is the residual stream, `branch` what is still to be added to it.
         stream, branch = self._embed(), ""
         last = len(decoder.layers) - 1
-        for index, layer in enumerate(decoder.layers):
-            name = f"blk.{index}"
-            normed, stream = self._norm(f"{name}.attn_norm", stream, branch)
-            branch = self._attention(index, layer, normed)
-            if index == last:
-                stream = self._cut(f"{name}.stream_cut", stream, logits_from)
-                branch = self._cut(f"{name}.attn_cut", branch, logits_from)
-            branch = self._linear(f"{name}.attn_output", ["attn_output"], branch, index)
-            branch = self._post_norm(f"{name}.post_attention_norm", branch)
-            normed, stream = self._norm(f"{name}.ffn_norm", stream, branch)
-            branch = self._post_norm(f"{name}.post_ffw_norm", self._feed_forward(index, normed))
+        for index in range(len(decoder.layers)):
+            stream, branch = self._layer(
+                index, stream, branch, logits_from if index == last else ""
+            )
         normed, _ = self._norm("output_norm", stream, branch)
         self._head(normed)
+
+    def build_layer(self, index: int) -> None:
+        """Add one layer alone: whole sequences of the residual stream go in and come out.
+
+        Inputs: ``stream`` ``[batch, sequence, hidden]``, ``seqlens_k`` ``[batch]`` (tokens of each
+        sequence less one) and ``total_length`` (tokens of the longest). Output: ``stream_out``.
+        Nothing is cached, and no token before the sequence is seen.
+        """
+        graph = self.graph
+        shape = ["batch_size", "sequence_length", self.decoder.hidden_size]
+        stream = graph.input("stream", TensorProto.FLOAT, shape)
+        graph.input("seqlens_k", TensorProto.INT32, ["batch_size"])
+        graph.input("total_length", TensorProto.INT32, [1])
+        stream, branch = self._layer(index, stream, "", cached=False)
+        graph.node("Add", [stream, branch], "stream_out")
+        graph.output("stream_out", TensorProto.FLOAT, shape)
+
+    def build_output_norm(self) -> None:
+        """Add the norm before the head alone: ``stream`` ``[batch, sequence, hidden]`` goes in."""
+        shape = ["batch_size", "sequence_length", self.decoder.hidden_size]
+        stream = self.graph.input("stream", TensorProto.FLOAT, shape)
+        self._norm_alone("output_norm", stream)
+        self.graph.output("output_norm", TensorProto.FLOAT, shape)
+
+    def _layer(
+        self, index: int, stream: str, branch: str, cut_from: str = "", *, cached: bool = True
+    ) -> tuple[str, str]:
+        """The stream after layer ``index``, and what is still to be added to it.
+
+        With ``cut_from``, of the positions from there on only.
+        """
+        name = f"blk.{index}"
+        normed, stream = self._norm(f"{name}.attn_norm", stream, branch)
+        branch = self._attention(index, normed, cached=cached)
+        if cut_from:
+            stream = self._cut(f"{name}.stream_cut", stream, cut_from)
+            branch = self._cut(f"{name}.attn_cut", branch, cut_from)
+        branch = self._linear(f"{name}.attn_output", ["attn_output"], branch, index)
+        branch = self._post_norm(f"{name}.post_attention_norm", branch)
+        normed, stream = self._norm(f"{name}.ffn_norm", stream, branch)
+        return stream, self._post_norm(f"{name}.post_ffw_norm", self._feed_forward(index, normed))
 
     # --- positions -------------------------------------------------------------------------------
 
@@ -134,30 +168,34 @@ class DecoderGraph:
 
     # --- parts of a layer ------------------------------------------------------------------------
 
-    def _attention(self, index: int, layer: Layer, x: str) -> str:
+    def _attention(self, index: int, x: str, *, cached: bool) -> str:
         graph, decoder = self.graph, self.decoder
-        name = f"blk.{index}.attn"
+        name, layer = f"blk.{index}.attn", decoder.layers[index]
         query, key, value = self._queries_keys_values(index, x)
-        before, after = self._cache_shape("past"), self._cache_shape("total")
-        element = TensorProto.INT8 if self.int8_cache else TensorProto.FLOAT
-        past = [
-            graph.input(f"past_key_values.{index}.{part}", element, before)
-            for part in ("key", "value")
-        ]
-        present = [f"present.{index}.{part}" for part in ("key", "value")]
+        past, present = self._past_present(index) if cached else (["", ""], [])
         inputs = [query, key, value, *past, "seqlens_k", "total_length"]
         if layer.rope is not None:
             inputs += self._rope(layer.rope)
         cache = self._int8_cache(index, inputs) if self.int8_cache else {}
-        attention = graph.node(
+        return graph.node(
             "GroupQueryAttention", inputs, name, outputs=[name, *present], contrib=True,
             num_heads=decoder.heads, kv_num_heads=decoder.kv_heads, scale=decoder.softmax_scale,
             do_rotary=int(layer.rope is not None), local_window_size=layer.window or -1,
             **cache,
         )  # fmt: skip
+
+    def _past_present(self, index: int) -> tuple[list[str], list[str]]:
+        """The cached keys and values that come in, and with the step's that leave."""
+        element = TensorProto.INT8 if self.int8_cache else TensorProto.FLOAT
+        before, after = self._cache_shape("past"), self._cache_shape("total")
+        past = [
+            self.graph.input(f"past_key_values.{index}.{part}", element, before)
+            for part in ("key", "value")
+        ]
+        present = [f"present.{index}.{part}" for part in ("key", "value")]
         for output in present:
-            graph.output(output, element, after)
-        return attention
+            self.graph.output(output, element, after)
+        return past, present
 
     def _int8_cache(self, index: int, inputs: list[str]) -> dict[str, Any]:
         """Add the scales of keys and values to ``inputs``; returns what the attention is told."""
