@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgellm.errors import GenerationError, UsageError
-from edgellm.runtimes.session import KvState
+from edgellm.runtimes.session import AdapterFile, KvState
 
 DEFAULT_CONTEXT_TOKENS = 4096
 """Room in the KV cache when nobody asked for more: a model's own limit may take gigabytes."""
@@ -47,8 +47,13 @@ def check_trim(length: int, held: int) -> None:
         raise GenerationError(f"cannot keep {length} tokens: the cache holds {held}")
 
 
-def check_state(state: KvState, runtime: str, room: int) -> None:
-    """Raise ``GenerationError`` unless ``state`` is one of ``runtime``'s and fits."""
+def check_state(
+    state: KvState, runtime: str, room: int, adapters: Sequence[AdapterFile] = ()
+) -> None:
+    """Raise ``GenerationError`` unless ``state`` is one of ``runtime``'s and fits.
+
+    ``adapters``: those that are applied now, with which it must have been computed.
+    """
     if state.runtime != runtime:
         raise GenerationError(
             f"this cache was saved by {state.runtime}, and {runtime} cannot read it: restore it "
@@ -58,6 +63,11 @@ def check_state(state: KvState, runtime: str, room: int) -> None:
         raise GenerationError(
             f"this cache holds {len(state.tokens)} tokens and the context {room}: open the model "
             "with a larger --context"
+        )
+    if state.adapters != tuple(adapters):
+        raise GenerationError(
+            "this cache was computed with other adapters than those that are applied now: apply "
+            "the same ones first, or compute it anew"
         )
 
 

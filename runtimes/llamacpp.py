@@ -12,15 +12,16 @@ import importlib.util
 import os
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget
+from edgellm.errors import GenerationError, RuntimeMissing, SourceError, UnsupportedTarget
 from edgellm.hardware import Hardware, detect
 from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
+from edgellm.runtimes.llamacpp_adapters import LlamaCppAdapters, summed
 from edgellm.runtimes.llamacpp_library import (
     INSTALL,
     WITHOUT_AMX,
@@ -30,8 +31,11 @@ from edgellm.runtimes.llamacpp_library import (
     load_library,
     miscompiled_amx,
 )
-from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
+from edgellm.runtimes.session import AdapterFile, Capabilities, KvState, Logits, RunOptions
 from edgellm.runtimes.versions import version_numbers
+
+if TYPE_CHECKING:
+    from edgellm.source.gguf_file import GgufFile
 
 OLDEST = (0, 3, 36)
 """Where ``n_outputs_max`` and ``load_mode`` came in, on whose place in the structures we rely."""
@@ -75,6 +79,7 @@ class LlamaCppRuntime:
                 devices=devices,
                 kv_dtypes=tuple(KV_TYPES),
                 speed_rank=10,
+                adapters=True,
             )
 
         if importlib.util.find_spec("llama_cpp") is None:
@@ -123,13 +128,18 @@ class LlamaCppRuntime:
         # A damaged header makes llama.cpp stop the whole process, so it is read here first.
         from edgellm.source.gguf_file import read_gguf
 
-        metadata = read_gguf(artifact.main).metadata
+        stored = read_gguf(artifact.main)
+        if stored.metadata.get("general.type") == "adapter":
+            raise SourceError(
+                f"{artifact.main} is a LoRA adapter, which runs beside its base alone: "
+                f"`edgellm run BASE --adapter {artifact.main}`"
+            )
         repack = not miscompiled_amx(library_folder(), hardware.cpu_features.value)
         threads = options.threads or hardware.physical_cores.value
         return LlamaCppSession(
             load_library(),
             artifact,
-            metadata,
+            stored,
             options,
             device=device,
             threads=threads,
@@ -146,7 +156,7 @@ class LlamaCppSession:
         self,
         library: Any,
         artifact: Artifact,
-        metadata: dict[str, Any],
+        stored: GgufFile,
         options: RunOptions,
         *,
         device: str,
@@ -197,11 +207,12 @@ class LlamaCppSession:
 
         self._context = context
         self._memory = library.llama_get_memory(context)
-        self._kv_token_bytes = _kv_token_bytes(metadata, library, model, kv_type)
+        self._kv_token_bytes = _kv_token_bytes(stored.metadata, library, model, kv_type)
         self._tokens: list[int] = []
         self._unsure = False
         self._row_at: dict[int, Logits] = {}
         self._batch = _Batch(library, int(context_options.n_batch))
+        self._adapters = LlamaCppAdapters(library, model, stored)
 
     @property
     def tokens(self) -> Sequence[int]:
@@ -251,14 +262,14 @@ class LlamaCppSession:
             raise GenerationError(
                 f"llama.cpp saved {written} of {size} bytes of its KV cache: {last_words()}"
             )
-        return KvState(self.runtime, tuple(self._tokens), buffer)
+        return KvState(self.runtime, tuple(self._tokens), buffer, self._adapters.applied)
 
     def restore(self, state: KvState) -> None:
         # llama.cpp restores keys and values but no logits: asking for those of the last token would
         # give stale numbers in silence. A session gives logits only for tokens that it has just
         # computed, so the ones that follow are right.
         self._check_open()
-        limits.check_state(state, self.runtime, self.context_tokens)
+        limits.check_state(state, self.runtime, self.context_tokens, self._adapters.applied)
         buffer: npt.NDArray[np.uint8] = state.data
         source = _bytes_of(buffer)
         self._tokens.clear()
@@ -274,6 +285,19 @@ class LlamaCppSession:
             self._forget_rest()
         self._tokens.extend(state.tokens)
         self._unsure = False
+
+    @property
+    def adapters(self) -> Sequence[AdapterFile]:
+        return self._adapters.applied
+
+    def set_adapters(self, adapters: Sequence[AdapterFile]) -> None:
+        self._check_open()
+        wanted = summed(adapters)
+        if wanted == self._adapters.applied:
+            return
+        self._adapters.load(wanted)
+        self.trim(0)
+        self._adapters.apply(self._context, wanted)
 
     def kv_bytes(self) -> int:
         self._check_open()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -42,7 +43,8 @@ class Capabilities:
 
     ``available``: it can open something here now. ``reason``: in one line, why or why not.
     ``install``: the command that brings it. ``speed_rank``: lower is preferred where several can.
-    ``automatic``: may be picked without being named.
+    ``automatic``: may be picked without being named. ``adapters``: its sessions are
+    ``AdaptingSession``, which apply LoRA adapters beside the model.
     """
 
     runtime: str
@@ -55,15 +57,28 @@ class Capabilities:
     kv_dtypes: tuple[str, ...] = ()
     speed_rank: int = 0
     automatic: bool = True
+    adapters: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """A GGUF adapter that is applied beside a model, and how strongly."""
+
+    path: Path
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class KvState:
-    """A copy of a session's cache: ``tokens`` that it holds and the backend's own bytes."""
+    """A copy of a session's cache: ``tokens`` that it holds and the backend's own bytes.
+
+    ``adapters`` are those that were applied when its keys and values were computed.
+    """
 
     runtime: str
     tokens: tuple[int, ...]
     data: Any = field(repr=False)
+    adapters: tuple[AdapterFile, ...] = ()
 
 
 class Session(Protocol):
@@ -104,6 +119,22 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Give all memory back; further calls raise ``GenerationError``."""
+
+
+class AdaptingSession(Session, Protocol):
+    """A session of a runtime whose ``Capabilities.adapters`` is true."""
+
+    @property
+    def adapters(self) -> Sequence[AdapterFile]:
+        """The adapters that are applied, in the order in which they were given."""
+
+    def set_adapters(self, adapters: Sequence[AdapterFile]) -> None:
+        """Apply these adapters and no others from the next token on; their products are summed.
+
+        Where that changes anything the cache is emptied, because its keys and values were computed
+        with other weights. A file that was applied before is not read again. Raises
+        ``AdapterError`` for one that does not belong to the model; then nothing has changed.
+        """
 
 
 class Runtime(Protocol):

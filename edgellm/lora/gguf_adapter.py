@@ -32,6 +32,7 @@ A, B = ".lora_a", ".lora_b"
 NORM = "_norm.weight"
 """llama.cpp's converter writes whole norms under such names, and its loader passes them over."""
 
+EMBEDDING, HEAD, POSITIONS = "token_embd.weight", "output.weight", "position_embd.weight"
 BASE = "general.base_model.0."
 HUB_URL = "https://huggingface.co/"
 
@@ -89,10 +90,7 @@ def in_checkpoint_terms(adapter: Adapter, source: ModelSource) -> Adapter:
     rows = {row.role: row for row in family.tensors(decoder) if row.role in source.tensors}
     unknown = [name for name in (*adapter.parts, *adapter.replaced) if name not in rows]
     if unknown:
-        raise AdapterError(
-            f"{adapter.path} changes {_some(unknown)}, which {source.name} does not have: it was "
-            "made for another base; name the right one"
-        )
+        raise AdapterError(_not_there(adapter, unknown, source.name))
     parts: dict[str, Parts] = {}
     ranks: dict[str, int] = {}
     for role, pair in adapter.parts.items():
@@ -124,9 +122,46 @@ def check_architecture(adapter: Adapter, architecture: str, model: str) -> None:
         )
 
 
-def is_gguf_adapter(metadata: dict[str, Any]) -> bool:
-    """Whether a GGUF file says of itself that it is an adapter, which no runtime can open alone."""
-    return metadata.get(TYPE) == "adapter"
+def check_fits(adapter: Adapter, base: GgufFile) -> None:
+    """Raise ``AdapterError`` unless llama.cpp applies all of a GGUF adapter to the model ``base``.
+
+    It knows no family, so it is right for every file that llama.cpp runs.
+    """
+    name, tensors = base.path.name, base.tensors
+    check_architecture(adapter, str(base.metadata.get(ARCHITECTURE, "")), name)
+    if adapter.replaced:
+        raise AdapterError(
+            f"{adapter.path} holds whole norms ({_some(list(adapter.replaced))}), which llama.cpp "
+            "passes over in silence: merge the adapter into the weights instead"
+        )
+    unknown = [role for role in adapter.parts if role not in tensors]
+    if unknown:
+        raise AdapterError(_not_there(adapter, unknown, name))
+    for role, pair in adapter.parts.items():
+        a, b, shape = pair["lora_a"].shape, pair["lora_b"].shape, tensors[role].shape
+        if role == EMBEDDING and HEAD not in tensors:
+            raise AdapterError(
+                f"{adapter.path} changes {role}, which {name} uses both as embedding and as head: "
+                "llama.cpp stops the whole process over it; merge the adapter instead"
+            )
+        if len(shape) != 2 or role == POSITIONS:
+            raise AdapterError(
+                f"{adapter.path} changes {role}, which llama.cpp adds no product to: merge the "
+                "adapter into the weights instead"
+            )
+        changed = (a[0], b[0]) if role == EMBEDDING else (b[0], a[1])
+        if changed != shape:
+            raise AdapterError(
+                f"{adapter.path} changes {role} as {list(changed)}, and {name} has "
+                f"{list(shape)}: it was trained on another model; name its base"
+            )
+
+
+def _not_there(adapter: Adapter, names: list[str], model: str) -> str:
+    return (
+        f"{adapter.path} changes {_some(names)}, which {model} does not have: it was made for "
+        "another base; name the right one"
+    )
 
 
 def _as_peft(pair: Parts, row: TensorRow, source: ModelSource) -> Parts:
@@ -199,7 +234,7 @@ def _rank(path: Path, name: str, pair: dict[str, TensorRef]) -> int:
             f"{path}: {name} has factors of shape {list(a)} and {list(b)}, and of matrices only "
             "they are understood: adapters of stacked experts are not converted"
         )
-    rank = a[1] if name == "token_embd.weight" else a[0]
+    rank = a[1] if name == EMBEDDING else a[0]
     if rank != b[1]:
         raise AdapterError(
             f"{path}: {name} has factors of shape {list(a)} and {list(b)}, whose ranks differ: it "
