@@ -6,10 +6,12 @@ bytes are the same for any number of workers, because slabs are cut and placed b
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +33,8 @@ from edgellm.export.layout import Container, OutputTensor
 from edgellm.export.packing import PACKERS
 from edgellm.export.writer import StagedFolder, check_output
 from edgellm.hardware import peak_memory_bytes
+from edgellm.lora.lineage import merge_entry, merged_twice
+from edgellm.lora.record import MergeRecord
 from edgellm.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -105,7 +109,8 @@ def carry_out(
                 staged.write_at(name, 0, content)
             else:
                 staged.write_file(name, content)
-        quantize_tensors(plan, staged, progress)
+        with one_blas_thread():
+            quantize_tensors(plan, staged, progress)
         staged.sync()
         digested, parity = describe(plan, staged.path, progress)
         measured = {
@@ -116,6 +121,8 @@ def carry_out(
             "tokenizer_parity_method": parity.method,
             "platform": platform.platform(),
         }
+        if plan.source.merge is not None:
+            measured["merge"] = measured_changes(plan.source.merge.record)
         staged.write_file(MANIFEST, Manifest.of(digested, measured).to_json())
         if check:
             progress(ProgressEvent("check", CHECK_PROMPT, 0, 0))
@@ -155,6 +162,31 @@ def quantize_tensors(plan: Plan, staged: StagedFolder, progress: Progress = unwa
                 len(left),
             )
         )
+
+
+def one_blas_thread() -> AbstractContextManager[object]:
+    """Keeps numpy's products on the thread that asks for them while workers run side by side.
+
+    More threads would fight for the same cores, and add up in another order.
+    """
+    from threadpoolctl import threadpool_limits
+
+    limits: AbstractContextManager[object] = threadpool_limits(limits=1, user_api="blas")
+    return limits
+
+
+def measured_changes(record: MergeRecord) -> dict[str, Any]:
+    """How much the adapters changed each tensor: the norm of the change by that of the weight."""
+    changes = record.complete()
+    change = math.hypot(*(each.change_norm for each in changes.values()))
+    weight = math.hypot(*(each.weight_norm for each in changes.values()))
+    return {
+        "relative_change": change / weight if weight else None,
+        "relative_change_by_tensor": {
+            role: each.relative if math.isfinite(each.relative) else None
+            for role, each in changes.items()
+        },
+    }
 
 
 def _write_slab(tensor: OutputTensor, slab: Slab, solve: Solve, staged: StagedFolder) -> int:
@@ -243,11 +275,14 @@ def describe(plan: Plan, folder: Path, progress: Progress = unwatched) -> tuple[
             chat_template_sha256=source.tokenizer.chat_template_sha256(),
             tokenizer_parity=msgspec.structs.replace(parity, method=""),
             notes=(
+                *merged_twice(source),
                 *source.notes,
                 *layout.notes,
                 *(limit.sentence for limit in layout.tokenizer_limits),
             ),
             tool_versions=_tool_versions(container_named(layout.container)),
+            merge=merge_entry(source.merge) if source.merge else None,
+            merged_before=source.merged_before,
         )
         return digested, parity
 

@@ -52,6 +52,46 @@ class Base(msgspec.Struct, frozen=True, kw_only=True):
     url: str = ""
 
 
+class AdapterEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter that was merged in; ``sha256`` as ``Adapter.digest`` takes it of its files.
+
+    ``rank`` and ``alpha`` are what its config says of most weights, None where its kind has no such
+    thing. ``base_name``, ``base_revision``: what it says that it was trained on. ``revision``: of
+    itself, on the Hub. ``changed_tensors``: how many tensors it changes.
+    """
+
+    name: str
+    sha256: str
+    kind: str
+    weight: float
+    rank: int | None = None
+    alpha: float | None = None
+    base_name: str = ""
+    base_revision: str = ""
+    revision: str = ""
+    changed_tensors: int = 0
+
+
+class MergeEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """Adapters, in order, and how they were combined and merged.
+
+    ``density``, ``sign``, ``rank`` and ``seed`` are those of the combination that matter to its
+    ``method``. ``merged_sha256`` is over the merged weights in float32, before any rounding
+    (``lora.record``), and so the same for every grid and container. ``base`` says which base the
+    adapters were merged into (``full`` or ``dequantized``) and ``base_reason`` why.
+    """
+
+    adapters: tuple[AdapterEntry, ...]
+    method: str
+    density: float | None = None
+    sign: str | None = None
+    rank: int | None = None
+    seed: int | None = None
+    merged_sha256: str = ""
+    base: str = ""
+    base_reason: str = ""
+
+
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What a runtime needs to know to run the artifact without the source's config."""
 
@@ -85,8 +125,12 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True):
     known: tuple[str, ...] = ()
 
 
-class Digested(msgspec.Struct, frozen=True, kw_only=True):
-    """The part that says what the artifact *is*: no paths, times or measured figures in it."""
+class Digested(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The part that says what the artifact *is*: no paths, times or measured figures in it.
+
+    ``merge``: what was merged into the base while converting. ``merged_before``: adapters that the
+    base said had been merged into it already, oldest first.
+    """
 
     schema_version: int
     container: str
@@ -102,6 +146,8 @@ class Digested(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer_parity: Parity
     notes: tuple[str, ...]
     tool_versions: dict[str, str]
+    merge: MergeEntry | None = None
+    merged_before: tuple[AdapterEntry, ...] = ()
 
     def sha256(self) -> str:
         """Digest over the canonical JSON (sorted keys, no spaces) of this part."""

@@ -18,7 +18,7 @@ from edgellm.quant.grid import Grid
 from edgellm.recipe import Recipe
 from edgellm.runtimes import best_container
 from edgellm.source import ModelSource, open_source
-from edgellm.tensors import SLAB_BYTES, rows_within
+from edgellm.tensors import COLUMN_CHUNK_BYTES, SLAB_BYTES, rows_within
 
 COPIES = 4.0
 """Float32 slabs alive at once in a worker at the most: as read, in float32, its rows reordered, and
@@ -43,6 +43,12 @@ BYTES_PER_SECOND = {
 }
 """Float32 bytes that one thread of a 2023 server core reads, rounds and writes in a second, by kind
 of grid, or by name where ggml searches for scales; a guide, not a promise."""
+
+MERGED_BYTES_PER_SECOND = 300e6
+"""Float32 bytes of changed weights that one such core adds an adapter to and sums up."""
+
+MERGE_PIECES = 4
+"""Pieces of a slab (``COLUMN_CHUNK_BYTES``) alive at once while a worker merges."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +148,13 @@ def make_plan(
     recipe, reasons = resolve(recipe)
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be at least 1, got {threads}")
-    source = open_source(
+    base = open_source(
         recipe.source,
         ignore_config_keys=recipe.ignore_config_keys,
         context=recipe.context,
         progress=progress,
     )
+    source = _with_adapters(base, recipe, progress)
     assert recipe.format is not None
     layout = container_named(recipe.format).lay_out(source, recipe)
     workers = threads or detect().physical_cores.value
@@ -161,10 +168,21 @@ def make_plan(
         layout=layout,
         threads=workers,
         output_bytes=output,
-        peak_memory_bytes=int(psutil.Process().memory_info().rss + workers * slab),
+        peak_memory_bytes=int(
+            psutil.Process().memory_info().rss + workers * slab + _factor_memory(source, workers)
+        ),
         disk_bytes=output + (1 << 20),
-        seconds=_seconds(layout, workers),
+        seconds=_seconds(layout, workers) + _merge_seconds(source, workers),
     )
+
+
+def _with_adapters(base: ModelSource, recipe: Recipe, progress: Progress) -> ModelSource:
+    """``base`` with what the recipe wants merged; adapters cost nothing where there are none."""
+    if not recipe.adapters:
+        return base
+    from edgellm.lora.requested import with_adapters
+
+    return with_adapters(base, recipe, progress=progress)
 
 
 def check_disk(plan: Plan, out: Path) -> None:
@@ -189,6 +207,28 @@ def check_apart(source: ModelSource, out: Path) -> None:
 
 def _slab_memory(tensor: OutputTensor) -> float:
     return 4 * slab_rows(tensor) * tensor.columns * COPIES
+
+
+def _factor_memory(source: ModelSource, workers: int) -> float:
+    """What merging keeps beside the slabs: the adapters' factors, and a few pieces of a slab."""
+    if source.merge is None:
+        return 0
+    from edgellm.lora.factors import KEPT_BYTES
+
+    held = sum(
+        4 * part.size
+        for adapter in source.merge.adapters
+        for parts in adapter.parts.values()
+        for part in parts.values()
+    )
+    return min(held, KEPT_BYTES) + workers * MERGE_PIECES * COLUMN_CHUNK_BYTES
+
+
+def _merge_seconds(source: ModelSource, workers: int) -> float:
+    if source.merge is None:
+        return 0
+    changed = sum(4 * source.tensors[role].size for role in source.merge.changed)
+    return changed / MERGED_BYTES_PER_SECOND / workers
 
 
 def _seconds(layout: Layout, workers: int) -> float:

@@ -10,12 +10,27 @@ from typing import Any
 import msgspec
 
 from edgellm.errors import OutputError, UnknownGrid, UsageError
+from edgellm.lora.adapter import AdapterSpec, parse_spec
+from edgellm.lora.binding import Combination
+from edgellm.lora.combine.check import check as check_combination
 from edgellm.quant import SOLVERS
 
 DEFAULT_SOLVER = "rtn"
 
-LOWERED = ("format", "quant", "embed", "head", "kv_cache")
+LOWERED = ("format", "quant", "embed", "head", "kv_cache", "combine", "sign", "merge_base")
 """Fields that hold names, which are compared in lower case."""
+
+OF_ADAPTERS = (
+    "combine",
+    "density",
+    "sign",
+    "combine_rank",
+    "seed",
+    "merge_base",
+    "keep_adapters",
+    "min_survival",
+)
+"""Fields that say something about ``adapters`` and mean nothing without."""
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -25,6 +40,13 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     the output head. ``kv_cache``: what keys and values are cached in, where the container fixes it.
     ``context``: cap on the context length in tokens. ``ignore_config_keys``: config keys that
     edgellm does not know and the user vouches for.
+
+    ``adapters`` are ``PATH`` or ``PATH=WEIGHT``, in order. ``combine`` names a row of
+    ``lora.combine.METHODS``, with its ``density``, ``sign``, ``combine_rank`` and ``seed``
+    (``lora.binding.Combination``). ``merge_base``: which base they are merged into, ``full`` or
+    ``dequantized``, where the one that they were trained on is not to be found out.
+    ``keep_adapters``: write them beside the base instead of merging. ``min_survival``: the least
+    share of the fine-tune that must be left after rounding.
     """
 
     source: str
@@ -35,6 +57,15 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     kv_cache: str | None = None
     context: int | None = None
     ignore_config_keys: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+    combine: str | None = None
+    density: float | None = None
+    sign: str | None = None
+    combine_rank: int | None = None
+    seed: int | None = None
+    merge_base: str | None = None
+    keep_adapters: bool = False
+    min_survival: float | None = None
 
     @property
     def solver(self) -> str:
@@ -51,9 +82,35 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return hashlib.sha256(msgspec.json.encode(self.choices(), order="sorted")).hexdigest()
 
     def choices(self) -> dict[str, Any]:
-        """The recipe without ``source``, which the manifest describes by digest instead of path."""
+        """What changes the bytes, without paths: the manifest describes what lies there by digest.
+
+        Of ``adapters`` the weights stay, in order. A recipe without adapters has none of the keys
+        that are about them, and ``min_survival`` only decides whether the result is kept.
+        """
         fields: dict[str, Any] = msgspec.to_builtins(self)
-        return {name: value for name, value in fields.items() if name != "source"}
+        for name in ("source", "adapters", "min_survival"):
+            del fields[name]
+        for name in OF_ADAPTERS:
+            if not fields.get(name):
+                fields.pop(name, None)
+        if self.adapters:
+            fields["adapters"] = [spec.weight for spec in self.adapter_specs()]
+        return fields
+
+    def adapter_specs(self) -> list[AdapterSpec]:
+        """``adapters``, each taken apart into a path and a weight."""
+        return [parse_spec(text) for text in self.adapters]
+
+    def combination(self) -> Combination:
+        """How the adapters are combined, defaults filled in: ``cat``, the exact weighted sum."""
+        default = Combination()
+        return Combination(
+            method=self.combine or default.method,
+            density=self.density,
+            sign=self.sign or default.sign,
+            rank=self.combine_rank,
+            seed=default.seed if self.seed is None else self.seed,
+        )
 
 
 def split_quant(text: str) -> tuple[str, str]:
@@ -71,8 +128,9 @@ def split_quant(text: str) -> tuple[str, str]:
 def load_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
     """The recipe of a TOML file, with those ``overrides`` that are not None put over it.
 
-    A relative ``source`` that exists beside the file is taken from there. Raises ``UsageError`` for
-    a file that cannot be read, keys that are not known and values of the wrong type.
+    A relative ``source`` or adapter that exists beside the file is taken from there. Raises
+    ``UsageError`` for a file that cannot be read, keys that are not known and values of the wrong
+    type.
     """
     try:
         fields = msgspec.toml.decode(path.read_bytes(), type=dict[str, Any])
@@ -80,10 +138,23 @@ def load_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
         raise UsageError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"the recipe {path} is not TOML: {error}") from error
-    beside = path.parent / str(fields.get("source", ""))
-    if "source" in fields and beside.exists():
-        fields["source"] = str(beside)
+    if isinstance(fields.get("source"), str):
+        fields["source"] = _beside(path, fields["source"])
+    if isinstance(fields.get("adapters"), list):
+        fields["adapters"] = [_beside(path, entry) for entry in fields["adapters"]]
     return make_recipe({**fields, **_given(overrides)}, origin=str(path))
+
+
+def _beside(recipe: Path, entry: Any) -> Any:
+    """``entry``, a path with or without ``=WEIGHT``, from beside the recipe where it exists there."""
+    if not isinstance(entry, str):
+        return entry  # refused later, with its name
+    if (recipe.parent / entry).exists():
+        return str(recipe.parent / entry)
+    path, equals, weight = entry.rpartition("=")
+    if equals and (recipe.parent / path).exists():
+        return f"{recipe.parent / path}={weight}"
+    return entry
 
 
 def make_recipe(fields: Mapping[str, Any], origin: str = "the options") -> Recipe:
@@ -101,9 +172,30 @@ def make_recipe(fields: Mapping[str, Any], origin: str = "the options") -> Recip
     if recipe.quant is not None:
         split_quant(recipe.quant)
     names = {name: getattr(recipe, name) for name in LOWERED}
-    return msgspec.structs.replace(
+    recipe = msgspec.structs.replace(
         recipe, **{name: text.strip().lower() for name, text in names.items() if text is not None}
     )
+    _check_adapters(recipe, origin)
+    return recipe
+
+
+def _check_adapters(recipe: Recipe, origin: str) -> None:
+    """Refuse options that contradict the adapters, or that nothing would heed."""
+    if not recipe.adapters:
+        idle = [name for name in OF_ADAPTERS if getattr(recipe, name) not in (None, False)]
+        if idle:
+            raise UsageError(
+                f"{origin}: {idle[0]} is about adapters and there are none: name one with "
+                "--adapter, or leave it out"
+            )
+        return
+    if recipe.seed is not None and not 0 <= recipe.seed < 2**63:
+        raise UsageError(f"{origin}: seed must be 0 or more, got {recipe.seed}")
+    if recipe.min_survival is not None and not 0 <= recipe.min_survival <= 1:
+        raise UsageError(
+            f"{origin}: min_survival is a share, from 0 to 1, got {recipe.min_survival:g}"
+        )
+    check_combination(recipe.combination(), [spec.weight for spec in recipe.adapter_specs()])
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -112,7 +204,9 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     Raises ``OutputError`` when the file cannot be written.
     """
     fields = {
-        name: value for name, value in _given(msgspec.to_builtins(recipe)).items() if value != []
+        name: value
+        for name, value in _given(msgspec.to_builtins(recipe)).items()
+        if value != [] and value is not False
     }
     try:
         path.write_bytes(msgspec.toml.encode(fields))

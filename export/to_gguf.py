@@ -18,6 +18,7 @@ from edgellm.export.gguf_head import ARCHITECTURE, StoredTensor, gguf_head
 from edgellm.export.gguf_mixture import MIXTURES, Choice, chooser
 from edgellm.export.layout import Container, Layout, OutputTensor, StoredArray
 from edgellm.export.packing import PACKERS
+from edgellm.lora.lineage import BASE_MODEL, gguf_lineage
 from edgellm.tensors import TensorRef, constant
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from edgellm.source import ModelSource
 
 FILE = "model.gguf"
-
-BASE_MODEL = "general.base_model."
 
 KEPT_KEYS = tuple(
     f"general.{key}"
@@ -112,11 +111,19 @@ def general_keys(source: ModelSource) -> dict[str, object]:
     """``general.*``: what the model is, where it came from, who changed it; no time, no path.
 
     What a GGUF source says of itself is kept. Where it names no parents, it is the base itself.
+    Adapters that were merged in are parents too.
     """
     kept = {key: source.provenance[key] for key in KEPT_KEYS if key in source.provenance}
     parents = {key: value for key, value in source.provenance.items() if key.startswith(BASE_MODEL)}
     organization, slash, _ = source.name.rpartition("/")
     weights = sum(ref.size for ref in source.tensors.values())
+    parents = parents or {
+        f"{BASE_MODEL}count": 1,
+        f"{BASE_MODEL}0.name": source.name,
+        f"{BASE_MODEL}0.organization": kept.get("general.organization", organization),
+        f"{BASE_MODEL}0.version": source.revision,
+        f"{BASE_MODEL}0.repo_url": source.url,
+    }
     return {
         "general.type": "model",
         "general.name": source.name,
@@ -124,16 +131,7 @@ def general_keys(source: ModelSource) -> dict[str, object]:
         "general.size_label": size_label(weights, weights, 0, 0),
         **kept,
         "general.license": source.licence,
-        **(
-            parents
-            or {
-                f"{BASE_MODEL}count": 1,
-                f"{BASE_MODEL}0.name": source.name,
-                f"{BASE_MODEL}0.organization": kept.get("general.organization", organization),
-                f"{BASE_MODEL}0.version": source.revision,
-                f"{BASE_MODEL}0.repo_url": source.url,
-            }
-        ),
+        **gguf_lineage(source, parents),
         "general.quantized_by": f"edgellm {edgellm.__version__}",
     }
 

@@ -13,6 +13,7 @@ from edgellm.architectures.decoder import Decoder
 from edgellm.architectures.family import Family
 from edgellm.errors import SourceError, TensorError, UnsupportedModel
 from edgellm.json_file import read_json
+from edgellm.lora import lineage
 from edgellm.manifest import MANIFEST
 from edgellm.source.matching import check_vocabulary, embedding_row, equal, head_row, listed, match
 from edgellm.source.model import ModelSource
@@ -81,6 +82,7 @@ def open_folder(
         licence=_licence(path / "README.md"),
         provenance={key: config[key] for key in PROVENANCE_KEYS if config.get(key)},
         notes=(*reader.notes, *notes),
+        merged_before=lineage.from_folder(path),
     )
 
 
@@ -214,8 +216,8 @@ def _refuse_quantized(path: Path, config: Mapping[str, Any], checkpoint: Checkpo
 def _refuse_without_config(path: Path) -> None:
     if (path / "adapter_config.json").exists():
         raise UnsupportedModel(
-            f"{path} holds an adapter, not a model: merge it into its base model first "
-            "(peft's merge_and_unload), then convert the result"
+            f"{path} holds an adapter, not a model: name the model that it was trained on, and it "
+            f"is merged on the way (edgellm convert BASE --adapter {path})"
         )
     _refuse_other_formats(path)
     raise SourceError(f"{path} has no config.json: give the folder that from_pretrained would load")

@@ -9,6 +9,7 @@ from edgellm.architectures import config_from_gguf, family_of
 from edgellm.architectures.config import Config
 from edgellm.architectures.gguf_rows import as_checkpoint_stores
 from edgellm.errors import TensorError
+from edgellm.lora import lineage
 from edgellm.quant import floats, ggml
 from edgellm.source.gguf_file import GgufFile, GgufTensor, read_gguf
 from edgellm.source.matching import check_vocabulary, match
@@ -76,6 +77,7 @@ def open_gguf(
         url=str(next((general[key] for key in URL_KEYS if key in general), "")),
         provenance=general,
         notes=(*reader.notes, *notes),
+        merged_before=lineage.from_gguf(stored.metadata),
     )
 
 

@@ -16,6 +16,8 @@ from edgellm.tensors import TensorRef
 if TYPE_CHECKING:
     from edgellm.architectures.decoder import Decoder
     from edgellm.architectures.family import Family
+    from edgellm.lora.merging import Merge
+    from edgellm.manifest import AdapterEntry
     from edgellm.tokenization import Tokenizer
 
 
@@ -27,7 +29,9 @@ class ModelSource:
     half-rotation order, norm weights as Hugging Face stores them; without ``output.weight`` where
     the head is tied. ``config`` is in Hugging Face's spelling for a GGUF file too. ``generation``
     is ``generation_config.json``. ``revision``, ``licence`` and ``url`` are empty where unknown.
-    ``notes`` are facts that the user should be shown. ``weight_files`` are what ``digest`` covers.
+    ``notes`` are facts that the user should be shown. ``weight_files`` are what ``digest`` covers,
+    of a merged model too: they are the base's. ``merge`` says which adapters were merged into it,
+    ``merged_before`` which had been when it was written, as far as it says.
     """
 
     name: str
@@ -45,6 +49,8 @@ class ModelSource:
     url: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    merge: Merge | None = None
+    merged_before: tuple[AdapterEntry, ...] = ()
 
     def digest(self) -> str:
         """SHA-256 of the weights, in hexadecimal; computed once, by a thread for each core.

@@ -1,0 +1,148 @@
+"""Which adapters are in a model: as manifests and GGUF files record it, and read back from there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from edgellm.errors import SourceError, VerificationError
+from edgellm.manifest import MANIFEST, AdapterEntry, MergeEntry, read_manifest
+
+if TYPE_CHECKING:
+    from edgellm.lora.adapter import Adapter
+    from edgellm.lora.merging import Merge
+    from edgellm.source.model import ModelSource
+
+GGUF_KEY = "edgellm.adapters"
+"""Key of a GGUF file with every adapter that was ever merged in, as JSON; beside it the standard
+``general.base_model.*`` keys name them for other readers."""
+
+BASE_MODEL = "general.base_model."
+HUB_URL = "https://huggingface.co/"
+
+
+def adapter_entries(merge: Merge) -> tuple[AdapterEntry, ...]:
+    """The adapters of ``merge`` as a manifest records them; reads their files for the digests."""
+    return tuple(
+        _entry(adapter, len(bindings) + len(adapter.replaced))
+        for adapter, bindings in zip(merge.adapters, merge.bindings, strict=True)
+    )
+
+
+def _entry(adapter: Adapter, changed_tensors: int) -> AdapterEntry:
+    config = adapter.config
+    alpha = config.get("lora_alpha", config.get("alpha"))
+    return AdapterEntry(
+        name=adapter.name,
+        sha256=adapter.digest(),
+        kind=adapter.kind,
+        weight=adapter.weight,
+        rank=config["r"] if isinstance(config.get("r"), int) else None,
+        alpha=float(alpha) if isinstance(alpha, (int, float)) else None,
+        base_name=adapter.base_name,
+        base_revision=adapter.base_revision,
+        revision=adapter.revision,
+        changed_tensors=changed_tensors,
+    )
+
+
+def merge_entry(merge: Merge) -> MergeEntry:
+    """``merge`` as a manifest records it, once every weight was loaded."""
+    from edgellm.lora.combine.methods import METHODS
+
+    combination, method = merge.combination, METHODS[merge.combination.method]
+    return MergeEntry(
+        adapters=adapter_entries(merge),
+        method=combination.method,
+        density=combination.density,
+        sign=combination.sign if method.elect else None,
+        rank=combination.rank,
+        seed=combination.seed if method.prune == "random" else None,
+        merged_sha256=merge.record.sha256(),
+    )
+
+
+def merged_twice(source: ModelSource) -> tuple[str, ...]:
+    """A warning for each adapter of ``source`` that its base says it holds already."""
+    if source.merge is None:
+        return ()
+    held = {entry.sha256: entry.name for entry in source.merged_before}
+    return tuple(
+        f"WARNING: {adapter.name} has been merged into {source.merge.base.name} before"
+        f"{'' if held[adapter.digest()] == adapter.name else f' (as {held[adapter.digest()]})'}: "
+        "its change is in there twice now; convert the original base, or leave the adapter out"
+        for adapter in source.merge.adapters
+        if adapter.digest() in held
+    )
+
+
+def all_adapters(source: ModelSource) -> tuple[AdapterEntry, ...]:
+    """Every adapter that is in ``source``, the earliest first."""
+    return source.merged_before + (adapter_entries(source.merge) if source.merge else ())
+
+
+def gguf_lineage(source: ModelSource, parents: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a GGUF file that say where its weights come from.
+
+    ``parents`` are the ``general.base_model.*`` keys without the adapters merged now, which are
+    added to them as further parents, as Hugging Face's model cards list them for a merged model.
+    """
+    keys = dict(parents)
+    count = int(keys.get(f"{BASE_MODEL}count", 0))
+    merged = adapter_entries(source.merge) if source.merge else ()
+    for index, entry in enumerate(merged, count):
+        organization, slash, _ = entry.name.rpartition("/")
+        keys |= {
+            f"{BASE_MODEL}{index}.name": entry.name,
+            f"{BASE_MODEL}{index}.organization": organization,
+            f"{BASE_MODEL}{index}.version": entry.revision,
+            f"{BASE_MODEL}{index}.description": described(entry),
+            f"{BASE_MODEL}{index}.repo_url": HUB_URL + entry.name if slash else "",
+        }
+    keys[f"{BASE_MODEL}count"] = count + len(merged)
+    if everything := source.merged_before + merged:
+        keys[GGUF_KEY] = msgspec.json.encode(everything, order="sorted").decode()
+    return keys
+
+
+def described(entry: AdapterEntry) -> str:
+    """An adapter in one line: kind, rank, alpha, weight, digest."""
+    rank = f", rank {entry.rank}" if entry.rank is not None else ""
+    alpha = f", alpha {entry.alpha:g}" if entry.alpha is not None else ""
+    return f"{entry.kind} adapter{rank}{alpha}, weight {entry.weight:g}, sha256 {entry.sha256}"
+
+
+def from_gguf(metadata: Mapping[str, Any]) -> tuple[AdapterEntry, ...]:
+    """The adapters that a GGUF file says are merged into it.
+
+    Raises ``SourceError`` where our own key is not what we write.
+    """
+    text = metadata.get(GGUF_KEY)
+    if text is None:
+        return ()
+    try:
+        return msgspec.json.decode(text, type=tuple[AdapterEntry, ...])
+    except (msgspec.DecodeError, TypeError) as error:
+        raise SourceError(
+            f"{GGUF_KEY} is not the list of adapters that it should be: {error}"
+        ) from (error)
+
+
+def from_folder(folder: Path) -> tuple[AdapterEntry, ...]:
+    """The adapters that the manifest in a model folder says are merged into it.
+
+    None where there is no manifest, or one of another program. Raises ``SourceError`` for a
+    manifest of ours that was changed.
+    """
+    if not (folder / MANIFEST).exists():
+        return ()
+    try:
+        made = read_manifest(folder).artifact
+    except VerificationError as error:
+        raise SourceError(f"{error}; delete {MANIFEST} to convert without its history") from error
+    except SourceError:
+        return ()
+    return made.merged_before + (made.merge.adapters if made.merge else ())

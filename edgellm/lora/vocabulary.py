@@ -1,0 +1,90 @@
+"""The tokenizer of a merged model: the base's, or the one that an adapter was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from edgellm.errors import AdapterError
+from edgellm.lora.adapter import Adapter
+from edgellm.source.matching import check_vocabulary
+from edgellm.source.model import ModelSource
+from edgellm.tokenization import Tokenizer, check_parity
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """Facts about the vocabulary: ``new`` ones, and those of the base that hold no longer."""
+
+    new: tuple[str, ...] = ()
+    outdated: tuple[str, ...] = ()
+
+
+def settled_tokenizer(
+    source: ModelSource, adapters: Sequence[Adapter], vocab_size: int
+) -> tuple[Tokenizer, Notes]:
+    """The tokenizer for ``source`` with ``adapters``, whose embedding has ``vocab_size`` rows.
+
+    An adapter's own where it says something else than the base's: other tokens, or another chat
+    template, which the adapter was trained to answer. Raises ``AdapterError`` for two adapters with
+    different ones, and for tokens without a row in the embedding.
+    """
+    chosen, giver = source.tokenizer, ""
+    notes: list[str] = []
+    for adapter in adapters:
+        if adapter.tokenizer_folder is None:
+            continue
+        brought = Tokenizer.from_hf_folder(adapter.tokenizer_folder)
+        difference = _difference(source.tokenizer, brought)
+        if not difference:
+            continue
+        if giver and _difference(chosen, brought):
+            raise AdapterError(
+                f"{giver} and {adapter.name} were trained with tokenizers that differ "
+                f"({_difference(chosen, brought)}): merge one of them, or remove the tokenizer "
+                "files of the one whose prompts you will not use from its folder"
+            )
+        chosen, giver = _with_ends_of(source, brought), adapter.name
+        notes.append(f"tokenizer from {adapter.name}: {difference}")
+    tokens = chosen.vocab_size
+    if tokens > vocab_size:
+        raise AdapterError(
+            f"{giver or source.name}: the tokenizer has token ids up to {tokens - 1} and the merged "
+            f"embedding {vocab_size} rows: the embedding of the added tokens was not saved with the "
+            "adapter; save it again with save_embedding_layers=True"
+        )
+    before = check_vocabulary(source.name, source.tokenizer.vocab_size, source.decoder.vocab_size)
+    now = check_vocabulary(source.name, tokens, vocab_size)
+    if vocab_size != source.decoder.vocab_size:
+        notes.append(f"vocabulary of {source.decoder.vocab_size} rows resized to {vocab_size}")
+    return chosen, Notes((*notes, *now), before)
+
+
+def _difference(ours: Tokenizer, theirs: Tokenizer) -> str:
+    """What ``theirs`` says that ``ours`` does not, empty where that is nothing."""
+    if theirs.backend.get_vocab(True) != ours.backend.get_vocab(True):
+        added = theirs.backend.get_vocab(True).keys() - ours.backend.get_vocab(True).keys()
+        return f"{len(added)} tokens added" if added else "other tokens"
+    if not _same_rules(ours, theirs):
+        return "text is split by other rules"
+    if theirs.chat_template is not None and theirs.chat_template != ours.chat_template:
+        return "another chat template"
+    return ""
+
+
+def _same_rules(ours: Tokenizer, theirs: Tokenizer) -> bool:
+    return check_parity(ours, theirs, method="").equal
+
+
+def _with_ends_of(source: ModelSource, tokenizer: Tokenizer) -> Tokenizer:
+    """``tokenizer``, also ending answers where the base's configs say, as its folder would.
+
+    An adapter's folder has neither ``config.json`` nor ``generation_config.json``; see
+    ``tokenization.from_hf``.
+    """
+    stated: Any = source.generation.get("eos_token_id") or source.config.get("eos_token_id")
+    ends = stated if isinstance(stated, list) else [stated]
+    ids = [*tokenizer.eos_token_ids, *(end for end in ends if isinstance(end, int))]
+    settings = replace(tokenizer.settings, eos_token_ids=tuple(dict.fromkeys(ids)))
+    return Tokenizer(tokenizer.backend, settings, source_files=tokenizer.files())
