@@ -60,6 +60,16 @@ def decode(raw: npt.NDArray[np.uint8], dtype: str) -> Array:
         return raw.view(NUMPY_TYPES[dtype]).astype(np.float32, copy=False)
 
 
+def rounded(rows: Array, dtype: str) -> Array:
+    """``rows`` as they come back after being stored as ``dtype`` (f32, f16 or bf16), in float32.
+
+    Raises ``TensorError`` for a value beyond the type's largest.
+    """
+    if dtype == "f32":
+        return rows
+    return decode(ENCODERS[dtype](np.ascontiguousarray(rows)), dtype)
+
+
 def _refuse_overflow(
     rows: Array, fits: npt.NDArray[np.bool_], name: str, largest: float, instead: str
 ) -> None:
