@@ -90,7 +90,7 @@ class DecoderGraph:
         Nothing is cached, and no token before the sequence is seen.
         """
         graph = self.graph
-        shape = ["batch_size", "sequence_length", self.decoder.hidden_size]
+        shape = self._stream_shape()
         stream = graph.input("stream", TensorProto.FLOAT, shape)
         graph.input("seqlens_k", TensorProto.INT32, ["batch_size"])
         graph.input("total_length", TensorProto.INT32, [1])
@@ -100,10 +100,13 @@ class DecoderGraph:
 
     def build_output_norm(self) -> None:
         """Add the norm before the head alone: ``stream`` ``[batch, sequence, hidden]`` goes in."""
-        shape = ["batch_size", "sequence_length", self.decoder.hidden_size]
+        shape = self._stream_shape()
         stream = self.graph.input("stream", TensorProto.FLOAT, shape)
         self._norm_alone("output_norm", stream)
         self.graph.output("output_norm", TensorProto.FLOAT, shape)
+
+    def _stream_shape(self) -> list[int | str]:
+        return ["batch_size", "sequence_length", self.decoder.hidden_size]
 
     def _layer(
         self, index: int, stream: str, branch: str, cut_from: str = "", *, cached: bool = True
