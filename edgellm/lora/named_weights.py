@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from edgellm.errors import AdapterError
 from edgellm.lora.adapter import Adapter
 from edgellm.lora.binding import Binding, Combination
-from edgellm.lora.combine import combined
-from edgellm.lora.edit import Target
+from edgellm.lora.combine.combined import combined
+from edgellm.lora.edit import Edit, Target
 from edgellm.lora.experts import expert_edits
 from edgellm.lora.kinds import bind_of
 from edgellm.source.matching import equal, listed
-from edgellm.tensors import Array, TensorRef
+from edgellm.tensors import Array, TensorRef, transposed
 
 TABLES = ("embedding", "head")
 """Kinds of weight with a row for each token, of which an adapter may bring more."""
@@ -41,7 +41,8 @@ class NamedWeights:
     """A base model by the names of its checkpoint.
 
     ``where`` names it in messages. ``embedding`` and ``head`` are the names of the two tables of
-    token rows, None where unknown; a ``tied`` head has no weight of its own.
+    token rows, None where unknown; a ``tied`` head has no weight of its own. A stack of experts has
+    a ``Target`` of three dimensions and the rows of all of them, one below the other.
     """
 
     where: str
@@ -49,6 +50,7 @@ class NamedWeights:
     embedding: str | None
     head: str | None
     tied: bool
+    model_type: str = ""
 
     def name_of(self, key: str) -> str | None:
         """The weight that an adapter calls ``key``; None for one that is not here.
@@ -81,18 +83,18 @@ class NamedWeights:
 class ChangedWeight:
     """A weight that is not the base's any more: ``start``, and what is done to its rows.
 
-    ``start`` is the base's own weight, or the whole one that an adapter replaces it by.
+    ``start`` is the base's own weight, or the whole one that an adapter replaces it by
+    (``replaced``). ``edit`` is that of all adapters together; None where there is none.
     """
 
     target: Target
     start: TensorRef
-    bindings: tuple[Binding, ...]
+    edit: Edit | None
+    replaced: bool = False
 
     def apply(self, rows: Array, start: int, stop: int) -> Array:
         """Rows ``start:stop`` after all changes; ``rows`` is theirs before, and may be used up."""
-        for binding in self.bindings:
-            rows = binding.edit.apply(rows, start, stop, binding.weight)
-        return rows
+        return rows if self.edit is None else self.edit.apply(rows, start, stop, 1.0)
 
     def ref(self) -> TensorRef:
         """The changed weight, computed whenever rows of it are loaded."""
@@ -123,21 +125,26 @@ def merge_by_name(
 ) -> MergedWeights:
     """The weights of ``base`` as if ``adapters`` had been trained into it.
 
-    Raises ``AdapterError`` for keys that match no weight, shapes that do not fit, and two adapters
-    that replace the same weight.
+    ``combination`` was settled and checked. Raises ``AdapterError`` for keys that match no weight,
+    shapes that do not fit, and two adapters that replace the same weight.
     """
+    strengths = [adapter.weight for adapter in adapters]
+    adapter_names = [adapter.name for adapter in adapters]
     bindings = tuple(edits_of(base, adapter) for adapter in adapters)
     replaced = _replacements(base, adapters)
     names = list(dict.fromkeys((*replaced, *(name for edits in bindings for name in edits))))
     changed = {}
     for name in names:
         weight = base.weight(name)
-        given = [edits[name] for edits in bindings if name in edits]
-        changed[name] = ChangedWeight(
-            weight.target,
-            replaced.get(name, weight.ref),
-            combined(weight.target, given, combination) if given else (),
+        found = [edits.get(name) for edits in bindings]
+        edits = [None if binding is None else binding.edit for binding in found]
+        edit = (
+            combined(edits, strengths, combination, weight.target, names=adapter_names)
+            if any(edits)
+            else None
         )
+        start = replaced.get(name, weight.ref)
+        changed[name] = ChangedWeight(weight.target, start, edit, replaced=name in replaced)
     if not base.tied or base.embedding is None or base.head is None:
         return MergedWeights(changed, bindings, base.tied)
     return _with_tables_settled(base, adapters, changed, bindings)
@@ -158,7 +165,7 @@ def edits_of(base: NamedWeights, adapter: Adapter) -> dict[str, Binding]:
             weight = base.weight(name)
             # Settings of single weights (rank_pattern) are looked up by the adapter's own name.
             target = replace(weight.target, name=key, base=weight.ref)
-            edits = {name: bind(target, parts, adapter.config)}
+            edits: Mapping[str, Edit] = {name: bind(target, parts, adapter.config)}
         else:
             edits = expert_edits(base, key, parts, adapter)
         if not edits:
@@ -195,6 +202,8 @@ def _replacements(base: NamedWeights, adapters: Sequence[Adapter]) -> dict[str, 
                     f"done {adapter.weight:g} times: give it without a weight"
                 )
             target = base.weight(name).target
+            if target.transposed and len(ref.shape) == 2:
+                ref = transposed(ref)
             more_rows = target.kind in TABLES and len(ref.shape) == len(target.shape) == 2
             fits = ref.shape[1:] == target.shape[1:] if more_rows else ref.shape == target.shape
             if not fits:
@@ -233,11 +242,11 @@ def _with_tables_settled(
             both = {**others, base.embedding: replace(one, target=target)}
             note = f"{base.head} and {base.embedding} stay one table, as the adapter asks"
             return MergedWeights(both, bindings, tied=True, notes=(note,))
-    elif not embedding.bindings and not head.bindings and equal(embedding.start, head.start):
+    elif embedding.edit is None and head.edit is None and equal(embedding.start, head.start):
         others = {name: each for name, each in changed.items() if name != base.head}
         return MergedWeights(others, bindings, tied=True)
     weight = base.weight(base.head)
-    settled = {**changed, base.head: head or ChangedWeight(weight.target, weight.ref, ())}
+    settled = {**changed, base.head: head or ChangedWeight(weight.target, weight.ref, None)}
     side = base.head if embedding is None else base.embedding
     trained = "were trained apart" if embedding and head else f"only {side} was trained"
     note = f"{base.head} and {base.embedding} were one table and are two now: {trained}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgellm.errors import AdapterError, UsageError
 from edgellm.lora.adapter import Adapter
+from edgellm.lora.binding import Combination
 from edgellm.lora.combine.check import check, settled
 from edgellm.lora.merging import merged_source
 from edgellm.lora.open import open_adapter
@@ -27,13 +28,23 @@ def with_adapters(
     """
     if not recipe.adapters:
         return base
+    adapters, combination, facts = opened(recipe, progress=progress)
+    source = merged_source(base, adapters, combination)
+    return replace(source, notes=(*source.notes, *facts))
+
+
+def opened(
+    recipe: Recipe, *, progress: Progress = unwatched
+) -> tuple[list[Adapter], Combination, tuple[str, ...]]:
+    """The adapters of ``recipe``, how they are combined, and facts that the user should be shown.
+
+    Raises as ``with_adapters`` does, for all that can be known without the base.
+    """
     refuse_what_is_missing(recipe)
     adapters = [open_adapter(spec, progress=progress) for spec in recipe.adapter_specs()]
     _refuse_twice(adapters)
     combination = settled(recipe.combination(), [adapter.config for adapter in adapters])
-    facts = check(combination, [adapter.weight for adapter in adapters])
-    source = merged_source(base, adapters, combination)
-    return replace(source, notes=(*source.notes, *facts))
+    return adapters, combination, check(combination, [adapter.weight for adapter in adapters])
 
 
 def refuse_what_is_missing(recipe: Recipe) -> None:
