@@ -1,4 +1,4 @@
-"""Which adapters are in a model: as manifests and GGUF files record it, and read back from there."""
+"""Which adapters are in a model: recorded in manifests and GGUF files, and read back from them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from edgellm.manifest import MANIFEST, AdapterEntry, MergeEntry, read_manifest
 
 if TYPE_CHECKING:
     from edgellm.lora.adapter import Adapter
+    from edgellm.lora.binding import Combination
     from edgellm.lora.merging import Merge
     from edgellm.source.model import ModelSource
 
@@ -27,12 +28,13 @@ HUB_URL = "https://huggingface.co/"
 def adapter_entries(merge: Merge) -> tuple[AdapterEntry, ...]:
     """The adapters of ``merge`` as a manifest records them; reads their files for the digests."""
     return tuple(
-        _entry(adapter, len(bindings) + len(adapter.replaced))
+        adapter_entry(adapter, len(bindings) + len(adapter.replaced))
         for adapter, bindings in zip(merge.adapters, merge.bindings, strict=True)
     )
 
 
-def _entry(adapter: Adapter, changed_tensors: int) -> AdapterEntry:
+def adapter_entry(adapter: Adapter, changed_tensors: int) -> AdapterEntry:
+    """``adapter`` as a manifest records it; reads its files for the digest."""
     config = adapter.config
     alpha = config.get("lora_alpha", config.get("alpha"))
     return AdapterEntry(
@@ -51,17 +53,24 @@ def _entry(adapter: Adapter, changed_tensors: int) -> AdapterEntry:
 
 def merge_entry(merge: Merge) -> MergeEntry:
     """``merge`` as a manifest records it, once every weight was loaded."""
+    return combined_entry(adapter_entries(merge), merge.combination, merge.record.sha256())
+
+
+def combined_entry(
+    adapters: tuple[AdapterEntry, ...], combination: Combination, merged_sha256: str = ""
+) -> MergeEntry:
+    """``adapters`` and what of their ``combination`` matters to its method."""
     from edgellm.lora.combine.methods import METHODS
 
-    combination, method = merge.combination, METHODS[merge.combination.method]
+    method = METHODS[combination.method]
     return MergeEntry(
-        adapters=adapter_entries(merge),
+        adapters=adapters,
         method=combination.method,
         density=combination.density,
         sign=combination.sign if method.elect else None,
         rank=combination.rank,
         seed=combination.seed if method.prune == "random" else None,
-        merged_sha256=merge.record.sha256(),
+        merged_sha256=merged_sha256,
     )
 
 
@@ -127,8 +136,8 @@ def from_gguf(metadata: Mapping[str, Any]) -> tuple[AdapterEntry, ...]:
         return msgspec.json.decode(text, type=tuple[AdapterEntry, ...])
     except (msgspec.DecodeError, TypeError) as error:
         raise SourceError(
-            f"{GGUF_KEY} is not the list of adapters that it should be: {error}"
-        ) from (error)
+            f"{GGUF_KEY} is not a list of adapters ({error}): the file was changed, or is damaged"
+        ) from error
 
 
 def from_folder(folder: Path) -> tuple[AdapterEntry, ...]:
