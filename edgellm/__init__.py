@@ -6,6 +6,7 @@ the package costs nothing: what these need is imported when they are called.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,15 @@ def convert(
     kv_cache: str | None = None,
     context: int | None = None,
     ignore_config_keys: tuple[str, ...] = (),
+    adapters: Sequence[str | PathLike[str]] = (),
+    combine: str | None = None,
+    density: float | None = None,
+    sign: str | None = None,
+    combine_rank: int | None = None,
+    seed: int | None = None,
+    merge_base: str | None = None,
+    keep_adapters: bool = False,
+    min_survival: float | None = None,
     threads: int | None = None,
     force: bool = False,
     check: bool = True,
@@ -47,8 +57,8 @@ def convert(
 ) -> Artifact:
     """The artifact made of ``source`` (a folder, GGUF file or Hub id) in the new folder ``out``.
 
-    The options are those of ``edgellm convert``. Raises ``edgellm.errors.EdgeError``, and then
-    nothing is left at ``out``.
+    The options are those of ``edgellm convert``; an adapter is ``PATH`` or ``PATH=WEIGHT``. Raises
+    ``edgellm.errors.EdgeError``, and then nothing is left at ``out``.
     """
     from pathlib import Path
 
@@ -66,6 +76,15 @@ def convert(
             "kv_cache": kv_cache,
             "context": context,
             "ignore_config_keys": ignore_config_keys,
+            "adapters": [str(adapter) for adapter in adapters],
+            "combine": combine,
+            "density": density,
+            "sign": sign,
+            "combine_rank": combine_rank,
+            "seed": seed,
+            "merge_base": merge_base,
+            "keep_adapters": keep_adapters,
+            "min_survival": min_survival,
         }
     )
     return carry_out_recipe(

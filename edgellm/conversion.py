@@ -33,7 +33,7 @@ from edgellm.export.layout import Container, OutputTensor
 from edgellm.export.packing import PACKERS
 from edgellm.export.writer import StagedFolder, check_output
 from edgellm.hardware import peak_memory_bytes
-from edgellm.lora.lineage import merge_entry, merged_twice
+from edgellm.lora.lineage import merge_entry
 from edgellm.lora.record import MergeRecord
 from edgellm.manifest import (
     MANIFEST,
@@ -275,9 +275,7 @@ def describe(plan: Plan, folder: Path, progress: Progress = unwatched) -> tuple[
             chat_template_sha256=source.tokenizer.chat_template_sha256(),
             tokenizer_parity=msgspec.structs.replace(parity, method=""),
             notes=(
-                *merged_twice(source),
-                *source.notes,
-                *layout.notes,
+                *plan.notes,
                 *(limit.sentence for limit in layout.tokenizer_limits),
             ),
             tool_versions=_tool_versions(container_named(layout.container)),

@@ -13,6 +13,7 @@ from edgellm.errors import OutputError, UsageError
 from edgellm.export import CONTAINERS, container_named
 from edgellm.export.layout import Layout, OutputTensor
 from edgellm.hardware import detect
+from edgellm.lora.lineage import merged_twice
 from edgellm.progress import Progress, unwatched
 from edgellm.quant.grid import Grid
 from edgellm.recipe import Recipe
@@ -77,6 +78,11 @@ class Plan:
     peak_memory_bytes: int
     disk_bytes: int
     seconds: float
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Facts that the user should be shown: of the source, its adapters and the layout."""
+        return (*merged_twice(self.source), *self.source.notes, *self.layout.notes)
 
     @property
     def weights(self) -> int:

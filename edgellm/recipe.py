@@ -146,7 +146,7 @@ def load_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
 
 
 def _beside(recipe: Path, entry: Any) -> Any:
-    """``entry``, a path with or without ``=WEIGHT``, from beside the recipe where it exists there."""
+    """``entry``, a path with or without ``=WEIGHT``, from beside ``recipe`` if it exists there."""
     if not isinstance(entry, str):
         return entry  # refused later, with its name
     if (recipe.parent / entry).exists():

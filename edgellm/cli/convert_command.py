@@ -12,6 +12,7 @@ from edgellm.cli.progress_bar import progress_shown
 from edgellm.errors import UsageError
 
 if TYPE_CHECKING:
+    from edgellm.lora.merging import Merge
     from edgellm.manifest import Artifact
     from edgellm.plan import Plan
     from edgellm.recipe import Recipe
@@ -57,6 +58,45 @@ def convert(
     ] = None,
     context: Annotated[
         int | None, typer.Option(metavar="TOKENS", help="Cap the context length.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[=WEIGHT]",
+            help="A LoRA adapter to merge: a PEFT folder, a GGUF or a Hub id. Repeatable.",
+        ),
+    ] = None,
+    combine: Annotated[
+        str | None,
+        typer.Option(metavar="METHOD", help="How adapters become one. Default: cat, the sum."),
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Values kept by a METHOD that prunes, 0 to 1."),
+    ] = None,
+    combine_sign: Annotated[
+        str | None,
+        typer.Option(metavar="HOW", help="How ties elects signs: total (default) or frequency."),
+    ] = None,
+    combine_rank: Annotated[
+        int | None, typer.Option(metavar="RANK", help="Rank of the result of an svd METHOD.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="NUMBER", help="Of a METHOD's random masks. Default: 0.")
+    ] = None,
+    merge_base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE",
+            help="Merge into full or dequantized weights. Default: what it was trained on.",
+        ),
+    ] = None,
+    keep_adapters: Annotated[
+        bool, typer.Option("--keep-adapters", help="Write adapters beside the base, unmerged.")
+    ] = False,
+    min_survival: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Fail when less of the fine-tune survives rounding."),
     ] = None,
     recipe: Annotated[
         Path | None,
@@ -105,6 +145,14 @@ def convert(
       edgellm convert ./my-model --quant int4-g64 --format onnx --dry-run
       edgellm convert ./my-model --out small --format onnx --kv-cache int8
       edgellm convert --recipe recipe.toml --out small --json | jq .path
+
+    \b
+    Adapters (METHOD: cat linear svd ties ties_svd dare_linear dare_ties
+              dare_linear_svd dare_ties_svd magnitude_prune magnitude_prune_svd):
+      edgellm convert ./base --adapter ./my-lora --out small
+      edgellm convert ./base --adapter ./style=0.7 --adapter ./facts -o small
+      edgellm convert ./base --adapter ./a --adapter ./b --combine svd -o small
+      edgellm convert ./base --adapter ./my-lora --dry-run
     """
     asked = _asked(
         recipe,
@@ -117,6 +165,15 @@ def convert(
             "kv_cache": kv_cache,
             "context": context,
             "ignore_config_keys": ignore_config_key or None,
+            "adapters": adapter or None,
+            "combine": combine,
+            "density": density,
+            "sign": combine_sign,
+            "combine_rank": combine_rank,
+            "seed": seed,
+            "merge_base": merge_base,
+            "keep_adapters": keep_adapters or None,
+            "min_survival": min_survival,
         },
     )
     if out is None and not dry_run:
@@ -179,7 +236,9 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
         "disk_bytes": plan.disk_bytes,
         "convert_s": plan.seconds,
         "threads": plan.threads,
-        "notes": plan.layout.notes,
+        "notes": plan.notes,
+        "merge": _merge_facts(plan.source.merge) if plan.source.merge else None,
+        "merged_before": plan.source.merged_before,
         "tensors": [
             {
                 "name": tensor.name,
@@ -191,6 +250,16 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
             }
             for tensor in plan.layout.tensors
         ],
+    }
+
+
+def _merge_facts(merge: Merge) -> dict[str, Any]:
+    from edgellm.lora.lineage import adapter_entries
+
+    return {
+        "adapters": adapter_entries(merge),
+        "combination": merge.combination,
+        "changed": merge.changed,
     }
 
 
@@ -220,9 +289,25 @@ def _show_plan(plan: Plan) -> None:
             ("disk needed", render.size(plan.disk_bytes)),
             ("time", f"about {render.duration(plan.seconds)}"),
             ("threads", str(plan.threads)),
+            *(_merge_lines(plan) if plan.source.merge else ()),
         ]
     )
-    render.show_notes(plan.layout.notes)
+    render.show_notes(plan.notes)
+
+
+def _merge_lines(plan: Plan) -> list[tuple[str, str]]:
+    from edgellm.lora.lineage import adapter_entries, described
+
+    merge = plan.source.merge
+    assert merge is not None
+    lines = [
+        ("adapter", f"{entry.name}: {described(entry)}, {entry.changed_tensors} tensors")
+        for entry in adapter_entries(merge)
+    ]
+    if len(merge.adapters) > 1:
+        lines.append(("combined by", merge.combination.method))
+    changed = f"{len(merge.changed)} of {len(plan.source.tensors)} weights of the model"
+    return [*lines, ("adapters change", changed)]
 
 
 def _show_artifact(artifact: Artifact, *, as_json: bool) -> None:

@@ -11,7 +11,7 @@ from edgellm.cli import render
 
 if TYPE_CHECKING:
     from edgellm.inspection import Inspection
-    from edgellm.manifest import Manifest
+    from edgellm.manifest import Manifest, MergeEntry
 
 
 def inspect(
@@ -82,15 +82,19 @@ def _show(found: Inspection) -> None:
 
 def _lineage(manifest: Manifest) -> list[tuple[str, str]]:
     made, base = manifest.artifact, manifest.artifact.base
+    measured = manifest.measured
+    from edgellm.lora.lineage import described
+
     parity = made.tokenizer_parity
     verdict = "the source's own ids"
     if not parity.equal:
         verdict = f"other ids than the source's ({'; '.join(parity.mismatches or parity.known)})"
     recipe = " ".join(f"{name}={value}" for name, value in made.recipe.items() if value)
-    measured = manifest.measured
     lines = [
         ("made from", " ".join(filter(None, (base.name, base.revision, base.licence, base.url)))),
         ("base sha256", base.sha256),
+        *(("merged before", f"{each.name}: {described(each)}") for each in made.merged_before),
+        *(_merge_lines(made.merge, measured) if made.merge else ()),
         ("recipe", recipe),
         ("tokenizer", f"{verdict} in {parity.cases} awkward cases"),
         ("made by", ", ".join(f"{tool} {version}" for tool, version in made.tool_versions.items())),
@@ -104,6 +108,28 @@ def _lineage(manifest: Manifest) -> list[tuple[str, str]]:
         check = measured["check"]
         lines.append(("check", check.get("skipped") or f"{check['prompt']!r} -> {check['text']!r}"))
     return [*lines, ("sha256", manifest.sha256)]
+
+
+def _merge_lines(merge: MergeEntry, measured: dict[str, Any]) -> list[tuple[str, str]]:
+    from edgellm.lora.lineage import described
+
+    lines = [
+        ("adapter", f"{each.name}: {described(each)}, {each.changed_tensors} tensors")
+        for each in merge.adapters
+    ]
+    if len(merge.adapters) > 1:
+        settings = {
+            name: getattr(merge, name)
+            for name in ("density", "sign", "rank", "seed")
+            if getattr(merge, name) is not None
+        }
+        lines.append(("combined by", f"{merge.method} {_text(settings)}".strip()))
+    if merge.base:
+        lines.append(("merged into", f"{merge.base}: {merge.base_reason}"))
+    share = measured.get("merge", {}).get("relative_change")
+    if share is not None:
+        lines.append(("change", f"{share:.2%} of the norm of the weights that they change"))
+    return [*lines, ("merged sha256", merge.merged_sha256)]
 
 
 def _text(value: Any) -> str:

@@ -166,7 +166,8 @@ def _recorded(before: TensorRef, changed: ChangedWeight, record: MergeRecord) ->
         for first in range(0, stop - start, step):
             rows = values[first : first + step]
             own = base[first : first + step].copy()
-            after = changed.apply(rows, start + first, start + first + len(rows))
+            with np.errstate(over="ignore", invalid="ignore"):  # looked for below, and explained
+                after = changed.apply(rows, start + first, start + first + len(rows))
             if after is not rows:
                 rows[...] = after
             _check_finite(rows, own, name, start + first)

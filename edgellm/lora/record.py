@@ -73,8 +73,9 @@ class MergeRecord:
             return False
         stop = start + len(after)
         change = after - before
-        # Sums of one row in float32, rows in float64: good to five digits, at a quarter of the cost.
-        squares = np.stack([_row_squares(change), _row_squares(before)])
+        # A row is summed in float32, the rows in float64: five digits at a quarter of the cost.
+        with np.errstate(over="ignore"):
+            squares = np.stack([_row_squares(change), _row_squares(before)])
         digests = [hashlib.sha256(np.ascontiguousarray(row).data).digest() for row in after]
         with self._lock:
             rows.squares[:, start:stop] = squares

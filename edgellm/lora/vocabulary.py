@@ -50,9 +50,9 @@ def settled_tokenizer(
     tokens = chosen.vocab_size
     if tokens > vocab_size:
         raise AdapterError(
-            f"{giver or source.name}: the tokenizer has token ids up to {tokens - 1} and the merged "
-            f"embedding {vocab_size} rows: the embedding of the added tokens was not saved with the "
-            "adapter; save it again with save_embedding_layers=True"
+            f"{giver or source.name}: the tokenizer has token ids up to {tokens - 1} and the "
+            f"merged embedding {vocab_size} rows: the rows of the added tokens were not saved with "
+            "the adapter; save it again with save_embedding_layers=True"
         )
     before = check_vocabulary(source.name, source.tokenizer.vocab_size, source.decoder.vocab_size)
     now = check_vocabulary(source.name, tokens, vocab_size)
