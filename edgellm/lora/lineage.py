@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,12 +78,19 @@ def merged_twice(source: ModelSource) -> tuple[str, ...]:
     """A warning for each adapter of ``source`` that its base says it holds already."""
     if source.merge is None:
         return ()
-    held = {entry.sha256: entry.name for entry in source.merged_before}
+    return held_already(source.merge.base.name, source.merge.adapters, source.merged_before)
+
+
+def held_already(
+    base: str, adapters: Iterable[Adapter], merged_before: Iterable[AdapterEntry]
+) -> tuple[str, ...]:
+    """A warning for each of ``adapters`` that stands among those merged into ``base`` before."""
+    held = {entry.sha256: entry.name for entry in merged_before}
     return tuple(
-        f"WARNING: {adapter.name} has been merged into {source.merge.base.name} before"
+        f"WARNING: {adapter.name} has been merged into {base} before"
         f"{'' if held[adapter.digest()] == adapter.name else f' (as {held[adapter.digest()]})'}: "
         "its change is in there twice now; convert the original base, or leave the adapter out"
-        for adapter in source.merge.adapters
+        for adapter in adapters
         if adapter.digest() in held
     )
 
