@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from edgellm.hardware import Hardware, detect
 from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
 from edgellm.runtimes.huge_pages import HugePages, anonymous_ranges
+from edgellm.runtimes.kv_buffers import allocate, next_room
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
 from edgellm.runtimes.versions import version_numbers
 
@@ -136,23 +138,36 @@ class OnnxSession:
         self._logits: Logits = np.empty((1, 1, self.vocab_size), np.float32)
         self._binding: Any = self._session.io_binding()
         self._bound_step = 0
-        self._caches = self._bind()
-
-    def _bind(self) -> list[Cache]:
-        """Bind what never moves; the caches, ``[1, kv_heads, context, head_dim]`` each."""
-        caches: list[Cache] = []
-        for given in self._session.get_inputs():
-            if given.name.startswith("past_key_values."):
-                _, heads, _, width = given.shape
-                cache = np.zeros((1, heads, self.context_tokens, width), CACHE_TYPES[given.type])
-                present = given.name.replace("past_key_values.", "present.")
-                self._bind_input(given.name, cache, cache.shape)
-                self._bind_output(present, cache)
-                caches.append(cache)
+        # Plain values: onnxruntime's own descriptions would keep its session alive.
+        self._past = [
+            (given.name, given.shape[1], given.shape[3], CACHE_TYPES[given.type])
+            for given in self._session.get_inputs()
+            if given.name.startswith("past_key_values.")
+        ]
+        self._room = 0
+        self._caches: list[Cache] = []
+        self._reserve(1)
         self._bind_input("logits_from", self._logits_from, (1,))
         self._bind_output("logits", self._logits)
-        self._logits_place = len(caches)  # among the outputs, in the order they were bound
-        return caches
+        self._logits_place = len(self._past)  # among the outputs, in the order they were bound
+
+    def _reserve(self, total: int) -> None:
+        """Have room for ``total`` tokens: caches ``[1, kv_heads, room, head_dim]``, bound.
+
+        Raises ``GenerationError`` when there is no memory; the cache is then as it was.
+        """
+        if total <= self._room:
+            return
+        room = next_room(self._room, total, self.context_tokens)
+        shapes = [(1, heads, room, width) for _, heads, width, _ in self._past]
+        grown = allocate(shapes, [kind for *_, kind in self._past])
+        used = len(self._tokens)
+        for (name, *_), cache, old in zip_longest(self._past, grown, self._caches):
+            if old is not None:
+                cache[:, :, :used] = old[:, :, :used]
+            self._bind_input(name, cache, cache.shape)
+            self._bind_output(name.replace("past_key_values.", "present."), cache)
+        self._caches, self._room = grown, room
 
     def _bind_input(self, name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
@@ -169,6 +184,7 @@ class OnnxSession:
         self._check_open()
         limits.check_tokens(token_ids, len(self._tokens), self.context_tokens, self.vocab_size)
         start = len(self._tokens)
+        self._reserve(start + len(token_ids))
         if not all_logits:
             self._run_steps(token_ids, start)
             return self._last()[np.newaxis]
@@ -184,6 +200,7 @@ class OnnxSession:
     def decode(self, token_id: int) -> Logits:
         self._check_open()
         limits.check_tokens((token_id,), len(self._tokens), self.context_tokens, self.vocab_size)
+        self._reserve(len(self._tokens) + 1)
         self._run((token_id,))
         return self._last()
 
@@ -205,6 +222,7 @@ class OnnxSession:
         used = len(state.tokens)
         if [_kind(copy) for copy in state.data] != [_kind(cache) for cache in self._caches]:
             raise GenerationError("this cache is of another model: it cannot be restored here")
+        self._reserve(used)
         self._tokens.clear()
         for cache, copy in zip(self._caches, state.data, strict=True):
             cache[:, :, :used] = copy

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from edgellm.errors import GenerationError, UnsupportedTarget
 from edgellm.hardware import detect
 from edgellm.manifest import Artifact
-from edgellm.runtimes import ort
+from edgellm.runtimes import kv_buffers, ort
 from edgellm.runtimes.ort import OnnxRuntime
 from edgellm.runtimes.session import RunOptions
 
@@ -142,3 +143,47 @@ def test_missing_library_is_said_with_the_command(monkeypatch: pytest.MonkeyPatc
     found = OnnxRuntime().capabilities(detect())
     assert not found.available
     assert "pip install onnxruntime" in found.reason
+
+
+def test_the_cache_grows_with_the_sequence_and_changes_no_logits(
+    artifact: Callable[[str, str], Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = artifact("llama", "onnx")
+    whole = OnnxRuntime().open(model, RunOptions(context_tokens=64))
+    monkeypatch.setattr(kv_buffers, "FIRST_TOKENS", 4)
+    growing = OnnxRuntime().open(model, RunOptions(context_tokens=64))
+    token_bytes = whole.kv_bytes() // 64
+    rooms = []
+    np.testing.assert_array_equal(growing.prefill([5, 6, 7]), whole.prefill([5, 6, 7]))
+    for token in range(40):
+        np.testing.assert_array_equal(growing.decode(token), whole.decode(token))
+        rooms.append(growing.kv_bytes() // token_bytes)
+    assert sorted(set(rooms)) == [4, 8, 16, 32, 64]
+    state = growing.save()
+    fresh = OnnxRuntime().open(model, RunOptions(context_tokens=64))
+    fresh.restore(state)
+    np.testing.assert_array_equal(fresh.decode(3), whole.decode(3))
+    for session in (whole, growing, fresh):
+        session.close()
+
+
+def test_no_memory_for_a_longer_cache_keeps_what_is_there(
+    artifact: Callable[[str, str], Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_buffers, "FIRST_TOKENS", 4)
+    session = OnnxRuntime().open(artifact("llama", "onnx"), RunOptions(context_tokens=64))
+    session.prefill([5, 6, 7])
+
+    def refuse(*_: object) -> None:
+        raise OSError("Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kv_buffers.mmap, "mmap", refuse)
+        with pytest.raises(GenerationError, match="no memory"):
+            session.prefill([1, 2, 3])
+    assert list(session.tokens) == [5, 6, 7]
+    again = OnnxRuntime().open(artifact("llama", "onnx"), RunOptions(context_tokens=64))
+    again.prefill([5, 6, 7])
+    np.testing.assert_array_equal(session.decode(1), again.decode(1))
+    session.close()
+    again.close()
