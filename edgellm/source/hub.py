@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from edgellm.errors import HubError, SourceError
+from edgellm.errors import AdapterError, HubError, SourceError
 from edgellm.progress import Progress, ProgressEvent
 from edgellm.source.checkpoint import INDEX, SINGLE
 from edgellm.source.gguf_file import SPLIT_NAME
@@ -42,6 +42,7 @@ SMALL_FILES = frozenset(
     }
 )
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,9 @@ class HubId:
     def url(self) -> str:
         """Its page, whatever mirror it is fetched from."""
         return f"https://huggingface.co/{self.repo}"
+
+
+Needed = Callable[[HubId, Collection[str]], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +78,10 @@ def parse_hub_id(text: str) -> HubId | None:
     return HubId(found["repo"], found["revision"], found["file"]) if found else None
 
 
-def download(wanted: HubId, progress: Progress) -> Download:
+def download(wanted: HubId, progress: Progress, *, needed: Needed | None = None) -> Download:
     """The model's files, from the cache where they are there already.
 
+    ``needed`` chooses among the names in the repository; None for ``needed_files``, a model's.
     When the Hub cannot be reached, or must not be (``HF_HUB_OFFLINE``), the cached snapshot is
     taken, with a note. Raises ``HubError`` with the next step, ``SourceError`` for a repository
     that holds nothing safe to read.
@@ -93,7 +98,7 @@ def download(wanted: HubId, progress: Progress) -> Download:
             raise
         return _cached(wanted, error)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
-    names = needed_files(wanted, sizes)
+    names = (needed or needed_files)(wanted, sizes)
     absent = [
         name
         for name in names
@@ -150,6 +155,41 @@ def needed_files(wanted: HubId, names: Collection[str]) -> list[str]:
         )
     raise HubError(
         f"{wanted.repo} holds no weights (no safetensors, no GGUF): check the name at {wanted.url}"
+    )
+
+
+def needed_adapter_files(wanted: HubId, names: Collection[str]) -> list[str]:
+    """Of the ``names`` in a repository, those of the adapter in it.
+
+    Raises ``AdapterError`` for a repository that holds none, or only a pickle; ``HubError`` as
+    ``needed_files`` does for a GGUF file that was named.
+    """
+    if wanted.file is not None:
+        return needed_files(wanted, names)
+    wants = [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+    missing = [name for name in wants if name not in names]
+    if not missing:
+        templates = [name for name in names if name.startswith(f"{TEMPLATE_FOLDER}/")]
+        small = SMALL_FILES.intersection(names) - {"config.json", "generation_config.json"}
+        return sorted([*wants, *templates, *small])
+    pickles = [name for name in names if name.endswith(PICKLES) and name.startswith("adapter")]
+    if pickles and ADAPTER_CONFIG in names:
+        raise AdapterError(
+            f"{wanted.repo} holds its adapter as a pickle ({listed(pickles)}), which can run any "
+            "code when it is read, so edgellm does not fetch it. Look for a revision with "
+            f"safetensors at {wanted.url}/discussions and name it ({wanted.repo}@refs/pr/1), or, "
+            "where you trust it, save it again with PEFT: PeftModel.from_pretrained(base, id)"
+            ".save_pretrained(folder, safe_serialization=True)"
+        )
+    ggufs = sorted(name for name in names if name.endswith(".gguf"))
+    if ggufs:
+        raise AdapterError(
+            f"{wanted.repo} holds GGUF files: where one of them is the adapter, name it, such as "
+            f"{wanted.repo}:{ggufs[0]} ({listed(ggufs)})"
+        )
+    raise AdapterError(
+        f"{wanted.repo} is no adapter that PEFT saved: it has no {' and no '.join(missing)}; check "
+        f"the name at {wanted.url}"
     )
 
 

@@ -21,6 +21,7 @@ KINDS = {
     "vera": "edgellm.lora.kinds.vera:bind",
     "oft": "edgellm.lora.kinds.oft:bind",
     "boft": "edgellm.lora.kinds.boft:bind",
+    "ln_tuning": "edgellm.lora.kinds.ln_tuning:bind",
     "trainable_tokens": "edgellm.lora.kinds.trainable_tokens:bind",
 }
 """PEFT's ``peft_type``, in lower case, to the function that binds its parts."""
