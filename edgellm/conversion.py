@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -48,6 +47,7 @@ from edgellm.manifest import (
     TensorEntry,
     open_artifact,
 )
+from edgellm.parallel import in_parallel, one_blas_thread
 from edgellm.plan import Plan, Slab, check_apart, check_disk, make_plan
 from edgellm.progress import Progress, ProgressEvent, unwatched
 from edgellm.quant import SOLVERS
@@ -57,8 +57,6 @@ from edgellm.tensors import Array, stacked_rows
 from edgellm.tokenization import artifact_parity
 
 Solve = Callable[[Array, Grid], QTensor]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 RECORDED_PACKAGES = ("libgguf", "numpy", "tokenizers")
 """Packages whose version can change the bytes of any artifact (libgguf reads GGUF sources); a
@@ -148,7 +146,7 @@ def quantize_tensors(plan: Plan, staged: StagedFolder, progress: Progress = unwa
     def work(slab: Slab) -> tuple[int, int]:
         return slab.tensor, _write_slab(plan.layout.tensors[slab.tensor], slab, solve, staged)
 
-    for index, nbytes in _in_parallel(work, slabs, plan.threads):
+    for index, nbytes in in_parallel(work, slabs, plan.threads):
         done_bytes += nbytes
         left[index] -= 1
         done_tensors += not left[index]
@@ -162,17 +160,6 @@ def quantize_tensors(plan: Plan, staged: StagedFolder, progress: Progress = unwa
                 len(left),
             )
         )
-
-
-def one_blas_thread() -> AbstractContextManager[object]:
-    """Keeps numpy's products on the thread that asks for them while workers run side by side.
-
-    More threads would fight for the same cores, and add up in another order.
-    """
-    from threadpoolctl import threadpool_limits
-
-    limits: AbstractContextManager[object] = threadpool_limits(limits=1, user_api="blas")
-    return limits
 
 
 def measured_changes(record: MergeRecord) -> dict[str, Any]:
@@ -201,21 +188,6 @@ def _write_slab(tensor: OutputTensor, slab: Slab, solve: Solve, staged: StagedFo
             array.file, array.offset + slab.start * array.row_bytes, packed[array.component]
         )
     return sum(array.row_bytes for array in tensor.arrays) * (slab.stop - slab.start)
-
-
-def _in_parallel(
-    work: Callable[[Item], Result], items: list[Item], threads: int
-) -> Iterator[Result]:
-    """Results of ``work`` as they come; the first exception stops what has not begun."""
-    with ThreadPoolExecutor(threads, thread_name_prefix="edgellm") as pool:
-        waiting: set[Future[Result]] = {pool.submit(work, item) for item in items}
-        try:
-            while waiting:
-                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    yield future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def prove_parity(plan: Plan, folder: Path) -> Parity:

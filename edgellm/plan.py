@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import psutil
 
-from edgellm.errors import OutputError, UsageError
+from edgellm.errors import UsageError
 from edgellm.export import CONTAINERS, container_named
 from edgellm.export.layout import Layout, OutputTensor
+from edgellm.export.writer import check_free, check_no_overlap
 from edgellm.hardware import detect
 from edgellm.lora.lineage import merged_twice
 from edgellm.progress import Progress, unwatched
@@ -193,22 +193,12 @@ def _with_adapters(base: ModelSource, recipe: Recipe, progress: Progress) -> Mod
 
 def check_disk(plan: Plan, out: Path) -> None:
     """Raise ``OutputError`` when the disk of ``out`` has less room than the plan needs."""
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if free < plan.disk_bytes:
-        raise OutputError(
-            f"{out} needs {plan.disk_bytes / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free: "
-            "free some space, choose another --out, or a smaller grid"
-        )
+    check_free(out, plan.disk_bytes)
 
 
 def check_apart(source: ModelSource, out: Path) -> None:
     """Raise ``UsageError`` when ``out`` is the source, lies in it, or holds it."""
-    ours, theirs = out.resolve(), source.path.resolve()
-    if ours == theirs or theirs in ours.parents or ours in theirs.parents:
-        raise UsageError(
-            f"--out {out} and the source {source.path} overlap: choose an --out elsewhere"
-        )
+    check_no_overlap(source.path, out)
 
 
 def _slab_memory(tensor: OutputTensor) -> float:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from edgellm.errors import OutputError
+from edgellm.errors import OutputError, UsageError
 from edgellm.manifest import MANIFEST
 
 
@@ -151,6 +151,24 @@ def check_output(out: Path, *, force: bool) -> None:
             f"{out} holds files that edgellm did not write (it has no {MANIFEST}), "
             "so --force will not replace it: choose another --out, or empty it yourself"
         )
+
+
+def check_free(out: Path, nbytes: int) -> None:
+    """Raise ``OutputError`` when the disk of ``out`` has less than ``nbytes`` free."""
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < nbytes:
+        raise OutputError(
+            f"{out} needs {nbytes / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free: free some "
+            "space, choose another --out, or a smaller grid"
+        )
+
+
+def check_no_overlap(source: Path, out: Path) -> None:
+    """Raise ``UsageError`` when ``out`` is the source, lies in it, or holds it."""
+    ours, theirs = out.resolve(), source.resolve()
+    if ours == theirs or theirs in ours.parents or ours in theirs.parents:
+        raise UsageError(f"--out {out} and the source {source} overlap: choose an --out elsewhere")
 
 
 def _beside(out: Path, ending: str) -> Path:

@@ -30,35 +30,53 @@ def settled_tokenizer(
     template, which the adapter was trained to answer. Raises ``AdapterError`` for two adapters with
     different ones, and for tokens without a row in the embedding.
     """
-    chosen, giver = source.tokenizer, ""
-    notes: list[str] = []
-    for adapter in adapters:
-        if adapter.tokenizer_folder is None:
-            continue
-        brought = Tokenizer.from_hf_folder(adapter.tokenizer_folder)
-        difference = _difference(source.tokenizer, brought)
-        if not difference:
-            continue
-        if giver and _difference(chosen, brought):
-            raise AdapterError(
-                f"{giver} and {adapter.name} were trained with tokenizers that differ "
-                f"({_difference(chosen, brought)}): merge one of them, or remove the tokenizer "
-                "files of the one whose prompts you will not use from its folder"
-            )
-        chosen, giver = _with_ends_of(source, brought), adapter.name
-        notes.append(f"tokenizer from {adapter.name}: {difference}")
+    brought, giver, notes = brought_tokenizer(source.tokenizer, adapters)
+    chosen = source.tokenizer if brought is None else _with_ends_of(source, brought)
     tokens = chosen.vocab_size
-    if tokens > vocab_size:
-        raise AdapterError(
-            f"{giver or source.name}: the tokenizer has token ids up to {tokens - 1} and the "
-            f"merged embedding {vocab_size} rows: the rows of the added tokens were not saved with "
-            "the adapter; save it again with save_embedding_layers=True"
-        )
+    check_rows(giver.name if giver else source.name, tokens, vocab_size)
     before = check_vocabulary(source.name, source.tokenizer.vocab_size, source.decoder.vocab_size)
     now = check_vocabulary(source.name, tokens, vocab_size)
     if vocab_size != source.decoder.vocab_size:
         notes.append(f"vocabulary of {source.decoder.vocab_size} rows resized to {vocab_size}")
     return chosen, Notes((*notes, *now), before)
+
+
+def check_rows(owner: str, tokens: int, rows: int) -> None:
+    """Raise ``AdapterError`` where ``owner``'s tokenizer has more tokens than there are rows."""
+    if tokens > rows:
+        raise AdapterError(
+            f"{owner}: the tokenizer has token ids up to {tokens - 1} and the merged embedding "
+            f"{rows} rows: the rows of the added tokens were not saved with the adapter; save it "
+            "again with save_embedding_layers=True"
+        )
+
+
+def brought_tokenizer(
+    ours: Tokenizer, adapters: Sequence[Adapter]
+) -> tuple[Tokenizer | None, Adapter | None, list[str]]:
+    """The tokenizer that an adapter brings instead of ``ours``, whose it is, and a note of it.
+
+    None where no adapter's says something else. Raises ``AdapterError`` for two that differ.
+    """
+    chosen: Tokenizer | None = None
+    giver: Adapter | None = None
+    notes: list[str] = []
+    for adapter in adapters:
+        if adapter.tokenizer_folder is None:
+            continue
+        brought = Tokenizer.from_hf_folder(adapter.tokenizer_folder)
+        difference = _difference(ours, brought)
+        if not difference:
+            continue
+        if chosen is not None and giver is not None and _difference(chosen, brought):
+            raise AdapterError(
+                f"{giver.name} and {adapter.name} were trained with tokenizers that differ "
+                f"({_difference(chosen, brought)}): merge one of them, or remove the tokenizer "
+                "files of the one whose prompts you will not use from its folder"
+            )
+        chosen, giver = brought, adapter
+        notes.append(f"tokenizer from {adapter.name}: {difference}")
+    return chosen, giver, notes
 
 
 def _difference(ours: Tokenizer, theirs: Tokenizer) -> str:
