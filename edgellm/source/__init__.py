@@ -19,6 +19,7 @@ def open_source(
     *,
     ignore_config_keys: Collection[str] = (),
     context: int | None = None,
+    quantized: bool = False,
     progress: Progress = unwatched,
 ) -> ModelSource:
     """The model that ``text`` names: a folder, a GGUF file, or an id on the Hub.
@@ -26,15 +27,17 @@ def open_source(
     A Hub id is ``org/name``, with ``@revision`` and, in a repository of GGUF files, ``:file.gguf``
     behind it; what exists on disk goes first. Headers and the tokenizer are read, weights are not.
     ``context``: the context length that the model is wanted for, where its maths depends on it.
-    ``progress`` is told of a download. Raises ``SourceError`` (``HubError``, ``TensorError``) for
-    what is missing or damaged and ``UnsupportedModel`` for what is not understood.
+    ``quantized``: take a folder whose weights are quantized already as the values that they stand
+    for (a GGUF file always is). ``progress`` is told of a download. Raises ``SourceError``
+    (``HubError``, ``TensorError``) for what is missing or damaged and ``UnsupportedModel`` for what
+    is not understood.
     """
     try:
         path = Path(text).expanduser()
     except RuntimeError as error:  # ~name of nobody
         raise SourceError(f"{text}: {error} Give the folder's whole path") from error
     if path.exists():
-        return _open_path(path, ignore_config_keys, context)
+        return _open_path(path, ignore_config_keys, context, quantized)
     from edgellm.source.hub import download, parse_hub_id
 
     wanted = None if text.startswith((".", "~")) else parse_hub_id(text)
@@ -44,7 +47,7 @@ def open_source(
             "org/name@revision, org/name:file.gguf): check the path"
         )
     found = download(wanted, progress)
-    source = _open_path(found.path, ignore_config_keys, context)
+    source = _open_path(found.path, ignore_config_keys, context, quantized)
     return replace(
         source,
         name=wanted.repo,
@@ -55,12 +58,16 @@ def open_source(
     )
 
 
-def _open_path(path: Path, ignore_config_keys: Collection[str], context: int | None) -> ModelSource:
+def _open_path(
+    path: Path, ignore_config_keys: Collection[str], context: int | None, quantized: bool
+) -> ModelSource:
     from edgellm.source.checkpoint import open_folder
     from edgellm.source.gguf_model import open_gguf
 
     if path.is_dir():
-        return open_folder(path, ignore_config_keys=ignore_config_keys, context=context)
+        return open_folder(
+            path, ignore_config_keys=ignore_config_keys, context=context, quantized=quantized
+        )
     if path.name.endswith(PICKLES):
         refuse_pickle(path)
     if path.suffix == ".safetensors" or path.name.endswith(".json"):

@@ -18,7 +18,14 @@ from edgellm.manifest import MANIFEST
 from edgellm.source.matching import check_vocabulary, embedding_row, equal, head_row, listed, match
 from edgellm.source.model import ModelSource
 from edgellm.source.pickles import PICKLES, refuse_pickle
-from edgellm.source.safetensors_file import READABLE, read_safetensors
+from edgellm.source.quantized import (
+    ORIGINAL,
+    as_checkpoint_turns,
+    dequantized,
+    method_of,
+    note_on,
+)
+from edgellm.source.safetensors_file import READABLE, RawTensor, read_safetensors
 from edgellm.tensors import TensorRef
 from edgellm.tokenization import Tokenizer
 
@@ -31,17 +38,27 @@ PROVENANCE_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtyp
 class Checkpoint:
     """The tensors of a folder by the names they are stored under, and the files they are in."""
 
-    tensors: dict[str, TensorRef]
+    raw: dict[str, RawTensor]
     files: tuple[Path, ...]
+
+    @property
+    def tensors(self) -> dict[str, TensorRef]:
+        """The same tensors as references, whatever their dtype."""
+        return {name: tensor.ref() for name, tensor in self.raw.items()}
 
 
 def open_folder(
-    path: Path, *, ignore_config_keys: Collection[str] = (), context: int | None = None
+    path: Path,
+    *,
+    ignore_config_keys: Collection[str] = (),
+    context: int | None = None,
+    quantized: bool = False,
 ) -> ModelSource:
     """The model in folder ``path``; headers and the tokenizer are read, weights are not.
 
     ``context``: the context length that it is wanted for, where the maths depends on it. Weights
     are read only where a head that should be tied is stored too, to compare the two.
+    ``quantized``: take weights that are quantized already as the values that they stand for.
     Raises ``SourceError`` for what is missing or damaged, ``UnsupportedModel`` for what is not
     understood.
     """
@@ -51,13 +68,23 @@ def open_folder(
     # Before the weights: an unknown family is the more useful thing to be told.
     family = family_of(config)
     checkpoint = read_checkpoint(path)
-    _refuse_quantized(path, config, checkpoint)
+    settings = config.pop("quantization_config", None)
+    if settings:
+        tensors = dequantized(checkpoint.raw, settings, str(path))
+        if not quantized:
+            _refuse_quantized(path, settings)
+    else:
+        tensors = checkpoint.tensors
+        _refuse_other_dtypes(path, tensors)
     reader = Config(
         config, ignore=ignore_config_keys, context=context, where=str(path / "config.json")
     )
     decoder = family.describe(reader)
-    stored = _with_prefix(checkpoint.tensors, family, decoder)
+    stored = _with_prefix(tensors, family, decoder)
     stored, decoder, notes = _settle_head(stored, family, decoder)
+    if settings:
+        stored = as_checkpoint_turns(stored, family.tensors(decoder))
+        notes = (note_on(stored, str(path)), *notes)
     tensors = match(
         family.tensors(decoder),
         stored,
@@ -107,7 +134,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             )
         single = found[0]
     header = read_safetensors(single)
-    return Checkpoint({name: header.ref(name) for name in header.tensors}, (single,))
+    return Checkpoint({name: header.raw(name) for name in header.tensors}, (single,))
 
 
 def _sharded(path: Path, index: Mapping[str, Any]) -> Checkpoint:
@@ -134,13 +161,11 @@ def _sharded(path: Path, index: Mapping[str, Any]) -> Checkpoint:
             f"{where} names {len(lost)} tensors that their shards do not hold: {listed(lost)}; "
             "index and shards belong to different models: fetch both again"
         )
-    tensors = {name: headers[shard].ref(name) for name, shard in weight_map.items()}
+    raw = {name: headers[shard].raw(name) for name, shard in weight_map.items()}
     # What a shard holds and the index does not name is shown as left over, if it matters.
     for header in headers.values():
-        tensors.update(
-            {name: header.ref(name) for name in header.tensors if name not in weight_map}
-        )
-    return Checkpoint(tensors, tuple(path / shard for shard in shards))
+        raw.update({name: header.raw(name) for name in header.tensors if name not in weight_map})
+    return Checkpoint(raw, tuple(path / shard for shard in shards))
 
 
 def _plain_name(shard: str) -> bool:
@@ -187,20 +212,19 @@ def _settle_head(
     return stored, replace(decoder, tied_head=False), (note,)
 
 
-def _refuse_quantized(path: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = (
-            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        )
-        raise UnsupportedModel(
-            f"{path} is quantized already ({method}): rounding it again would add up both errors; "
-            "convert the model in bf16, f16 or f32 that it was made from"
-        )
+def _refuse_quantized(path: Path, settings: Any) -> None:
+    raise UnsupportedModel(
+        f"{path} is quantized already ({method_of(settings)}): rounding it again would add up both "
+        f"errors; {ORIGINAL}. An adapter that was trained on this one can be merged into it "
+        "(--adapter), and --merge-base dequantized rounds it again all the same"
+    )
+
+
+def _refuse_other_dtypes(path: Path, tensors: Mapping[str, TensorRef]) -> None:
     readable = {dtype.lower() for dtype in READABLE}
     quantized = {
         name: ref.dtype
-        for name, ref in checkpoint.tensors.items()
+        for name, ref in tensors.items()
         if ref.dtype not in readable
         and not name.endswith((".bias", ".masked_bias", ".position_ids"))
     }

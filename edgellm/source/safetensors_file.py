@@ -48,6 +48,47 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class RawTensor:
+    """A tensor as bytes, for those whose values take more than one tensor to know."""
+
+    file: WeightFile
+    stored: StoredTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> str:
+        """As the header spells it (``I32``)."""
+        return self.stored.dtype
+
+    def ref(self) -> TensorRef:
+        """The tensor as one of floats, its role still its name; other dtypes raise on load."""
+        return _reference(self.file, self.stored)
+
+    def read(self, start: int = 0, stop: int | None = None) -> Bytes:
+        """Bytes ``start:stop`` of it, all by default. Raises ``SourceError`` as reading does."""
+        stop = self.stored.nbytes if stop is None else stop
+        return self.file.read(self.stored.offset + start, stop - start)
+
+    def read_columns(self, start: int, stop: int) -> Bytes:
+        """Columns ``start:stop`` of every row of a matrix, uint8 ``[rows, (stop - start) * item]``.
+
+        One read for each row, or for all where every column is wanted.
+        """
+        rows, columns = self.shape
+        item_bytes = ITEM_BYTES[self.dtype]
+        if (start, stop) == (0, columns):
+            return self.read().reshape(rows, columns * item_bytes)
+        result = np.empty((rows, (stop - start) * item_bytes), np.uint8)
+        for row in range(rows):
+            place = self.stored.offset + (row * columns + start) * item_bytes
+            self.file.read_into(result[row].data, place)
+        return result
+
+
+@dataclass(frozen=True, slots=True)
 class SafetensorsFile:
     """A validated header: ``tensors`` by name in the order of their data, and ``metadata``."""
 
@@ -61,7 +102,11 @@ class SafetensorsFile:
 
     def ref(self, name: str) -> TensorRef:
         """Tensor ``name``, its role still its name; dtypes other than floats raise on load."""
-        return _reference(self.file, self.tensors[name])
+        return self.raw(name).ref()
+
+    def raw(self, name: str) -> RawTensor:
+        """The bytes of tensor ``name``."""
+        return RawTensor(self.file, self.tensors[name])
 
 
 def read_safetensors(path: Path) -> SafetensorsFile:
