@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -26,18 +26,25 @@ from edgellm.export.packing import PACKERS
 from edgellm.lora.adapter import Adapter
 from edgellm.lora.edit import Edit, LowRank
 from edgellm.lora.gguf_adapter import ADAPTER_TYPE, ALPHA, TYPE, A, B
+from edgellm.lora.kinds.loha import Hadamard
 from edgellm.lora.merging import bindings
 from edgellm.quant.grid import GRIDS
 from edgellm.quant.rtn import solve
+from edgellm.source.matching import equal
 from edgellm.source.model import ModelSource
 from edgellm.tensors import SLAB_BYTES, Array, TensorRef, derived, rows_within, stacked_rows
 from edgellm.tensors import transposed as turned
 
-FactorType = Literal["f32", "f16"]
+FACTORS = GRIDS["f32"]
+"""What factors are stored in. With f16 llama.cpp rounds activations to f16 before both products:
+logits of a tiny Llama (up to 20) then lie 0.03 to 0.8 from the merged model's, with f32 0.0004."""
 
 MERGE_IT = "merge it into the weights instead (convert or merge with --adapter alone)"
 
-WHOLE = "replaces whole tensors ({}), which llama.cpp does not take from an adapter"
+WHOLE = (
+    "replaces whole tensors ({}), which llama.cpp does not take from an adapter (where they are a "
+    "mere copy of the base's, save it without: save_embedding_layers=False)"
+)
 TIED = (
     "changes the table that {} uses both as embedding and as head, on which llama.cpp stops the "
     "whole process"
@@ -67,9 +74,7 @@ class AdapterLayout:
     tensors: tuple[OutputTensor, ...]
 
 
-def lay_out_adapter(
-    source: ModelSource, adapter: Adapter, file: str, *, dtype: FactorType = "f32"
-) -> AdapterLayout:
+def lay_out_adapter(source: ModelSource, adapter: Adapter, file: str) -> AdapterLayout:
     """How ``adapter`` is laid out in ``file`` for ``source``; no factor is read.
 
     The adapter's own weight is not in it: a runtime applies it. Raises ``AdapterError`` for an
@@ -87,14 +92,13 @@ def lay_out_adapter(
         "general.quantized_by": f"edgellm {edgellm.__version__}",
         "edgellm.adapter.sha256": adapter.digest(),
     }
-    grid = GRIDS[dtype]
-    assert grid.ggml_type is not None
+    assert FACTORS.ggml_type is not None
     refs = [ref for pair in pairs for ref in _stored(pair, alpha)]
-    row_bytes = [PACKERS[grid.kind].row_bytes(grid, ref.columns)["data"] for ref in refs]
+    row_bytes = [PACKERS[FACTORS.kind].row_bytes(FACTORS, ref.columns)["data"] for ref in refs]
     head = gguf_head(
         metadata,
         [
-            StoredTensor(ref.role, ref.shape, grid.ggml_type, ref.rows * nbytes)
+            StoredTensor(ref.role, ref.shape, FACTORS.ggml_type, ref.rows * nbytes)
             for ref, nbytes in zip(refs, row_bytes, strict=True)
         ],
     )
@@ -103,8 +107,8 @@ def lay_out_adapter(
             name=ref.role,
             role=ref.role,
             parts=(ref,),
-            grid=grid,
-            packer=grid.kind,
+            grid=FACTORS,
+            packer=FACTORS.kind,
             arrays=(StoredArray(ref.role, "data", file, offset, nbytes, ref.rows),),
         )
         for ref, nbytes, offset in zip(refs, row_bytes, head.offsets, strict=True)
@@ -112,14 +116,12 @@ def lay_out_adapter(
     return AdapterLayout(file, head.content, head.total_bytes, tensors)
 
 
-def write_gguf_adapter(
-    source: ModelSource, adapter: Adapter, path: Path, *, dtype: FactorType = "f32"
-) -> None:
+def write_gguf_adapter(source: ModelSource, adapter: Adapter, path: Path) -> None:
     """Write ``adapter`` for ``source`` to ``path``; see ``lay_out_adapter``.
 
     Raises ``TensorError`` for NaN or Inf in a factor, ``OutputError`` when it cannot be written.
     """
-    layout = lay_out_adapter(source, adapter, path.name, dtype=dtype)
+    layout = lay_out_adapter(source, adapter, path.name)
     try:
         with path.open("wb") as file:
             file.write(layout.head)
@@ -172,8 +174,8 @@ def factors(source: ModelSource, adapter: Adapter) -> list[Factors]:
 
     Raises ``AdapterError`` for what a GGUF adapter cannot hold, by name.
     """
-    if adapter.replaced:
-        raise _cannot(adapter, WHOLE.format(", ".join(sorted(adapter.replaced)[:3])))
+    if whole := _replaced(source, adapter):
+        raise _cannot(adapter, WHOLE.format(", ".join(whole[:3])))
     edits = bindings(source, adapter)
     rows = {row.role: row for row in source.family.tensors(source.decoder)}
     for role in edits:
@@ -200,9 +202,46 @@ def _pair(adapter: Adapter, source: ModelSource, row: TensorRow, edit: Edit) -> 
     return Factors(row.role, low.a, b, wanted)
 
 
+def _replaced(source: ModelSource, adapter: Adapter) -> list[str]:
+    """The whole tensors of ``adapter``, without those that are the base's own.
+
+    PEFT saves the tables of a model beside every adapter that changes one of them.
+    """
+    roles = {row.source: row.role for row in source.family.tensors(source.decoder)}
+
+    def is_the_base_s(name: str, ref: TensorRef) -> bool:
+        own = source.tensors.get(roles.get(name, ""))
+        return own is not None and own.shape == ref.shape and equal(own, ref)
+
+    return sorted(name for name, ref in adapter.replaced.items() if not is_the_base_s(name, ref))
+
+
 def _low_rank(edit: Edit) -> LowRank | None:
-    """``edit`` as one product of two factors; None where it is none."""
-    return edit if isinstance(edit, LowRank) else None
+    """``edit`` as one product of two factors; None where it is none.
+
+    LoHa's product value by value, of two products of rank r, is one of rank r squared: its factors
+    are the products of all pairs of columns, and of all pairs of rows.
+    """
+    if isinstance(edit, LowRank):
+        return edit
+    if not isinstance(edit, Hadamard):
+        return None
+    (left, other_left), (right, other_right) = edit.left, edit.right
+    (out, rank), into = left.shape, right.columns
+
+    def load_b(start: int, stop: int) -> Array:
+        first, second = left.load(start, stop), other_left.load(start, stop)
+        return (first[:, :, None] * second[:, None, :]).reshape(stop - start, rank * rank)
+
+    def load_a(start: int, stop: int) -> Array:
+        pairs = np.arange(start, stop)
+        return right.load()[pairs // rank] * other_right.load()[pairs % rank]
+
+    return LowRank(
+        replace(right, shape=(rank * rank, into), load_rows=load_a, column_loader=None),
+        replace(left, shape=(out, rank * rank), load_rows=load_b, column_loader=None),
+        edit.scale,
+    )
 
 
 def _common_alpha(adapter: Adapter, pairs: Sequence[Factors]) -> float:
