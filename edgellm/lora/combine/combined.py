@@ -19,6 +19,8 @@ from edgellm.lora.combine.sums import Sum, Weighted, computed, concatenated
 from edgellm.lora.combine.ties import Sign
 from edgellm.lora.combine.truncation import LowRankSum, WholeMatrix
 from edgellm.lora.edit import Delta, Edit, LowRank, Target
+from edgellm.lora.kinds.ia3 import Scaling, weighted
+from edgellm.lora.kinds.multiplying import Multiplying
 from edgellm.tensors import Array, LoadRows, TensorRef
 
 if TYPE_CHECKING:
@@ -69,6 +71,8 @@ def combined(
         raise ValueError(f"no adapter changes {target.name}")
     if len(edits) == 1 or (combination.method == "cat" and len(parts) == 1):
         return _alone(parts[0])
+    if combination.method == "linear" and any(isinstance(part.edit, Scaling) for part in parts):
+        return weighted(edits, weights, target.name)
     if len(target.shape) != 2 and combination.method != "cat":
         raise AdapterError(
             f"{combination.method} combines matrices, and {target.name} has shape "
@@ -86,6 +90,8 @@ def _alone(part: Part) -> Edit:
         return LowRank(part.edit.a, part.edit.b, part.edit.scale * part.weight)
     if _is_additive(part.edit):
         return Sum([cast(Delta, part.edit)], [part.weight])
+    if isinstance(part.edit, Multiplying):
+        part.edit.check(part.weight)
     return Weighted(part.edit, part.weight)
 
 
@@ -171,7 +177,7 @@ class _Build:
             raise AdapterError(
                 f"density {density:g} keeps none of the {ref.size} values of "
                 f"{FACTOR_NAMES[factor]} of {part.name} for {self.target.name}: choose "
-                f"{1 / ref.size:.2g} or more"
+                f"{1.1 / ref.size:.2g} or more"
             )
         return LargestKept(ref, count)
 
