@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from edgellm.errors import SourceError, VerificationError
@@ -18,6 +18,18 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror}") from error
+
+
+def combined_sha256(digests: Mapping[str, str]) -> str:
+    """One digest for files whose digests are given by name, in hexadecimal.
+
+    Of one file it is the file's own, as the Hub shows it; of several it is taken over their digests
+    (32 bytes each) in the order of the files' names.
+    """
+    ordered = [digest for _, digest in sorted(digests.items())]
+    if len(ordered) == 1:
+        return ordered[0]
+    return hashlib.sha256(bytes.fromhex("".join(ordered))).hexdigest()
 
 
 def ranges_sha256(path: Path, ranges: Iterable[tuple[int, int]]) -> str:

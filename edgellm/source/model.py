@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgellm.digests import file_sha256
+from edgellm.digests import combined_sha256, file_sha256
 from edgellm.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -53,11 +52,9 @@ class ModelSource:
     merged_before: tuple[AdapterEntry, ...] = ()
 
     def digest(self) -> str:
-        """SHA-256 of the weights, in hexadecimal; computed once, by a thread for each core.
+        """SHA-256 of the weight files as ``combined_sha256`` takes it, by a thread for each core.
 
-        Of one file it is the file's own, as the Hub shows it; of several it is taken over their
-        digests (32 bytes each) in the order of the files' names. Raises ``SourceError`` when a file
-        cannot be read.
+        Computed once. Raises ``SourceError`` when a file cannot be read.
         """
         return self._digest
 
@@ -66,6 +63,6 @@ class ModelSource:
         files = sorted(self.weight_files, key=lambda path: path.name)
         with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
             digests = list(pool.map(file_sha256, files))
-        if len(digests) == 1:
-            return digests[0]
-        return hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()
+        return combined_sha256(
+            {path.name: digest for path, digest in zip(files, digests, strict=True)}
+        )

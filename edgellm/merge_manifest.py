@@ -1,0 +1,133 @@
+"""What the manifest of a merged folder says: digests, lineage, and the base's own facts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+import edgellm
+from edgellm.digests import combined_sha256
+from edgellm.lora.checkpoint_weights import text_config
+from edgellm.lora.lineage import adapter_entry, combined_entry
+from edgellm.manifest import (
+    SCHEMA_VERSION,
+    Digested,
+    FileEntry,
+    ModelFacts,
+    Parity,
+    TensorEntry,
+)
+
+if TYPE_CHECKING:
+    from edgellm.export.shard_writer import ShardWriter
+    from edgellm.merge import MergePlan
+
+CONTAINER = "hf"
+
+FAINT = 0.5
+"""Share of the changed values that rounding may take back before a note says so."""
+
+
+def describe(plan: MergePlan, writer: ShardWriter, notes: tuple[str, ...]) -> Digested:
+    """What was written, by digests, and where it came from; nothing is read again."""
+    base_digests = {
+        shard.name: writer.base_digests[number].hexdigest(shard.base.file.size_bytes)
+        for number, shard in enumerate(plan.shards)
+    }
+    files = [
+        *(
+            FileEntry(path=name, nbytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+            for name, content in plan.files.items()
+        ),
+        *(
+            FileEntry(
+                path=shard.name,
+                nbytes=shard.nbytes,
+                sha256=writer.file_digests[number].hexdigest(shard.nbytes),
+            )
+            for number, shard in enumerate(plan.shards)
+        ),
+    ]
+    tokenizer = plan.tokenizer
+    return Digested(
+        schema_version=SCHEMA_VERSION,
+        container=CONTAINER,
+        main_file=plan.shards[0].name,
+        files=tuple(sorted(files, key=lambda entry: entry.path)),
+        tensors=_tensor_entries(plan, writer),
+        base=msgspec.structs.replace(plan.base, sha256=combined_sha256(base_digests)),
+        model=_model_facts(plan),
+        recipe=plan.recipe.choices(),
+        recipe_sha256=plan.recipe.sha256(),
+        tokenizer_sha256="" if tokenizer is None else tokenizer.sha256(),
+        chat_template_sha256="" if tokenizer is None else tokenizer.chat_template_sha256(),
+        tokenizer_parity=Parity(equal=True, cases=0),
+        notes=(*plan.notes, *notes),
+        tool_versions={"edgellm": edgellm.__version__, "numpy": np.__version__},
+        merge=combined_entry(
+            tuple(
+                adapter_entry(adapter, len(bindings) + len(adapter.replaced))
+                for adapter, bindings in zip(plan.adapters, plan.merged.bindings, strict=True)
+            ),
+            plan.combination,
+        ),
+        merged_before=plan.merged_before,
+    )
+
+
+def _tensor_entries(plan: MergePlan, writer: ShardWriter) -> tuple[TensorEntry, ...]:
+    def role(name: str) -> str:
+        weight = plan.weights.weights.get(name)
+        return weight.ref.role if weight is not None else name
+
+    return tuple(
+        TensorEntry(
+            name=tensor.name,
+            role=role(tensor.name),
+            shape=tensor.shape,
+            grid=tensor.dtype.lower(),
+            nbytes=tensor.nbytes,
+            sha256=digest.hexdigest(tensor.nbytes),
+            arrays=((shard.name, tensor.offset, tensor.nbytes),),
+            note="" if tensor.is_copied else "merged",
+        )
+        for shard, digests in zip(plan.shards, writer.tensor_digests, strict=True)
+        for tensor, digest in zip(shard.tensors, digests, strict=True)
+    )
+
+
+def vanishing_notes(vanished: Mapping[str, Any]) -> tuple[str, ...]:
+    share = vanished["share"]
+    if share is None or share <= FAINT:
+        return ()
+    return (
+        f"{share:.0%} of the values that the adapters change are the same after rounding: the "
+        "dtype is too coarse for so small a change; --dtype f32 keeps all of it",
+    )
+
+
+def _model_facts(plan: MergePlan) -> ModelFacts:
+    """What the config says; 0 for what one of an unknown family does not."""
+    config = text_config(plan.config)
+    tokenizer = plan.tokenizer
+
+    def number(*keys: str) -> int:
+        return next((config[key] for key in keys if isinstance(config.get(key), int)), 0)
+
+    heads, hidden = number("num_attention_heads", "n_head"), number("hidden_size", "n_embd")
+    return ModelFacts(
+        family=str(plan.config.get("model_type", "")),
+        vocab_size=plan.vocabulary_rows or number("vocab_size"),
+        hidden_size=hidden,
+        layer_count=number("num_hidden_layers", "n_layer"),
+        head_count=heads,
+        kv_head_count=number("num_key_value_heads") or heads,
+        head_dim=number("head_dim") or (hidden // heads if heads else 0),
+        context_length=number("max_position_embeddings", "n_positions"),
+        bos_token_id=None if tokenizer is None else tokenizer.bos_token_id,
+        eos_token_ids=() if tokenizer is None else tuple(tokenizer.eos_token_ids),
+    )
