@@ -9,8 +9,8 @@ peft 0.21.2): ``diag(s) W M^T`` with ``M = M_m ... M_1 M_0`` and ``M_i = P_i dia
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,8 @@ import numpy.typing as npt
 from edgellm.errors import AdapterError
 from edgellm.lora.edit import Target
 from edgellm.lora.factors import kept
-from edgellm.lora.kinds.parts import exactly, linear, only_whole, shaped
+from edgellm.lora.kinds.multiplying import Multiplying
+from edgellm.lora.kinds.parts import exactly, linear, shaped
 from edgellm.lora.kinds.rotation import cayley, turned
 from edgellm.tensors import Array, TensorRef
 
@@ -26,19 +27,15 @@ PARTS = ("boft_R", "boft_s")
 
 
 @dataclass(frozen=True)
-class Butterfly:
+class Butterfly(Multiplying):
     """``rotations`` ``[factors, blocks, size, size]``, unrestricted; ``lengths`` ``[out, 1]``."""
 
+    kind: ClassVar[str] = "BOFT"
     rotations: TensorRef
     lengths: TensorRef
     name: str
-    rank: int = field(default=0, init=False)
-    scale: float = field(default=1.0, init=False)
 
-    def apply(self, rows: Array, start: int, stop: int, weight: float) -> Array:
-        only_whole("BOFT", self.name, weight)
-        if not weight:
-            return rows
+    def multiplied(self, rows: Array, start: int, stop: int) -> Array:
         for level, blocks in enumerate(kept.get(self, self._blocks)):
             order = self._order(level)
             back = np.argsort(order)

@@ -10,36 +10,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
 from edgellm.errors import AdapterError
-from edgellm.lora.edit import Target
-from edgellm.lora.kinds.parts import exactly, linear, only_whole, shaped
+from edgellm.lora.edit import Edit, Target
+from edgellm.lora.kinds.multiplying import Multiplying
+from edgellm.lora.kinds.parts import exactly, linear, shaped
 from edgellm.tensors import Array, TensorRef
 
 PART = "ia3_l"
 
 
 @dataclass(frozen=True)
-class Scaling:
+class Scaling(Multiplying):
     """``rows * vector``: one number for each row of the weight, or for each column.
 
     A bias is one row, as wide as the layer has outputs.
     """
 
+    kind: ClassVar[str] = "IA3"
     vector: TensorRef
     by_rows: bool
     name: str
-    rank: int = field(default=0, init=False)
-    scale: float = field(default=1.0, init=False)
 
-    def apply(self, rows: Array, start: int, stop: int, weight: float) -> Array:
-        only_whole("IA3", self.name, weight)
-        if weight:
-            rows *= self.numbers(start, stop)
+    def multiplied(self, rows: Array, start: int, stop: int) -> Array:
+        rows *= self.numbers(start, stop)
         return rows
 
     def numbers(self, start: int, stop: int) -> Array:
@@ -49,34 +47,25 @@ class Scaling:
 
 
 @dataclass(frozen=True)
-class WeightedScaling:
+class WeightedScaling(Multiplying):
     """Several scalings as one, ``rows * sum(weight * vector)``: what PEFT makes of them.
 
     ``IA3Model.add_weighted_adapter`` sums the vectors themselves, so weights that do not sum to 1
-    make the layer's output weaker or stronger as a whole.
+    make the layer weaker or stronger as a whole.
     """
 
+    kind: ClassVar[str] = "IA3"
     scalings: Sequence[Scaling]
     weights: Sequence[float]
-    rank: int = field(default=0, init=False)
-    scale: float = field(default=1.0, init=False)
+    name: str
 
-    def apply(self, rows: Array, start: int, stop: int, weight: float) -> Array:
-        only_whole("IA3", self.scalings[0].name, weight)
-        if weight:
-            rows *= sum_of_numbers(self.scalings, self.weights, start, stop)
+    def multiplied(self, rows: Array, start: int, stop: int) -> Array:
+        vectors = [each.numbers(start, stop) for each in self.scalings]
+        total = np.zeros_like(vectors[0])
+        for vector, weight in zip(vectors, self.weights, strict=True):
+            total += vector * np.float32(weight)
+        rows *= total
         return rows
-
-
-def sum_of_numbers(
-    scalings: Sequence[Scaling], weights: Sequence[float], start: int, stop: int
-) -> Array:
-    """``sum(weight * vector)`` of ``scalings``, in their order."""
-    vectors = [each.numbers(start, stop) for each in scalings]
-    total = np.zeros(vectors[0].shape, dtype=np.float32)
-    for vector, weight in zip(vectors, weights, strict=True):
-        total += vector * np.float32(weight)
-    return total
 
 
 def bind(target: Target, parts: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Scaling:
@@ -99,6 +88,21 @@ def bind(target: Target, parts: Mapping[str, TensorRef], config: Mapping[str, An
 def scales_outputs(parts: Mapping[str, TensorRef]) -> bool:
     """Whether ``parts`` scale a layer's outputs, and with them its bias."""
     return PART in parts and parts[PART].shape[-1:] == (1,)
+
+
+def weighted(edits: Sequence[Edit | None], weights: Sequence[float], name: str) -> WeightedScaling:
+    """The scalings of weight ``name`` by several adapters as one; None where one leaves it alone.
+
+    Raises ``AdapterError`` where not all are scalings of one side. PEFT takes a vector of zeros
+    for an adapter without one, which would switch off a part of the layer; that is refused, too.
+    """
+    scalings = [edit for edit in edits if isinstance(edit, Scaling)]
+    if len(scalings) < len(edits) or len({each.by_rows for each in scalings}) > 1:
+        raise AdapterError(
+            f"{name}: IA3 adapters have a weighted sum where each of them scales the same side of "
+            "the same weights, and here they do not: merge one, then the other into the result"
+        )
+    return WeightedScaling(scalings, weights, name)
 
 
 def _check_side(target: Target, feedforward: Any, by_rows: bool) -> None:

@@ -12,15 +12,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
 from edgellm.errors import AdapterError
 from edgellm.lora.edit import Target
 from edgellm.lora.factors import kept
-from edgellm.lora.kinds.parts import exactly, linear, only_whole
+from edgellm.lora.kinds.multiplying import Multiplying
+from edgellm.lora.kinds.parts import exactly, linear
 from edgellm.lora.kinds.rotation import cayley, cayley_neumann, skew_from_upper, turned
 from edgellm.tensors import Array, TensorRef
 
@@ -30,7 +31,7 @@ OLD = "oft_r"
 
 
 @dataclass(frozen=True)
-class Rotation:
+class Rotation(Multiplying):
     """``W @ block_diagonal(R^T)``, or ``R`` itself where ``as_embedding``.
 
     ``upper`` is ``[blocks, size * (size - 1) / 2]``, with one row where a block serves all.
@@ -38,6 +39,7 @@ class Rotation:
     ``radius``: how far COFT lets a block's parameters be from zero, None for plain OFT.
     """
 
+    kind: ClassVar[str] = "OFT"
     upper: TensorRef
     size: int
     as_embedding: bool
@@ -45,12 +47,9 @@ class Rotation:
     half_last: bool
     radius: float | None
     name: str
-    rank: int = field(default=0, init=False)
-    scale: float = field(default=1.0, init=False)
 
-    def apply(self, rows: Array, start: int, stop: int, weight: float) -> Array:
-        only_whole("OFT", self.name, weight)
-        return turned(rows, kept.get(self, self._blocks), start) if weight else rows
+    def multiplied(self, rows: Array, start: int, stop: int) -> Array:
+        return turned(rows, kept.get(self, self._blocks), start)
 
     def _blocks(self) -> Array:
         """What the inputs are turned by, ``[blocks, size, size]``; one block's work at a time."""

@@ -50,12 +50,3 @@ def linear(target: Target, kind: str, *, conv1d: bool = False) -> tuple[int, int
             "adapter belongs to another model, or was put together by hand"
         )
     return target.shape[0], target.shape[1]
-
-
-def only_whole(kind: str, name: str, weight: float) -> None:
-    """Raise ``AdapterError`` for a strength other than 1 of a change that multiplies the weight."""
-    if weight not in (0.0, 1.0):
-        raise AdapterError(
-            f"{name}: {kind} multiplies the weight, and {weight:g} times as strong is not defined "
-            "for it: give the adapter without a weight"
-        )
