@@ -1,0 +1,236 @@
+"""How much of a fine-tune is still there after its merged weights were rounded.
+
+Two figures. By answers: ``1 - KL(merged || quantized) / KL(merged || base)`` on a text, 1 when
+rounding moved the answers by nothing against what the fine-tune moved them by, 0 when by as much.
+By weights: for each weight the cosine of what is left of the change with the change itself, both
+projected on the adapter's own rows and columns (``lora.projection``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from statistics import median
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edgellm import calibration_text, registry
+from edgellm.errors import RuntimeMissing, UnsupportedTarget, VerificationError
+from edgellm.evaluation import Comparison, Divergence, session_logits
+from edgellm.export.layout import Layout
+from edgellm.hardware import detect
+from edgellm.lora.projection import low_rank_factors, projected_cosine
+from edgellm.progress import Progress, unwatched
+from edgellm.quant import SOLVERS, floats, ggml
+from edgellm.quant.dequantize import dequantize
+from edgellm.quant.ggml_types import NAMED
+from edgellm.quant.grid import Grid, QTensor
+from edgellm.source.model import ModelSource
+from edgellm.tensors import Array
+
+if TYPE_CHECKING:
+    from edgellm.forward import Windows
+    from edgellm.manifest import Artifact
+
+MIN_SURVIVAL = 0.5
+"""The least survival that a conversion is kept with, where none was asked for."""
+
+SMALLEST_KL = 1e-4
+"""Nats between merged model and base below which a text does not show the fine-tune."""
+
+MOST_WORK = 3e11
+"""Parameters times tokens up to which a conversion measures survival unasked: three passes over the
+text, each about 2 operations a parameter and token."""
+
+
+class WeightSurvival(msgspec.Struct, frozen=True, kw_only=True):
+    """``cosine``: of the projected change before and after rounding to ``grid``."""
+
+    role: str
+    name: str
+    grid: str
+    cosine: float
+
+
+class Survival(msgspec.Struct, frozen=True, kw_only=True):
+    """What is left of a fine-tune.
+
+    ``survival`` is None where it could not be measured, and ``reason`` then says why. ``text``
+    names what it was measured on. ``from_base`` is KL(merged || base), ``from_quantized``
+    KL(merged || quantized). ``weights`` are those that a low-rank adapter changes.
+    """
+
+    survival: float | None
+    reason: str
+    text: str
+    runtime: str = ""
+    from_base: Divergence | None = None
+    from_quantized: Divergence | None = None
+    weights: tuple[WeightSurvival, ...] = ()
+
+    @property
+    def median_cosine(self) -> float | None:
+        """The median over ``weights``; None of none."""
+        return median(weight.cosine for weight in self.weights) if self.weights else None
+
+
+def measure(
+    merged: ModelSource,
+    layout: Layout,
+    solver: str,
+    artifact: Artifact,
+    *,
+    text: str | None = None,
+    text_name: str = "built-in",
+    threads: int | None = None,
+    progress: Progress = unwatched,
+) -> Survival:
+    """The survival of the adapters of ``merged`` in ``artifact``, which has its ``layout``.
+
+    Base and merged model are computed in float32 layer by layer, the artifact by the runtime that
+    ``run`` would pick. ``text`` None is the built-in one. Raises what loading and computing raise.
+    """
+    weights = weight_survivals(merged, layout, solver, threads=threads)
+    unmeasured = partial(Survival, survival=None, text=text_name, weights=weights)
+    windows = _windows(merged, layout.context_length, text)
+    from edgellm.chat import open as open_model  # a backend takes long to import
+
+    room = max(len(window) for window in windows)
+    try:
+        chat = open_model(artifact.path, verify=False, context_tokens=room, threads=threads)
+    except (RuntimeMissing, UnsupportedTarget) as error:
+        return unmeasured(reason=f"nothing here runs it: {error}")
+    with chat:
+        return divergences(
+            merged,
+            session_logits(chat.session, windows),
+            windows,
+            unmeasured(reason="", runtime=chat.choice.runtime),
+            threads=threads,
+            progress=progress,
+        )
+
+
+def divergences(
+    merged: ModelSource,
+    quantized: Iterator[Array],
+    windows: Windows,
+    known: Survival,
+    *,
+    threads: int | None = None,
+    progress: Progress = unwatched,
+) -> Survival:
+    """``known`` with the survival by answers; ``quantized`` gives logits window by window."""
+    from edgellm.forward import window_logits  # onnx takes long to import
+
+    assert merged.merge is not None, "nothing was merged into this source"
+    to_base, to_quantized = Comparison(), Comparison()
+    base = window_logits(merged.merge.base, windows, threads=threads, progress=progress)
+    ours = window_logits(merged, windows, threads=threads, progress=progress)
+    for window, of_base, of_merged, of_quantized in zip(
+        windows, base, ours, quantized, strict=True
+    ):
+        to_base.add(of_merged, of_base, window)
+        to_quantized.add(of_merged, of_quantized, window)
+    return with_survival(known, to_base.result(), to_quantized.result())
+
+
+def with_survival(known: Survival, from_base: Divergence, from_quantized: Divergence) -> Survival:
+    """``known`` with both divergences, and their ratio where the first is large enough."""
+    survival, reason = None, ""
+    if from_base.kl < SMALLEST_KL:
+        reason = (
+            f"on this text the merged model answers as the base does (KL {from_base.kl:.1e} nats): "
+            "name a text of what the adapter was trained for with --calibration-text FILE"
+        )
+    else:
+        survival = 1.0 - from_quantized.kl / from_base.kl
+    return msgspec.structs.replace(
+        known, survival=survival, reason=reason, from_base=from_base, from_quantized=from_quantized
+    )
+
+
+def affordable(merged: ModelSource, tokens: int = calibration_text.TEXT_TOKENS) -> bool:
+    """Whether a conversion measures unasked: parameters times tokens are at most ``MOST_WORK``."""
+    return sum(ref.size for ref in merged.tensors.values()) * tokens <= MOST_WORK
+
+
+def require(survival: Survival, minimum: float) -> None:
+    """Raise ``VerificationError`` where less than ``minimum`` is left; 0 lets everything pass.
+
+    What could not be measured passes: its ``reason`` says why.
+    """
+    if survival.survival is None or not minimum or survival.survival >= minimum:
+        return
+    assert survival.from_base is not None
+    assert survival.from_quantized is not None
+    raise VerificationError(
+        f"{max(survival.survival, 0):.0%} of the fine-tune is left after rounding and "
+        f"{minimum:.0%} is asked for: the adapters moved the answers by KL "
+        f"{survival.from_base.kl:.3g}, rounding moved them by {survival.from_quantized.kl:.3g} "
+        f"(text: {survival.text}). Choose more bits (--quant q5_k_m, q6_k, q8_0 or int8), keep the "
+        "adapters apart (--keep-adapters), measure on a text of what they were trained for "
+        "(--calibration-text FILE), or take it as it is (--min-survival 0)"
+    )
+
+
+def weight_survivals(
+    merged: ModelSource, layout: Layout, solver: str, *, threads: int | None = None
+) -> tuple[WeightSurvival, ...]:
+    """The projected cosine of every weight that low-rank adapters change, in the layout's order.
+
+    Base and merged rows are rounded by the same ``solver`` to the grid that ``layout`` gives them.
+    """
+    merge = merged.merge
+    assert merge is not None, "nothing was merged into this source"
+    grids = _grids(layout)
+    solve: Callable[[Array, Grid], QTensor] = registry.attribute(SOLVERS[solver])
+
+    def survive(role: str) -> WeightSurvival | None:
+        before, after = merge.base.tensors.get(role), merged.tensors[role]
+        edits = [found[role].edit for found in merge.bindings if role in found]
+        factors = low_rank_factors(edits)
+        if before is None or before.shape != after.shape or factors is None:
+            return None
+        if any(factor.b.shape[0] != after.rows for factor in factors):
+            return None
+        grid = grids[role]
+        cosine = projected_cosine(before, after, factors, lambda rows: _values(solve(rows, grid)))
+        if cosine is None:
+            return None
+        return WeightSurvival(role=role, name=after.name, grid=grid.name, cosine=cosine)
+
+    roles = [role for role in grids if role in merge.changed]
+    with ThreadPoolExecutor(threads or detect().physical_cores.value) as pool:
+        return tuple(found for found in pool.map(survive, roles) if found is not None)
+
+
+def _grids(layout: Layout) -> Mapping[str, Grid]:
+    """The grid that each tensor of the source is rounded to; that of its first place."""
+    grids: dict[str, Grid] = {}
+    for tensor in layout.tensors:
+        for part in tensor.parts:
+            grids.setdefault(part.role, tensor.grid)
+    return grids
+
+
+def _windows(merged: ModelSource, context: int, text: str | None) -> Sequence[Sequence[int]]:
+    """The text as tokens that base and merged model both have."""
+    assert merged.merge is not None
+    base = merged.merge.base
+    length = min(calibration_text.WINDOW_TOKENS, context, base.decoder.context_length)
+    windows = calibration_text.windows(merged.tokenizer, text, window_tokens=length)
+    if max(max(window) for window in windows) < base.decoder.vocab_size:
+        return windows
+    return calibration_text.windows(base.tokenizer, text, window_tokens=length)
+
+
+def _values(tensor: QTensor) -> Array:
+    """The values that rounded rows stand for."""
+    if tensor.packed is None:
+        return dequantize(tensor)
+    if tensor.grid.kind == "float":
+        return floats.decode(tensor.packed, tensor.grid.name)
+    return ggml.dequantize(tensor.packed, NAMED[tensor.grid.name])
