@@ -192,7 +192,8 @@ class _Build:
             if not part.edit.rank:
                 raise UsageError(
                     f"{self.combination.method} cuts to the largest rank of the adapters, but "
-                    f"{part.name} has none for {self.target.name}: say which rank, or choose cat"
+                    f"{part.name} has none for {self.target.name}: say --combine-rank N, or "
+                    "choose cat"
                 )
         return max(part.edit.rank for part in self.parts)
 
