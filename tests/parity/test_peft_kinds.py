@@ -15,9 +15,12 @@ import numpy as np
 import peft
 import pytest
 import safetensors.numpy
+import tiny_models
 import torch
-from peft_adapters import PeftAdapter, make_adapter
+from peft_adapters import PeftAdapter, make_adapter, move, state_of, trained
 
+from edgellm.lora.binding import Combination
+from edgellm.lora.combine import combined
 from edgellm.lora.edit import Edit, Target
 from edgellm.lora.kinds import bind_of
 from edgellm.lora.kinds.ia3 import scales_outputs
@@ -244,6 +247,31 @@ def test_butterflies_of_several_factors_are_those_of_peft(
     factors = {parts["boft_R"].shape[0] for parts in parts_by_weight(adapter.folder).values()}
     assert factors == {config.boft_n_butterfly_factor}
     assert worst_share("boft", adapter, "llama") <= BOUNDS["boft"]
+
+
+def test_weighted_ia3_adapters_are_those_of_peft(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = peft.IA3Config(target_modules=ALL, feedforward_modules=["down_proj"])
+    model = trained(tiny_model("llama-biased"), config, seed=1, noise=0.3, adapter_name="a")
+    model.add_adapter("b", config)
+    model.set_adapter("b")
+    move(model, seed=2, noise=0.3)
+    model.save_pretrained(tmp_path)
+    before = state_of(tiny_models.load(tiny_model("llama-biased")))
+    weights = [0.75, -0.5]
+    model.base_model.add_weighted_adapter(["a", "b"], weights, "sum")
+    model.set_adapter("sum")
+    expected = PeftAdapter(tmp_path, before, state_of(model.merge_and_unload()))
+    each = [
+        edits("ia3", PeftAdapter(tmp_path / name, before, before), "llama") for name in ("a", "b")
+    ]
+    linear = Combination("linear")
+    for (name, first, base), (_, second, _) in zip(*each, strict=True):
+        target = Target(name, base.shape, "bias" if len(base) == 1 else "linear")
+        edit = combined([first, second], weights, linear, target)
+        got = edit.apply(base.copy(), 0, len(base), 1.0)
+        assert share(got, canonical(expected.merged, name, "llama")) <= BOUNDS["ia3"]
 
 
 def worst_share(kind: str, adapter: PeftAdapter, model: str) -> float:
