@@ -8,18 +8,27 @@ what its checkpoint holds. Nothing is loaded here: what comes back loads slab by
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 from edgellm.errors import AdapterError
-from edgellm.lora.adapter import Adapter
+from edgellm.lora.adapter import Adapter, Parts
 from edgellm.lora.binding import Binding, Combination
 from edgellm.lora.combine.combined import combined
-from edgellm.lora.edit import Edit, Target
+from edgellm.lora.edit import Edit, LowRank, Target
 from edgellm.lora.experts import expert_edits
 from edgellm.lora.kinds import bind_of
+from edgellm.lora.kinds.ia3 import scales_outputs
+from edgellm.lora.kinds.trainable_tokens import TokenRows
 from edgellm.source.matching import equal, listed
 from edgellm.tensors import Array, TensorRef, transposed
+
+Item = TypeVar("Item")
+
+RENAMED = ((".mlp.", ".block_sparse_moe."),)
+"""Modules that transformers 5 calls otherwise than the checkpoints that it loads: Mixtral's."""
 
 TABLES = ("embedding", "head")
 """Kinds of weight with a row for each token, of which an adapter may bring more."""
@@ -58,8 +67,9 @@ class NamedWeights:
         Models that were saved without their head, or inside a larger one, have shorter or longer
         names: the only weight that ends alike is meant then.
         """
-        if key in self.weights or (self.tied and key == self.head):
-            return key
+        for spelling in (key, *(key.replace(new, old) for new, old in RENAMED)):
+            if spelling in self.weights or (self.tied and spelling == self.head):
+                return spelling
         alike = [
             name for name in self._names() if name.endswith(f".{key}") or key.endswith(f".{name}")
         ]
@@ -131,12 +141,16 @@ def merge_by_name(
     strengths = [adapter.weight for adapter in adapters]
     adapter_names = [adapter.name for adapter in adapters]
     bindings = tuple(edits_of(base, adapter) for adapter in adapters)
-    replaced = _replacements(base, adapters)
-    names = list(dict.fromkeys((*replaced, *(name for edits in bindings for name in edits))))
+    sides = [
+        _on_both_sides(base, edits, partial(_meant_for_both, adapter))
+        for adapter, edits in zip(adapters, bindings, strict=True)
+    ]
+    replaced = _replacements(base, adapters, sides)
+    names = list(dict.fromkeys((*replaced, *(name for edits in sides for name in edits))))
     changed = {}
     for name in names:
         weight = base.weight(name)
-        found = [edits.get(name) for edits in bindings]
+        found = [edits.get(name) for edits in sides]
         edits = [None if binding is None else binding.edit for binding in found]
         edit = (
             combined(edits, strengths, combination, weight.target, names=adapter_names)
@@ -147,7 +161,7 @@ def merge_by_name(
         changed[name] = ChangedWeight(weight.target, start, edit, replaced=name in replaced)
     if not base.tied or base.embedding is None or base.head is None:
         return MergedWeights(changed, bindings, base.tied)
-    return _with_tables_settled(base, adapters, changed, bindings)
+    return _with_tables_settled(base, sides, changed, bindings)
 
 
 def edits_of(base: NamedWeights, adapter: Adapter) -> dict[str, Binding]:
@@ -159,13 +173,18 @@ def edits_of(base: NamedWeights, adapter: Adapter) -> dict[str, Binding]:
     found: dict[str, Binding] = {}
     lost: list[str] = []
     twice: list[str] = []
+    replaced = _replaced_by(base, adapter)
     for key, parts in adapter.parts.items():
         name = base.name_of(key)
         if name is not None:
             weight = base.weight(name)
             # Settings of single weights (rank_pattern) are looked up by the adapter's own name.
-            target = replace(weight.target, name=key, base=weight.ref)
-            edits: Mapping[str, Edit] = {name: bind(target, parts, adapter.config)}
+            start = replaced.get(name, weight.ref)
+            target = replace(weight.target, name=key, shape=start.shape, base=start)
+            edits: Mapping[str, Edit] = {
+                name: bind(target, parts, adapter.config),
+                **_edit_of_bias(base, name, parts, adapter),
+            }
         else:
             edits = expert_edits(base, key, parts, adapter)
         if not edits:
@@ -183,74 +202,153 @@ def edits_of(base: NamedWeights, adapter: Adapter) -> dict[str, Binding]:
     return found
 
 
-def _replacements(base: NamedWeights, adapters: Sequence[Adapter]) -> dict[str, TensorRef]:
-    """Whole tensors by the base's names, each given by one adapter."""
+def _edit_of_bias(base: NamedWeights, name: str, parts: Parts, adapter: Adapter) -> dict[str, Edit]:
+    """What becomes of the bias beside weight ``name``, where ``parts`` scale a layer's outputs."""
+    bias = name.removesuffix(".weight") + ".bias"
+    if bias not in base.weights or not scales_outputs(parts):
+        return {}
+    return {bias: bind_of(adapter.kind)(base.weights[bias].target, parts, adapter.config)}
+
+
+def _replacements(
+    base: NamedWeights,
+    adapters: Sequence[Adapter],
+    edits: Sequence[Mapping[str, Binding]],
+) -> dict[str, TensorRef]:
+    """Whole tensors by the base's names; two adapters may give the same one.
+
+    ``edits`` are what each adapter does besides: not to what another replaces.
+    """
     found: dict[str, TensorRef] = {}
     givers: dict[str, str] = {}
     for adapter in adapters:
-        for key, ref in adapter.replaced.items():
-            name = base.name_of(key)
-            assert name is not None  # edits_of has looked
-            if name in found:
-                raise AdapterError(
-                    f"{givers[name]} and {adapter.name} both replace {name} whole, and two of them "
-                    "have no sum: merge them one after the other, or only one of them"
-                )
+        for name, ref in _replaced_by(base, adapter).items():
             if adapter.weight != 1.0:
+                if equal(ref, base.weight(name).ref):  # a table that was saved beside its change
+                    continue
                 raise AdapterError(
                     f"{adapter.name} replaces {name} whole (modules_to_save), which cannot be "
                     f"done {adapter.weight:g} times: give it without a weight"
                 )
-            target = base.weight(name).target
-            if target.transposed and len(ref.shape) == 2:
-                ref = transposed(ref)
-            more_rows = target.kind in TABLES and len(ref.shape) == len(target.shape) == 2
-            fits = ref.shape[1:] == target.shape[1:] if more_rows else ref.shape == target.shape
-            if not fits:
+            if name in found and not equal(found[name], ref):
                 raise AdapterError(
-                    f"{adapter.name} replaces {name} by a tensor of shape {list(ref.shape)}, and "
-                    f"{base.where} has {list(target.shape)}: it was trained on another model"
+                    f"{givers[name]} and {adapter.name} both replace {name} whole, and two of them "
+                    "have no sum: merge them one after the other, or only one of them"
                 )
             found[name], givers[name] = ref, adapter.name
+    for adapter, changes in zip(adapters, edits, strict=True):
+        for name in changes:
+            giver = givers.get(name, adapter.name)
+            if giver != adapter.name and not equal(found[name], base.weight(name).ref):
+                raise AdapterError(
+                    f"{giver} replaces {name} whole and {adapter.name} changes what the base has "
+                    "there, so there is no sum of both: merge them one after the other, or only "
+                    "one of them"
+                )
     return found
+
+
+def _replaced_by(base: NamedWeights, adapter: Adapter) -> dict[str, TensorRef]:
+    """The whole tensors of one adapter by the base's names, canonical; unknown names are left out.
+
+    Raises ``AdapterError`` for shapes that do not fit; tables of token rows may have more or fewer.
+    """
+    found: dict[str, TensorRef] = {}
+    for key, ref in adapter.replaced.items():
+        name = base.name_of(key)
+        if name is None:
+            continue  # edits_of tells of it
+        target = base.weight(name).target
+        if target.transposed and len(ref.shape) == 2:
+            ref = transposed(ref)
+        more_rows = target.kind in TABLES and len(ref.shape) == len(target.shape) == 2
+        fits = ref.shape[1:] == target.shape[1:] if more_rows else ref.shape == target.shape
+        if not fits:
+            raise AdapterError(
+                f"{adapter.name} replaces {name} by a tensor of shape {list(ref.shape)}, and "
+                f"{base.where} has {list(target.shape)}: it was trained on another model"
+            )
+        found[name] = ref
+    whole = tuple(adapter.config.get("modules_to_save") or ())
+
+    def both(name: str, _: TensorRef) -> bool:
+        """A table that is not of ``modules_to_save`` is the shared one itself, saved again."""
+        module = name.removesuffix(".weight")
+        own = any(module == each or module.endswith(f".{each}") for each in whole)
+        return not own or bool(adapter.config.get("ensure_weight_tying"))
+
+    return _on_both_sides(base, found, both)
+
+
+def _on_both_sides(
+    base: NamedWeights, found: Mapping[str, Item], both: Callable[[str, Item], bool]
+) -> dict[str, Item]:
+    """``found`` with what it holds for one of a tied pair put on the other too, where ``both``."""
+    sides = [name for name in (base.embedding, base.head) if base.tied and name is not None]
+    present = [name for name in sides if name in found]
+    if len(sides) == 2 and len(present) == 1 and both(present[0], found[present[0]]):
+        return {**found, **dict.fromkeys(sides, found[present[0]])}
+    return dict(found)
+
+
+def _meant_for_both(adapter: Adapter, _: str, binding: Binding) -> bool:
+    """Whether PEFT makes a change of one of a tied pair on both of its sides.
+
+    It ties trained tokens by itself, anything else where ``ensure_weight_tying`` asks for it.
+    """
+    return bool(adapter.config.get("ensure_weight_tying")) or isinstance(binding.edit, TokenRows)
 
 
 def _with_tables_settled(
     base: NamedWeights,
-    adapters: Sequence[Adapter],
+    sides: Sequence[Mapping[str, Binding]],
     changed: dict[str, ChangedWeight],
     bindings: tuple[Mapping[str, Binding], ...],
 ) -> MergedWeights:
     """Head and embedding, which the base ties, as the adapters leave them.
 
     While training, PEFT puts a change of one of them on that side alone, so merging it into the
-    shared table would change the other side too, which nobody trained. ``ensure_weight_tying`` asks
-    for just that.
+    shared table would change the other side too, which nobody trained.
     """
     assert base.embedding is not None
     assert base.head is not None
     embedding, head = changed.get(base.embedding), changed.get(base.head)
     if embedding is None and head is None:
         return MergedWeights(changed, bindings, tied=True)
-    asked = [adapter for adapter in adapters if adapter.config.get("ensure_weight_tying")]
-    one = embedding or head
-    assert one is not None
-    if embedding is None or head is None:
-        if asked or one.start.shape != base.weights[base.embedding].ref.shape:
-            target = base.weights[base.embedding].target
-            others = {name: each for name, each in changed.items() if name != base.head}
-            both = {**others, base.embedding: replace(one, target=target)}
-            note = f"{base.head} and {base.embedding} stay one table, as the adapter asks"
-            return MergedWeights(both, bindings, tied=True, notes=(note,))
-    elif embedding.edit is None and head.edit is None and equal(embedding.start, head.start):
-        others = {name: each for name, each in changed.items() if name != base.head}
-        return MergedWeights(others, bindings, tied=True)
+    if embedding is not None and head is not None and _one_table(embedding.start, head.start):
+        pairs = [(edits.get(base.embedding), edits.get(base.head)) for edits in sides]
+        if all(_same(*pair) for pair in pairs):
+            one = {name: each for name, each in changed.items() if name != base.head}
+            return MergedWeights(one, bindings, tied=True)
     weight = base.weight(base.head)
     settled = {**changed, base.head: head or ChangedWeight(weight.target, weight.ref, None)}
     side = base.head if embedding is None else base.embedding
-    trained = "were trained apart" if embedding and head else f"only {side} was trained"
+    trained = "they were trained apart" if embedding and head else f"only {side} was trained"
     note = f"{base.head} and {base.embedding} were one table and are two now: {trained}"
     return MergedWeights(settled, bindings, tied=False, notes=(note,))
+
+
+def _one_table(left: TensorRef, right: TensorRef) -> bool:
+    return left.load_rows is right.load_rows or equal(left, right)
+
+
+def _same(left: Binding | None, right: Binding | None) -> bool:
+    """Whether two changes of one table are the same, as far as can be told from their factors."""
+    if left is None or right is None:
+        return left is right
+    if left.edit is right.edit:
+        return True
+    ours, theirs = left.edit, right.edit
+    if isinstance(ours, TokenRows) and isinstance(theirs, TokenRows):
+        same_tokens = ours.indices.tolist() == theirs.indices.tolist()
+        return same_tokens and equal(ours.values, theirs.values)
+    return (
+        isinstance(ours, LowRank)
+        and isinstance(theirs, LowRank)
+        and ours.scale == theirs.scale
+        and equal(ours.a, theirs.a)
+        and equal(ours.b, theirs.b)
+    )
 
 
 def _nothing_matched(base: NamedWeights, adapter: Adapter, lost: list[str]) -> str:

@@ -1,0 +1,196 @@
+"""``convert BASE --adapter``: the merged model answers as the unmerged PEFT model does.
+
+The reference is the live PEFT model, adapters apart: its own merge is wrong where weights are
+shared (repeated layers, one side of a tied pair). Measured: logits, whose standard deviation is 2.4
+to 3.2, come within 4.5e-5 of it in every case below, no further than without an adapter.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("peft", reason="peft is not installed")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+
+import onnx_files
+import peft
+import peft_adapters
+import tiny_models
+import torch
+import transformers
+
+from edgellm.conversion import convert
+from edgellm.manifest import Artifact, read_manifest
+from edgellm.recipe import Recipe
+
+if TYPE_CHECKING:
+    from peft_adapters import Prepare
+
+TinyModel = Callable[[str], Path]
+
+TOLERANCE = {"onnx": 2e-4, "gguf": 3e-4}
+"""As without adapters, in test_onnx_logits.py and test_gguf_logits.py."""
+
+LENGTH = 40
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A base, the settings of a ``LoraConfig``, and whether head and embedding end up tied."""
+
+    model: str
+    settings: dict[str, Any]
+    tied: bool
+    prepare: Prepare | None = None
+    layers: int | None = None
+    containers: tuple[str, ...] = ("onnx", "gguf")
+
+
+def with_more_tokens(model: transformers.PreTrainedModel) -> None:
+    """Five rows more than the base has, drawn like the others."""
+    torch.manual_seed(5)
+    size = model.config.vocab_size
+    model.resize_token_embeddings(size + 5, mean_resizing=False)
+    with torch.no_grad():
+        for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+            table[size:] = 0.3 * torch.randn(5, table.shape[1])
+
+
+CASES = {
+    "linear": Case("llama", {"target_modules": LINEAR}, tied=False),
+    "rslora and patterns": Case(
+        "qwen3",
+        {
+            "target_modules": LINEAR,
+            "use_rslora": True,
+            "rank_pattern": {"q_proj": 8, "layers.1.mlp.up_proj": 2},
+            "alpha_pattern": {"v_proj": 3},
+        },
+        tied=False,
+    ),
+    "dora": Case("llama", {"target_modules": LINEAR, "use_dora": True}, tied=False),
+    "conv1d": Case(
+        "gpt2",
+        {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+        tied=True,
+        containers=("onnx",),  # llama.cpp looks GELU up in a table of halves
+    ),
+    "biases": Case("llama-biased", {"target_modules": LINEAR, "bias": "all"}, tied=True),
+    "bias of B": Case("llama-biased", {"target_modules": LINEAR, "lora_bias": True}, tied=True),
+    "norms whole": Case(
+        "llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm", "down_proj"]}, False
+    ),
+    "head": Case("llama", {"target_modules": ["lm_head", "v_proj"]}, tied=False),
+    "head of a tied pair": Case("llama-biased", {"target_modules": ["lm_head"]}, tied=False),
+    "embedding of a tied pair": Case(
+        "llama-biased", {"target_modules": ["embed_tokens"]}, tied=False
+    ),
+    "both of a tied pair": Case(
+        "llama-biased", {"target_modules": ["embed_tokens", "lm_head"]}, tied=False
+    ),
+    "a tied pair kept tied": Case(
+        "llama-biased",
+        {"target_modules": ["embed_tokens", "v_proj"], "ensure_weight_tying": True},
+        tied=True,
+    ),
+    "whole head of a tied pair": Case(
+        "llama-biased", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, tied=False
+    ),
+    "whole embedding of a tied pair": Case(
+        "llama-biased",
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        tied=False,
+    ),
+    "a tied pair whole and kept tied": Case(
+        "llama-biased",
+        {
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+        tied=True,
+    ),
+    "trained tokens": Case(
+        "llama", {"target_modules": ["q_proj"], "trainable_token_indices": [7, 500, 3]}, tied=False
+    ),
+    "trained tokens of a tied pair": Case(
+        "llama-biased",
+        {"target_modules": ["q_proj"], "trainable_token_indices": [7, 500, 3]},
+        tied=True,
+    ),
+    "added tokens": Case(
+        "llama", {"target_modules": ["q_proj"]}, tied=False, prepare=with_more_tokens
+    ),
+    "added tokens of a tied pair": Case(
+        "llama-biased", {"target_modules": ["q_proj"]}, tied=True, prepare=with_more_tokens
+    ),
+    "added and trained tokens": Case(
+        "llama-biased",
+        {"target_modules": ["q_proj"], "trainable_token_indices": [517, 520, 8]},
+        tied=True,
+        prepare=with_more_tokens,
+    ),
+    "embedding with added tokens": Case(
+        "llama-biased",
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        tied=False,
+        prepare=with_more_tokens,
+    ),
+    "repeated layers": Case(
+        "llama",
+        {"target_modules": LINEAR, "layer_replication": [[0, 2], [1, 3]]},
+        tied=False,
+        layers=4,
+    ),
+}
+
+
+def logits_of(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        found: np.ndarray = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    return found
+
+
+def artifact_logits(artifact: Artifact, ids: list[int]) -> np.ndarray:
+    if artifact.container == "onnx":
+        return onnx_files.logits(artifact.path, ids)
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    import llamacpp_logits
+
+    return llamacpp_logits.logits(artifact.main, ids)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_merged_answers_equal_those_of_peft(
+    name: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    base, folder = tiny_model(case.model), tmp_path / "adapter"
+    config = peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **case.settings)
+    live = peft_adapters.trained(base, config, prepare=case.prepare)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        live.save_pretrained(folder)
+    ids = tiny_models.some_token_ids(LENGTH)
+    if case.prepare is not None:
+        ids += [517, 519, 521]
+    ids += [3, 7, 499]
+    wanted = logits_of(live, ids)
+    before = tiny_models.reference_logits(base, [min(token, 516) for token in ids])
+    assert np.abs(wanted[:, :517] - before).max() > 0.1  # the adapter does something
+    for container in case.containers:
+        recipe = Recipe(source=str(base), adapters=(str(folder),), format=container, quant="f32")
+        artifact = convert(recipe, tmp_path / container, check=False)
+        made = read_manifest(artifact.path).artifact
+        assert ("an output head tied to the embedding" in made.model.features) == case.tied
+        assert case.layers in (None, made.model.layer_count)
+        got = artifact_logits(artifact, ids)
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE[container])
