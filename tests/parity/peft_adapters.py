@@ -53,17 +53,14 @@ def make_adapter(
     so that nothing is a no-op. ``prepare`` changes the base before (a resized vocabulary), and then
     ``base`` of the result is what it made. ``save`` are arguments of ``save_pretrained``.
     """
-    model = trained(base, config, seed=seed, noise=noise, prepare=prepare)
-    before = tiny_models.load(base)
-    if prepare is not None:
-        prepare(before)
+    model, before = _trained(base, config, seed, noise, prepare, "default")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if folder.exists():
             shutil.rmtree(folder)
         model.save_pretrained(folder, **(save or {}))
         merged = model.merge_and_unload(safe_merge=False)
-    return PeftAdapter(folder, state_of(before), state_of(merged))
+    return PeftAdapter(folder, before, state_of(merged))
 
 
 def trained(
@@ -76,6 +73,18 @@ def trained(
     adapter_name: str = "default",
 ) -> peft.PeftModel:
     """The live PEFT model in float32, its trainable values drawn as ``make_adapter`` says."""
+    return _trained(base, config, seed, noise, prepare, adapter_name)[0]
+
+
+def _trained(
+    base: Path,
+    config: peft.PeftConfig,
+    seed: int,
+    noise: float,
+    prepare: Prepare | None,
+    adapter_name: str,
+) -> tuple[peft.PeftModel, dict[str, np.ndarray]]:
+    """The live PEFT model, and the state of its base before."""
     import peft
     import torch
 
@@ -83,11 +92,12 @@ def trained(
     model = tiny_models.load(base)
     if prepare is not None:
         prepare(model)
+    before = state_of(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = peft.get_peft_model(model, config, adapter_name=adapter_name)
     move(result, seed=seed, noise=noise)
-    return result.eval()
+    return result.eval(), before
 
 
 def move(model: peft.PeftModel, *, seed: int, noise: float = 0.1) -> None:

@@ -1,0 +1,321 @@
+"""LoRA and its variants against PEFT's own merge in float32, weight by weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("peft", reason="peft is not installed")
+
+from peft_adapters import PeftAdapter, make_adapter, trained
+
+from edgellm.lora.adapter import Adapter
+from edgellm.lora.edit import Edit, Target
+from edgellm.lora.kinds import bind_of
+from edgellm.lora.open import open_adapter
+from edgellm.source import open_source
+from edgellm.source.matching import embedding_row, head_row
+from edgellm.source.model import ModelSource
+from edgellm.tensors import Array
+
+TinyModel = Callable[[str], Path]
+
+BOUNDS = {
+    "lora": 1e-6,
+    "rslora": 1e-6,
+    "patterns": 1e-6,
+    "dora": 1e-6,
+    "embedding": 1e-6,
+    "bias": 0.0,
+    "lora_bias": 1e-6,
+    "modules_to_save": 0.0,
+    "target_parameters": 1e-6,
+    "trainable_tokens": 0.0,
+    "ln_tuning": 0.0,
+}
+"""Largest difference from PEFT's merged weight, relative to the largest value of that weight.
+
+Whole tensors and rows are copied, so they are equal. The others differ in the order in which
+float32 sums are added up, and in the norm, which is taken in float64 here.
+"""
+
+WHOLE = ("bias", "modules_to_save", "trainable_tokens")
+"""Kinds of which a case also has plain LoRA on other weights."""
+
+LLAMA, GPT2, GEMMA, BIASED = "llama", "gpt2", "gemma3", "llama-biased"
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GPT2_ALL = ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]
+PATTERNS = {
+    "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.(gate|up)_proj": 3, "^v_proj": 7},
+    "alpha_pattern": {"model.layers.0.self_attn.q_proj": 5, ".*down_proj": 1.5, "proj": 99},
+}
+
+
+def lora(**settings: Any) -> Any:
+    import peft
+
+    return peft.LoraConfig(**{"r": 12, "lora_alpha": 7, **settings})
+
+
+def ln_tuning(**settings: Any) -> Any:
+    import peft
+
+    return peft.LNTuningConfig(**settings)
+
+
+def tokens(**settings: Any) -> Any:
+    import peft
+
+    return peft.TrainableTokensConfig(**settings)
+
+
+Q = ["q_proj"]
+CASES: dict[str, tuple[str, str, Callable[[], Any]]] = {
+    "plain": ("lora", LLAMA, lambda: lora(target_modules=ALL)),
+    "all-linear": (
+        "lora",
+        LLAMA,
+        lambda: lora(target_modules="all-linear", task_type="CAUSAL_LM"),
+    ),
+    "conv1d": ("lora", GPT2, lambda: lora(target_modules=GPT2_ALL, fan_in_fan_out=True)),
+    "conv1d unsaid": ("lora", GPT2, lambda: lora(target_modules=GPT2_ALL)),
+    "some layers": ("lora", LLAMA, lambda: lora(target_modules=Q, layers_to_transform=[1])),
+    "head": ("lora", LLAMA, lambda: lora(target_modules=["lm_head", "q_proj"])),
+    "velora": ("lora", LLAMA, lambda: lora(target_modules=Q, velora_config={"num_groups": 4})),
+    "mica": ("lora", LLAMA, lambda: lora(target_modules=Q, init_lora_weights="mica")),
+    "rslora": ("rslora", LLAMA, lambda: lora(target_modules=ALL, use_rslora=True)),
+    "patterns": ("patterns", LLAMA, lambda: lora(target_modules=ALL, **PATTERNS)),
+    "patterns, rslora": (
+        "patterns",
+        LLAMA,
+        lambda: lora(target_modules=ALL, use_rslora=True, **PATTERNS),
+    ),
+    "dora": ("dora", LLAMA, lambda: lora(target_modules=[*ALL, "lm_head"], use_dora=True)),
+    "dora, rslora": (
+        "dora",
+        GEMMA,
+        lambda: lora(target_modules=ALL, use_dora=True, use_rslora=True),
+    ),
+    "dora conv1d": ("dora", GPT2, lambda: lora(target_modules=GPT2_ALL, use_dora=True)),
+    "dora embedding": (
+        "dora",
+        LLAMA,
+        lambda: lora(target_modules=["embed_tokens", "q_proj"], use_dora=True),
+    ),
+    "dora positions": ("dora", GPT2, lambda: lora(target_modules=["wpe", "c_fc"], use_dora=True)),
+    "embedding": ("embedding", LLAMA, lambda: lora(target_modules=["embed_tokens", "q_proj"])),
+    "tied embedding": (
+        "embedding",
+        GEMMA,
+        lambda: lora(target_modules=["embed_tokens", "q_proj"]),
+    ),
+    "positions": ("embedding", GPT2, lambda: lora(target_modules=["wpe", "c_attn"])),
+    "bias all": ("bias", BIASED, lambda: lora(target_modules=Q, bias="all")),
+    "bias lora_only": ("bias", BIASED, lambda: lora(target_modules=ALL, bias="lora_only")),
+    "bias conv1d": ("bias", GPT2, lambda: lora(target_modules=["c_attn"], bias="all")),
+    "lora_bias": (
+        "lora_bias",
+        BIASED,
+        lambda: lora(target_modules=ALL, lora_bias=True, rank_pattern={"q_proj": 2}),
+    ),
+    "tables and norms saved": (
+        "modules_to_save",
+        LLAMA,
+        lambda: lora(target_modules=Q, modules_to_save=["embed_tokens", "lm_head", "norm"]),
+    ),
+    "norms saved": (
+        "modules_to_save",
+        GPT2,
+        lambda: lora(target_modules=["c_attn"], modules_to_save=["ln_1", "ln_f"]),
+    ),
+    "target_parameters": (
+        "target_parameters",
+        LLAMA,
+        lambda: lora(
+            target_modules=[],
+            target_parameters=["q_proj.weight", "embed_tokens.weight", "down_proj.weight"],
+            rank_pattern={"q_proj.weight": 2, "down_proj": 7},
+        ),
+    ),
+    # Taken as it is stored, [in, out]; the second is square, so that no shape says which way.
+    "target_parameters conv1d": (
+        "target_parameters",
+        GPT2,
+        lambda: lora(target_modules=[], target_parameters=["c_attn.weight", "attn.c_proj.weight"]),
+    ),
+    "tokens": (
+        "trainable_tokens",
+        LLAMA,
+        lambda: lora(target_modules=Q, trainable_token_indices=[500, 3, 40]),
+    ),
+    "tokens of two tables": (
+        "trainable_tokens",
+        LLAMA,
+        lambda: lora(
+            target_modules=Q,
+            trainable_token_indices={"embed_tokens": [7, 2], "lm_head": [8, 1, 516]},
+        ),
+    ),
+    "tokens, tied": (
+        "trainable_tokens",
+        GEMMA,
+        lambda: lora(target_modules=Q, trainable_token_indices=[3, 40]),
+    ),
+    "tokens alone": (
+        "trainable_tokens",
+        LLAMA,
+        lambda: tokens(token_indices=[9, 4], target_modules=["embed_tokens"]),
+    ),
+    "ln_tuning": (
+        "ln_tuning",
+        LLAMA,
+        lambda: ln_tuning(target_modules=["input_layernorm", "norm"]),
+    ),
+    "ln_tuning with biases": ("ln_tuning", GPT2, lambda: ln_tuning(target_modules=["ln_1"])),
+}
+
+
+def targets(source: ModelSource) -> Iterator[tuple[Target, Array]]:
+    """Every weight of a model by its Hugging Face name, the tied head among them."""
+    rows = list(source.family.tensors(source.decoder))
+    if source.decoder.tied_head:
+        rows.append(head_row(source.family, source.decoder))
+    table = embedding_row(source.family, source.decoder)
+    for row in rows:
+        ref = source.tensors.get(row.role, source.tensors[table.role])
+        yield Target(row.source, row.shape, row.kind, row.transposed, ref), ref.load()
+
+
+def in_slabs(edit: Edit, rows: Array, step: int) -> Array:
+    """What ``edit`` makes of a weight when it is asked for slab by slab."""
+    slabs = range(0, len(rows), step)
+    return np.concatenate(
+        [
+            edit.apply(rows[start : start + step].copy(), start, min(start + step, len(rows)), 1.0)
+            for start in slabs
+        ]
+    )
+
+
+def merged(source: ModelSource, adapter: Adapter, step: int) -> dict[str, np.ndarray]:
+    """All weights that ``adapter`` changes, as the checkpoint would store them."""
+    bind = bind_of(adapter.kind)
+    changed = {}
+    for target, rows in targets(source):
+        name = target.name
+        if name in adapter.replaced:
+            rows = adapter.replaced[name].load()
+        if name in adapter.parts:
+            rows = in_slabs(bind(target, adapter.parts[name], adapter.config), rows, step)
+        if name in adapter.parts or name in adapter.replaced:
+            whole = rows.reshape(target.shape)
+            changed[name] = whole.T if target.transposed and name in adapter.parts else whole
+    return changed
+
+
+def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours.astype(np.float64) - theirs).max() / np.abs(theirs).max())
+
+
+def compare(reference: PeftAdapter, source: ModelSource, step: int = 100) -> dict[str, float]:
+    """The distance of each changed weight from PEFT's; the two must change the same weights."""
+    ours = merged(source, open_adapter(str(reference.folder)), step)
+    theirs = {
+        name
+        for name, value in reference.merged.items()
+        if not np.array_equal(value, reference.base[name])
+    }
+    if source.decoder.tied_head:
+        # PEFT's merge changes the table that both share; whose it was is settled elsewhere.
+        theirs &= {row.source for row in source.family.tensors(source.decoder)} | set(ours)
+    assert theirs == {n for n, v in ours.items() if not np.array_equal(v, reference.base[n])}
+    assert theirs
+    return {name: distance(value, reference.merged[name]) for name, value in ours.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merges_as_peft_does(
+    case: str, tiny_model: TinyModel, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    kind, model, config = CASES[case]
+    base = tiny_model(model)
+    reference = make_adapter(base, config(), tmp_path / "adapter", seed=3)
+    adapter = open_adapter(str(reference.folder))
+    distances = compare(reference, open_source(str(base)))
+    record_property(f"distance of {kind}", max(distances.values()))  # shown by --junit-xml
+    for name, far in distances.items():
+        parts = adapter.parts.get(name, {})
+        factors = any(part.startswith("lora") for part in parts)
+        bound = BOUNDS["lora" if factors and kind in WHOLE else kind]
+        assert far <= bound, f"{name}: {far}"
+
+
+@pytest.mark.parametrize("case", ["plain", "dora", "dora embedding", "embedding", "tokens"])
+def test_rows_do_not_depend_on_the_slab(case: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    _, model, config = CASES[case]
+    base = tiny_model(model)
+    adapter = open_adapter(str(make_adapter(base, config(), tmp_path / "adapter").folder))
+    source = open_source(str(base))
+    whole, cut = merged(source, adapter, 1000), merged(source, adapter, 7)
+    assert whole.keys() == cut.keys()
+    for name, value in whole.items():
+        assert np.array_equal(value, cut[name]), name
+
+
+def test_a_weight_moves_between_the_base_and_peft(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """DoRA too: at weight 0 nothing happens, and at 0.5 half of what PEFT's merge does."""
+    base = tiny_model(LLAMA)
+    settings = {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}
+    reference = make_adapter(base, lora(**settings), tmp_path / "adapter")
+    adapter = open_adapter(str(reference.folder))
+    bind = bind_of("lora")
+    for target, rows in targets(open_source(str(base))):
+        if target.name not in adapter.parts:
+            continue
+        edit = bind(target, adapter.parts[target.name], adapter.config)
+        assert np.array_equal(edit.apply(rows.copy(), 0, len(rows), 0.0), rows)
+        half = (reference.base[target.name] + reference.merged[target.name]) / 2
+        assert distance(edit.apply(rows.copy(), 0, len(rows), 0.5), half) < BOUNDS["dora"]
+
+
+def test_scale_and_rank_can_be_read(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """What PEFT's own layers say, with patterns of both."""
+    base = tiny_model(LLAMA)
+    config = lora(target_modules=ALL, use_rslora=True, **PATTERNS)
+    layers = {
+        name.removeprefix("base_model.model.") + ".weight": (module.r, module.scaling)
+        for name, module in trained(base, config).named_modules()
+        if hasattr(module, "lora_A")
+    }
+    reference = make_adapter(base, config, tmp_path / "adapter")
+    adapter = open_adapter(str(reference.folder))
+    assert len({scaling["default"] for _, scaling in layers.values()}) > 4
+    for target, _ in targets(open_source(str(base))):
+        if target.name in adapter.parts:
+            edit = bind_of("lora")(target, adapter.parts[target.name], adapter.config)
+            rank, scaling = layers[target.name]
+            assert (edit.rank, edit.scale) == (rank["default"], scaling["default"])
+
+
+def test_a_resized_vocabulary_comes_with_its_table(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """PEFT saves the resized tables beside the change; the change starts from them."""
+
+    def resize(model: Any) -> None:
+        model.resize_token_embeddings(530, mean_resizing=False)
+
+    settings = {"target_modules": ["q_proj", "embed_tokens"]}
+    reference = make_adapter(
+        tiny_model(LLAMA), lora(**settings), tmp_path / "adapter", prepare=resize
+    )
+    adapter = open_adapter(str(reference.folder))
+    name = "model.embed_tokens.weight"
+    table = adapter.replaced[name]
+    assert np.array_equal(table.load(), reference.base[name])
+    target = Target(name, table.shape, "embedding")
+    edit = bind_of("lora")(target, adapter.parts[name], adapter.config)
+    assert distance(in_slabs(edit, table.load(), 100), reference.merged[name]) < BOUNDS["embedding"]
