@@ -24,6 +24,9 @@ from edgellm.lora.combine import combined
 from edgellm.lora.edit import Edit, Target
 from edgellm.lora.kinds import bind_of
 from edgellm.lora.kinds.ia3 import scales_outputs
+from edgellm.lora.merging import merged_source
+from edgellm.lora.open import open_adapter
+from edgellm.source import open_source
 from edgellm.tensors import TensorRef, constant
 
 BOUNDS = {
@@ -209,6 +212,23 @@ def test_every_weight_that_peft_changes_is_bound(
         assert not changed  # the first term of the series is the identity
     else:
         assert changed == {name for name, _, _ in edits(kind, adapter, model)}
+
+
+@pytest.mark.parametrize(
+    "case", ["loha", "lokr", "ia3", "ia3-conv1d", "vera", "oft", "oft-embedding", "boft"]
+)
+def test_a_model_is_merged_from_the_folder_that_peft_saved(
+    case: str, adapter_of: Callable[[str], PeftAdapter], tiny_model: Callable[[str], Path]
+) -> None:
+    kind, model, _ = CASES[case]
+    made = adapter_of(case)
+    base = open_source(str(tiny_model(model)))
+    merged = merged_source(base, [open_adapter(str(made.folder))], Combination())
+    for row in base.family.tensors(base.decoder):
+        got = merged.tensors[row.role].load()
+        expected = made.merged[row.source]
+        expected = expected.T if row.transposed else expected.reshape(got.shape)
+        assert share(got, expected) <= BOUNDS[kind], row.source
 
 
 @pytest.mark.parametrize("case", CASES)
