@@ -63,7 +63,9 @@ class Adapter:
     @cached_property
     def _digest(self) -> str:
         files = sorted(self.files, key=lambda path: path.name)
-        return hashlib.sha256(b"".join(bytes.fromhex(file_sha256(path)) for path in files)).hexdigest()
+        return hashlib.sha256(
+            b"".join(bytes.fromhex(file_sha256(path)) for path in files)
+        ).hexdigest()
 
 
 def parse_spec(text: str) -> AdapterSpec:
