@@ -13,6 +13,7 @@ from benchmarks import places, results, tables
 BENCHMARKS = {
     "convert_gguf": "Hugging Face folder to GGUF: wall and peak memory",
     "convert_7b": "a 7B-shaped model to GGUF: peak memory against the plan's word",
+    "merge_7b": "a LoRA merged into a 7B-shaped model: wall and peak memory against PEFT",
     "export_onnx": "Hugging Face folder to ONNX int4: wall and peak memory",
     "decode_onnx": "prefill and decode of equal int4 graphs",
     "best_int4": "our best int4 recipe against the peer's default build: decode and KL",

@@ -26,9 +26,18 @@ SHARD_BYTES = 5 << 30
 RANDOM_BYTES = 16 << 20
 
 LLAMA_7B = {"hidden": 4096, "intermediate": 11008, "heads": 32}
-LLAMA_7B_LAYERS = {"llama7b": 32, "llama7b-2-layers": 2}
-LLAMA_7B_BYTES = {"llama7b": 14 << 30, "llama7b-2-layers": 2 << 30}
+LLAMA_7B_LAYERS = {
+    "llama7b": 32,
+    "llama7b-2-layers": 2,
+    "llama7b-bf16": 32,
+    "llama7b-bf16-2-layers": 2,
+}
+LLAMA_7B_BYTES = {
+    name: (14 if layers == 32 else 2) << 30 for name, layers in LLAMA_7B_LAYERS.items()
+}
 """What the folder takes, to the next GiB."""
+
+ADAPTER_RANK = 16
 
 SMOLLM2 = "SmolLM2-135M-Instruct off its 4-bit grid (seeded noise), bf16 safetensors"
 
@@ -115,8 +124,10 @@ def write_smollm2(folder: Path) -> None:
     write_tokenizer(metadata, folder)
 
 
-def write_llama7b(folder: Path, layers: int) -> None:
-    """Write a random model of Llama-2-7B's shape, SmolLM2's vocabulary, in f16 shards of 5 GiB.
+def write_llama7b(folder: Path, layers: int, *, bf16: bool = False) -> None:
+    """Write a random model of Llama-2-7B's shape, SmolLM2's vocabulary, in shards of 5 GiB.
+
+    Its floats are f16, or bf16.
 
     Every tensor is cut from one block of random numbers, from another place each, so that making
     it costs little more than writing it.
@@ -143,8 +154,9 @@ def write_llama7b(folder: Path, layers: int) -> None:
 
     random = np.random.default_rng(SEED)
     block = random.standard_normal(RANDOM_BYTES // 2, np.float32) * 0.02
-    ones = np.ones(hidden, np.float16).tobytes()
-    content = memoryview(block.astype(np.float16).tobytes())
+    stored = _bf16 if bf16 else _f16
+    ones = stored(np.ones(hidden, np.float32)).tobytes()
+    content = memoryview(stored(block).tobytes())
 
     def pieces(names: Iterable[str]) -> Iterator[bytes | memoryview]:
         for name in names:
@@ -172,7 +184,7 @@ def write_llama7b(folder: Path, layers: int) -> None:
     index: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        described = {name: ("F16", shapes[name]) for name in names}
+        described = {name: ("BF16" if bf16 else "F16", shapes[name]) for name in names}
         write_safetensors(folder / file, described, pieces(names))
         index |= dict.fromkeys(names, file)
     total = sum(2 * int(np.prod(shape)) for shape in shapes.values())
@@ -188,10 +200,51 @@ def write_llama7b(folder: Path, layers: int) -> None:
         context=4096,
         theta=10000.0,
         tied=False,
-        dtype="float16",
+        dtype="bfloat16" if bf16 else "float16",
     )
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     write_tokenizer(metadata, folder)
+
+
+def llama7b_adapter(name: str) -> Path:
+    """A random PEFT adapter for the 7B-shaped model ``name``, made when missing."""
+    return _made(f"{name}-adapter")
+
+
+def write_llama7b_adapter(folder: Path, layers: int) -> None:
+    """Write a LoRA of rank 16 on every linear layer but the head, in bf16, as PEFT lays it out.
+
+    Its change is about a hundredth of the weights, as training leaves it.
+    """
+    import numpy as np
+
+    hidden, intermediate = LLAMA_7B["hidden"], LLAMA_7B["intermediate"]
+    shapes = dict.fromkeys((f"self_attn.{part}_proj" for part in "qkvo"), (hidden, hidden))
+    shapes |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (intermediate, hidden))
+    shapes["mlp.down_proj"] = (hidden, intermediate)
+    random = np.random.default_rng(SEED)
+    described: dict[str, tuple[str, tuple[int, ...]]] = {}
+    content = []
+    for layer in range(layers):
+        for module, (out, into) in shapes.items():
+            prefix = f"base_model.model.model.layers.{layer}.{module}"
+            factors = {"lora_A": (ADAPTER_RANK, into), "lora_B": (out, ADAPTER_RANK)}
+            for factor, shape in factors.items():
+                described[f"{prefix}.{factor}.weight"] = ("BF16", shape)
+                content.append(_bf16(random.standard_normal(shape, np.float32) * 0.005).tobytes())
+    folder.mkdir(parents=True)
+    write_safetensors(folder / "adapter_model.safetensors", described, content)
+    config = {
+        "base_model_name_or_path": "random",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "lora_alpha": 2 * ADAPTER_RANK,
+        "peft_type": "LORA",
+        "r": ADAPTER_RANK,
+        "target_modules": [module.rpartition(".")[2] for module in shapes],
+        "task_type": "CAUSAL_LM",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
 def smollm2_gguf() -> Path:
@@ -352,6 +405,13 @@ def _bf16(array: Any) -> Any:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
+def _f16(array: Any) -> Any:
+    """Float32 values as half precision."""
+    import numpy as np
+
+    return np.asarray(array).astype(np.float16)
+
+
 def _product(shape: tuple[int, ...]) -> int:
     total = 1
     for length in shape:
@@ -363,5 +423,7 @@ if __name__ == "__main__":
     wanted, target = sys.argv[1], Path(sys.argv[2])
     if wanted == "smollm2":
         write_smollm2(target)
+    elif wanted.endswith("-adapter"):
+        write_llama7b_adapter(target, LLAMA_7B_LAYERS[wanted.removesuffix("-adapter")])
     else:
-        write_llama7b(target, LLAMA_7B_LAYERS[wanted])
+        write_llama7b(target, LLAMA_7B_LAYERS[wanted], bf16="bf16" in wanted)

@@ -29,6 +29,7 @@ PACKAGES = (
     "onnx-ir",
     "onnxruntime",
     "onnxruntime-genai",
+    "peft",
     "tokenizers",
     "torch",
     "transformers",

@@ -27,6 +27,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "edgellm.cli.convert_command:convert",
         "Quantize a model into a folder that runs, with proof.",
     ),
+    "merge": (
+        "edgellm.cli.merge_command:merge",
+        "Put adapters into a model's own folder, which transformers then loads.",
+    ),
+    "adapter-check": (
+        "edgellm.cli.adapter_check_command:adapter_check",
+        "Show what adapters do to a base, and what is wrong with that.",
+    ),
     "run": (
         "edgellm.cli.run_command:run",
         "Ask an artifact or a GGUF file, or chat with it.",

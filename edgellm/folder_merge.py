@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from edgellm.errors import (
     EdgeError,
     SourceError,
@@ -23,24 +25,32 @@ from edgellm.export import hf_folder
 from edgellm.export.shard_writer import ShardWriter
 from edgellm.export.to_safetensors import Shard, lay_out_shards, pieces_of
 from edgellm.export.writer import StagedFolder, check_free, check_no_overlap, check_output
+from edgellm.folder_manifest import describe, vanishing_notes
 from edgellm.hardware import detect, peak_memory_bytes
 from edgellm.json_file import read_json
 from edgellm.lora.adapter import Adapter
 from edgellm.lora.binding import Combination
 from edgellm.lora.checkpoint_weights import named_weights
-from edgellm.lora.lineage import from_folder, held_already
+from edgellm.lora.factors import KEPT_BYTES
+from edgellm.lora.lineage import adapter_entry, from_folder, held_already
 from edgellm.lora.named_weights import ChangedWeight, MergedWeights, NamedWeights, merge_by_name
 from edgellm.lora.requested import opened
 from edgellm.lora.vocabulary import brought_tokenizer, check_rows
 from edgellm.manifest import MANIFEST, AdapterEntry, Artifact, Base, Manifest, open_artifact
-from edgellm.merge_manifest import describe, vanishing_notes
 from edgellm.parallel import in_parallel, one_blas_thread
 from edgellm.progress import Progress, ProgressEvent, unwatched
 from edgellm.quant.floats import ENCODERS
 from edgellm.recipe import Recipe
 from edgellm.source.checkpoint import INDEX, _licence, read_checkpoint
 from edgellm.source.safetensors_file import SafetensorsFile, read_safetensors
+from edgellm.tensors import SLAB_BYTES
 from edgellm.tokenization import Tokenizer
+
+SLAB_COPIES = 4
+"""Slabs alive at once in a worker at the most: pieces that wait for their turn to be hashed."""
+
+WHOLE_COPIES = 8
+"""The same for a matrix that is turned round whole, most of them in float32."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +87,32 @@ class MergePlan:
         return _rows(self.weights, self.merged)
 
     @property
-    def changed(self) -> tuple[str, ...]:
-        """Names of the tensors that differ from the base's, in the order of the shards."""
+    def peak_memory_bytes(self) -> int:
+        """This process as it is now, and what the workers and the adapters' factors take."""
+        tensors = [tensor for shard in self.shards for tensor in shard.tensors]
+        turned = max((tensor.nbytes for tensor in tensors if tensor.in_one_piece), default=0)
+        worker = max(SLAB_COPIES * SLAB_BYTES, WHOLE_COPIES * turned)
+        factors = sum(
+            4 * part.size
+            for adapter in self.adapters
+            for parts in adapter.parts.values()
+            for part in parts.values()
+        )
+        now: int = psutil.Process().memory_info().rss
+        return now + min(KEPT_BYTES, factors) + self.threads * worker
+
+    def adapter_entries(self) -> tuple[AdapterEntry, ...]:
+        """The adapters as the manifest records them; their files are read for the digests."""
         return tuple(
-            tensor.name for shard in self.shards for tensor in shard.tensors if not tensor.is_copied
+            adapter_entry(adapter, len(bindings) + len(adapter.replaced))
+            for adapter, bindings in zip(self.adapters, self.merged.bindings, strict=True)
+        )
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Names of the tensors that adapters change, in the order of the shards."""
+        return tuple(
+            tensor.name for shard in self.shards for tensor in shard.tensors if tensor.change
         )
 
 
@@ -97,13 +129,21 @@ class Located:
 
 
 def make_plan(
-    recipe: Recipe, *, threads: int | None = None, progress: Progress = unwatched
+    recipe: Recipe,
+    out: Path | None = None,
+    *,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress = unwatched,
 ) -> MergePlan:
     """Everything that merging by ``recipe`` will do; headers are read, weights are not.
 
-    ``recipe.quant`` is the dtype of all floats, by default each keeps its own. Raises every error
-    that can be known beforehand: a damaged base or adapter, keys that match nothing, shapes.
+    ``out``: where it will be written, looked at beforehand if it is given. ``recipe.quant`` is the
+    dtype of all floats, by default each keeps its own. Raises every error that can be known
+    beforehand: a damaged base or adapter, keys that match nothing, shapes.
     """
+    if out is not None:
+        check_output(out, force=force)
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be at least 1, got {threads}")
     if recipe.quant is not None and recipe.quant not in ENCODERS:
@@ -175,8 +215,7 @@ def merge(
 
     Raises any ``EdgeError``; then nothing is left at ``out``, and an older one is untouched.
     """
-    check_output(out, force=force)
-    plan = make_plan(recipe, threads=threads, progress=progress)
+    plan = make_plan(recipe, out, threads=threads, force=force, progress=progress)
     return carry_out(plan, out, force=force, progress=progress)
 
 

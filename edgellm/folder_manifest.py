@@ -12,7 +12,7 @@ import numpy as np
 import edgellm
 from edgellm.digests import combined_sha256
 from edgellm.lora.checkpoint_weights import text_config
-from edgellm.lora.lineage import adapter_entry, combined_entry
+from edgellm.lora.lineage import combined_entry
 from edgellm.manifest import (
     SCHEMA_VERSION,
     Digested,
@@ -24,7 +24,7 @@ from edgellm.manifest import (
 
 if TYPE_CHECKING:
     from edgellm.export.shard_writer import ShardWriter
-    from edgellm.merge import MergePlan
+    from edgellm.folder_merge import MergePlan
 
 CONTAINER = "hf"
 
@@ -68,13 +68,7 @@ def describe(plan: MergePlan, writer: ShardWriter, notes: tuple[str, ...]) -> Di
         tokenizer_parity=Parity(equal=True, cases=0),
         notes=(*plan.notes, *notes),
         tool_versions={"edgellm": edgellm.__version__, "numpy": np.__version__},
-        merge=combined_entry(
-            tuple(
-                adapter_entry(adapter, len(bindings) + len(adapter.replaced))
-                for adapter, bindings in zip(plan.adapters, plan.merged.bindings, strict=True)
-            ),
-            plan.combination,
-        ),
+        merge=combined_entry(plan.adapter_entries(), plan.combination),
         merged_before=plan.merged_before,
     )
 
@@ -93,7 +87,7 @@ def _tensor_entries(plan: MergePlan, writer: ShardWriter) -> tuple[TensorEntry, 
             nbytes=tensor.nbytes,
             sha256=digest.hexdigest(tensor.nbytes),
             arrays=((shard.name, tensor.offset, tensor.nbytes),),
-            note="" if tensor.is_copied else "merged",
+            note="merged" if tensor.change else "",
         )
         for shard, digests in zip(plan.shards, writer.tensor_digests, strict=True)
         for tensor, digest in zip(shard.tensors, digests, strict=True)
