@@ -49,7 +49,9 @@ def convert(
     seed: int | None = None,
     merge_base: str | None = None,
     keep_adapters: bool = False,
+    allow_untrained: bool = False,
     min_survival: float | None = None,
+    calibration_text: str | PathLike[str] | None = None,
     threads: int | None = None,
     force: bool = False,
     check: bool = True,
@@ -84,7 +86,9 @@ def convert(
             "seed": seed,
             "merge_base": merge_base,
             "keep_adapters": keep_adapters,
+            "allow_untrained": allow_untrained,
             "min_survival": min_survival,
+            "calibration_text": None if calibration_text is None else str(calibration_text),
         }
     )
     return carry_out_recipe(

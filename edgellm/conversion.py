@@ -32,8 +32,9 @@ from edgellm.export.layout import Container, OutputTensor
 from edgellm.export.packing import PACKERS
 from edgellm.export.writer import StagedFolder, check_output
 from edgellm.hardware import peak_memory_bytes
-from edgellm.lora.lineage import merge_entry
+from edgellm.lora.lineage import kept_entries, merge_entry
 from edgellm.lora.record import MergeRecord
+from edgellm.lora.surviving import check_survival
 from edgellm.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -78,7 +79,8 @@ def convert(
 ) -> Artifact:
     """The artifact that ``recipe`` asks for, written to the folder ``out``.
 
-    ``check`` loads the result and generates a few tokens with it. Raises any ``EdgeError``; then
+    ``check`` loads the result, generates a few tokens with it, and measures what is left of the
+    adapters that were merged. Raises any ``EdgeError``; then
     nothing is left at ``out``, and an older artifact there is untouched.
     """
     check_output(out, force=force)
@@ -125,6 +127,10 @@ def carry_out(
         if check:
             progress(ProgressEvent("check", CHECK_PROMPT, 0, 0))
             measured["check"] = check_artifact(open_artifact(staged.path))
+        if plan.source.merge is not None and (check or plan.recipe.min_survival):
+            made = open_artifact(staged.path)
+            measured["survival"] = check_survival(plan, made, progress=progress)
+        if {"check", "survival"} & measured.keys():
             staged.write_file(MANIFEST, Manifest.of(digested, measured).to_json())
         staged.commit()
     return open_artifact(out)
@@ -253,6 +259,7 @@ def describe(plan: Plan, folder: Path, progress: Progress = unwatched) -> tuple[
             tool_versions=_tool_versions(container_named(layout.container)),
             merge=merge_entry(source.merge) if source.merge else None,
             merged_before=source.merged_before,
+            kept_adapters=kept_entries(layout),
         )
         return digested, parity
 

@@ -72,13 +72,22 @@ class AdapterEntry(msgspec.Struct, frozen=True, kw_only=True):
     changed_tensors: int = 0
 
 
+class KeptEntry(AdapterEntry, frozen=True, kw_only=True):
+    """An adapter that lies beside the model, unmerged, in ``file`` of the artifact's folder.
+
+    ``weight`` is how strongly it is applied where nobody says.
+    """
+
+    file: str
+
+
 class MergeEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Adapters, in order, and how they were combined and merged.
 
     ``density``, ``sign``, ``rank`` and ``seed`` are those of the combination that matter to its
     ``method``. ``merged_sha256`` is over the merged weights in float32, before any rounding
     (``lora.record``), and so the same for every grid and container. ``base`` says which base the
-    adapters were merged into (``full`` or ``dequantized``) and ``base_reason`` why.
+    adapters were merged into (``full``, ``dequantized nf4``) and ``base_reason`` why.
     """
 
     adapters: tuple[AdapterEntry, ...]
@@ -129,7 +138,7 @@ class Digested(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The part that says what the artifact *is*: no paths, times or measured figures in it.
 
     ``merge``: what was merged into the base while converting. ``merged_before``: adapters that the
-    base said had been merged into it already, oldest first.
+    base said had been merged into it already, oldest first. ``kept_adapters`` lie beside the model.
     """
 
     schema_version: int
@@ -148,6 +157,7 @@ class Digested(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tool_versions: dict[str, str]
     merge: MergeEntry | None = None
     merged_before: tuple[AdapterEntry, ...] = ()
+    kept_adapters: tuple[KeptEntry, ...] = ()
 
     def sha256(self) -> str:
         """Digest over the canonical JSON (sorted keys, no spaces) of this part."""

@@ -13,7 +13,6 @@ from edgellm.export import CONTAINERS, container_named
 from edgellm.export.layout import Layout, OutputTensor
 from edgellm.export.writer import check_free, check_no_overlap
 from edgellm.hardware import detect
-from edgellm.lora.lineage import merged_twice
 from edgellm.progress import Progress, unwatched
 from edgellm.quant.grid import Grid
 from edgellm.recipe import Recipe
@@ -82,19 +81,19 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """Facts that the user should be shown: of the source, its adapters and the layout."""
-        return (*merged_twice(self.source), *self.source.notes, *self.layout.notes)
+        return (*self.source.notes, *self.layout.notes)
 
     @property
     def weights(self) -> int:
         """Number of weights, a tied head counted once."""
-        return sum(part.size for tensor in self.layout.tensors for part in tensor.parts)
+        return sum(part.size for tensor in self.layout.model_tensors for part in tensor.parts)
 
     @property
     def bits_per_weight(self) -> float:
         """Bits of the tensors on disk by number of weights."""
         stored = {
             (array.file, array.offset): array.nbytes
-            for tensor in self.layout.tensors
+            for tensor in self.layout.model_tensors
             for array in tensor.arrays
         }
         return 8 * sum(stored.values()) / self.weights
@@ -122,7 +121,7 @@ def resolve(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     reasons: list[str] = []
     chosen_format, chosen_quant = recipe.format, recipe.quant
     if chosen_format is None:
-        chosen_format, why = _container_for(recipe.grid)
+        chosen_format, why = _container_for(recipe)
         reasons.append(f"format {chosen_format}: {why}")
     container = container_named(chosen_format)
     if not recipe.grid:
@@ -132,9 +131,11 @@ def resolve(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     return msgspec.structs.replace(recipe, format=chosen_format, quant=chosen_quant), tuple(reasons)
 
 
-def _container_for(grid: str) -> tuple[str, str]:
-    """The container that runs best here, unless only another one has the grid that was named."""
-    best, why = best_container()
+def _container_for(recipe: Recipe) -> tuple[str, str]:
+    """The container that runs best here, unless only another one can do what was asked."""
+    if recipe.keep_adapters:
+        return "gguf", "the container whose runtime applies adapters beside a model"
+    (best, why), grid = best_container(), recipe.grid
     if not grid:
         return best, why
     holders = [name for name in CONTAINERS if grid in container_named(name).grids]
@@ -158,11 +159,19 @@ def make_plan(
         recipe.source,
         ignore_config_keys=recipe.ignore_config_keys,
         context=recipe.context,
+        quantized=recipe.takes_quantized,
         progress=progress,
     )
-    source = _with_adapters(base, recipe, progress)
     assert recipe.format is not None
-    layout = container_named(recipe.format).lay_out(source, recipe)
+    container = container_named(recipe.format)
+    if recipe.keep_adapters:
+        from edgellm.lora.requested import kept_apart
+
+        source = base
+        layout = kept_apart(container.lay_out(base, recipe), base, container, recipe, progress)
+    else:
+        source = _with_adapters(base, recipe, progress)
+        layout = container.lay_out(source, recipe)
     workers = threads or detect().physical_cores.value
     sizes = {name: len(content) for name, content in layout.files.items()} | layout.data_files
     output = sum(sizes.values())

@@ -20,6 +20,8 @@ DEFAULT_SOLVER = "rtn"
 LOWERED = ("format", "quant", "embed", "head", "kv_cache", "combine", "sign", "merge_base")
 """Fields that hold names, which are compared in lower case."""
 
+DEQUANTIZED = "dequantized"
+
 OF_ADAPTERS = (
     "combine",
     "density",
@@ -28,9 +30,14 @@ OF_ADAPTERS = (
     "seed",
     "merge_base",
     "keep_adapters",
+    "allow_untrained",
     "min_survival",
+    "calibration_text",
 )
 """Fields that say something about ``adapters`` and mean nothing without."""
+
+ONLY_CHECKED = ("allow_untrained", "min_survival", "calibration_text")
+"""Fields that change no byte: they say what is refused."""
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -43,10 +50,12 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     ``adapters`` are ``PATH`` or ``PATH=WEIGHT``, in order. ``combine`` names a row of
     ``lora.combine.METHODS``, with its ``density``, ``sign``, ``combine_rank`` and ``seed``
-    (``lora.binding.Combination``). ``merge_base``: which base they are merged into, ``full`` or
-    ``dequantized``, where the one that they were trained on is not to be found out.
-    ``keep_adapters``: write them beside the base instead of merging. ``min_survival``: the least
-    share of the fine-tune that must be left after rounding.
+    (``lora.binding.Combination``). ``merge_base``: which base they are merged into
+    (``lora.bases.CHOICES``), by default the one that they were trained on; ``dequantized`` without
+    adapters takes a model that is quantized already.
+    ``keep_adapters``: write them beside the base instead of merging. ``allow_untrained``: take
+    adapters that change nothing. ``min_survival``: the least share of the fine-tune that must be
+    left after rounding, measured on the file ``calibration_text``.
     """
 
     source: str
@@ -65,7 +74,15 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     seed: int | None = None
     merge_base: str | None = None
     keep_adapters: bool = False
+    allow_untrained: bool = False
     min_survival: float | None = None
+    calibration_text: str | None = None
+
+    @property
+    def takes_quantized(self) -> bool:
+        """Whether a base that is quantized already is wanted as the values that it stands for."""
+        merged = bool(self.adapters) and not self.keep_adapters
+        return merged or self.merge_base == DEQUANTIZED
 
     @property
     def solver(self) -> str:
@@ -85,10 +102,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         """What changes the bytes, without paths: the manifest describes what lies there by digest.
 
         Of ``adapters`` the weights stay, in order. A recipe without adapters has none of the keys
-        that are about them, and ``min_survival`` only decides whether the result is kept.
+        that are about them. What only decides whether the result is kept is left out.
         """
         fields: dict[str, Any] = msgspec.to_builtins(self)
-        for name in ("source", "adapters", "min_survival"):
+        for name in ("source", "adapters", *ONLY_CHECKED):
             del fields[name]
         for name in OF_ADAPTERS:
             if not fields.get(name):
@@ -128,9 +145,9 @@ def split_quant(text: str) -> tuple[str, str]:
 def load_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
     """The recipe of a TOML file, with those ``overrides`` that are not None put over it.
 
-    A relative ``source`` or adapter that exists beside the file is taken from there. Raises
-    ``UsageError`` for a file that cannot be read, keys that are not known and values of the wrong
-    type.
+    A relative ``source``, adapter or ``calibration_text`` that exists beside the file is taken from
+    there. Raises ``UsageError`` for a file that cannot be read, keys that are not known and values
+    of the wrong type.
     """
     try:
         fields = msgspec.toml.decode(path.read_bytes(), type=dict[str, Any])
@@ -138,8 +155,9 @@ def load_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
         raise UsageError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"the recipe {path} is not TOML: {error}") from error
-    if isinstance(fields.get("source"), str):
-        fields["source"] = _beside(path, fields["source"])
+    for name in ("source", "calibration_text"):
+        if isinstance(fields.get(name), str):
+            fields[name] = _beside(path, fields[name])
     if isinstance(fields.get("adapters"), list):
         fields["adapters"] = [_beside(path, entry) for entry in fields["adapters"]]
     return make_recipe({**fields, **_given(overrides)}, origin=str(path))
@@ -183,6 +201,8 @@ def _check_adapters(recipe: Recipe, origin: str) -> None:
     """Refuse options that contradict the adapters, or that nothing would heed."""
     if not recipe.adapters:
         idle = [name for name in OF_ADAPTERS if getattr(recipe, name) not in (None, False)]
+        if recipe.merge_base == DEQUANTIZED:  # a quantized model, to be rounded again
+            idle.remove("merge_base")
         if idle:
             raise UsageError(
                 f"{origin}: {idle[0]} is about adapters and there are none: name one with "

@@ -13,7 +13,7 @@ from edgellm.errors import UsageError
 
 if TYPE_CHECKING:
     from edgellm.lora.merging import Merge
-    from edgellm.manifest import Artifact
+    from edgellm.manifest import Artifact, KeptEntry
     from edgellm.plan import Plan
     from edgellm.recipe import Recipe
 
@@ -96,8 +96,18 @@ def convert(
     ] = False,
     min_survival: Annotated[
         float | None,
-        typer.Option(metavar="SHARE", help="Fail when less of the fine-tune survives rounding."),
+        typer.Option(
+            metavar="SHARE",
+            help="Fail when less of the fine-tune survives rounding. Default: 0.5.",
+        ),
     ] = None,
+    calibration_text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text that survival is measured on."),
+    ] = None,
+    allow_untrained: Annotated[
+        bool, typer.Option("--allow-untrained", help="Take adapters that change nothing.")
+    ] = False,
     recipe: Annotated[
         Path | None,
         typer.Option(metavar="FILE.toml", help="Read all this from a file; options override it."),
@@ -173,7 +183,9 @@ def convert(
             "seed": seed,
             "merge_base": merge_base,
             "keep_adapters": keep_adapters or None,
+            "allow_untrained": allow_untrained or None,
             "min_survival": min_survival,
+            "calibration_text": None if calibration_text is None else str(calibration_text),
         },
     )
     if out is None and not dry_run:
@@ -239,6 +251,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
         "notes": plan.notes,
         "merge": _merge_facts(plan.source.merge) if plan.source.merge else None,
         "merged_before": plan.source.merged_before,
+        "kept_adapters": _kept(plan),
         "tensors": [
             {
                 "name": tensor.name,
@@ -253,6 +266,12 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _kept(plan: Plan) -> tuple[KeptEntry, ...]:
+    from edgellm.lora.lineage import kept_entries
+
+    return kept_entries(plan.layout)
+
+
 def _merge_facts(merge: Merge) -> dict[str, Any]:
     from edgellm.lora.lineage import adapter_entries
 
@@ -264,6 +283,8 @@ def _merge_facts(merge: Merge) -> dict[str, Any]:
 
 
 def _show_plan(plan: Plan) -> None:
+    from edgellm.lora.lineage import described
+
     render.show_table(
         ("tensor", "shape", "grid", "size", "note"),
         [
@@ -290,6 +311,7 @@ def _show_plan(plan: Plan) -> None:
             ("time", f"about {render.duration(plan.seconds)}"),
             ("threads", str(plan.threads)),
             *(_merge_lines(plan) if plan.source.merge else ()),
+            *(("kept beside", f"{each.file}: {described(each)}") for each in _kept(plan)),
         ]
     )
     render.show_notes(plan.notes)
@@ -323,6 +345,10 @@ def _show_artifact(artifact: Artifact, *, as_json: bool) -> None:
     print(f"{artifact.path}: {nbytes} in {files}, checksums in manifest.json")
     if "text" in check:
         render.say_notes([f'it runs: "{" ".join((check["prompt"] + check["text"]).split())} ..."'])
+    from edgellm.lora.surviving import survival_line
+
+    if survival := survival_line(artifact.manifest.measured):
+        render.say_notes([f"survival: {survival}"])
     if "skipped" in check:
         render.say_notes([f"not tried: {check['skipped']}"])
     else:

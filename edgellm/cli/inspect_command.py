@@ -84,6 +84,7 @@ def _lineage(manifest: Manifest) -> list[tuple[str, str]]:
     made, base = manifest.artifact, manifest.artifact.base
     measured = manifest.measured
     from edgellm.lora.lineage import described
+    from edgellm.lora.surviving import survival_line
 
     parity = made.tokenizer_parity
     verdict = "the source's own ids"
@@ -95,6 +96,7 @@ def _lineage(manifest: Manifest) -> list[tuple[str, str]]:
         ("base sha256", base.sha256),
         *(("merged before", f"{each.name}: {described(each)}") for each in made.merged_before),
         *(_merge_lines(made.merge, measured) if made.merge else ()),
+        *(("kept beside", f"{each.file}: {described(each)}") for each in made.kept_adapters),
         ("recipe", recipe),
         ("tokenizer", f"{verdict} in {parity.cases} awkward cases"),
         ("made by", ", ".join(f"{tool} {version}" for tool, version in made.tool_versions.items())),
@@ -107,6 +109,8 @@ def _lineage(manifest: Manifest) -> list[tuple[str, str]]:
     if "check" in measured:
         check = measured["check"]
         lines.append(("check", check.get("skipped") or f"{check['prompt']!r} -> {check['text']!r}"))
+    if survival := survival_line(measured):
+        lines.append(("survival", survival))
     return [*lines, ("sha256", manifest.sha256)]
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from edgellm.errors import SourceError, VerificationError
-from edgellm.manifest import MANIFEST, AdapterEntry, MergeEntry, read_manifest
+from edgellm.manifest import MANIFEST, AdapterEntry, KeptEntry, MergeEntry, read_manifest
 
 if TYPE_CHECKING:
+    from edgellm.export.layout import Layout
     from edgellm.lora.adapter import Adapter
     from edgellm.lora.binding import Combination
     from edgellm.lora.merging import Merge
@@ -51,9 +52,21 @@ def adapter_entry(adapter: Adapter, changed_tensors: int) -> AdapterEntry:
     )
 
 
+def kept_entries(layout: Layout) -> tuple[KeptEntry, ...]:
+    """The adapters that ``layout`` puts beside the model, as a manifest records them."""
+    return tuple(
+        KeptEntry(
+            file=beside.file,
+            **msgspec.structs.asdict(adapter_entry(beside.adapter, len(beside.adapter.parts))),
+        )
+        for beside in layout.adapters
+    )
+
+
 def merge_entry(merge: Merge) -> MergeEntry:
     """``merge`` as a manifest records it, once every weight was loaded."""
-    return combined_entry(adapter_entries(merge), merge.combination, merge.record.sha256())
+    entry = combined_entry(adapter_entries(merge), merge.combination, merge.record.sha256())
+    return msgspec.structs.replace(entry, base=merge.into, base_reason=merge.reason)
 
 
 def combined_entry(

@@ -35,7 +35,7 @@ class Merge:
 
     ``base`` is the model before. ``bindings`` are by role, in the order of the ``adapters``.
     ``changed`` are the roles of the tensors that differ from the base's. ``record`` fills while
-    they are loaded.
+    they are loaded. ``into`` says which base it is (``full``, ``dequantized nf4``), ``reason`` why.
     """
 
     base: ModelSource
@@ -44,6 +44,8 @@ class Merge:
     bindings: tuple[Mapping[str, Binding], ...]
     changed: tuple[str, ...]
     record: MergeRecord
+    into: str = ""
+    reason: str = ""
 
 
 def merged_source(

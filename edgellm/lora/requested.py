@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgellm.errors import AdapterError, UsageError
+from edgellm.calibration_text import read_text
+from edgellm.errors import AdapterError, UnsupportedTarget, UsageError
 from edgellm.lora.adapter import Adapter
+from edgellm.lora.bases import common_base
 from edgellm.lora.binding import Combination
 from edgellm.lora.combine.check import check, settled
+from edgellm.lora.doctor import check_static
 from edgellm.lora.merging import merged_source
 from edgellm.lora.open import open_adapter
 from edgellm.progress import Progress, unwatched
 
 if TYPE_CHECKING:
+    from edgellm.export.layout import Container, Layout
     from edgellm.recipe import Recipe
     from edgellm.source import ModelSource
 
@@ -29,8 +34,22 @@ def with_adapters(
     if not recipe.adapters:
         return base
     adapters, combination, facts = opened(recipe, progress=progress)
-    source = merged_source(base, adapters, combination)
-    return replace(source, notes=(*source.notes, *facts))
+    trained_on = common_base(adapters, base, recipe.merge_base)
+    source = merged_source(trained_on.of(base), adapters, combination)
+    assert source.merge is not None
+    report = check_static(source, allow_untrained=recipe.allow_untrained)
+    into = f"{trained_on.kind} {trained_on.method}".strip()
+    return replace(
+        source,
+        notes=(
+            *report.warnings,
+            trained_on.reason,
+            *trained_on.notes,
+            *report.notes,
+            *facts,
+        ),
+        merge=replace(source.merge, into=into, reason=trained_on.reason),
+    )
 
 
 def opened(
@@ -40,19 +59,53 @@ def opened(
 
     Raises as ``with_adapters`` does, for all that can be known without the base.
     """
-    refuse_what_is_missing(recipe)
+    if recipe.calibration_text is not None:
+        read_text(Path(recipe.calibration_text))
     adapters = [open_adapter(spec, progress=progress) for spec in recipe.adapter_specs()]
     _refuse_twice(adapters)
     combination = settled(recipe.combination(), [adapter.config for adapter in adapters])
     return adapters, combination, check(combination, [adapter.weight for adapter in adapters])
 
 
-def refuse_what_is_missing(recipe: Recipe) -> None:
-    """Raise ``UsageError`` for options that are understood and not there yet."""
-    for name in ("merge_base", "keep_adapters", "min_survival"):
-        if getattr(recipe, name) not in (None, False):
-            option = "--" + name.replace("_", "-")
-            raise UsageError(f"{option} is not available in this version: leave it out")
+def kept_apart(
+    layout: Layout,
+    base: ModelSource,
+    container: Container,
+    recipe: Recipe,
+    progress: Progress = unwatched,
+) -> Layout:
+    """``layout`` of the bare ``base`` with the adapters of ``recipe`` beside it, unmerged.
+
+    Raises ``UnsupportedTarget`` for a container whose runtime applies none, ``UsageError`` for
+    options that are about merging, and ``AdapterError`` for what cannot stay apart.
+    """
+    if container.keep_apart is None:
+        raise UnsupportedTarget(
+            f"--keep-adapters: an artifact of the format {container.name} has no inputs for "
+            "adapters, so nothing could apply them beside it: choose --format gguf, or leave "
+            "--keep-adapters out to merge them"
+        )
+    merging = (
+        "density",
+        "sign",
+        "combine_rank",
+        "seed",
+        "merge_base",
+        "min_survival",
+        "calibration_text",
+    )
+    given = [name for name in merging if getattr(recipe, name) is not None]
+    if recipe.combine not in (None, "cat"):
+        given.insert(0, "combine")
+    if given:
+        raise UsageError(
+            f"--{given[0].replace('_', '-')} says how adapters are merged, and --keep-adapters "
+            "leaves them apart (applied together they are summed): leave one of the two out"
+        )
+    adapters, _, facts = opened(recipe, progress=progress)
+    apart = container.keep_apart(layout, base, adapters)
+    notes = [note for adapter in adapters for note in adapter.notes]
+    return replace(apart, notes=(*apart.notes, *notes, *facts))
 
 
 def _refuse_twice(adapters: list[Adapter]) -> None:
