@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self, cast, get_args
 
-from edgellm.errors import UsageError
+from edgellm.errors import UnsupportedTarget, UsageError
 from edgellm.generate import Answer, AnswerStream, Decoding
 from edgellm.hardware import Choice, detect, pick
+from edgellm.lora.apart import ApartAdapters
 from edgellm.manifest import Artifact, open_artifact
 from edgellm.manifest import verify as verify_artifact
 from edgellm.runtimes import runtime_named, runtime_names
-from edgellm.runtimes.session import Device, KvDtype, RunOptions, Session
+from edgellm.runtimes.session import AdaptingSession, Device, KvDtype, RunOptions, Session
 from edgellm.sampling import SamplingOptions
 
 
@@ -47,13 +48,16 @@ def open(
     *,
     system: str | None = None,
     kv_dtype: KvDtype | None = None,
+    adapters: Sequence[str | Path] | None = None,
 ) -> ChatSession:
     """A conversation with the model at ``path``: an artifact folder, or any GGUF file.
 
     ``verify`` checks an artifact's checksums (files that passed before and did not change since are
     not read again); a plain file has none, which ``notes`` says. ``runtime`` None takes the fastest
-    one installed that runs it. Raises ``SourceError``, ``VerificationError``, ``RuntimeMissing``,
-    ``UnsupportedTarget`` or ``GenerationError``.
+    one installed that runs it. ``adapters`` are LoRA adapters to apply beside the model, each
+    ``PATH[=WEIGHT]`` or the name of one that was kept beside it; None takes those that were kept,
+    an empty list none. Raises ``SourceError`` (``AdapterError``), ``VerificationError``,
+    ``RuntimeMissing``, ``UnsupportedTarget`` or ``GenerationError``.
     """
     if device not in get_args(Device):
         raise UsageError(f"no device named {device!r}: choose {', '.join(get_args(Device))}")
@@ -79,6 +83,7 @@ def open(
         runtime=runtime,
         device=device,
         kv_dtype=kv_dtype,
+        adapters=bool(adapters),
     )
     chosen = cast("Device", choice.device)  # one that the runtime itself named
     options = RunOptions(chosen, context_tokens, threads, kv_dtype)
@@ -86,15 +91,44 @@ def open(
 
     tokenizer = artifact_tokenizer(artifact.main, artifact.container)
     session = found[choice.runtime].open(artifact, options)
+    apart = None
+    if any(one.adapters for one in capabilities if one.runtime == choice.runtime):
+        try:
+            apart = _with_adapters(artifact, cast("AdaptingSession", session), adapters)
+        except BaseException:
+            session.close()
+            raise
     return ChatSession(
-        session, tokenizer, choice=choice, artifact=artifact, system=system, notes=notes
+        session,
+        tokenizer,
+        choice=choice,
+        artifact=artifact,
+        system=system,
+        notes=notes,
+        apart=apart,
     )
+
+
+def _with_adapters(
+    artifact: Artifact, session: AdaptingSession, adapters: Sequence[str | Path] | None
+) -> ApartAdapters:
+    """The adapters of a session that was just opened, those that are wanted applied."""
+    apart = ApartAdapters(artifact, session)
+    try:
+        if adapters is None:
+            apart.apply_kept()
+        else:
+            apart.apply([str(adapter) for adapter in adapters])
+    except BaseException:
+        apart.close()
+        raise
+    return apart
 
 
 class ChatSession:
     """One conversation with one model; use it in a ``with`` block, or ``close`` it.
 
-    ``messages`` is the conversation so far. ``notes``: what whoever runs it should know.
+    ``messages`` is the conversation so far.
     """
 
     def __init__(
@@ -106,17 +140,56 @@ class ChatSession:
         artifact: Artifact | None = None,
         system: str | None = None,
         notes: Sequence[str] = (),
+        apart: ApartAdapters | None = None,
     ) -> None:
         self.session = session
         self.tokenizer = tokenizer
         self.choice = choice
         self.artifact = artifact
-        self.notes = tuple(notes)
+        self._notes = tuple(notes)
+        self._apart = apart
         self.system = system
         self.messages: list[dict[str, str]] = []
         self._said = ""
         self._said_ids: tuple[int, ...] = ()
         self.clear()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever runs it should know, the adapters that are applied among it."""
+        if self._apart is None:
+            return self._notes
+        return (*self._notes, *self._apart.notes, *self._apart.lines())
+
+    @property
+    def adapters(self) -> dict[str, float]:
+        """How strongly each adapter that is known is applied, 0 for those that are off."""
+        return self._apart.weights if self._apart else {}
+
+    def add_adapter(self, adapter: str | Path) -> str:
+        """Make a LoRA adapter known, off at first: its name, for ``set_adapters``.
+
+        ``adapter`` is a PEFT folder, a GGUF adapter or a Hub id. Raises ``AdapterError`` for one
+        that is damaged, of another base, or cannot be applied beside a model, and
+        ``UnsupportedTarget`` where the runtime applies none.
+        """
+        return self._adapting().add(str(adapter))[0]
+
+    def set_adapters(self, weights: Mapping[str, float]) -> None:
+        """Apply the adapters that are named, as strongly as said, and no others, from now on.
+
+        The conversation goes on; its keys and values are computed anew. Raises ``UsageError`` for a
+        name that is not in ``adapters`` and ``UnsupportedTarget`` where the runtime applies none.
+        """
+        self._adapting().set(weights)
+
+    def _adapting(self) -> ApartAdapters:
+        if self._apart is None:
+            raise UnsupportedTarget(
+                f"{self.choice.runtime} applies no adapters beside a model: merge them into it "
+                "(edgellm convert --adapter), or convert with --format gguf for llama.cpp"
+            )
+        return self._apart
 
     @property
     def used_tokens(self) -> int:
@@ -195,6 +268,8 @@ class ChatSession:
     def close(self) -> None:
         """Give the memory back; using the session afterwards raises ``GenerationError``."""
         self.session.close()
+        if self._apart is not None:
+            self._apart.close()
 
     def __enter__(self) -> Self:
         return self

@@ -132,10 +132,12 @@ def pick(
     runtime: str | None = None,
     device: Device = "auto",
     kv_dtype: str | None = None,
+    adapters: bool = False,
 ) -> Choice:
     """The runtime that runs ``container`` here: the one asked for, or the first by ``speed_rank``.
 
-    ``kv_dtype``: what it must be able to keep past keys and values in; None for any.
+    ``kv_dtype``: what it must be able to keep past keys and values in; None for any. ``adapters``:
+    whether it must be able to apply LoRA adapters beside the model.
 
     Raises ``UsageError`` for an unknown ``runtime``, ``RuntimeMissing`` when installing something
     would help, and ``UnsupportedTarget`` otherwise; the message holds every refusal.
@@ -149,7 +151,7 @@ def pick(
     refusals: list[str] = []
     installs: list[str] = []
     for found in sorted(asked, key=lambda found: found.speed_rank):
-        refusal = _refusal(found, container, device, kv_dtype)
+        refusal = _refusal(found, container, device, kv_dtype, adapters)
         if refusal is None:
             chosen = found.devices[0] if device == "auto" else device
             why = "asked for" if runtime else f"the fastest installed here that runs {container}"
@@ -167,7 +169,9 @@ def pick(
     raise UnsupportedTarget(f"{message}. Choose another --runtime or --device, or convert again")
 
 
-def _refusal(found: Capabilities, container: str, device: str, kv_dtype: str | None) -> str | None:
+def _refusal(
+    found: Capabilities, container: str, device: str, kv_dtype: str | None, adapters: bool
+) -> str | None:
     if container not in found.containers:
         return f"runs {', '.join(sorted(found.containers)) or 'nothing'}, not {container}"
     if not found.available:
@@ -177,6 +181,8 @@ def _refusal(found: Capabilities, container: str, device: str, kv_dtype: str | N
     if kv_dtype is not None and kv_dtype not in found.kv_dtypes:
         kept = ", ".join(found.kv_dtypes) or "types of its own choice"
         return f"keeps keys and values in {kept}, not {kv_dtype}"
+    if adapters and not found.adapters:
+        return "applies no adapters beside a model: merge them (convert --adapter), or use gguf"
     return None
 
 

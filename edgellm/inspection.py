@@ -100,8 +100,9 @@ def _inspect_artifact(artifact: Artifact) -> Inspection:
     grid_bytes: Counter[str] = Counter()
     weights = 0
     counted: set[tuple[tuple[str, int, int], ...]] = set()
+    beside = {adapter.file for adapter in made.kept_adapters}
     for tensor in made.tensors:
-        if tensor.arrays not in counted:
+        if tensor.arrays not in counted and tensor.arrays[0][0] not in beside:
             counted.add(tensor.arrays)
             grid_bytes[tensor.grid] += tensor.nbytes
             weights += math.prod(tensor.shape)

@@ -21,7 +21,7 @@ from edgellm.architectures.family import TensorRow
 from edgellm.architectures.gguf_rows import as_llamacpp_stores
 from edgellm.errors import AdapterError, OutputError
 from edgellm.export.gguf_head import ARCHITECTURE, StoredTensor, gguf_head
-from edgellm.export.layout import Layout, OutputTensor, StoredArray
+from edgellm.export.layout import AdapterBeside, Layout, OutputTensor, StoredArray
 from edgellm.export.packing import PACKERS
 from edgellm.lora.adapter import Adapter
 from edgellm.lora.edit import Edit, LowRank
@@ -104,7 +104,7 @@ def lay_out_adapter(source: ModelSource, adapter: Adapter, file: str) -> Adapter
     )
     tensors = tuple(
         OutputTensor(
-            name=ref.role,
+            name=f"{file}/{ref.role}",
             role=ref.role,
             parts=(ref,),
             grid=FACTORS,
@@ -136,10 +136,8 @@ def write_gguf_adapter(source: ModelSource, adapter: Adapter, path: Path) -> Non
         raise OutputError(f"cannot write the adapter {path}: {error.strerror}") from error
 
 
-def keep_apart(
-    layout: Layout, source: ModelSource, adapters: Sequence[Adapter]
-) -> tuple[Layout, tuple[str, ...]]:
-    """``layout`` with the adapters in files beside the model, and their names in their order.
+def keep_apart(layout: Layout, source: ModelSource, adapters: Sequence[Adapter]) -> Layout:
+    """``layout`` with the adapters in files beside the model.
 
     Raises ``AdapterError`` as ``lay_out_adapter`` does.
     """
@@ -148,13 +146,13 @@ def keep_apart(
         lay_out_adapter(source, adapter, file)
         for adapter, file in zip(adapters, files, strict=True)
     ]
-    together = replace(
+    return replace(
         layout,
         files={**layout.files, **{each.file: each.head for each in beside}},
         data_files={**layout.data_files, **{each.file: each.total_bytes for each in beside}},
         tensors=(*layout.tensors, *(tensor for each in beside for tensor in each.tensors)),
+        adapters=tuple(map(AdapterBeside, adapters, files)),
     )
-    return together, files
 
 
 def adapter_files(adapters: Sequence[Adapter]) -> tuple[str, ...]:

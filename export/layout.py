@@ -7,7 +7,7 @@ name; ``plan`` shows it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from edgellm.quant.grid import Grid
 from edgellm.tensors import TensorRef
 
 if TYPE_CHECKING:
+    from edgellm.lora.adapter import Adapter
     from edgellm.recipe import Recipe
     from edgellm.source import ModelSource
     from edgellm.tokenization import Limit
@@ -75,6 +76,14 @@ class OutputTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterBeside:
+    """An adapter that is written beside the model, unmerged, and the file that holds it."""
+
+    adapter: Adapter
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """Everything that a conversion will write.
 
@@ -82,7 +91,8 @@ class Layout:
     files that tensors are streamed into; where a path is in both, ``files`` holds its head.
     ``main_file`` is what a runtime opens. ``notes``: facts about the whole (a capped context).
     ``context_length``: what the artifact can be run with. ``tokenizer_limits``: what readers of the
-    container are known to do differently with this tokenizer.
+    container are known to do differently with this tokenizer. ``adapters``: those that lie beside
+    the model; their tensors are among ``tensors``.
     """
 
     container: str
@@ -93,6 +103,13 @@ class Layout:
     context_length: int
     notes: tuple[str, ...] = ()
     tokenizer_limits: tuple[Limit, ...] = ()
+    adapters: tuple[AdapterBeside, ...] = ()
+
+    @property
+    def model_tensors(self) -> tuple[OutputTensor, ...]:
+        """The tensors of the model itself, without those of adapters beside it."""
+        beside = {each.file for each in self.adapters}
+        return tuple(each for each in self.tensors if each.arrays[0].file not in beside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +118,8 @@ class Container:
 
     ``grids``: what ``--quant`` may name, default first in ``default_grid``. ``lay_out`` is pure: it
     reads headers, never weights, and raises ``UnsupportedTarget`` or ``UnknownGrid``. ``packages``:
-    distributions whose version can change the bytes, which the manifest records.
+    distributions whose version can change the bytes, which the manifest records. ``keep_apart``:
+    the layout with adapters beside the model, where a runtime of the container applies them.
     """
 
     name: str
@@ -109,3 +127,4 @@ class Container:
     default_grid: str
     lay_out: Callable[[ModelSource, Recipe], Layout]
     packages: tuple[str, ...] = ()
+    keep_apart: Callable[[Layout, ModelSource, Sequence[Adapter]], Layout] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from gguf.constants import GGML_QUANT_VERSION
@@ -22,6 +22,7 @@ from edgellm.lora.lineage import BASE_MODEL, gguf_lineage
 from edgellm.tensors import TensorRef, constant
 
 if TYPE_CHECKING:
+    from edgellm.lora.adapter import Adapter
     from edgellm.recipe import Recipe
     from edgellm.source import ModelSource
 
@@ -160,10 +161,17 @@ def _row_bytes(ref: TensorRef, choice: Choice) -> int:
     return PACKERS[choice.grid.kind].row_bytes(choice.grid, ref.columns)["data"]
 
 
+def _keep_apart(layout: Layout, source: ModelSource, adapters: Sequence[Adapter]) -> Layout:
+    from edgellm.export.gguf_adapter import keep_apart  # brings all kinds of adapter with it
+
+    return keep_apart(layout, source, adapters)
+
+
 CONTAINER = Container(
     name="gguf",
     grids=tuple(MIXTURES),
     default_grid="q4_k_m",
     lay_out=lay_out,
     packages=("gguf",),
+    keep_apart=_keep_apart,
 )

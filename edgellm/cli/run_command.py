@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 REPEAT_PENALTY = 1.1
 """Small models, above all in 4 bits, easily repeat one sentence for ever without it."""
 
+NO_ADAPTERS = "none"
+"""Given as an adapter: not even those that were kept beside the model."""
+
 STOPPED = 130
 """What a shell reports for a program that Ctrl-C ended: 128 + 2."""
 
@@ -61,6 +64,13 @@ def run(
     context: Annotated[
         int | None, typer.Option(metavar="TOKENS", help="Room for prompt and answer.")
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[=WEIGHT]",
+            help="A LoRA adapter to apply beside the model; none: not even kept ones. Repeatable.",
+        ),
+    ] = None,
     runtime: Annotated[
         str | None, typer.Option(metavar="NAME", help="Default: the fastest here (edgellm doctor).")
     ] = None,
@@ -89,6 +99,7 @@ def run(
       edgellm run small --temperature 0.8 --top-p 0.95 --seed 7 "Write a haiku."
       git diff | edgellm run small --system "Write a commit message."
       edgellm run model.gguf --raw "The capital of France is" --max-tokens 5
+      edgellm run small --adapter ./my-lora=0.8 "Tell me about your work."
       edgellm run small "Name a prime." --json | jq .decode_tokens_per_s
     """
     if prompt and words:  # a question without quotes
@@ -101,6 +112,7 @@ def run(
         raise UsageError("--json needs a PROMPT (or one on stdin): a chat has no single answer")
     if prompt is None and raw:
         raise UsageError("--raw needs a PROMPT (or one on stdin): a chat uses the chat template")
+    adapters = _adapters(adapter)
     from edgellm.chat import open as open_model
     from edgellm.sampling import SamplingOptions
 
@@ -124,6 +136,7 @@ def run(
         threads=threads,
         verify=verify,
         system=system,
+        adapters=adapters,
     ) as session:
         if not as_json:
             render.say_notes(session.notes)
@@ -143,3 +156,15 @@ def run(
             render.say_notes(render.answer_facts(answer))
         if answer.finish_reason == "cancelled":
             raise typer.Exit(STOPPED)
+
+
+def _adapters(given: list[str] | None) -> list[str] | None:
+    """The adapters to apply; None where nothing was said, which takes those kept beside it."""
+    if given and NO_ADAPTERS in given:
+        if len(given) > 1:
+            raise UsageError(
+                f"--adapter {NO_ADAPTERS} leaves all adapters out, and another is named beside it: "
+                "leave one of the two out"
+            )
+        return []
+    return given or None
