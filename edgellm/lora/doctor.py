@@ -84,13 +84,13 @@ def check_static(merged: ModelSource, *, allow_untrained: bool = False) -> Adapt
     ``merged`` is of ``merged_source``, which refuses what matches nothing. Raises ``AdapterError``
     for an adapter that changes nothing, unless ``allow_untrained``.
     """
-    report = report_static(merged)
-    if report.faults and not allow_untrained:
+    report = report_static(merged, allow_untrained=allow_untrained)
+    if report.faults:
         raise AdapterError(report.faults[0])
     return report
 
 
-def report_static(merged: ModelSource) -> AdapterReport:
+def report_static(merged: ModelSource, *, allow_untrained: bool = False) -> AdapterReport:
     """The report of ``check_static``, with what it would raise among the ``faults``."""
     merge = merged.merge
     assert merge is not None, "nothing was merged into this source"
@@ -98,46 +98,52 @@ def report_static(merged: ModelSource) -> AdapterReport:
         _facts(merge.base, merged, adapter, bindings)
         for adapter, bindings in zip(merge.adapters, merge.bindings, strict=True)
     )
-    faults, notes = [], []
+    faults: list[str] = []
+    warnings = list(merged_twice(merged))
+    notes: list[str] = []
     for facts in adapters:
         untrained = [target.name for target in facts.targets if not target.trained]
         if untrained and len(untrained) == len(facts.targets) and not facts.replaced:
-            faults.append(
-                f"{facts.name} is untrained: none of its {len(untrained)} changes is other than "
-                "zero, so merging it would do nothing. Take the checkpoint of after the training, "
-                "or say --allow-untrained"
-            )
+            fault = f"{facts.name} is untrained: all of its {len(untrained)} changes are zero, so "
+            fault += "merging it does nothing"
+            if allow_untrained:
+                warnings.append(fault)
+            else:
+                faults.append(
+                    f"{fault}. Take the checkpoint of after the training, or say --allow-untrained"
+                )
         elif untrained:
             notes.append(
                 f"{facts.name}: {len(untrained)} of {len(facts.targets)} changes are zero: "
                 f"{listed(untrained)}"
             )
-    warnings = [facts.belonging.warning(facts.name) for facts in adapters]
+    warnings += filter(None, (facts.belonging.warning(facts.name) for facts in adapters))
     return AdapterReport(
         base=merge.base.name,
         method=merge.combination.method,
         adapters=adapters,
         faults=tuple(faults),
-        warnings=(*merged_twice(merged), *filter(None, warnings)),
+        warnings=tuple(warnings),
         notes=(*notes, *merged.notes),
     )
 
 
 def check(
-    source: ModelSource,
-    adapters: Sequence[Adapter],
-    combination: Combination,
+    merged: ModelSource,
     *,
+    allow_untrained: bool = False,
     threads: int | None = None,
     progress: Progress = unwatched,
 ) -> AdapterReport:
-    """All that can be said without quantizing: ``check_static``, and the size of every change.
+    """All that can be said without quantizing: ``report_static``, and the size of every change.
 
-    Reads each changed weight of the base; memory is a few slabs. Raises ``AdapterError`` for what
-    does not match the base; what is wrong beside that stands in ``faults``.
+    Reads each changed weight of the base; memory is a few slabs. What is wrong stands in
+    ``faults``; raises ``AdapterError`` where a merge makes NaN or Inf.
     """
-    merged = merged_source(source, adapters, combination)
-    report = report_static(merged)
+    report = report_static(merged, allow_untrained=allow_untrained)
+    merge = merged.merge
+    assert merge is not None
+    source, adapters = merge.base, merge.adapters
     found: list[AdapterFacts] = []
     for adapter, facts in zip(adapters, report.adapters, strict=True):
         # Alone and at its weight; of a single adapter that is the whole merge.

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 MIN_SURVIVAL = 0.5
 """The least survival that a conversion is kept with, where none was asked for."""
 
+BUILT_IN = "built-in"
+"""What the text of ``calibration_text`` is called."""
+
 SMALLEST_KL = 1e-4
 """Nats between merged model and base below which a text does not show the fine-tune."""
 
@@ -83,7 +86,7 @@ def measure(
     artifact: Artifact,
     *,
     text: str | None = None,
-    text_name: str = "built-in",
+    text_name: str = BUILT_IN,
     threads: int | None = None,
     progress: Progress = unwatched,
 ) -> Survival:
@@ -157,11 +160,12 @@ def affordable(merged: ModelSource, tokens: int = calibration_text.TEXT_TOKENS) 
     return sum(ref.size for ref in merged.tensors.values()) * tokens <= MOST_WORK
 
 
-def require(survival: Survival, minimum: float) -> None:
+def require(survival: Survival, minimum: float | None) -> None:
     """Raise ``VerificationError`` where less than ``minimum`` is left; 0 lets everything pass.
 
-    What could not be measured passes: its ``reason`` says why.
+    None is ``MIN_SURVIVAL``. What could not be measured passes: its ``reason`` says why.
     """
+    minimum = MIN_SURVIVAL if minimum is None else minimum
     if survival.survival is None or not minimum or survival.survival >= minimum:
         return
     assert survival.from_base is not None

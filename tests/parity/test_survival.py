@@ -155,7 +155,7 @@ def measured(plan: Plan, artifact: Artifact) -> survival.Survival:
 def test_sizes_of_changes_equal_peft(case: Case) -> None:
     source = open_source(str(case.base))
     adapter = open_adapter(str(case.adapter.folder))
-    report = doctor.check(source, [adapter], Combination())
+    report = doctor.check(merged_source(source, [adapter], Combination()))
     (facts,) = report.adapters
     assert not report.faults
     names = {name for name in case.adapter.base if name.split(".")[-2] in TARGETS}
@@ -181,17 +181,18 @@ def test_two_adapters_are_measured_apart_and_together(case: Case) -> None:
     source = open_source(str(case.base))
     folder = case.adapter.folder
     halves = [open_adapter(f"{folder}=0.5"), open_adapter(f"{folder}=0.5")]
-    report = doctor.check(source, halves, Combination())
-    (whole,) = doctor.check(source, [open_adapter(str(folder))], Combination()).adapters
+    merged = merged_source(source, halves, Combination())
+    report = doctor.check(merged)
+    one = merged_source(source, [open_adapter(str(folder))], Combination())
+    (whole,) = doctor.check(one).adapters
     assert whole.relative is not None
     for facts in report.adapters:
         assert facts.relative == pytest.approx(whole.relative / 2, rel=1e-4)
     assert report.together_relative == pytest.approx(whole.relative, rel=1e-4)
-    merged = merged_source(source, halves, Combination())
     plan = case.plan("int4-g32")
-    for one, two in zip(
+    for part, all_of_it in zip(
         survival.weight_survivals(merged, plan.layout, "rtn"),
         survival.weight_survivals(plan.source, plan.layout, "rtn"),
         strict=True,
     ):
-        assert one.cosine == pytest.approx(two.cosine, abs=1e-3)
+        assert part.cosine == pytest.approx(all_of_it.cosine, abs=1e-3)
