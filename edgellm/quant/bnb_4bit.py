@@ -62,9 +62,9 @@ def quantize(values: Array, absmax: Array, kind: str, block: int = BLOCK) -> Cod
     whole = len(values) // block * block
     for start in range(0, whole, step):
         stop = min(start + step, whole)
-        inverse = np.float32(1) / sizes[start // block : stop // block, None]
-        part = (values[start:stop].reshape(-1, block) * inverse).reshape(-1)
-        codes[start:stop] = order[_places(part, borders)]
+        inverse: Array = np.reciprocal(sizes[start // block : stop // block, None])
+        part: Array = values[start:stop].reshape(-1, block) * inverse
+        codes[start:stop] = order[_places(part.reshape(-1), borders)]
     if whole < len(values):
         codes[whole:] = order[_places(values[whole:] / sizes[-1], borders)]
     return codes
