@@ -89,7 +89,10 @@ def note_on(tensors: Mapping[str, TensorRef], where: str) -> str:
             "weights belong to different models; fetch both again, or take quantization_config out "
             "of config.json"
         )
-    return f"weights are stored as {' and '.join(types)}: taken as the values that this stands for"
+    return (
+        f"the weights are stored as {' and '.join(types)}: their dequantized values are what is "
+        "converted"
+    )
 
 
 def stored_as(tensors: Mapping[str, TensorRef]) -> tuple[str, ...]:

@@ -1,0 +1,169 @@
+"""What comes with an adapter and tells how its base was stored while it was trained.
+
+Names of bases, PEFT's and trainers' model cards, and the settings files of trainers. Texts are
+searched for lines ``key: value``, whether YAML, JSON or a list in Markdown; ``training_args.bin``
+is a pickle and is never opened.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgellm.lora.adapter import Adapter
+
+FULL = "full"
+CARD = "README.md"
+CONFIG = "adapter_config.json"
+SETTINGS_FILES = (
+    "training_config.json",
+    "training_args.json",
+    "train_config.json",
+    "finetune_config.json",
+    "quantization_config.json",
+)
+PICKLED_SETTINGS = "training_args.bin"
+MAX_BYTES = 1 << 20
+"""Longer texts are no settings; of a card, what lies beyond is not read."""
+
+NAMES = (
+    (re.compile(r"bnb[-_]?4bit$"), "nf4-dq"),
+    (re.compile(r"bnb[-_]?8bit$"), "int8"),
+    (re.compile(r"[-_.]gptq\b"), "gptq"),
+    (re.compile(r"[-_.]awq\b"), "awq"),
+)
+"""Ends of names of bases that are stored quantized. Unsloth's bnb-4bit ones are nf4 with double
+quantization."""
+
+UNSLOTH_DYNAMIC = re.compile(r"unsloth[-_]bnb[-_]?4bit$")
+
+KEYS = (
+    "load_in_4bit",
+    "load_in_8bit",
+    "quant_method",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "use_bnb_nested_quant",
+    "double_quantization",
+    "quantization_bit",
+    "llm_int8_skip_modules",
+    "adapter",
+    "base_model",
+    "model_name_or_path",
+)
+LINE = re.compile(
+    rf"^[\s>*\-{{,]*[`\"']?_?({'|'.join(KEYS)})[`\"']?\s*:\s*(.*?)\s*,?\s*$", re.MULTILINE
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One thing that was said: ``method`` is ``full``, a row of ``rounded_base.METHODS``, ``gptq``
+    or ``awq``.
+
+    ``where`` and ``says`` make the sentence "``where`` says ``says``". ``exact``: the settings were
+    spelled out, not told from a name. ``skipped`` is ``llm_int8_skip_modules`` where it was set.
+    """
+
+    method: str
+    where: str
+    says: str
+    exact: bool = True
+    skipped: tuple[str, ...] | None = None
+
+    @property
+    def family(self) -> str:
+        """``4bit`` for all of bitsandbytes' 4-bit types, which only details tell apart."""
+        return "4bit" if self.method.startswith(("nf4", "fp4")) else self.method
+
+
+def evidence(adapter: Adapter) -> list[Evidence]:
+    """All that is said, the adapter's config first, then its card, then settings files."""
+    found = list(_of_name(adapter.base_name, "adapter_config.json"))
+    folder = adapter.path if adapter.path.is_dir() else None
+    if folder is None:
+        return found
+    for path, where in _texts(folder):
+        found += _of_text(_read(path), where)
+    return found
+
+
+def unread_settings(adapter: Adapter) -> str:
+    """A word on the pickle that might say more, where there is one."""
+    if adapter.path.is_dir() and (adapter.path / PICKLED_SETTINGS).exists():
+        return f" ({PICKLED_SETTINGS} was not opened: it is a pickle)"
+    return ""
+
+
+def is_unsloth_dynamic(name: str) -> bool:
+    """Whether the base of that name has some layers left out, which only it knows."""
+    return UNSLOTH_DYNAMIC.search(name.lower()) is not None
+
+
+def _texts(folder: Path) -> Iterator[tuple[Path, str]]:
+    yield folder / CONFIG, CONFIG
+    yield folder / CARD, "the adapter's model card"
+    for path in sorted((*folder.glob("*.yaml"), *folder.glob("*.yml"))):
+        yield path, path.name
+    for name in SETTINGS_FILES:
+        yield folder / name, name
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _of_name(name: str, where: str, key: str = "base_model_name_or_path") -> Iterator[Evidence]:
+    for pattern, method in NAMES:
+        if pattern.search(name.rstrip("/\\").lower()):
+            yield Evidence(method, where, f"{key} {name}", exact=False)
+            return
+
+
+def _of_text(text: str, where: str) -> Iterator[Evidence]:
+    said: dict[str, str] = {}
+    for key, value in LINE.findall(text):
+        said.setdefault(key, value.strip("`\"' "))
+    found = _of_settings(said, where)
+    if found is not None:
+        yield found
+    for key in ("base_model", "model_name_or_path"):
+        yield from _of_name(said.get(key, ""), where, key)
+
+
+def _of_settings(said: Mapping[str, str], where: str) -> Evidence | None:
+    method = said.get("quant_method", "").lower()
+    if method in ("gptq", "awq"):
+        return Evidence(method, where, f"quant_method: {method}")
+    skipped = _modules(said.get("llm_int8_skip_modules", ""))
+    for key, value in (("load_in_4bit", "true"), ("quantization_bit", "4"), ("adapter", "qlora")):
+        if said.get(key, "").lower() == value:
+            return Evidence(_four_bit(said), where, f"{key}: {said[key]}", skipped=skipped)
+    for key, value in (("load_in_8bit", "true"), ("quantization_bit", "8")):
+        if said.get(key, "").lower() == value:
+            return Evidence("int8", where, f"{key}: {said[key]}", skipped=skipped)
+    if said.get("load_in_4bit", "").lower() == "false":
+        return Evidence(FULL, where, "load_in_4bit: false")
+    return None
+
+
+def _four_bit(said: Mapping[str, str]) -> str:
+    """The 4-bit type: ``BitsAndBytesConfig``'s defaults where its own keys are there, trainers'
+    (axolotl, Unsloth, LLaMA-Factory: nf4, rounded twice) where only theirs are.
+    """
+    own = any(key.startswith("bnb_4bit") or key == "quant_method" for key in said)
+    kind = said.get("bnb_4bit_quant_type", "fp4" if own else "nf4").lower()
+    keys = ("bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantization")
+    double = next((said[key] for key in keys if key in said), "false" if own else "true")
+    return kind + ("-dq" if double.lower() == "true" else "")
+
+
+def _modules(text: str) -> tuple[str, ...] | None:
+    """The names in a list on one line; None where the key was left at its default."""
+    return tuple(re.findall(r"[\w.]+", text)) if text.startswith("[") else None
