@@ -167,13 +167,16 @@ class ChatSession:
         return self._apart.weights if self._apart else {}
 
     def add_adapter(self, adapter: str | Path) -> str:
-        """Make a LoRA adapter known, off at first: its name, for ``set_adapters``.
+        """Apply a LoRA adapter beside those that are applied already; its name in ``adapters``.
 
-        ``adapter`` is a PEFT folder, a GGUF adapter or a Hub id. Raises ``AdapterError`` for one
-        that is damaged, of another base, or cannot be applied beside a model, and
-        ``UnsupportedTarget`` where the runtime applies none.
+        ``adapter`` is ``PATH[=WEIGHT]`` (a PEFT folder, a GGUF adapter or a Hub id), or a name that
+        is known. Raises ``AdapterError`` for one that is damaged, of another base, or cannot be
+        applied beside a model, and ``UnsupportedTarget`` where the runtime applies none.
         """
-        return self._adapting().add(str(adapter))[0]
+        apart = self._adapting()
+        name, weight = apart.add(str(adapter))
+        apart.set({**apart.weights, name: weight})
+        return name
 
     def set_adapters(self, weights: Mapping[str, float]) -> None:
         """Apply the adapters that are named, as strongly as said, and no others, from now on.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgellm.cli import render
-from edgellm.errors import EdgeError
+from edgellm.errors import EdgeError, UsageError
 
 if TYPE_CHECKING:
     from edgellm.chat import ChatSession
@@ -18,6 +18,7 @@ PROMPT = ">>> "
 MORE = "... "
 
 HELP = """\
+/adapter     the LoRA adapters; NAME=0.5 or PATH applies one, NAME off stops it
 /clear       forget the conversation
 /stats       speed and memory of the last answer, and how full the context is
 /save FILE   write the conversation to a file, as JSON
@@ -38,6 +39,7 @@ class Chat:
         self._show_stats = show_stats
         self._last: Answer | None = None
         self._commands: dict[str, Callable[[str], None]] = {
+            "/adapter": self._adapter,
             "/clear": self._clear,
             "/help": self._help,
             "/save": self._save,
@@ -93,6 +95,25 @@ class Chat:
             render.say(f"(cut: {why})")
         if self._show_stats:
             self._stats("")
+
+    def _adapter(self, argument: str) -> None:
+        session = self._session
+        name, _, rest = argument.rpartition(" ")
+        try:
+            if rest == "off" and name:
+                if name not in session.adapters:
+                    raise UsageError(f"no adapter named {name!r}: /adapter lists them")
+                session.set_adapters({**session.adapters, name: 0.0})
+            elif argument:
+                session.add_adapter(argument)
+        except EdgeError as error:
+            render.say_error(error)
+            return
+        known = session.adapters
+        render.say_notes(
+            [f"{name}  {weight:g}" if weight else f"{name}  off" for name, weight in known.items()]
+            or ["no adapters: /adapter PATH[=WEIGHT] applies one"]
+        )
 
     def _clear(self, _: str) -> None:
         self._session.clear()
