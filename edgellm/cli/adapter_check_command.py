@@ -98,18 +98,13 @@ def adapter_check(
             "combine": combine,
             "density": density,
             "merge_base": merge_base,
+            "allow_untrained": allow_untrained or None,
             "min_survival": min_survival,
+            "calibration_text": None if calibration_text is None else str(calibration_text),
         }
     )
     with progress_shown(quiet=as_json) as progress:
-        found = check_up(
-            recipe,
-            artifact=artifact,
-            text=calibration_text,
-            allow_untrained=allow_untrained,
-            threads=threads,
-            progress=progress,
-        )
+        found = check_up(recipe, artifact=artifact, threads=threads, progress=progress)
     if as_json:
         render.show_json(found)
     else:

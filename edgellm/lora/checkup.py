@@ -17,7 +17,7 @@ from edgellm.lora.requested import with_adapters
 from edgellm.lora.survival import Survival
 from edgellm.manifest import Artifact, open_artifact
 from edgellm.progress import Progress, unwatched
-from edgellm.recipe import Recipe, make_recipe
+from edgellm.recipe import ONLY_CHECKED, Recipe, make_recipe
 from edgellm.source import open_source
 from edgellm.source.model import ModelSource
 
@@ -38,19 +38,16 @@ def check_up(
     recipe: Recipe,
     *,
     artifact: Path | None = None,
-    text: Path | None = None,
-    allow_untrained: bool = False,
     threads: int | None = None,
     progress: Progress = unwatched,
 ) -> Checkup:
     """What the adapters of ``recipe`` do to its source, every changed weight read.
 
     With an ``artifact`` that was made of them, combined as it says, also how much of the fine-tune
-    is left in it: measured on the file ``text``, or on the built-in text. Raises ``AdapterError``
+    is left in it, on the recipe's ``calibration_text`` or the built-in one. Raises ``AdapterError``
     for adapters that match nothing or other ones than the artifact's, and what opening raises.
     """
     made = open_artifact(artifact) if artifact is not None else None
-    content = calibration_text.read_text(text) if text is not None else None
     if made is not None:
         recipe = _recipe_of(made, recipe)
     base = open_source(
@@ -59,22 +56,25 @@ def check_up(
         context=recipe.context,
         progress=progress,
     )
-    merged = with_adapters(base, recipe, progress=progress)
+    # An untrained adapter is a fault among others here, to be reported with them.
+    lenient = msgspec.structs.replace(recipe, allow_untrained=True)
+    merged = with_adapters(base, lenient, progress=progress)
     report = doctor.check(
-        merged, allow_untrained=allow_untrained, threads=threads, progress=progress
+        merged, allow_untrained=recipe.allow_untrained, threads=threads, progress=progress
     )
     errors: list[EdgeError] = [AdapterError(fault) for fault in report.faults]
     left = None
     if made is not None:
         _refuse_others(made, merged)
         layout = container_named(made.container).lay_out(merged, recipe)
+        text = None if recipe.calibration_text is None else Path(recipe.calibration_text)
         left = survival.measure(
             merged,
             layout,
             recipe.solver,
             made,
-            text=content,
-            text_name=text.name if text is not None else survival.BUILT_IN,
+            text=None if text is None else calibration_text.read_text(text),
+            text_name=survival.BUILT_IN if text is None else text.name,
             threads=threads,
             progress=progress,
         )
@@ -98,7 +98,7 @@ def _recipe_of(artifact: Artifact, asked: Recipe) -> Recipe:
             "be left: give an artifact that `edgellm convert --adapter` made"
         )
     given: Mapping[str, Any] = artifact.manifest.artifact.recipe
-    ours = {"source": asked.source, "adapters": asked.adapters, "min_survival": asked.min_survival}
+    ours = {name: getattr(asked, name) for name in ("source", "adapters", *ONLY_CHECKED)}
     return make_recipe({**given, **ours}, origin=str(artifact.path))
 
 

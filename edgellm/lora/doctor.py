@@ -124,7 +124,10 @@ def report_static(merged: ModelSource, *, allow_untrained: bool = False) -> Adap
         adapters=adapters,
         faults=tuple(faults),
         warnings=tuple(warnings),
-        notes=(*notes, *merged.notes),
+        # A source that was planned holds both among its notes already.
+        notes=tuple(
+            note for note in dict.fromkeys((*merged.notes, *notes)) if note not in warnings
+        ),
     )
 
 
