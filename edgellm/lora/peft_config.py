@@ -191,6 +191,48 @@ def _boft(reader: Config, config: Mapping[str, Any], ignore: Collection[str]) ->
     reader.integer("boft_n_butterfly_factor", default=1, minimum=0)
 
 
+def _adalora(reader: Config, config: Mapping[str, Any], ignore: Collection[str]) -> None:
+    """LoRA's config and its own; of ``rank_pattern``, the masks of what was not saved."""
+    reader.skip(*_LORA_HARMLESS.split(), "r", "init_lora_weights", "rank_pattern")
+    reader.skip("tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
+    reader.skip("target_r")
+    reader.integer("init_r", default=12)
+    reader.number("lora_alpha", above=0.0)
+    for key in (*VARIANTS, "use_dora", "lora_bias", "use_rslora", "alpha_pattern"):
+        reader.skip(key)
+        if config.get(key):
+            raise AdapterError(
+                f"{reader.where} sets {key}, which PEFT does not have for AdaLoRA: the config "
+                "belongs to another adapter, or was put together by hand; fetch both again"
+            )
+    for key in ("target_parameters", "trainable_token_indices"):
+        reader.skip(key)
+
+
+def _c3a(reader: Config, config: Mapping[str, Any], ignore: Collection[str]) -> None:
+    """The blocks' size is seen from the tensors."""
+    reader.skip("block_size", "block_size_pattern", "bias", "init_weights")
+
+
+def _hira(reader: Config, config: Mapping[str, Any], ignore: Collection[str]) -> None:
+    reader.skip("hira_dropout", "init_weights")
+    reader.integer("r", default=32)
+    _patterns(reader, config)
+
+
+def _hra(reader: Config, config: Mapping[str, Any], ignore: Collection[str]) -> None:
+    reader.skip("bias", "init_weights")
+    reader.integer("r", default=8)
+    reader.flag("apply_GS", default=False)
+
+
+def _miss(reader: Config, config: Mapping[str, Any], ignore: Collection[str]) -> None:
+    reader.skip("miss_dropout", "bias")
+    reader.neutral("init_weights", True, False, "bat", "mini")
+    reader.integer("r", default=64)
+    reader.integer("mini_r", default=1)
+
+
 def _ln_tuning(reader: Config, config: Mapping[str, Any], ignore: Collection[str]) -> None:
     """All that it trains are whole tensors."""
 
@@ -209,6 +251,11 @@ READERS: Mapping[str, Reader] = {
     "vera": _vera,
     "oft": _oft,
     "boft": _boft,
+    "adalora": _adalora,
+    "c3a": _c3a,
+    "hira": _hira,
+    "hra": _hra,
+    "miss": _miss,
     "ln_tuning": _ln_tuning,
     "trainable_tokens": _trainable_tokens,
 }
@@ -221,6 +268,8 @@ def _patterns(reader: Config, config: Mapping[str, Any]) -> None:
         if not reader.has(key):
             reader.skip(key)
             continue
+        if not isinstance(config[key], Mapping):
+            raise reader.refusal(key, config[key], "an object of numbers by pattern")
         section = reader.section(key)
         for pattern in config[key]:
             if key == "rank_pattern":

@@ -18,10 +18,17 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from edgellm.errors import HubError, SourceError
+from edgellm.errors import AdapterError, HubError, SourceError
+from edgellm.lora.open import open_adapter
 from edgellm.progress import ProgressEvent
 from edgellm.source import open_source
-from edgellm.source.hub import HubId, download, needed_files, parse_hub_id
+from edgellm.source.hub import (
+    HubId,
+    download,
+    needed_adapter_files,
+    needed_files,
+    parse_hub_id,
+)
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -247,6 +254,83 @@ def test_a_model_is_fetched_once_and_then_cached(hub: StandIn, folder: Path) -> 
     assert open_source("org/tiny", progress=events.append).revision == COMMIT
     assert hub.fetched() == set()
     assert events == []
+
+
+ADAPTER = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "base_model_name_or_path": "org/tiny"}
+
+
+def adapter_files(to_safetensors: Callable[..., bytes]) -> dict[str, bytes]:
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{prefix}.lora_A.weight": np.full((1, 32), 2.0, np.float32),
+        f"{prefix}.lora_B.weight": np.full((32, 1), 0.5, np.float32),
+    }
+    return {
+        "adapter_config.json": json.dumps(ADAPTER).encode(),
+        "adapter_model.safetensors": to_safetensors(tensors),
+    }
+
+
+def test_an_adapter_is_fetched_without_what_stands_beside_it(
+    hub: StandIn, to_safetensors: Callable[..., bytes], folder: Path
+) -> None:
+    files = adapter_files(to_safetensors)
+    tokenizer = {"tokenizer.json": (folder / "tokenizer.json").read_bytes(), "README.md": b"x"}
+    others = {"optimizer.pt": b"x", "checkpoint-9/adapter_model.safetensors": b"x", "a.bin": b"x"}
+    hub.repositories["org/tuned"] = files | tokenizer | others
+    events: list[ProgressEvent] = []
+    adapter = open_adapter("org/tuned=0.5", progress=events.append)
+    assert hub.fetched() == set(files | tokenizer)
+    assert (adapter.name, adapter.revision, adapter.weight) == ("org/tuned", COMMIT, 0.5)
+    assert adapter.base_name == "org/tiny"
+    assert adapter.tokenizer_folder == adapter.path
+    parts = adapter.parts["model.layers.0.self_attn.q_proj.weight"]
+    np.testing.assert_array_equal(parts["lora_A"].load(), np.full((1, 32), 2.0))
+    assert {event.stage for event in events} == {"download"}
+
+    hub.requests.clear()
+    assert open_adapter("org/tuned@v1").revision == COMMIT
+    assert hub.fetched() == set()
+
+
+def test_a_cached_adapter_is_taken_when_the_hub_is_down(
+    hub: StandIn, to_safetensors: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repositories["org/tuned"] = adapter_files(to_safetensors)
+    open_adapter("org/tuned")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    adapter = open_adapter("org/tuned")
+    assert adapter.revision == COMMIT
+    assert "taken from the cache" in adapter.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "names", "error", "message"),
+    [
+        (
+            "o/n",
+            ["adapter_config.json", "adapter_model.bin"],
+            AdapterError,
+            r"pickle \(adapter_model.bin\).*@refs/pr/1.*safe_serialization=True",
+        ),
+        (
+            "o/n",
+            ["config.json", "model.safetensors"],
+            AdapterError,
+            "is no adapter that PEFT saved",
+        ),
+        ("o/n", ["adapter_model.safetensors"], AdapterError, r"has no adapter_config.json"),
+        ("o/n", ["lora.gguf", "README.md"], AdapterError, "such as o/n:lora.gguf"),
+        ("o/n:x.gguf", ["lora.gguf"], HubError, "has no x.gguf"),
+    ],
+)
+def test_repositories_without_an_adapter_say_why(
+    wanted: str, names: list[str], error: type[Exception], message: str
+) -> None:
+    hub_id = parse_hub_id(wanted)
+    assert hub_id is not None
+    with pytest.raises(error, match=message):
+        needed_adapter_files(hub_id, names)
 
 
 def test_a_revision_is_asked_for(hub: StandIn, folder: Path) -> None:
