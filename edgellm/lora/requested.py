@@ -61,7 +61,10 @@ def opened(
     """
     if recipe.calibration_text is not None:
         read_text(Path(recipe.calibration_text))
-    adapters = [open_adapter(spec, progress=progress) for spec in recipe.adapter_specs()]
+    adapters = [
+        open_adapter(spec, ignore_config_keys=recipe.ignore_config_keys, progress=progress)
+        for spec in recipe.adapter_specs()
+    ]
     _refuse_twice(adapters)
     combination = settled(recipe.combination(), [adapter.config for adapter in adapters])
     return adapters, combination, check(combination, [adapter.weight for adapter in adapters])
