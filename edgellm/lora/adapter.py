@@ -32,10 +32,13 @@ class Adapter:
     ``kind`` is a row of ``KINDS``. ``config`` is ``adapter_config.json``. ``parts`` are by the name
     of the weight that they change: a Hugging Face name without the prefixes that PEFT adds
     (``model.layers.0.self_attn.q_proj.weight``), or, where ``naming`` is ``gguf``, a role
-    (``blk.0.attn_q.weight``). ``replaced`` are whole tensors that take the place of the base's
-    (``modules_to_save``, trained biases), by the same names. ``tokenizer_folder``: where the
-    adapter brings a tokenizer of its own. ``base_name`` and ``base_revision``: what it says that it
-    was trained on, empty where it says nothing. ``notes`` are facts that the user should be shown.
+    (``blk.0.attn_q.weight``). What ``lora_bias`` adds to a bias is a part (``lora_bias``) under the
+    bias's name, and a part that serves all weights (VeRA's projections) is given to each of them.
+    ``replaced`` are whole tensors that take the place of the base's (``modules_to_save``, trained
+    biases, tables that were saved beside their change), by the same names; where a weight has both,
+    its parts change the replacement. ``tokenizer_folder``: where the adapter brings a tokenizer of
+    its own. ``base_name`` and ``base_revision``: what it says that it was trained on, empty where
+    it says nothing. ``notes`` are facts that the user should be shown.
     """
 
     name: str

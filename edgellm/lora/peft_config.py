@@ -89,6 +89,8 @@ def read_config(
     try:
         READERS[kind](reader, config, ignore)
         _check_task(reader)
+        if reader.has("modules_to_save"):
+            reader.texts("modules_to_save")
         reader.refuse_unread()
     except UnsupportedModel as error:
         raise AdapterError(str(error)) from error

@@ -146,6 +146,7 @@ def test_damaged_weights(
         ({"trainable_token_indices": [3, 3]}, "each once"),
         ({"trainable_token_indices": {"embed_tokens": [-1]}}, "each once"),
         ({"target_parameters": "q_proj.weight"}, "a list of strings"),
+        ({"modules_to_save": 3}, "modules_to_save is 3, expected a list of strings"),
     ],
 )
 def test_configs_that_are_refused(
@@ -164,8 +165,8 @@ def test_configs_that_are_refused(
         ("MULTITASK_PROMPT_TUNING", "changes no weight"),
         ("ADAPTION_PROMPT", "adds something to the network"),
         ("XLORA", "anew for every input"),
-        ("ADALORA", "merge_and_unload"),
-        ("HRA", "merge_and_unload"),
+        ("FOURIERFT", "merge_and_unload"),
+        ("VBLORA", "merge_and_unload"),
     ],
 )
 def test_kinds_that_cannot_be_merged(kind: str, message: str, write_adapter: WriteAdapter) -> None:
