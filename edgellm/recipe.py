@@ -200,7 +200,8 @@ def make_recipe(fields: Mapping[str, Any], origin: str = "the options") -> Recip
 def _check_adapters(recipe: Recipe, origin: str) -> None:
     """Refuse options that contradict the adapters, or that nothing would heed."""
     if not recipe.adapters:
-        idle = [name for name in OF_ADAPTERS if getattr(recipe, name) not in (None, False)]
+        given = {name: getattr(recipe, name) for name in OF_ADAPTERS}
+        idle = [name for name, value in given.items() if value is not None and value is not False]
         if recipe.merge_base == DEQUANTIZED:  # a quantized model, to be rounded again
             idle.remove("merge_base")
         if idle:

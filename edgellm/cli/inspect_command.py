@@ -129,7 +129,7 @@ def _merge_lines(merge: MergeEntry, measured: dict[str, Any]) -> list[tuple[str,
         }
         lines.append(("combined by", f"{merge.method} {_text(settings)}".strip()))
     if merge.base:
-        lines.append(("merged into", f"{merge.base}: {merge.base_reason}"))
+        lines.append(("merge base", merge.base_reason or merge.base))
     share = measured.get("merge", {}).get("relative_change")
     if share is not None:
         lines.append(("change", f"{share:.2%} of the norm of the weights that they change"))

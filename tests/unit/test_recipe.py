@@ -75,3 +75,86 @@ def test_the_digest_follows_the_choices_and_not_the_place() -> None:
     here, there = Recipe(source="/a/m", quant="q4_0"), Recipe(source="/b/m", quant="q4_0")
     assert here.sha256() == there.sha256()
     assert here.sha256() != Recipe(source="/a/m", quant="q4_1").sha256()
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> Path:
+    """A folder with two of them, one of an awkward name."""
+    for name in ("style", "lr=3"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def test_adapters_beside_the_file_are_found_from_anywhere(adapters: Path) -> None:
+    (adapters / "recipe.toml").write_text(
+        'source = "org/name"\nadapters = ["style=0.5", "lr=3", "lr=3=-2", "org/lora=2"]\n'
+    )
+    recipe = load_recipe(adapters / "recipe.toml", {})
+    assert recipe.adapters == (
+        f"{adapters / 'style'}=0.5",
+        str(adapters / "lr=3"),
+        f"{adapters / 'lr=3'}=-2",
+        "org/lora=2",
+    )
+    specs = recipe.adapter_specs()
+    assert [(Path(spec.path).name, spec.weight) for spec in specs] == [
+        ("style", 0.5),
+        ("lr=3", 1.0),
+        ("lr=3", -2.0),
+        ("lora", 2.0),
+    ]
+
+
+def test_the_digest_follows_weights_and_not_the_places_of_adapters() -> None:
+    plain = Recipe(source="m", quant="q4_0")
+    merged = Recipe(source="m", quant="q4_0", adapters=("a", "b=0.5"))
+    elsewhere = Recipe(source="n", quant="q4_0", adapters=("x/a", "y/b=0.5"), min_survival=0.9)
+    assert merged.sha256() == elsewhere.sha256() != plain.sha256()
+    assert merged.choices()["adapters"] == [1.0, 0.5]
+    for other in (
+        Recipe(source="m", quant="q4_0", adapters=("b=0.5", "a")),
+        Recipe(source="m", quant="q4_0", adapters=("a", "b=0.5"), combine="svd"),
+        Recipe(source="m", quant="q4_0", adapters=("a", "b=0.5"), merge_base="full"),
+    ):
+        assert other.sha256() != merged.sha256()
+    assert "adapters" not in plain.choices()
+    assert "combine" not in plain.choices()
+
+
+def test_a_saved_recipe_keeps_its_adapters(tmp_path: Path) -> None:
+    recipe = make_recipe(
+        {
+            "source": "org/name",
+            "adapters": ["a/b=0.5", "c/d"],
+            "combine": "DARE_Ties",
+            "density": 0.5,
+            "sign": "frequency",
+            "seed": 7,
+            "merge_base": "NF4",
+            "min_survival": 0.25,
+            "allow_untrained": True,
+        }
+    )
+    save_recipe(recipe, tmp_path / "recipe.toml")
+    assert load_recipe(tmp_path / "recipe.toml", {}) == recipe
+    combination = recipe.combination()
+    assert (combination.method, combination.seed) == ("dare_ties", 7)
+    assert (combination.density, combination.sign) == (0.5, "frequency")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"combine": "ties"}, "combine is about adapters"),
+        ({"seed": 0}, "seed is about adapters"),
+        ({"keep_adapters": True}, "keep_adapters is about adapters"),
+        ({"adapters": ["a"], "seed": -1}, "seed must be 0 or more, got -1"),
+        ({"adapters": ["a"], "min_survival": 1.5}, "min_survival is a share"),
+        ({"adapters": ["a=x"]}, "must be a number other than 0, got 'x'"),
+        ({"adapters": ["a", "b"], "combine": "ties"}, "needs a density"),
+        ({"adapters": "a"}, "adapters"),
+    ],
+)
+def test_what_is_wrong_with_adapters_is_named(fields: dict[str, object], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        make_recipe({"source": "m", **fields})
