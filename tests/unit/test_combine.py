@@ -14,6 +14,7 @@ import pytest
 from edgellm.errors import AdapterError, TensorError, UsageError
 from edgellm.lora.binding import Combination
 from edgellm.lora.combine import METHODS, Masked, SeededMasks, check, combined, settled
+from edgellm.lora.combine.leading import _sought
 from edgellm.lora.combine.pruning import LargestKept
 from edgellm.lora.combine.truncation import truncated
 from edgellm.lora.edit import LowRank, Target
@@ -239,10 +240,31 @@ def test_a_whole_matrix_is_cut_to_the_nearest_of_its_rank(
     assert_nearest(b @ a, matrix, rank)
 
 
+@pytest.mark.parametrize("shape", [(700, 640), (640, 700)])
+@pytest.mark.parametrize("count", [0, 2, 12])
+def test_a_large_matrix_is_sought_through_and_not_squared(
+    shape: tuple[int, int], count: int
+) -> None:
+    """More values than wanted, some noise, as pruned adapters are; fewer, and nothing but zeros."""
+    matrix = random(2, shape[0], count) @ random(3, count, shape[1])
+    if count == 12:
+        matrix += np.float32(0.01) * random(1, *shape)
+    assert _sought(matrix if shape[0] >= shape[1] else matrix.T, 4) is not None
+    a, b = truncated(matrix, 4)
+    assert_nearest(b @ a, matrix, 4)
+
+
+def test_a_matrix_of_noise_is_squared_and_solved_whole() -> None:
+    matrix = random(1, 800, 600)
+    assert _sought(matrix, 8) is None
+    a, b = truncated(matrix, 8)
+    assert_nearest(b @ a, matrix, 8)
+
+
 def assert_nearest(delta: Array, matrix: npt.NDArray[np.floating], rank: int) -> None:
     u, s, vt = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
     nearest = (u[:, :rank] * s[:rank]) @ vt[:rank]
-    assert np.abs(delta - nearest).max() < 1e-6 * s[0]
+    assert np.abs(delta - nearest).max() <= 1e-6 * s[0]
 
 
 # Pruning

@@ -200,10 +200,15 @@ class _Build:
     def _deltas(self) -> list[Delta]:
         for part in self.parts:
             if not _is_additive(part.edit):
+                scalings = all(isinstance(each.edit, Scaling) for each in self.parts)
                 raise AdapterError(
                     f"{part.name} does not add to {self.target.name}: what it does depends on the "
-                    "weight (DoRA, IA3 and OFT are such), so it has no sum with other adapters. "
-                    "Merge it alone, then merge the others into the result"
+                    "weight (DoRA, IA3 and OFT are such), so it has no sum with other adapters: "
+                    + (
+                        "choose linear, which sums the scalings of IA3"
+                        if scalings
+                        else "merge it alone, then merge the others into the result"
+                    )
                 )
         return [cast(Delta, part.edit) for part in self.parts]
 

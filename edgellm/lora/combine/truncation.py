@@ -1,7 +1,7 @@
 """Sums of adapters cut to a low rank: the nearest matrix of that rank (Eckart and Young, 1936).
 
-Neither way takes the SVD of an ``[out, in]`` matrix, as PEFT does. A sum of low-rank changes has a
-small core. Of any other matrix, the right singular vectors are the eigenvectors of its square.
+Neither way takes the SVD of an ``[out, in]`` matrix, as PEFT does: a sum of low-rank changes has a
+small core, and of any other matrix only the leading vectors are sought.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
+from edgellm.lora.combine.leading import Doubles, leading_bytes, leading_vectors
 from edgellm.lora.combine.pruning import slabs_of
 from edgellm.lora.combine.sums import side_by_side
 from edgellm.lora.edit import LowRank
 from edgellm.lora.factors import row_product
-from edgellm.tensors import SLAB_BYTES, Array, TensorRef, check_finite, rows_within
-
-Doubles = npt.NDArray[np.float64]
+from edgellm.tensors import Array, TensorRef, check_finite
 
 _ONE_MATRIX = threading.Lock()
 """Held while a whole matrix is in memory, so that there is one at most."""
@@ -83,8 +81,8 @@ class LowRankSum:
 class WholeMatrix:
     """A matrix cut to ``rank``, as two factors that load by rows.
 
-    ``ref`` is read whole, once, at the first load; the memory is the matrix in float32 and its
-    square in float64, of the shorter side. Kept: the factors.
+    ``ref`` is read whole, once, at the first load, which takes ``whole_matrix_bytes``. Kept: the
+    factors.
     """
 
     ref: TensorRef
@@ -113,24 +111,19 @@ class WholeMatrix:
             return truncated(matrix, self.rank)
 
 
+def whole_matrix_bytes(shape: tuple[int, ...]) -> int:
+    """Memory that ``WholeMatrix`` takes at most while it computes, slabs of rows aside.
+
+    One at a time does, however many threads ask.
+    """
+    rows, columns = shape
+    return 4 * rows * columns + leading_bytes(min(shape))
+
+
 def truncated(matrix: Array, rank: int) -> tuple[Array, Array]:
     """Factors ``[rank, in]`` and ``[out, rank]`` of the nearest matrix of ``rank``."""
     wide = matrix.shape[0] < matrix.shape[1]
-    vectors = _leading_vectors(matrix.T if wide else matrix, rank).astype(np.float32)
+    vectors = leading_vectors(matrix.T if wide else matrix, rank).astype(np.float32)
     if wide:
         return np.ascontiguousarray(vectors.T @ matrix), vectors
     return np.ascontiguousarray(vectors.T), np.ascontiguousarray(matrix @ vectors)
-
-
-def _leading_vectors(tall: Array, rank: int) -> Doubles:
-    """The right singular vectors of the ``rank`` largest singular values, as columns.
-
-    Eigenvectors of the square in float64: squaring a float32 matrix loses nothing there.
-    """
-    square = np.zeros((tall.shape[1], tall.shape[1]))
-    step = rows_within(SLAB_BYTES // 2, tall.shape[1])
-    for start in range(0, tall.shape[0], step):
-        rows = tall[start : start + step].astype(np.float64, order="C")
-        square += rows.T @ rows
-    vectors: Doubles = np.linalg.eigh(square)[1][:, : -rank - 1 : -1]
-    return vectors
