@@ -26,7 +26,8 @@ import tiny_models
 import torch
 import transformers
 
-from edgellm.conversion import convert
+from edgellm import plan as planning
+from edgellm.conversion import convert, one_blas_thread
 from edgellm.manifest import Artifact, read_manifest
 from edgellm.recipe import Recipe
 
@@ -194,3 +195,71 @@ def test_merged_answers_equal_those_of_peft(
         assert case.layers in (None, made.model.layer_count)
         got = artifact_logits(artifact, ids)
         np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE[container])
+
+
+@pytest.fixture(scope="module")
+def wide_adapter(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Changes of every linear weight and of the embedding, one of them DoRA."""
+    folder = tmp_path_factory.mktemp("wide") / "adapter"
+    config = peft.LoraConfig(
+        r=16,
+        lora_alpha=24,
+        task_type="CAUSAL_LM",
+        target_modules=[*LINEAR, "embed_tokens"],
+        use_dora=True,
+    )
+    live = peft_adapters.trained(tiny_model("llama-256"), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        live.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("container", "quant"), [("gguf", "f32"), ("gguf", "q4_k_m"), ("onnx", "int4-g32")]
+)
+def test_the_same_bytes_whatever_the_threads_and_slabs(
+    tiny_model: TinyModel,
+    wide_adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    container: str,
+    quant: str,
+) -> None:
+    source = str(tiny_model("llama-256"))
+    recipe = Recipe(source=source, adapters=(str(wide_adapter),), format=container, quant=quant)
+    found = []
+    for threads, slab_bytes in ((1, None), (2, None), (2, None), (3, 20_000), (2, 7_000)):
+        if slab_bytes is not None:
+            monkeypatch.setattr(planning, "SLAB_BYTES", slab_bytes)
+        out = tmp_path / f"{len(found)}"
+        found.append(read_manifest(convert(recipe, out, threads=threads, check=False).path))
+    assert len({manifest.sha256 for manifest in found}) == 1
+
+
+def test_the_merged_weights_have_one_checksum_in_every_container(
+    tiny_model: TinyModel, wide_adapter: Path, tmp_path: Path
+) -> None:
+    digests = set()
+    for container, quant in (("gguf", "q4_0"), ("gguf", "f16"), ("onnx", "int8")):
+        recipe = Recipe(
+            source=str(tiny_model("llama-256")),
+            adapters=(str(wide_adapter),),
+            format=container,
+            quant=quant,
+        )
+        merge = read_manifest(
+            convert(recipe, tmp_path / f"{container}-{quant}", check=False).path
+        ).artifact.merge
+        assert merge is not None
+        digests.add(merge.merged_sha256)
+    assert len(digests) == 1
+    assert len(digests.pop()) == 64
+
+
+def test_numpy_multiplies_on_one_thread_while_converting() -> None:
+    from threadpoolctl import threadpool_info
+
+    with one_blas_thread():
+        counts = {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+    assert counts <= {1}
