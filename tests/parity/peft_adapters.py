@@ -100,6 +100,15 @@ def _trained(
     return result.eval(), before
 
 
+def loaded(base: Path, folder: Path) -> peft.PeftModel:
+    """The adapter of ``folder`` as PEFT reads it, on the model of ``base`` in float32."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(tiny_models.load(base), folder).eval()
+
+
 def move(model: peft.PeftModel, *, seed: int, noise: float = 0.1) -> None:
     """Add ``noise`` times a normal draw to every value of ``model`` that is trainable now."""
     import torch

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("peft", reason="peft is not installed")
 
-from peft_adapters import PeftAdapter, make_adapter, trained
+from peft_adapters import PeftAdapter, loaded, make_adapter, state_of, trained
 
 from edgellm.lora.adapter import Adapter
 from edgellm.lora.edit import Edit, Target
@@ -265,6 +265,46 @@ def test_rows_do_not_depend_on_the_slab(case: str, tiny_model: TinyModel, tmp_pa
     assert whole.keys() == cut.keys()
     for name, value in whole.items():
         assert np.array_equal(value, cut[name]), name
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module."])
+def test_what_trainers_save_by_themselves(
+    prefix: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """The live model's own names: the adapter's among them, and originals beside what was saved."""
+    from safetensors.torch import save_file
+
+    base = tiny_model(LLAMA)
+    config = lora(target_modules=Q, use_dora=True, modules_to_save=["norm", "lm_head"])
+    live = trained(base, config, adapter_name="mine" if prefix else "default")
+    state = {
+        prefix + name: value.clone()
+        for name, value in live.state_dict().items()
+        if any(word in name for word in ("lora_", "modules_to_save", "original_module"))
+    }
+    if prefix:  # only PEFT's usual name can be told from a module's
+        state = {name.replace("to_save.mine.", "to_save.default."): state[name] for name in state}
+    config.save_pretrained(tmp_path)
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    expected = state_of(live.merge_and_unload())
+    ours = merged(open_source(str(base)), open_adapter(str(tmp_path)), 100)
+    assert len(ours) == 11  # three of DoRA, seven norms, the head
+    for name, value in ours.items():
+        assert distance(value, expected[name]) < BOUNDS["dora"]
+
+
+def test_factors_in_bfloat16(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """PEFT computes with them in float32, as here."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    base = tiny_model(LLAMA)
+    folder = make_adapter(base, lora(target_modules=Q), tmp_path / "adapter").folder
+    file = folder / "adapter_model.safetensors"
+    save_file({name: value.to(torch.bfloat16) for name, value in load_file(file).items()}, file)
+    expected = state_of(loaded(base, folder).merge_and_unload())
+    for name, value in merged(open_source(str(base)), open_adapter(str(folder)), 100).items():
+        assert distance(value, expected[name]) < BOUNDS["lora"]
 
 
 def test_a_weight_moves_between_the_base_and_peft(tiny_model: TinyModel, tmp_path: Path) -> None:
