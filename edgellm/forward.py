@@ -71,6 +71,8 @@ class Sessions:
         self._options.intra_op_num_threads = threads or detect().physical_cores.value
         self._options.inter_op_num_threads = 1
         self._options.log_severity_level = 4
+        # A layer's products are long: waiting threads had better leave the cores to others.
+        self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._opened: dict[bytes, Any] = {}
 
     def of(self, graph: GraphBuilder) -> Any:

@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "adapter-check": (
         "edgellm.cli.adapter_check_command:adapter_check",
-        "Show what adapters do to a base, and what is wrong with that.",
+        "Show what adapters do to a base, and what is wrong.",
     ),
     "run": (
         "edgellm.cli.run_command:run",

@@ -72,7 +72,7 @@ def adapter_check(
         bool, typer.Option("--json", help="One JSON document on stdout, nothing on stderr.")
     ] = False,
 ) -> None:
-    """Show what adapters do to a base, and what is wrong with that.
+    """Show what adapters do to a base, and what is wrong.
 
     Which weights they match, ranks and scales, how large each change is, what of it narrow types
     lose, whether base and adapter belong together, and what llama.cpp would make of the adapter.
@@ -86,7 +86,7 @@ def adapter_check(
       edgellm adapter-check ./base ./my-lora
       edgellm adapter-check ./base ./style=0.7 ./facts --all
       edgellm adapter-check ./base ./my-lora --artifact small
-      edgellm adapter-check ./base ./my-lora --json | jq .report.adapters[].relative
+      edgellm adapter-check ./base ./my-lora --json | jq .faults
     """
     from edgellm.lora.checkup import check_up
     from edgellm.recipe import make_recipe
