@@ -17,6 +17,9 @@ from edgellm.lora.binding import Combination
 from edgellm.lora.combine import METHODS, Masked, combined, settled
 from edgellm.lora.combine.pruning import LargestKept
 from edgellm.lora.edit import LowRank, Target
+from edgellm.lora.merging import merged_source
+from edgellm.lora.open import open_adapter
+from edgellm.source import open_source
 from edgellm.tensors import constant
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -268,6 +271,27 @@ def test_negative_weights_equal_peft(alike: Case, method: str) -> None:
 @pytest.mark.parametrize("method", ["cat", "ties", "dare_linear", "svd", "ties_svd"])
 def test_one_adapter_is_merged_as_it_is_like_in_peft(alike: Case, method: str) -> None:
     assert compare(alike, ["a1"], (-0.5,), combination(method)) < FACTORS
+
+
+@pytest.mark.parametrize("method", ["cat", "ties", "svd", "ties_svd"])
+def test_a_model_merged_from_saved_adapters_equals_peft(
+    alike: Case, tiny_model: Callable[[str], Path], tmp_path: Path, method: str
+) -> None:
+    """From the files on disk to the weights: every tensor, changed or not."""
+    alike.model.save_pretrained(tmp_path, save_embedding_layers=False)
+    specs = [
+        f"{tmp_path / name}={weight}" for name, weight in zip(alike.names, WEIGHTS, strict=True)
+    ]
+    expected, _ = peft_deltas(alike, alike.names, WEIGHTS, combination(method))
+    alike.model.delete_adapter("sum")
+    source = open_source(str(tiny_model("llama")))
+    merged = merged_source(source, [open_adapter(spec) for spec in specs], combination(method))
+    assert merged.merge is not None
+    assert len(merged.merge.changed) == len(expected)
+    for role, tensor in source.tensors.items():
+        delta = merged.tensors[role].load() - tensor.load()
+        change = expected.get(tensor.name.removesuffix(".weight"), np.zeros(1))
+        assert np.abs(delta - change).max() <= BOUNDS[method] * max(1, np.abs(change).max())
 
 
 def test_linear_is_not_the_sum_of_the_adapters_and_cat_is(alike: Case) -> None:

@@ -100,5 +100,7 @@ def _doubles(tall: Array) -> Iterator[Doubles]:
 def _random(rows: int, columns: int) -> Doubles:
     """Numbers from -1 to 1, always the same."""
     raw = np.random.Philox(key=0).random_raw(rows * columns)
-    numbers: Doubles = (raw >> np.uint64(11)) * 2.0**-52 - 1
+    numbers: Doubles = (raw >> np.uint64(11)).astype(np.float64)
+    numbers *= 2.0**-52
+    numbers -= 1
     return numbers.reshape(rows, columns)
