@@ -40,6 +40,11 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "vera": ("vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B"),
     "oft": ("oft_R", "oft_r", "oft_embedding_R"),
     "boft": ("boft_R", "boft_s"),
+    "adalora": ("lora_A", "lora_B", "lora_E"),
+    "c3a": ("c3a_kernel",),
+    "hira": ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"),
+    "hra": ("hra_u",),
+    "miss": ("miss_block",),
     "ln_tuning": (),
     "trainable_tokens": (TOKENS,),
 }

@@ -21,6 +21,11 @@ KINDS = {
     "vera": "edgellm.lora.kinds.vera:bind",
     "oft": "edgellm.lora.kinds.oft:bind",
     "boft": "edgellm.lora.kinds.boft:bind",
+    "adalora": "edgellm.lora.kinds.adalora:bind",
+    "c3a": "edgellm.lora.kinds.c3a:bind",
+    "hira": "edgellm.lora.kinds.hira:bind",
+    "hra": "edgellm.lora.kinds.hra:bind",
+    "miss": "edgellm.lora.kinds.miss:bind",
     "ln_tuning": "edgellm.lora.kinds.ln_tuning:bind",
     "trainable_tokens": "edgellm.lora.kinds.trainable_tokens:bind",
 }

@@ -1,12 +1,13 @@
-"""Checks that kinds of adapter share: the parts that a weight needs, the layers that they fit."""
+"""What kinds of adapter share: checks of their parts and layers, and factors scaled by rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from edgellm.errors import AdapterError
 from edgellm.lora.edit import Target
-from edgellm.tensors import TensorRef
+from edgellm.tensors import Array, TensorRef
 
 
 def exactly(target: Target, parts: Mapping[str, TensorRef], *names: str) -> tuple[TensorRef, ...]:
@@ -50,3 +51,13 @@ def linear(target: Target, kind: str, *, conv1d: bool = False) -> tuple[int, int
             "adapter belongs to another model, or was put together by hand"
         )
     return target.shape[0], target.shape[1]
+
+
+def rows_scaled(matrix: TensorRef, vector: TensorRef, shape: tuple[int, int]) -> TensorRef:
+    """The first corner, of ``shape``, of ``matrix``; its rows times the values of ``vector``."""
+
+    def load_rows(start: int, stop: int) -> Array:
+        rows = matrix.load_rows(start, stop)[:, : shape[1]]
+        return rows * vector.load().reshape(-1)[start:stop, None]
+
+    return replace(matrix, shape=shape, load_rows=load_rows, column_loader=None)

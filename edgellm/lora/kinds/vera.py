@@ -8,13 +8,12 @@ the largest layer needs and cuts the others out of their beginnings (``Linear.ge
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from edgellm.errors import AdapterError
 from edgellm.lora.edit import LowRank, Target
-from edgellm.lora.kinds.parts import exactly, linear, shaped
-from edgellm.tensors import Array, TensorRef
+from edgellm.lora.kinds.parts import exactly, linear, rows_scaled, shaped
+from edgellm.tensors import TensorRef
 
 PROJECTIONS = ("vera_A", "vera_B")
 LAMBDAS = ("vera_lambda_b", "vera_lambda_d")
@@ -50,14 +49,6 @@ def bind(target: Target, parts: Mapping[str, TensorRef], config: Mapping[str, An
             f"{list(a.shape)} and vera_B {list(b.shape)}: the adapter was trained on another "
             "model; name its own base"
         )
-    return LowRank(_scaled(a, lambda_d, (rank, into)), _scaled(b, lambda_b, (out, rank)), 1.0)
-
-
-def _scaled(matrix: TensorRef, vector: TensorRef, shape: tuple[int, int]) -> TensorRef:
-    """The first corner of ``matrix``, its rows multiplied by ``vector``."""
-
-    def load_rows(start: int, stop: int) -> Array:
-        rows = matrix.load_rows(start, stop)[:, : shape[1]]
-        return rows * vector.load().reshape(-1)[start:stop, None]
-
-    return replace(matrix, shape=shape, load_rows=load_rows, column_loader=None)
+    return LowRank(
+        rows_scaled(a, lambda_d, (rank, into)), rows_scaled(b, lambda_b, (out, rank)), 1.0
+    )

@@ -1,0 +1,86 @@
+"""MiSS: one small block repeated over a layer's inputs and added, or ``bat``, multiplied as well.
+
+Kang and Yin 2024, https://arxiv.org/abs/2409.15371 (Bone, later MiSS). Layout is that of
+``MissLinear`` (``tuners/miss/layer.py``, peft 0.21.2); ``init_weights`` says which of its three
+forms it is: ``mini`` repeats the block over the outputs, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from edgellm.lora.edit import Edit, Target
+from edgellm.lora.factors import kept, row_product
+from edgellm.lora.kinds.parts import exactly, linear, shaped
+from edgellm.tensors import Array, TensorRef
+
+PART = "miss_block"
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """``block`` ``[r, outputs]``, added over and over: input ``j`` of output ``o`` gets
+    ``block[j % r, o % outputs]``.
+    """
+
+    block: TensorRef
+    into: int
+    scale: ClassVar[float] = 1.0
+
+    @property
+    def rank(self) -> int:
+        return self.block.shape[0]
+
+    def delta(self, start: int, stop: int) -> Array:
+        block = kept.get(self, self.block.load)
+        outputs = np.arange(start, stop) % block.shape[1]
+        inputs = np.arange(self.into) % block.shape[0]
+        return np.ascontiguousarray(block[:, outputs].T[:, inputs])
+
+    def apply(self, rows: Array, start: int, stop: int, weight: float) -> Array:
+        change = self.delta(start, stop)
+        if weight != 1.0:
+            change *= weight
+        rows += change
+        return rows
+
+
+@dataclass(frozen=True)
+class BlockAffine:
+    """``W + W B + B``, block by block: ``blocks`` ``[out / r, r, r]`` has one for ``r`` outputs."""
+
+    blocks: TensorRef
+    scale: ClassVar[float] = 1.0
+    rank: ClassVar[int] = 0
+
+    def apply(self, rows: Array, start: int, stop: int, weight: float) -> Array:
+        size, columns = self.blocks.shape[-1], rows.shape[1]
+        for index in range(start // size, -(-stop // size)):
+            first, last = max(start, index * size), min(stop, (index + 1) * size)
+            block = self.blocks.load(index, index + 1).reshape(size, size)
+            own = rows[first - start : last - start]
+            pieces = own.reshape(-1, size)
+            # A row of the weight is cut into columns / size rows, which all meet this block.
+            begin = first * (columns // size)
+            change = row_product(pieces, block, begin)
+            change = change.reshape(len(own), columns // size, size)
+            change += block[first - index * size : last - index * size, None, :]
+            own += np.float32(weight) * change.reshape(len(own), columns)
+        return rows
+
+
+def bind(target: Target, parts: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Edit:
+    """The change of ``target`` by MiSS; raises ``AdapterError`` for what does not fit."""
+    out, into = linear(target, "MiSS")
+    (block,) = exactly(target, parts, PART)
+    rank, form = int(config.get("r", 64)), config.get("init_weights", True)
+    if form == "bat":
+        size = rank if out % rank == into % rank == 0 else 0
+        return BlockAffine(shaped(target, PART, block, (out // max(rank, 1), size, size)))
+    outputs = int(config.get("mini_r", 1)) if form == "mini" else out
+    repeats = outputs > 0 and out % outputs == 0
+    return Repeated(shaped(target, PART, block, (rank, outputs if repeats else 0)), into)
