@@ -8,7 +8,9 @@ tokens of an embedding, which are its columns (``DoraLinearLayer.get_weight_norm
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -50,13 +52,15 @@ class DoraColumns:
     """DoRA of an embedding: ``magnitude`` holds the length of each column.
 
     The lengths need all tokens, so ``base``, the whole weight, is read once in slabs before the
-    first row comes out; what stays in memory is a value for each column.
+    first row comes out; what stays in memory is a value for each column. Threads that ask
+    meanwhile wait for it.
     """
 
     low_rank: LowRank
     magnitude: TensorRef
     name: str
     base: TensorRef | None
+    _reading: Lock = field(init=False, repr=False, compare=False, default_factory=Lock)
 
     @property
     def rank(self) -> int:
@@ -68,9 +72,12 @@ class DoraColumns:
 
     def apply(self, rows: Array, start: int, stop: int, weight: float) -> Array:
         changed = rows + self.low_rank.delta(start, stop)
-        changed *= kept.get(self, self._column_factors)
+        with self._reading:
+            factors = self._column_factors
+        changed *= factors
         return _between(rows, changed, weight)
 
+    @cached_property
     def _column_factors(self) -> Array:
         if self.base is None:
             raise ValueError(f"DoRA on {self.name} needs the weight itself: give Target its base")
