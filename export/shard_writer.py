@@ -74,6 +74,7 @@ class ShardWriter:
             content, changed, vanished = _content(tensor, piece, raw)
             self.tensor_digests[piece.shard][piece.tensor].add(offset - tensor.offset, content)
         self._staged.write_at(shard.name, offset, content)
+        self._staged.start_writeback(shard.name, offset, len(content))
         self.file_digests[piece.shard].add(offset, content)
         return Done(piece, changed, vanished)
 
@@ -82,7 +83,8 @@ def _content(tensor: OutputTensor, piece: Piece, raw: Bytes | None) -> tuple[Byt
     """The bytes of ``piece``; how many of its values were changed, and how many of them vanished.
 
     A value vanishes when it was changed and comes out as it was: the change is smaller than half a
-    step of the dtype. Counted where the dtype stays the base's.
+    step of the dtype. Counted where the dtype stays the base's, in the first chunk of the piece: a
+    sample of one row in sixteen, or more, which costs a tenth of the time less than all.
     """
     if tensor.is_copied:
         assert raw is not None
@@ -101,13 +103,23 @@ def _content(tensor: OutputTensor, piece: Piece, raw: Bytes | None) -> tuple[Byt
             continue
         rows = _rows_after(tensor.change, before, start, stop)
         content[here] = _encoded(tensor, rows, start)
-        if stored is not None and tensor.before is not None and tensor.dtype == tensor.before.dtype:
-            moved = rows != before
-            changed += int(np.count_nonzero(moved))
-            item = f"u{ITEM_BYTES[tensor.dtype]}"
-            moved &= content[here].view(item) == stored[here].view(item)
-            vanished += int(np.count_nonzero(moved))
+        if first == 0 and stored is not None and _keeps_dtype(tensor):
+            changed, vanished = _counted(before, rows, stored[here], content[here], tensor.dtype)
     return content.reshape(-1), changed, vanished
+
+
+def _keeps_dtype(tensor: OutputTensor) -> bool:
+    return tensor.before is not None and tensor.dtype == tensor.before.dtype
+
+
+def _counted(
+    before: Array, after: Array, stored: Bytes, written: Bytes, dtype: str
+) -> tuple[int, int]:
+    """How many values differ, and how many of these are the same bytes all the same."""
+    moved = before != after
+    item = f"u{ITEM_BYTES[dtype]}"
+    kept = moved & (written.view(item) == stored.view(item))
+    return int(np.count_nonzero(moved)), int(np.count_nonzero(kept))
 
 
 def _rows_before(tensor: OutputTensor, start: int, stop: int, stored: Bytes | None) -> Array:

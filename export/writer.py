@@ -99,6 +99,15 @@ class StagedFolder:
             os.lseek(descriptor, offset, os.SEEK_SET)
             return os.write(descriptor, view[: 1 << 24])
 
+    def start_writeback(self, name: str, offset: int, nbytes: int) -> None:
+        """Ask the system to bring these bytes to the disk now, and not to keep them in memory.
+
+        Without it, Linux begins when a tenth of the memory waits to be written, and ``sync`` has so
+        much more to wait for. Elsewhere it is left to the system.
+        """
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptors[name], offset, nbytes, os.POSIX_FADV_DONTNEED)
+
     def sync(self) -> None:
         """Bring every data file to the disk and close it."""
         with _translated(self.out):
