@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import partial
 from typing import TypeVar
 
@@ -356,8 +357,10 @@ def _nothing_matched(base: NamedWeights, adapter: Adapter, lost: list[str]) -> s
     trained_on = f" ({adapter.base_name})" if adapter.base_name else ""
     ends = Counter(key.rsplit(".", 2)[-2] for key in lost if key.count(".") > 1)
     which = f", by module: {', '.join(f'{n} {end}' for end, n in ends.most_common(4))}"
+    near = get_close_matches(lost[0], base.weights, n=1)
+    nearest = f" (nearest to the first there: {near[0]})" if near else ""
     return (
         f"{adapter.name}: {len(lost)} of the {total} weights that it changes are not in "
-        f"{base.where}: {listed(lost)}{which if len(lost) > 1 and ends else ''}. It was trained on "
-        f"another model: give the base that it was trained on{trained_on}"
+        f"{base.where}: {listed(lost)}{which if len(lost) > 1 and ends else ''}{nearest}. "
+        f"It was trained on another model: give the base that it was trained on{trained_on}"
     )
