@@ -1,6 +1,6 @@
 """BOFT: a layer's inputs turned by a butterfly of block-diagonal rotations, its outputs scaled.
 
-Liu et al. 2023, https://arxiv.org/abs/2311.06243, section 4 (block butterfly factorization).
+Liu et al. 2023, https://arxiv.org/abs/2311.06243, block butterfly factorization.
 Layout and order are those of ``Linear.merge`` and ``get_delta_weight`` (``tuners/boft/layer.py``,
 peft 0.21.2): ``diag(s) W M^T`` with ``M = M_m ... M_1 M_0`` and ``M_i = P_i diag(R_i) P_i^T``;
 ``boft_R`` is ``[factors, blocks, size, size]`` and ``boft_s`` ``[out, 1]``. The bias is not scaled.

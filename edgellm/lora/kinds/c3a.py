@@ -1,6 +1,6 @@
 """C3A: circulant blocks, each a vector turned step by step, added to the weight.
 
-Chen et al. 2024, https://arxiv.org/abs/2407.19342, section 3. ``c3a_kernel`` is ``[out / b, in / b,
+Chen et al. 2024, https://arxiv.org/abs/2407.19342. ``c3a_kernel`` is ``[out / b, in / b,
 b]``, and PEFT divides by the number of inputs (``C3ALayer.get_delta_weight``,
 ``tuners/c3a/layer.py``, peft 0.21.2). It multiplies in Fourier's space; written out, output ``k``
 of a block takes input ``j`` times ``kernel[(j - k) % b]``, which needs no transform.

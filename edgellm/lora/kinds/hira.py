@@ -1,6 +1,6 @@
 """HiRA: ``W + W * (B @ A)``, a low rank that multiplies the weight value by value.
 
-Huang et al. 2025, https://openreview.net/forum?id=TwJrTz9cRS, equation 2; ``HiraLinear`` and its
+Huang et al. 2025, https://openreview.net/forum?id=TwJrTz9cRS; ``get_delta_weight`` and
 ``_merge`` (``tuners/hira/layer.py``, peft 0.21.2). There is no scale.
 """
 

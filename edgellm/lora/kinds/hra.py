@@ -1,6 +1,6 @@
 """HRA: a layer's inputs mirrored by a chain of Householder reflections.
 
-Yuan et al. 2024, https://arxiv.org/abs/2405.17484, equation 3: ``W H_1 ... H_r`` with
+Yuan et al. 2024, https://arxiv.org/abs/2405.17484: ``W H_1 ... H_r`` with
 ``H = I - 2 u u^T``; with ``apply_GS`` the vectors are made orthogonal first
 (``HRALinear.get_delta_weight``, ``tuners/hra/layer.py``, peft 0.21.2). ``hra_u`` is ``[in, r]``.
 """

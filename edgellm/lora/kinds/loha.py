@@ -1,7 +1,7 @@
 """LoHa: ``W + scale * (w1_a @ w1_b) * (w2_a @ w2_b)``, a product value by value of two low ranks.
 
 FedPara, Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098, proposition 1, as LyCORIS uses it
-(Yeh et al. 2023, https://arxiv.org/abs/2309.14859, section 3.1). Layout and scale are those of
+(Yeh et al. 2023, https://arxiv.org/abs/2309.14859, "LoHa"). Layout and scale are those of
 ``LoHaLayer.get_delta_weight`` (``tuners/loha/layer.py``, peft 0.21.2).
 """
 

@@ -1,6 +1,6 @@
 """LoKr: ``W + scale * kron(w1, w2)``, either factor whole or of low rank itself.
 
-Yeh et al. 2023, https://arxiv.org/abs/2309.14859, section 3.2 (KronA, Edalati et al. 2022,
+Yeh et al. 2023, https://arxiv.org/abs/2309.14859, "LoKr" (KronA, Edalati et al. 2022,
 https://arxiv.org/abs/2212.10650, before it). Layout and scale are those of
 ``LoKrLayer.get_delta_weight`` (``tuners/lokr/layer.py``, peft 0.21.2): ``decompose_factor`` and
 ``decompose_both`` only choose the shapes, which the file shows; the scale is ``alpha / r`` even
