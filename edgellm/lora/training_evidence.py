@@ -1,16 +1,19 @@
 """What comes with an adapter and tells how its base was stored while it was trained.
 
-Names of bases, PEFT's and trainers' model cards, and the settings files of trainers. Texts are
-searched for lines ``key: value``, whether YAML, JSON or a list in Markdown; ``training_args.bin``
-is a pickle and is never opened.
+Names of bases, PEFT's and trainers' model cards, and the settings files of trainers. Texts other
+than JSON are searched for lines ``key: value``, whether YAML or a list in Markdown, so that code
+which shows how to run the model counts for nothing. ``training_args.bin`` is a pickle and is never
+opened.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgellm.lora.adapter import Adapter
 
@@ -54,7 +57,7 @@ KEYS = (
     "model_name_or_path",
 )
 LINE = re.compile(
-    rf"^[\s>*\-{{,]*[`\"']?_?({'|'.join(KEYS)})[`\"']?\s*:\s*(.*?)\s*,?\s*$", re.MULTILINE
+    rf"^[\s>*\-]*[`\"']?_?({'|'.join(KEYS)})[`\"']?\s*:\s*(.*?)\s*,?\s*$", re.MULTILINE
 )
 
 
@@ -86,7 +89,7 @@ def evidence(adapter: Adapter) -> list[Evidence]:
     if folder is None:
         return found
     for path, where in _texts(folder):
-        found += _of_text(_read(path), where)
+        found += _of_texts(_settings(path), where)
     return found
 
 
@@ -126,10 +129,32 @@ def _of_name(name: str, where: str, key: str = "base_model_name_or_path") -> Ite
             return
 
 
-def _of_text(text: str, where: str) -> Iterator[Evidence]:
+def _settings(path: Path) -> dict[str, str]:
+    """What a text says of ``KEYS``; of one that it says twice, the first."""
+    text = _read(path)
     said: dict[str, str] = {}
-    for key, value in LINE.findall(text):
+    pairs = _json_pairs(text) if path.suffix == ".json" else LINE.findall(text)
+    for key, value in pairs:
         said.setdefault(key, value.strip("`\"' "))
+    return said
+
+
+def _json_pairs(text: str) -> list[tuple[str, str]]:
+    """Keys and values of a JSON text at any depth; nothing where it is damaged."""
+    found: list[tuple[str, str]] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> None:
+        plain = ((key.removeprefix("_"), value) for key, value in pairs)
+        found.extend((key, str(value)) for key, value in plain if key in KEYS)
+
+    try:
+        json.loads(text, object_pairs_hook=keep)
+    except (ValueError, RecursionError):
+        return []
+    return found
+
+
+def _of_texts(said: Mapping[str, str], where: str) -> Iterator[Evidence]:
     found = _of_settings(said, where)
     if found is not None:
         yield found
