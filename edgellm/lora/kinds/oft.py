@@ -1,10 +1,10 @@
 """OFT: a layer's inputs turned by a block-diagonal orthogonal matrix.
 
 Qiu et al. 2023, https://arxiv.org/abs/2306.07280, and its input-centric form, OFTv2, Qiu et al.
-2025, https://arxiv.org/abs/2506.19847, with the Cayley-Neumann parameterization. PEFT (``OFTRotationModule.get_weight``
-and ``Linear.merge``, ``tuners/oft/layer.py``, peft 0.21.2) holds the upper triangles of
-skew-symmetric matrices, one row a block: ``W R^T`` for a linear layer, ``W R`` for an embedding.
-``module_dropout`` and ``oft_dropout`` act while training only.
+2025, https://arxiv.org/abs/2506.19847, with the Cayley-Neumann parameterization. PEFT
+(``OFTRotationModule.get_weight`` and ``Linear.merge``, ``tuners/oft/layer.py``, peft 0.21.2) holds
+the upper triangles of skew-symmetric matrices, one row a block: ``W R^T`` for a linear layer,
+``W R`` for an embedding. ``module_dropout`` acts while training only.
 """
 
 from __future__ import annotations
