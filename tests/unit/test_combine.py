@@ -18,6 +18,7 @@ from edgellm.lora.combine.leading import _sought
 from edgellm.lora.combine.pruning import LargestKept
 from edgellm.lora.combine.truncation import truncated
 from edgellm.lora.edit import LowRank, Target
+from edgellm.lora.kinds.ia3 import Scaling
 from edgellm.tensors import SLAB_BYTES, Array, TensorRef, constant
 
 TARGET = Target("model.layers.0.mlp.up_proj.weight", (60, 44), "linear")
@@ -161,6 +162,14 @@ def test_adapters_that_a_method_cannot_take_are_refused(
     combination = how(method, density=0.01) if method == "magnitude_prune" else how(method)
     with pytest.raises(AdapterError, match=message):
         combined(edits, (1, 1), combination, TARGET)  # type: ignore[arg-type]
+
+
+def test_scalings_are_sent_to_the_method_that_sums_them() -> None:
+    edits = [Scaling(constant("l", random(seed, 1, 44)), False, "w") for seed in (1, 2)]
+    with pytest.raises(AdapterError, match="choose linear, which sums the scalings of IA3"):
+        combined(edits, (1, 1), how("cat"), TARGET)
+    rows = combined(edits, (1, 0.5), how("linear"), TARGET).apply(np.ones((3, 44), "f4"), 0, 3, 1)
+    np.testing.assert_allclose(rows[2], random(1, 44) + 0.5 * random(2, 44), rtol=1e-6)
 
 
 def test_messages_name_the_adapters() -> None:
@@ -353,6 +362,11 @@ def philox4x64(counter: int, key_low: int, key_high: int) -> tuple[int, int, int
         key_low = (key_low + 0x9E3779B97F4A7C15) % full
         key_high = (key_high + 0xBB67AE8584CAA73B) % full
     return a, b, c, d
+
+
+def test_two_adapters_of_the_same_values_are_masked_apart() -> None:
+    edit = combined([lora(1), lora(1)], (1, -1), how("dare_linear_svd"), TARGET)
+    assert np.abs(whole(edit)).max() > 0.1
 
 
 # Laziness and determinism

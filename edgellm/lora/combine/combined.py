@@ -96,7 +96,7 @@ def _alone(part: Part) -> Edit:
 
 
 def _is_additive(edit: Edit) -> bool:
-    return hasattr(edit, "delta")
+    return callable(getattr(edit, "delta", None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,36 +198,36 @@ class _Build:
         return max(part.edit.rank for part in self.parts)
 
     def _deltas(self) -> list[Delta]:
-        for part in self.parts:
-            if not _is_additive(part.edit):
-                scalings = all(isinstance(each.edit, Scaling) for each in self.parts)
-                raise AdapterError(
-                    f"{part.name} does not add to {self.target.name}: what it does depends on the "
-                    "weight (DoRA, IA3 and OFT are such), so it has no sum with other adapters: "
-                    + (
-                        "choose linear, which sums the scalings of IA3"
-                        if scalings
-                        else "merge it alone, then merge the others into the result"
-                    )
-                )
+        other = next((part for part in self.parts if not _is_additive(part.edit)), None)
+        if other is not None:
+            scalings = all(isinstance(part.edit, Scaling) for part in self.parts)
+            way_out = (
+                "choose linear, which sums the scalings of IA3"
+                if scalings
+                else "merge it alone, then merge the others into the result"
+            )
+            raise AdapterError(
+                f"{other.name} does not add to {self.target.name}: what it does depends on the "
+                "weight (DoRA, IA3, OFT and trained tokens are such), so it has no sum with other "
+                f"adapters: {way_out}"
+            )
         return [cast(Delta, part.edit) for part in self.parts]
 
     def _of_one_rank(self) -> list[LowRank]:
-        method = self.combination.method
+        method, name = self.combination.method, self.target.name
+        whole = f"{method}_svd" if f"{method}_svd" in METHODS else "svd"
         edits = _all_low_rank(self._deltas())
         if not edits:
             other = next(part for part in self.parts if not isinstance(part.edit, LowRank))
-            whole = f"{method}_svd" if f"{method}_svd" in METHODS else "svd"
             raise AdapterError(
                 f"{method} combines the factors A and B of LoRA, and {other.name} has others for "
-                f"{self.target.name}: choose cat, the exact sum, or {whole}"
+                f"{name}: choose cat, the exact sum, or {whole}"
             )
         ranks = [edit.rank for edit in edits]
         if len(set(ranks)) > 1:
-            whole = f"{method}_svd" if f"{method}_svd" in METHODS else "svd"
             raise AdapterError(
                 f"{method} needs adapters of one rank, got {', '.join(map(str, ranks))} for "
-                f"{self.target.name}: choose cat, the exact sum, or {whole}"
+                f"{name}: choose cat, the exact sum, or {whole}"
             )
         return edits
 
