@@ -1,6 +1,6 @@
 """edgellm: quantize language models for the machine in front of you, and run them there.
 
-``convert`` makes an artifact, ``open`` runs one, ``verify`` and ``inspect`` look at it. Importing
+``convert`` makes an artifact, ``merge`` puts adapters into a model, ``open`` runs one, ``verify`` and ``inspect`` look at it. Importing
 the package costs nothing: what these need is imported when they are called.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["convert", "inspect", "open", "open_artifact", "verify"]
+__all__ = ["convert", "inspect", "merge", "open", "open_artifact", "verify"]
 
 ON_USE = {
     "inspect": "edgellm.inspection:inspect",
@@ -98,6 +98,54 @@ def convert(
         force=force,
         check=check,
         progress=progress or unwatched,
+    )
+
+
+def merge(
+    base: str | PathLike[str],
+    out: str | PathLike[str],
+    adapters: Sequence[str | PathLike[str]],
+    *,
+    dtype: str | None = None,
+    combine: str | None = None,
+    density: float | None = None,
+    sign: str | None = None,
+    combine_rank: int | None = None,
+    seed: int | None = None,
+    merge_base: str | None = None,
+    allow_untrained: bool = False,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Artifact:
+    """The Hugging Face folder ``out``: ``base`` (a folder or Hub id) with ``adapters`` merged in.
+
+    The options are those of ``edgellm merge``; an adapter is ``PATH`` or ``PATH=WEIGHT``. Raises
+    ``edgellm.errors.EdgeError``, and then nothing is left at ``out``.
+    """
+    from pathlib import Path
+
+    from edgellm.folder_merge import merge as carry_out_recipe
+    from edgellm.progress import unwatched
+    from edgellm.recipe import make_recipe
+
+    recipe = make_recipe(
+        {
+            "source": str(base),
+            "format": "hf",
+            "quant": dtype,
+            "adapters": [str(adapter) for adapter in adapters],
+            "combine": combine,
+            "density": density,
+            "sign": sign,
+            "combine_rank": combine_rank,
+            "seed": seed,
+            "merge_base": merge_base,
+            "allow_untrained": allow_untrained,
+        }
+    )
+    return carry_out_recipe(
+        recipe, Path(out), threads=threads, force=force, progress=progress or unwatched
     )
 
 

@@ -68,7 +68,11 @@ def describe(plan: MergePlan, writer: ShardWriter, notes: tuple[str, ...]) -> Di
         tokenizer_parity=Parity(equal=True, cases=0),
         notes=(*plan.notes, *notes),
         tool_versions={"edgellm": edgellm.__version__, "numpy": np.__version__},
-        merge=combined_entry(plan.adapter_entries(), plan.combination),
+        merge=msgspec.structs.replace(
+            combined_entry(plan.adapter_entries(), plan.combination),
+            base=plan.into[0],
+            base_reason=plan.into[1],
+        ),
         merged_before=plan.merged_before,
     )
 

@@ -32,6 +32,7 @@ from edgellm.lora.adapter import Adapter
 from edgellm.lora.binding import Combination
 from edgellm.lora.checkpoint_weights import named_weights
 from edgellm.lora.factors import KEPT_BYTES
+from edgellm.lora.folder_base import folder_base, refuse_untrained
 from edgellm.lora.lineage import adapter_entry, from_folder, held_already
 from edgellm.lora.named_weights import ChangedWeight, MergedWeights, NamedWeights, merge_by_name
 from edgellm.lora.requested import opened
@@ -59,6 +60,7 @@ class MergePlan:
 
     ``weights`` and ``merged`` are the base and what the adapters make of it. ``files`` are all
     others than the shards. ``tokenizer`` is None for one of a kind that edgellm does not read.
+    ``into``: on which base the adapters are put, ``full`` or ``dequantized``, and why.
     """
 
     recipe: Recipe
@@ -73,6 +75,7 @@ class MergePlan:
     files: dict[str, bytes]
     tokenizer: Tokenizer | None
     merged_before: tuple[AdapterEntry, ...]
+    into: tuple[str, str]
     notes: tuple[str, ...]
     threads: int
 
@@ -156,8 +159,11 @@ def make_plan(
     files = tuple(read_safetensors(file) for file in checkpoint.files)
     adapters, combination, facts = opened(recipe, progress=progress)
     adapters = [_in_checkpoint_terms(adapter, found.path) for adapter in adapters]
-    weights = named_weights(found.name, config, files, adapters)
-    merged = merge_by_name(weights, adapters, combination)
+    stored = named_weights(found.name, config, files, adapters)
+    into = folder_base(found.path, stored, adapters, recipe.merge_base)
+    weights = into.weights
+    merged = into.settled(merge_by_name(weights, adapters, combination))
+    untrained = refuse_untrained(weights, adapters, merged.bindings, allowed=recipe.allow_untrained)
     shards = _shards(files, weights, merged, recipe.quant)
     tokenizer, giver, tokenizer_notes = _tokenizer(found, adapters, _rows(weights, merged))
     companions, notes = hf_folder.companion_files(
@@ -190,8 +196,12 @@ def make_plan(
         files=companions,
         tokenizer=tokenizer,
         merged_before=merged_before,
+        into=(into.kind, into.reason),
         notes=(
             *held_already(found.name, adapters, merged_before),
+            *untrained,
+            into.reason,
+            *into.notes,
             *found.notes,
             *facts,
             *(note for adapter in adapters for note in adapter.notes),

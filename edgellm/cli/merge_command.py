@@ -60,6 +60,9 @@ def merge(
             help="Merge into full or dequantized weights. Default: what it was trained on.",
         ),
     ] = None,
+    allow_untrained: Annotated[
+        bool, typer.Option("--allow-untrained", help="Take an adapter that changes nothing.")
+    ] = False,
     threads: Annotated[
         int | None, typer.Option(help="Workers. Default: the physical cores. Never changes a byte.")
     ] = None,
@@ -109,6 +112,7 @@ def merge(
             "combine_rank": combine_rank,
             "seed": seed,
             "merge_base": merge_base,
+            "allow_untrained": allow_untrained or None,
         }
     )
     with progress_shown(quiet=as_json) as progress:
