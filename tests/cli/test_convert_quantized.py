@@ -1,0 +1,139 @@
+"""Bases that are quantized already, and adapters trained on one, from the command line."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgellm.manifest import read_manifest
+
+from .conftest import Command
+from .test_convert_adapter import write_adapter
+
+CARD = """## Training procedure
+
+The following `bitsandbytes` quantization config was used during training:
+- quant_method: bitsandbytes
+- load_in_4bit: True
+- bnb_4bit_quant_type: nf4
+- bnb_4bit_use_double_quant: True
+"""
+
+SAID = (
+    "merged into dequantized nf4 (double quantization): the adapter's model card says "
+    "load_in_4bit: True"
+)
+
+
+@pytest.fixture(scope="module")
+def quantized(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny llama as bitsandbytes stores it in nf4 with double quantization."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("bitsandbytes")
+    import transformers
+
+    folder = tmp_path_factory.mktemp("quantized") / "llama-bnb-4bit"
+    settings: dict[str, Any] = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers.AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype=torch.float32,
+            quantization_config=transformers.BitsAndBytesConfig(**settings),
+        ).save_pretrained(folder)
+    for file in model.glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    return write_adapter(tmp_path / "lora")
+
+
+def test_a_quantized_base_alone_is_refused_and_says_the_ways(
+    command: Command, quantized: Path, tmp_path: Path
+) -> None:
+    done = command("convert", quantized, "-o", tmp_path / "out")
+    assert done.code == 4
+    assert "is quantized already (bitsandbytes)" in done.err
+    assert "bf16, f16 or f32 that it was made from" in done.err
+    assert "--merge-base dequantized" in done.err
+
+
+def test_a_quantized_base_is_rounded_again_where_that_is_asked_for(
+    command: Command, quantized: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    asked = ("--merge-base", "dequantized", "--format", "gguf", "-q", "q8_0", "--no-check")
+    done = command("convert", quantized, *asked, "-o", out)
+    assert done.code == 0, done.err
+    assert "weights are stored as nf4-dq" in done.err
+    assert any("stored as nf4-dq" in note for note in read_manifest(out).artifact.notes)
+
+
+def test_merge_base_without_adapters_means_a_quantized_base_alone(
+    command: Command, model: Path, tmp_path: Path
+) -> None:
+    done = command("convert", model, "--merge-base", "nf4", "-o", tmp_path / "out")
+    assert done.code == 2
+    assert "merge_base is about adapters and there are none" in done.err
+
+
+def test_an_adapter_is_merged_into_the_quantized_base_that_is_given(
+    command: Command, quantized: Path, lora: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    asked = ("--adapter", lora, "--format", "gguf", "-q", "q8_0", "--no-check")
+    done = command("convert", quantized, *asked, "-o", out)
+    assert done.code == 0, done.err
+    said = "merged into dequantized nf4 (double quantization): llama-bnb-4bit is stored so"
+    assert said in " ".join(done.err.split())
+    merge = read_manifest(out).artifact.merge
+    assert merge is not None
+    assert merge.base == "dequantized nf4-dq"
+
+
+@pytest.mark.parametrize(
+    ("merge_base", "said", "recorded"),
+    [
+        ((), SAID, "dequantized nf4-dq"),
+        (("--merge-base", "nf4"), "dequantized nf4: --merge-base nf4", "dequantized nf4"),
+        (("--merge-base", "full"), "full-precision weights: --merge-base full", "full"),
+    ],
+)
+def test_an_adapter_is_merged_into_the_base_that_it_was_trained_on(
+    merge_base: tuple[str, ...],
+    said: str,
+    recorded: str,
+    command: Command,
+    model: Path,
+    lora: Path,
+    tmp_path: Path,
+) -> None:
+    (lora / "README.md").write_text(CARD)
+    out = tmp_path / "out"
+    asked = ("--adapter", lora, *merge_base, "--format", "gguf", "-q", "q8_0", "--no-check")
+    done = command("convert", model, *asked, "-o", out)
+    assert done.code == 0, done.err
+    assert said in " ".join(done.err.split())
+    merge = read_manifest(out).artifact.merge
+    assert merge is not None
+    assert merge.base == recorded
+
+
+def test_a_base_that_no_option_can_make_is_refused(
+    command: Command, model: Path, lora: Path, tmp_path: Path
+) -> None:
+    (lora / "README.md").write_text(CARD.replace("bitsandbytes\n", "gptq\n"))
+    done = command("convert", model, "--adapter", lora, "-o", tmp_path / "out")
+    assert done.code == 3
+    assert "give that base itself" in done.err
