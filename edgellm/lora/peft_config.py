@@ -235,6 +235,18 @@ def _miss(reader: Config, config: Mapping[str, Any], ignore: Collection[str]) ->
     reader.integer("mini_r", default=1)
 
 
+def _vblora(reader: Config, config: Mapping[str, Any], ignore: Collection[str]) -> None:
+    reader.skip("num_vectors", "vector_length", "vblora_dropout", "bias")
+    reader.skip("init_vector_bank_bound", "init_logits_std")
+    reader.integer("r", default=4)
+    reader.integer("topk", default=2)
+    if reader.flag("save_only_topk_weights", default=False):
+        raise AdapterError(
+            f"{reader.where} sets save_only_topk_weights, a form of the weights that edgellm does "
+            "not read: load the adapter with PEFT, set it to false in its config, and save it again"
+        )
+
+
 def _ln_tuning(reader: Config, config: Mapping[str, Any], ignore: Collection[str]) -> None:
     """All that it trains are whole tensors."""
 
@@ -258,6 +270,7 @@ READERS: Mapping[str, Reader] = {
     "hira": _hira,
     "hra": _hra,
     "miss": _miss,
+    "vblora": _vblora,
     "ln_tuning": _ln_tuning,
     "trainable_tokens": _trainable_tokens,
 }

@@ -45,12 +45,13 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "hira": ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"),
     "hra": ("hra_u",),
     "miss": ("miss_block",),
+    "vblora": ("vblora_logits_A", "vblora_logits_B", "vblora_vector_bank"),
     "ln_tuning": (),
     "trainable_tokens": (TOKENS,),
 }
 """For each row of ``KINDS``, the tensors that a module of it may have."""
 
-SHARED = ("vera_A", "vera_B")
+SHARED = ("vera_A", "vera_B", "vblora_vector_bank")
 """Parts that are stored once and serve every module."""
 
 PASSED_OVER = ("lora_velora_embed",)

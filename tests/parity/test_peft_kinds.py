@@ -43,6 +43,7 @@ BOUNDS = {
     "hira": 1e-6,  # 0
     "hra": 2e-6,  # 7.6e-7, over six reflections
     "miss": 1e-6,  # 1.3e-7 with "bat", else 0
+    "vblora": 1e-6,  # 1.0e-7
 }
 """Largest difference from PEFT's merged weights, as a share of the weight's largest value.
 
@@ -211,6 +212,20 @@ CASES: dict[str, tuple[str, str, Callable[[], peft.PeftConfig]]] = {
         "miss",
         "llama",
         lambda: peft.MissConfig(r=16, init_weights="bat", target_modules=ALL),
+    ),
+    "vblora": (
+        "vblora",
+        "llama",
+        lambda: peft.VBLoRAConfig(
+            r=3, num_vectors=20, vector_length=16, topk=3, target_modules=ALL
+        ),
+    ),
+    "vblora-conv1d": (
+        "vblora",
+        "gpt2",
+        lambda: peft.VBLoRAConfig(
+            num_vectors=9, vector_length=8, target_modules=["c_attn"], fan_in_fan_out=True
+        ),
     ),
 }
 """Name: kind, tiny model, config. Shapes are 96 x 160, 192 x 96, 64 x 96 and their like."""

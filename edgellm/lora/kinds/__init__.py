@@ -26,6 +26,7 @@ KINDS = {
     "hira": "edgellm.lora.kinds.hira:bind",
     "hra": "edgellm.lora.kinds.hra:bind",
     "miss": "edgellm.lora.kinds.miss:bind",
+    "vblora": "edgellm.lora.kinds.vblora:bind",
     "ln_tuning": "edgellm.lora.kinds.ln_tuning:bind",
     "trainable_tokens": "edgellm.lora.kinds.trainable_tokens:bind",
 }
