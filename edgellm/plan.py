@@ -44,7 +44,7 @@ BYTES_PER_SECOND = {
 """Float32 bytes that one thread of a 2023 server core reads, rounds and writes in a second, by kind
 of grid, or by name where ggml searches for scales; a guide, not a promise."""
 
-MERGED_BYTES_PER_SECOND = 300e6
+MERGED_BYTES_PER_SECOND = 400e6
 """Float32 bytes of changed weights that one such core adds an adapter to and sums up."""
 
 MERGE_PIECES = 4
@@ -206,8 +206,10 @@ def check_disk(plan: Plan, out: Path) -> None:
 
 
 def check_apart(source: ModelSource, out: Path) -> None:
-    """Raise ``UsageError`` when ``out`` is the source, lies in it, or holds it."""
+    """Raise ``UsageError`` when ``out`` is the source or an adapter, lies in it, or holds it."""
     check_no_overlap(source.path, out)
+    for adapter in source.merge.adapters if source.merge else ():
+        check_no_overlap(adapter.path, out)
 
 
 def _slab_memory(tensor: OutputTensor) -> float:

@@ -90,6 +90,9 @@ def _lineage(manifest: Manifest) -> list[tuple[str, str]]:
     verdict = "the source's own ids"
     if not parity.equal:
         verdict = f"other ids than the source's ({'; '.join(parity.mismatches or parity.known)})"
+    tokenizer = f"{verdict} in {parity.cases} awkward cases"
+    if not parity.cases:  # the files themselves are the source's
+        tokenizer = "its files, byte by byte"
     recipe = " ".join(f"{name}={value}" for name, value in made.recipe.items() if value)
     lines = [
         ("made from", " ".join(filter(None, (base.name, base.revision, base.licence, base.url)))),
@@ -98,7 +101,7 @@ def _lineage(manifest: Manifest) -> list[tuple[str, str]]:
         *(_merge_lines(made.merge, measured) if made.merge else ()),
         *(("kept beside", f"{each.file}: {described(each)}") for each in made.kept_adapters),
         ("recipe", recipe),
-        ("tokenizer", f"{verdict} in {parity.cases} awkward cases"),
+        ("tokenizer", tokenizer),
         ("made by", ", ".join(f"{tool} {version}" for tool, version in made.tool_versions.items())),
     ]
     if {"convert_s", "peak_memory_bytes", "threads", "platform"} <= measured.keys():

@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from edgellm.lora.adapter import Adapter
+from edgellm.lora.lineage import without_place
 from edgellm.source.model import ModelSource
 
 Verdict = Literal["same", "different", "unknown"]
@@ -45,11 +46,12 @@ class Belonging(msgspec.Struct, frozen=True, kw_only=True):
 
 def belonging(source: ModelSource, adapter: Adapter) -> Belonging:
     """Whether ``adapter`` names ``source`` as its base."""
-    stated = adapter.base_name
+    stated = without_place(adapter.base_name)
     if adapter.base_revision and stated:
         stated = f"{stated}@{adapter.base_revision}"
     facts = {**source.config, **source.provenance}
-    names = [source.name, *(str(facts[key]) for key in NAME_KEYS if facts.get(key))]
+    stored = [without_place(str(facts[key])) for key in NAME_KEYS if facts.get(key)]
+    names = [source.name, *stored]
     path_name = source.path.name.removesuffix(".gguf")
     given = tuple(dict.fromkeys((*names, path_name)))
     if not adapter.base_name:

@@ -45,14 +45,14 @@ def adapter_entry(adapter: Adapter, changed_tensors: int) -> AdapterEntry:
         weight=adapter.weight,
         rank=config["r"] if isinstance(config.get("r"), int) else None,
         alpha=float(alpha) if isinstance(alpha, (int, float)) else None,
-        base_name=_without_place(adapter.base_name),
+        base_name=without_place(adapter.base_name),
         base_revision=adapter.base_revision,
         revision=adapter.revision,
         changed_tensors=changed_tensors,
     )
 
 
-def _without_place(name: str) -> str:
+def without_place(name: str) -> str:
     """A Hub id as it is; of a path the last part, for where it lay is nobody's business."""
     parts = name.replace("\\", "/").rstrip("/").split("/")
     is_id = len(parts) == 2 and parts[0] not in ("", ".", "..", "~")

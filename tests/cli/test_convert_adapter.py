@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import edgellm
 from edgellm.manifest import read_manifest
 
 from .conftest import Command, TinyModel
@@ -126,6 +127,7 @@ def test_an_adapter_that_is_in_the_base_already_is_warned_of(
     once = command("convert", merged, "--adapter", other, *to_gguf, "-o", again)
     assert once.code == 0
     assert "WARNING" not in once.err
+    assert "/home/somebody" not in (again / "manifest.json").read_text()
     made = read_manifest(again).artifact
     assert [each.sha256 for each in made.merged_before] == [digest(lora)]
     assert (
@@ -160,6 +162,26 @@ def test_a_saved_recipe_merges_the_same(
     assert ours["artifact"]["merge"]["density"] == 0.5
 
 
+def test_the_library_takes_adapters_as_the_command_does(
+    command: Command, model: Path, lora: Path, tmp_path: Path
+) -> None:
+    asked = ("--adapter", f"{lora}=0.5", "--format", "gguf", "-q", "q8_0", "--no-check")
+    assert command("convert", model, *asked, "-o", tmp_path / "out").code == 0
+    made = edgellm.convert(
+        model, tmp_path / "made", adapters=[f"{lora}=0.5"], format="gguf", quant="q8_0", check=False
+    )
+    assert made.manifest is not None
+    assert made.manifest.sha256 == read_manifest(tmp_path / "out").sha256
+
+
+def test_the_output_may_not_be_an_adapter(command: Command, model: Path, lora: Path) -> None:
+    before = sorted(lora.iterdir())
+    done = command("convert", model, "--adapter", lora, "-o", lora / "inside")
+    assert done.code == 2
+    assert "overlap" in done.err
+    assert sorted(lora.iterdir()) == before
+
+
 def test_too_little_survival_keeps_nothing(command: Command, model: Path, tmp_path: Path) -> None:
     faint = write_adapter(tmp_path / "faint", spread=0.06)
     asked = ("convert", model, "--adapter", faint, "--format", "gguf", "-q", "q4_0")
@@ -167,14 +189,10 @@ def test_too_little_survival_keeps_nothing(command: Command, model: Path, tmp_pa
     assert refused.code == 8
     assert "of the fine-tune is left after rounding and 99% is asked for" in refused.err
     assert not left(tmp_path)
-    taken = command(*asked, "--min-survival", 0, "-o", tmp_path / "out")
-    assert taken.code == 0
     text = tmp_path / "text.txt"
-    text.write_text("A tokenizer splits a text into tokens. " * 20)
-    read = command(
-        *asked, "--min-survival", 0, "--calibration-text", text, "-o", tmp_path / "out", "--force"
-    )
-    assert read.code == 0
+    text.write_text("A tokenizer splits a text into tokens.")
+    least = ("--min-survival", 0, "--calibration-text", text)
+    assert command(*asked, *least, "-o", tmp_path / "out").code == 0
     assert read_manifest(tmp_path / "out").measured["survival"]["text"] == "text.txt"
 
 

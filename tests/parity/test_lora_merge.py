@@ -197,6 +197,55 @@ def test_merged_answers_equal_those_of_peft(
         np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE[container])
 
 
+def test_several_adapters_are_the_weighted_sum(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """PEFT's ``cat``; the second adapter leaves half of the weights alone."""
+    base, weights = tiny_model("llama"), (0.7, -0.4)
+    configs = {
+        "first": peft.LoraConfig(r=4, lora_alpha=6, target_modules=LINEAR),
+        "second": peft.LoraConfig(r=8, lora_alpha=8, target_modules=LINEAR[:3], use_rslora=True),
+    }
+    live = peft_adapters.trained(base, configs["first"], adapter_name="first")
+    live.add_adapter("second", configs["second"])
+    live.set_adapter("second")
+    peft_adapters.move(live, seed=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        live.save_pretrained(tmp_path)
+        live.add_weighted_adapter(list(configs), list(weights), "both", combination_type="cat")
+    live.set_adapter("both")
+    ids = tiny_models.some_token_ids(LENGTH)
+    wanted = logits_of(live, ids)
+    adapters = tuple(
+        f"{tmp_path / name}={weight}" for name, weight in zip(configs, weights, strict=True)
+    )
+    recipe = Recipe(source=str(base), adapters=adapters, format="onnx", quant="f32")
+    artifact = convert(recipe, tmp_path / "out", check=False)
+    got = artifact_logits(artifact, ids)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE["onnx"])
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen3", "mistral-no-window"])
+def test_a_gguf_adapter_merges_as_the_folder_that_it_was_made_from(
+    tiny_model: TinyModel, tmp_path: Path, model: str
+) -> None:
+    """Rows of q and k are stored in another order there, for Llama and Mistral."""
+    base, folder = tiny_model(model), tmp_path / "adapter"
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=LINEAR, use_rslora=True)
+    live = peft_adapters.trained(base, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        live.save_pretrained(folder)
+    apart = Recipe(source=str(base), adapters=(str(folder),), format="gguf", keep_adapters=True)
+    kept = convert(apart, tmp_path / "kept", check=False)
+    assert kept.manifest is not None
+    (beside,) = kept.manifest.artifact.kept_adapters
+    stored = str(kept.path / beside.file)
+    recipe = Recipe(source=str(base), adapters=(stored,), format="onnx", quant="f32")
+    ids = tiny_models.some_token_ids(LENGTH)
+    got = artifact_logits(convert(recipe, tmp_path / "out", check=False), ids)
+    np.testing.assert_allclose(got, logits_of(live, ids), rtol=0, atol=TOLERANCE["onnx"])
+
+
 @pytest.fixture(scope="module")
 def wide_adapter(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Changes of every linear weight and of the embedding, one of them DoRA."""
