@@ -24,6 +24,15 @@ VERA = {"vera_A": (3, 9), "vera_B": (12, 3), "vera_lambda_b": (12,), "vera_lambd
 OFT = {"oft_R": (2, 6)}
 BOFT = {"boft_R": (1, 2, 4, 4), "boft_s": (12, 1)}
 LYCORIS = {"r": 3, "alpha": 6}
+ADALORA = {"lora_A": (3, 8), "lora_B": (12, 3), "lora_E": (3, 1)}
+ADALORA_CONFIG = {"init_r": 4, "lora_alpha": 8}
+MISS = {"miss_block": (3, 12)}
+VBLORA = {
+    "vblora_logits_A": (2, 2, 5),
+    "vblora_logits_B": (3, 2, 5),
+    "vblora_vector_bank": (5, 4),
+}
+VBLORA_CONFIG = {"r": 2, "topk": 2}
 OFT_CONFIG = {"oft_block_size": 4, "peft_version": "0.21.2"}
 
 Shapes = dict[str, tuple[int, ...]]
@@ -50,6 +59,12 @@ def bound(kind: str, shapes: Shapes, config: dict[str, Any], target: Target = Q_
         ("vera", VERA, {"r": 3}),
         ("oft", OFT, OFT_CONFIG),
         ("boft", BOFT, {}),
+        ("adalora", ADALORA, ADALORA_CONFIG),
+        ("c3a", {"c3a_kernel": (3, 2, 4)}, {}),
+        ("hira", {"hira_A": (3, 8), "hira_B": (12, 3)}, {}),
+        ("hra", {"hra_u": (8, 3)}, {"r": 3}),
+        ("miss", MISS, {"r": 3}),
+        ("vblora", VBLORA, VBLORA_CONFIG),
     ],
 )
 def test_what_fits_is_bound(kind: str, shapes: Shapes, config: dict[str, Any]) -> None:
@@ -88,6 +103,17 @@ def test_what_fits_is_bound(kind: str, shapes: Shapes, config: dict[str, Any]) -
         ("boft", BOFT | {"boft_s": (8, 1)}, {}, r"boft_s has shape \[8, 1\]"),
         ("boft", BOFT | {"boft_R": (1, 3, 4, 4)}, {}, r"boft_R has shape \[1, 3, 4, 4\]"),
         ("boft", BOFT | {"boft_R": (3, 2, 4, 4)}, {}, "more than one factor"),
+        ("adalora", ADALORA, ADALORA_CONFIG | {"init_r": 2}, "at most init_r"),
+        ("adalora", ADALORA | {"lora_E": (2, 1)}, ADALORA_CONFIG, "lora_A has shape"),
+        ("c3a", {"c3a_kernel": (3, 2, 3)}, {}, "one block size"),
+        ("hira", {"hira_A": (3, 8), "hira_B": (12, 2)}, {}, r"needs \[12, 3\]"),
+        ("hra", {"hra_u": (8, 3)}, {"r": 2}, r"needs \[8, 2\]"),
+        ("miss", MISS, {"r": 4}, r"needs \[4, 12\]"),
+        ("miss", {"miss_block": (3, 5)}, {"r": 3, "init_weights": "mini", "mini_r": 5}, "needs"),
+        ("miss", {"miss_block": (4, 3, 3)}, {"r": 3, "init_weights": "bat"}, "needs"),
+        ("vblora", VBLORA | {"vblora_vector_bank": (5, 3)}, VBLORA_CONFIG, "divide by"),
+        ("vblora", VBLORA, VBLORA_CONFIG | {"topk": 6}, "topk = 6 vectors"),
+        ("vblora", VBLORA, VBLORA_CONFIG | {"r": 3}, r"needs \[3, 2, 5\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -122,7 +148,12 @@ def test_an_embedding_is_no_linear_layer(kind: str, shapes: Shapes) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "shapes", "config"),
-    [("ia3", {"ia3_l": (1, 8)}, {}), ("oft", OFT, OFT_CONFIG), ("boft", BOFT, {})],
+    [
+        ("ia3", {"ia3_l": (1, 8)}, {}),
+        ("oft", OFT, OFT_CONFIG),
+        ("boft", BOFT, {}),
+        ("hra", {"hra_u": (8, 3)}, {"r": 3}),
+    ],
 )
 def test_half_of_a_multiplication_is_refused(
     kind: str, shapes: Shapes, config: dict[str, Any]
@@ -177,3 +208,16 @@ def test_a_large_rotation_by_the_exact_cayley_transform_keeps_lengths() -> None:
         np.linalg.norm(turned, axis=1), np.linalg.norm(rows, axis=1), rtol=1e-6
     )
     assert not np.allclose(turned, rows)
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_a_reflection_without_a_direction_is_refused(orthogonal: bool) -> None:
+    """A vector of zeros; with Gram-Schmidt's method nothing may be left of a repeated one, too."""
+    vectors = np.zeros((8, 2), dtype=np.float32)
+    vectors[0, 0] = 1.0
+    vectors[:, 1] = vectors[:, 0] if orthogonal else 0.0
+    edit = bind_of("hra")(
+        Q_PROJ, {"hra_u": constant("hra_u", vectors)}, {"r": 2, "apply_GS": orthogonal}
+    )
+    with pytest.raises(AdapterError, match="vector 1 of hra_u"):
+        edit.apply(np.ones((12, 8), dtype=np.float32), 0, 12, 1.0)
