@@ -100,6 +100,11 @@ def unread_settings(adapter: Adapter) -> str:
     return ""
 
 
+def is_settings_file(name: str) -> bool:
+    """Whether a file at the top of an adapter's folder may hold settings of its training."""
+    return "/" not in name and (name.endswith((".yaml", ".yml")) or name in SETTINGS_FILES)
+
+
 def is_unsloth_dynamic(name: str) -> bool:
     """Whether the base of that name has some layers left out, which only it knows."""
     return UNSLOTH_DYNAMIC.search(name.lower()) is not None
@@ -108,10 +113,9 @@ def is_unsloth_dynamic(name: str) -> bool:
 def _texts(folder: Path) -> Iterator[tuple[Path, str]]:
     yield folder / CONFIG, CONFIG
     yield folder / CARD, "the adapter's model card"
-    for path in sorted((*folder.glob("*.yaml"), *folder.glob("*.yml"))):
-        yield path, path.name
-    for name in SETTINGS_FILES:
-        yield folder / name, name
+    for name in sorted(path.name for path in folder.iterdir()):
+        if is_settings_file(name):
+            yield folder / name, name
 
 
 def _read(path: Path) -> str:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from edgellm.errors import AdapterError, HubError, SourceError
+from edgellm.lora.training_evidence import is_settings_file
 from edgellm.progress import Progress, ProgressEvent
 from edgellm.source.checkpoint import INDEX, SINGLE
 from edgellm.source.gguf_file import SPLIT_NAME
@@ -171,7 +172,9 @@ def needed_adapter_files(wanted: HubId, names: Collection[str]) -> list[str]:
     if not missing:
         templates = [name for name in names if name.startswith(f"{TEMPLATE_FOLDER}/")]
         small = SMALL_FILES.intersection(names) - {"config.json", "generation_config.json"}
-        return sorted([*wants, *templates, *small])
+        # Settings of its training, which may say that the base was quantized.
+        settings = [name for name in names if is_settings_file(name)]
+        return sorted([*wants, *templates, *small, *settings])
     pickles = [name for name in names if name.endswith(PICKLES) and name.startswith("adapter")]
     if pickles and ADAPTER_CONFIG in names:
         raise AdapterError(

@@ -17,6 +17,7 @@ from edgellm.lora.rounded_base import KEPT_SCALES, METHODS, dequantized_base
 from edgellm.lora.training_evidence import evidence
 from edgellm.quant import bnb_4bit, bnb_absmax
 from edgellm.source import ModelSource, open_source
+from edgellm.source.hub import needed_adapter_files, parse_hub_id
 from edgellm.tensors import TensorRef
 
 WriteModel = Callable[..., Path]
@@ -264,6 +265,14 @@ def test_adapters_of_several_bases_are_not_merged_together(
         common_base([one, two], full)
     assert common_base([one, two], full, "nf4").method == "nf4"
     assert common_base([one, one], full).method == "nf4-dq"
+
+
+def test_settings_of_the_training_are_fetched_from_the_hub() -> None:
+    names = ["adapter_config.json", "adapter_model.safetensors", "README.md", "axolotl.yml"]
+    others = ["training_args.bin", "optimizer.pt", "trainer_state.json", "runs/config.yaml"]
+    wanted = parse_hub_id("org/adapter")
+    assert wanted is not None
+    assert needed_adapter_files(wanted, [*names, *others]) == sorted(names)
 
 
 def test_a_gguf_adapter_has_its_name_alone_to_tell(tmp_path: Path, full: ModelSource) -> None:
