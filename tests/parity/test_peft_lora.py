@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from peft_adapters import PeftAdapter, loaded, make_adapter, state_of, trained
 
 from edgellm.lora.adapter import Adapter
 from edgellm.lora.edit import Edit, Target
-from edgellm.lora.kinds import bind_of
+from edgellm.lora.kinds import KINDS, bind_of
 from edgellm.lora.open import open_adapter
+from edgellm.lora.peft_config import read_config
 from edgellm.source import open_source
 from edgellm.source.matching import embedding_row, head_row
 from edgellm.source.model import ModelSource
@@ -25,22 +27,23 @@ from edgellm.tensors import Array
 TinyModel = Callable[[str], Path]
 
 BOUNDS = {
-    "lora": 1e-6,
-    "rslora": 1e-6,
-    "patterns": 1e-6,
-    "dora": 1e-6,
-    "embedding": 1e-6,
-    "bias": 0.0,
-    "lora_bias": 1e-6,
-    "modules_to_save": 0.0,
-    "target_parameters": 1e-6,
-    "trainable_tokens": 0.0,
-    "ln_tuning": 0.0,
+    "lora": 1e-6,  # measured: 1.0e-7
+    "rslora": 1e-6,  # 2.4e-7
+    "patterns": 1e-6,  # 1.4e-7
+    "dora": 1e-6,  # 3.9e-7
+    "embedding": 1e-6,  # 1.6e-7
+    "bias": 0.0,  # 0
+    "lora_bias": 1e-6,  # 7.9e-8
+    "modules_to_save": 0.0,  # 0
+    "target_parameters": 1e-6,  # 9.4e-8
+    "trainable_tokens": 0.0,  # 0
+    "ln_tuning": 0.0,  # 0
 }
-"""Largest difference from PEFT's merged weight, relative to the largest value of that weight.
+"""Largest difference from PEFT's merged weight, as a share of that weight's largest value.
 
-Whole tensors and rows are copied, so they are equal. The others differ in the order in which
-float32 sums are added up, and in the norm, which is taken in float64 here.
+Whole tensors and rows are copied, so they are equal; plain LoRA on other weights of such a case is
+held to LoRA's own bound. The others add float32 values up in another order, and take DoRA's norm in
+float64. ``pytest -rP`` shows what is measured.
 """
 
 WHOLE = ("bias", "modules_to_save", "trainable_tokens")
@@ -239,20 +242,19 @@ def compare(reference: PeftAdapter, source: ModelSource, step: int = 100) -> dic
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_merges_as_peft_does(
-    case: str, tiny_model: TinyModel, tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
+def test_merges_as_peft_does(case: str, tiny_model: TinyModel, tmp_path: Path) -> None:
     kind, model, config = CASES[case]
     base = tiny_model(model)
     reference = make_adapter(base, config(), tmp_path / "adapter", seed=3)
     adapter = open_adapter(str(reference.folder))
-    distances = compare(reference, open_source(str(base)))
-    record_property(f"distance of {kind}", max(distances.values()))  # shown by --junit-xml
-    for name, far in distances.items():
-        parts = adapter.parts.get(name, {})
-        factors = any(part.startswith("lora") for part in parts)
-        bound = BOUNDS["lora" if factors and kind in WHOLE else kind]
-        assert far <= bound, f"{name}: {far}"
+    furthest: dict[str, float] = {}
+    for name, far in compare(reference, open_source(str(base))).items():
+        factors = any(part.startswith("lora") for part in adapter.parts.get(name, {}))
+        held_to = "lora" if factors and kind in WHOLE else kind
+        assert far <= BOUNDS[held_to], f"{name}: {far}"
+        furthest[held_to] = max(far, furthest.get(held_to, 0.0))
+    for held_to, far in furthest.items():
+        print(f"{held_to}: {far:.1e}")
 
 
 @pytest.mark.parametrize("case", ["plain", "dora", "dora embedding", "embedding", "tokens"])
@@ -265,6 +267,21 @@ def test_rows_do_not_depend_on_the_slab(case: str, tiny_model: TinyModel, tmp_pa
     assert whole.keys() == cut.keys()
     for name, value in whole.items():
         assert np.array_equal(value, cut[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_key_that_peft_writes_is_known(kind: str, tmp_path: Path) -> None:
+    """A version of PEFT with keys of its own fails here, so that someone looks what they mean."""
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind.upper())]
+    needed = {"trainable_tokens": {"token_indices": [1]}, "adalora": {"total_step": 9}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config_class(**needed.get(kind, {})).save_pretrained(tmp_path)
+    config, notes = read_config(tmp_path)
+    assert (config["peft_type"], notes) == (kind.upper(), ())
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module."])
