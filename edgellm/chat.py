@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self, cast, get_args
 from edgellm.errors import UnsupportedTarget, UsageError
 from edgellm.generate import Answer, AnswerStream, Decoding
 from edgellm.hardware import Choice, detect, pick
-from edgellm.lora.apart import ApartAdapters
+from edgellm.lora.apart import ApartAdapters, kept_adapters
 from edgellm.manifest import Artifact, open_artifact
 from edgellm.manifest import verify as verify_artifact
 from edgellm.runtimes import runtime_named, runtime_names
@@ -83,7 +83,7 @@ def open(
         runtime=runtime,
         device=device,
         kv_dtype=kv_dtype,
-        adapters=bool(adapters),
+        adapters=bool(adapters if adapters is not None else kept_adapters(artifact)),
     )
     chosen = cast("Device", choice.device)  # one that the runtime itself named
     options = RunOptions(chosen, context_tokens, threads, kv_dtype)

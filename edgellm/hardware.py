@@ -162,6 +162,7 @@ def pick(
         if not found.available and container in found.containers and found.install:
             installs.append(found.install)
     message = f"nothing here runs {container} files"
+    message += " with adapters beside them" if adapters else ""
     message += f" on {device}" if device != "auto" else ""
     message += f" ({'; '.join(refusals)})"
     if installs:
@@ -182,7 +183,10 @@ def _refusal(
         kept = ", ".join(found.kv_dtypes) or "types of its own choice"
         return f"keeps keys and values in {kept}, not {kv_dtype}"
     if adapters and not found.adapters:
-        return "applies no adapters beside a model: merge them (convert --adapter), or use gguf"
+        return (
+            "applies no adapters beside a model: merge them (convert --adapter), use gguf, or "
+            "leave them out (--adapter none)"
+        )
     return None
 
 

@@ -14,7 +14,7 @@ from edgellm.registry import suggestion
 from edgellm.runtimes.session import AdapterFile
 
 if TYPE_CHECKING:
-    from edgellm.manifest import Artifact
+    from edgellm.manifest import Artifact, KeptEntry
     from edgellm.runtimes.session import AdaptingSession
 
 
@@ -41,7 +41,7 @@ class ApartAdapters:
         self._known: dict[str, Known] = {}
         self._weights: dict[str, float] = {}
         self.notes: list[str] = []
-        for entry in artifact.manifest.artifact.kept_adapters if artifact.manifest else ():
+        for entry in kept_adapters(artifact):
             name = self._free_name(entry.name)
             self._known[name] = Known(artifact.path / entry.file, entry.weight)
 
@@ -151,6 +151,11 @@ class ApartAdapters:
         made = manifest.artifact
         held = (*made.merged_before, *(made.merge.adapters if made.merge else ()))
         return adapter.digest() in {entry.sha256 for entry in held}
+
+
+def kept_adapters(artifact: Artifact) -> tuple[KeptEntry, ...]:
+    """The adapters that lie beside the model of ``artifact``, which a plain file has none of."""
+    return artifact.manifest.artifact.kept_adapters if artifact.manifest else ()
 
 
 def _named(text: str, known: Mapping[str, Known]) -> AdapterSpec:

@@ -14,12 +14,12 @@ from typing import Any
 
 from edgellm.architectures.family import TensorRow
 from edgellm.architectures.gguf_rows import as_checkpoint_stores
-from edgellm.errors import AdapterError
+from edgellm.errors import AdapterError, TensorError
 from edgellm.lora.adapter import Adapter, Parts
 from edgellm.source.gguf_file import GgufFile, read_gguf
 from edgellm.source.gguf_model import references
 from edgellm.source.model import ModelSource
-from edgellm.tensors import TensorRef, transposed
+from edgellm.tensors import SLAB_BYTES, TensorRef, check_finite, rows_within, transposed
 
 ARCHITECTURE = "general.architecture"
 TYPE = "general.type"
@@ -38,12 +38,12 @@ HUB_URL = "https://huggingface.co/"
 
 
 def open_gguf_adapter(path: Path) -> Adapter:
-    """The LoRA adapter in a GGUF file; headers are read, factors are not.
+    """The LoRA adapter in a GGUF file; its values are looked at once, since NaN spreads over rows.
 
     ``parts`` are named as in the file (``lora_a``, ``lora_b``), with rows as llama.cpp stores them:
     ``in_checkpoint_terms`` turns them round. Raises ``SourceError`` for a damaged file and
-    ``AdapterError`` for a model, a control vector, an activated LoRA, half a pair, or factors that
-    do not fit each other.
+    ``AdapterError`` for a model, a control vector, an activated LoRA, half a pair, NaN or Inf, and
+    factors that do not fit each other.
     """
     stored = read_gguf(path)
     metadata = stored.metadata
@@ -53,6 +53,9 @@ def open_gguf_adapter(path: Path) -> Adapter:
         raise AdapterError(f"{path}: {ALPHA} is {alpha}: the file is damaged, make it anew")
     parts, replaced = _paired(path, references(stored))
     ranks = {name: _rank(path, name, pair) for name, pair in parts.items()}
+    for pair in (*parts.values(), replaced):
+        for ref in pair.values():
+            _check_finite(path, ref)
     notes = []
     if not alpha:
         notes.append(f"{path.name} states no alpha: its products are added as they are, scale 1")
@@ -241,6 +244,16 @@ def _rank(path: Path, name: str, pair: dict[str, TensorRef]) -> int:
             "is damaged, make it anew from the PEFT folder"
         )
     return b[1]
+
+
+def _check_finite(path: Path, ref: TensorRef) -> None:
+    step = rows_within(SLAB_BYTES, ref.columns)
+    try:
+        for start in range(0, ref.rows, step):
+            rows = ref.load(start, min(start + step, ref.rows))
+            check_finite(rows, ref.name, first_row=start)
+    except TensorError as error:
+        raise AdapterError(f"{path}: {error}") from error
 
 
 def _base_name(stored: GgufFile) -> str:

@@ -74,6 +74,7 @@ def without(tensors: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
     [
         (without(pair(Q, 8, 6), f"{Q}.lora_b"), "without the other half"),
         ({}, "holds no pair"),
+        ({**pair(Q, 8, 6), f"{Q}.lora_b": np.full((8, 4), np.nan, np.float32)}, "nan at row 0"),
         ({**pair(Q, 8, 6), "x.weight": np.ones(3, np.float32)}, "x.weight, which is neither"),
         ({**pair(Q, 8, 6), f"{Q}.lora_a": np.ones((3, 6), np.float32)}, "whose ranks differ"),
         (
