@@ -25,6 +25,9 @@ from edgellm.tensors import SLAB_BYTES, Array, TensorRef, derived, rows_within
 METHODS = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8")
 """What bitsandbytes rounds to; ``-dq`` with double quantization."""
 
+CHUNK_BLOCKS = 1 << 10
+"""Blocks that are rounded at once: 256 KiB of float32."""
+
 KEPT_SCALES = 8
 """Tensors whose scales are kept: as many as threads may be at work on at once."""
 
@@ -85,14 +88,23 @@ class Blocks:
         first, last = start * columns, stop * columns
         low, high = first // BLOCK, -(-last // BLOCK)
         values = self._values(low, high)
+        scales = None
+        if self.scales is not None:
+            scales = self.scales.of(self.ref.role, self._scales_rounded_twice)[low:high]
+        for at in range(0, high - low, CHUNK_BLOCKS):  # in place, while it lies in the cache
+            part = values[at * BLOCK : (at + CHUNK_BLOCKS) * BLOCK]
+            part[:] = self._read_back(part, None if scales is None else scales[at:])
+        wanted = values[first - low * BLOCK : last - low * BLOCK]
+        return np.ascontiguousarray(wanted.reshape(stop - start, columns))
+
+    def _read_back(self, values: Array, scales: Array | None) -> Array:
+        """Whole blocks of ``values`` rounded; ``scales`` take the place of their own from 0 on."""
         absmax = bnb_4bit.block_absmax(values)
         codes = bnb_4bit.quantize(values, absmax, self.kind)
-        if self.scales is not None:
-            absmax = self.scales.of(self.ref.role, self._scales_rounded_twice)[low:high]
-        read_back = bnb_4bit.dequantize(codes, absmax, self.kind)
-        part = read_back[first - low * BLOCK : last - low * BLOCK]
+        if scales is not None:
+            absmax = scales[: len(absmax)]
         dtype = self.ref.dtype if self.ref.dtype in ENCODERS else "f32"
-        return rounded(part.reshape(stop - start, columns), dtype)
+        return rounded(bnb_4bit.dequantize(codes, absmax, self.kind), dtype)
 
     def _values(self, low: int, high: int) -> Array:
         """All values of blocks ``low:high``, from whatever rows they lie in."""
