@@ -93,6 +93,12 @@ def places(
         if place is None:
             continue
         twin = first.setdefault(place, key)
+        trained = [each for each in (twin, key) if WHOLE_HOLDERS[0] in each.split(".")]
+        if twin != key and len(trained) == 1:
+            # Of a resized vocabulary PEFT saves the untrained layer too, beside its trained copy.
+            found.pop(twin, None)
+            first[place], found[trained[0]] = trained[0], place
+            continue
         if twin != key:
             raise AdapterError(
                 f"{where}: {twin} and {key} are the same {place.part or 'tensor'} of {place.name}: "
