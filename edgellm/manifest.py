@@ -85,8 +85,8 @@ class MergeEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Adapters, in order, and how they were combined and merged.
 
     ``density``, ``sign``, ``rank`` and ``seed`` are those of the combination that matter to its
-    ``method``. ``merged_sha256`` is over the merged weights in float32, before any rounding
-    (``lora.record``), and so the same for every grid and container. ``base`` says which base the
+    ``method``. ``merged_sha256`` is over the merged weights in float32, before any rounding, and so
+    the same for every grid and container (``lora.record.Change``). ``base`` says which base the
     adapters were merged into (``full``, ``dequantized nf4``) and ``base_reason`` why.
     """
 

@@ -117,6 +117,7 @@ def general_keys(source: ModelSource) -> dict[str, object]:
     kept = {key: source.provenance[key] for key in KEPT_KEYS if key in source.provenance}
     parents = {key: value for key, value in source.provenance.items() if key.startswith(BASE_MODEL)}
     organization, slash, _ = source.name.rpartition("/")
+    finetune = " + ".join(each.name for each in source.merge.adapters) if source.merge else ""
     weights = sum(ref.size for ref in source.tensors.values())
     parents = parents or {
         f"{BASE_MODEL}count": 1,
@@ -131,6 +132,7 @@ def general_keys(source: ModelSource) -> dict[str, object]:
         "general.organization": organization if slash else "",
         "general.size_label": size_label(weights, weights, 0, 0),
         **kept,
+        **({"general.finetune": finetune} if finetune else {}),
         "general.license": source.licence,
         **gguf_lineage(source, parents),
         "general.quantized_by": f"edgellm {edgellm.__version__}",

@@ -26,7 +26,8 @@ class Change:
 
     ``relative`` is the Frobenius norm of the change over that of the weight before; infinite where
     all of it was zero. ``sha256`` is taken over the SHA-256 of each row of the merged weight
-    (float32, little-endian, canonical order), so that it is the same for every container.
+    (float32, little-endian, canonical order), so that it is the same for every container and
+    grid; on another kind of processor the last bits of a product may differ, and it with them.
     """
 
     change_norm: float
@@ -41,7 +42,7 @@ class Change:
 
 
 class _Rows:
-    """The rows of one weight that have been seen; what they hold goes once all were."""
+    """The rows of one weight that have been seen; made with the first, gone with the last."""
 
     def __init__(self, rows: int) -> None:
         self.unseen = np.ones(rows, dtype=np.bool_)
@@ -56,6 +57,7 @@ class MergeRecord:
     """
 
     def __init__(self) -> None:
+        self._expected: dict[str, int] = {}
         self._rows: dict[str, _Rows] = {}
         self._loaders: dict[str, Callable[[], object]] = {}
         self._changes: dict[str, Change] = {}
@@ -63,13 +65,12 @@ class MergeRecord:
 
     def watch(self, name: str, rows: int, load_all: Callable[[], object]) -> None:
         """Expect ``rows`` rows of ``name``."""
-        self._rows[name] = _Rows(rows)
+        self._expected[name] = rows
         self._loaders[name] = load_all
 
     def note(self, name: str, start: int, before: Array, after: Array) -> bool:
         """Rows ``start:...`` of ``name`` before and after; whether that was the last of them."""
-        rows = self._rows.get(name)
-        if rows is None:  # seen whole already
+        if name not in self._expected:  # seen whole already
             return False
         stop = start + len(after)
         change = after - before
@@ -78,13 +79,19 @@ class MergeRecord:
             squares = np.stack([_row_squares(change), _row_squares(before)])
         digests = [hashlib.sha256(np.ascontiguousarray(row).data).digest() for row in after]
         with self._lock:
+            if name not in self._expected:
+                return False
+            if name not in self._rows:
+                self._rows[name] = _Rows(self._expected[name])
+            rows = self._rows[name]
             rows.squares[:, start:stop] = squares
             rows.digests[start:stop] = np.frombuffer(b"".join(digests), np.uint8).reshape(
                 -1, DIGEST_BYTES
             )
             rows.unseen[start:stop] = False
-            if rows.unseen.any() or self._rows.pop(name, None) is None:
+            if rows.unseen.any():
                 return False
+            del self._expected[name], self._rows[name]
             change_square, weight_square = (math.fsum(line.tolist()) for line in rows.squares)
             digest = hashlib.sha256(rows.digests.tobytes()).hexdigest()
             self._changes[name] = Change(math.sqrt(change_square), math.sqrt(weight_square), digest)
@@ -95,7 +102,7 @@ class MergeRecord:
 
         Loads those of which a container left rows out (positions beyond a capped context).
         """
-        for name in list(self._rows):
+        for name in list(self._expected):
             self._loaders[name]()
         return dict(sorted(self._changes.items()))
 

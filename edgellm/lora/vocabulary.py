@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from edgellm.lora.adapter import Adapter
 from edgellm.source.matching import check_vocabulary
 from edgellm.source.model import ModelSource
 from edgellm.tokenization import Tokenizer, check_parity
+from edgellm.tokenization.from_hf import TEMPLATE_FOLDER
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,9 @@ def brought_tokenizer(
             )
         chosen, giver = brought, adapter
         notes.append(f"tokenizer from {adapter.name}: {difference}")
+        if brought.chat_template is None and ours.chat_template is not None:
+            chosen = _with_templates(brought, ours.settings.chat_templates)
+            notes.append(f"chat template from the base: {adapter.name} brings none")
     return chosen, giver, notes
 
 
@@ -86,6 +90,8 @@ def _difference(ours: Tokenizer, theirs: Tokenizer) -> str:
         return f"{len(added)} tokens added" if added else "other tokens"
     if not _same_rules(ours, theirs):
         return "text is split by other rules"
+    if set(theirs.eos_token_ids) - set(ours.eos_token_ids):
+        return "other tokens end an answer"
     if theirs.chat_template is not None and theirs.chat_template != ours.chat_template:
         return "another chat template"
     return ""
@@ -93,6 +99,22 @@ def _difference(ours: Tokenizer, theirs: Tokenizer) -> str:
 
 def _same_rules(ours: Tokenizer, theirs: Tokenizer) -> bool:
     return check_parity(ours, theirs, method="").equal
+
+
+def _with_templates(tokenizer: Tokenizer, templates: Mapping[str, str]) -> Tokenizer:
+    """``tokenizer`` with chat ``templates`` by name, in files as transformers saves them."""
+    files = {
+        "chat_template.jinja" if name == "default" else f"{TEMPLATE_FOLDER}/{name}.jinja": text
+        for name, text in templates.items()
+    }
+    return Tokenizer(
+        tokenizer.backend,
+        replace(tokenizer.settings, chat_templates=templates),
+        source_files={
+            **tokenizer.files(),
+            **{name: text.encode() for name, text in files.items()},
+        },
+    )
 
 
 def _with_ends_of(source: ModelSource, tokenizer: Tokenizer) -> Tokenizer:

@@ -356,3 +356,28 @@ def test_tokens_without_a_row_are_refused(
     tuned = adapter({Q_PROJ: 1}, tokenizer_folder=brought)
     with pytest.raises(AdapterError, match="token ids up to 257 and the merged embedding 257 rows"):
         merged_source(source, [tuned], Combination())
+
+
+def test_a_template_that_the_adapter_lacks_is_the_bases(
+    write_model: WriteModel, tensors: Tensors, adapter: MakeAdapter, tokenizer_folder: Path
+) -> None:
+    with_token(tokenizer_folder, "<|call|>")
+    folder = write_model(tensors, folder="chatty")
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    base = open_source(str(folder))
+    tuned = adapter({Q_PROJ: 1}, tokenizer_folder=tokenizer_folder)
+    merged = merged_source(base, [tuned], Combination())
+    assert merged.tokenizer.chat_template == "{{ messages[0].content }}"
+    assert merged.tokenizer.files()["chat_template.jinja"] == b"{{ messages[0].content }}"
+    assert any("chat template from the base" in note for note in merged.notes)
+
+
+def test_another_end_of_answers_comes_from_the_adapter(
+    source: ModelSource, adapter: MakeAdapter, tokenizer_folder: Path
+) -> None:
+    (tokenizer_folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "!"}))
+    tuned = adapter({Q_PROJ: 1}, tokenizer_folder=tokenizer_folder)
+    merged = merged_source(source, [tuned], Combination())
+    (end,) = merged.tokenizer.encode("!")
+    assert merged.tokenizer.eos_token_ids[0] == end
+    assert any("other tokens end an answer" in note for note in merged.notes)
