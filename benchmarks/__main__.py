@@ -18,6 +18,7 @@ BENCHMARKS = {
     "decode_onnx": "prefill and decode of equal int4 graphs",
     "best_int4": "our best int4 recipe against the peer's default build: decode and KL",
     "llamacpp_loop": "prefill and decode through our llama.cpp runtime",
+    "adapters": "what rounding leaves of a fine-tune, and rsLoRA by llama.cpp's own way",
     "cold_start": "time to help and to the first token",
 }
 
