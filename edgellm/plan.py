@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import psutil
@@ -18,7 +20,11 @@ from edgellm.quant.grid import Grid
 from edgellm.recipe import Recipe
 from edgellm.runtimes import best_container
 from edgellm.source import ModelSource, open_source
+from edgellm.source.quantized import stored_as
 from edgellm.tensors import COLUMN_CHUNK_BYTES, SLAB_BYTES, rows_within
+
+if TYPE_CHECKING:
+    from edgellm.lora.merging import Merge
 
 COPIES = 4.0
 """Float32 slabs alive at once in a worker at the most: as read, in float32, its rows reordered, and
@@ -194,6 +200,11 @@ def make_plan(
 def _with_adapters(base: ModelSource, recipe: Recipe, progress: Progress) -> ModelSource:
     """``base`` with what the recipe wants merged; adapters cost nothing where there are none."""
     if not recipe.adapters:
+        if recipe.merge_base and not stored_as(base.tensors):
+            raise UsageError(
+                f"--merge-base {recipe.merge_base} is about adapters or a model that is quantized "
+                f"already, and {base.name} is in full precision: leave it out"
+            )
         return base
     from edgellm.lora.requested import with_adapters
 
@@ -217,7 +228,7 @@ def _slab_memory(tensor: OutputTensor) -> float:
 
 
 def _factor_memory(source: ModelSource, workers: int) -> float:
-    """What merging keeps beside the slabs: the adapters' factors, and a few pieces of a slab."""
+    """What merging keeps beside the slabs: the adapters' factors, and pieces of a slab."""
     if source.merge is None:
         return 0
     from edgellm.lora.factors import KEPT_BYTES
@@ -228,7 +239,21 @@ def _factor_memory(source: ModelSource, workers: int) -> float:
         for parts in adapter.parts.values()
         for part in parts.values()
     )
-    return min(held, KEPT_BYTES) + workers * MERGE_PIECES * COLUMN_CHUNK_BYTES
+    pieces = workers * MERGE_PIECES * COLUMN_CHUNK_BYTES
+    return min(held, KEPT_BYTES) + pieces + _whole_matrix_memory(source.merge)
+
+
+def _whole_matrix_memory(merge: Merge) -> float:
+    """What the methods take that cut a pruned sum to a rank: one weight whole, and its square."""
+    from edgellm.lora.combine.methods import METHODS
+
+    method = METHODS[merge.combination.method]
+    if not (method.truncate and method.prune) or len(merge.adapters) < 2:
+        return 0
+    shapes = [
+        merge.base.tensors[role].shape for role in merge.changed if role in merge.base.tensors
+    ]
+    return max((4 * math.prod(shape) + 8 * min(shape) ** 2 for shape in shapes), default=0)
 
 
 def _merge_seconds(source: ModelSource, workers: int) -> float:

@@ -86,6 +86,9 @@ def test_merge_base_without_adapters_means_a_quantized_base_alone(
     done = command("convert", model, "--merge-base", "nf4", "-o", tmp_path / "out")
     assert done.code == 2
     assert "merge_base is about adapters and there are none" in done.err
+    done = command("convert", model, "--merge-base", "dequantized", "-o", tmp_path / "out")
+    assert done.code == 2
+    assert "in full precision: leave it out" in " ".join(done.err.split())
 
 
 def test_an_adapter_is_merged_into_the_quantized_base_that_is_given(
