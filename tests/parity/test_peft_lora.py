@@ -19,6 +19,7 @@ from edgellm.lora.edit import Edit, Target
 from edgellm.lora.kinds import KINDS, bind_of
 from edgellm.lora.open import open_adapter
 from edgellm.lora.peft_config import read_config
+from edgellm.lora.refused_kinds import REFUSED
 from edgellm.source import open_source
 from edgellm.source.matching import embedding_row, head_row
 from edgellm.source.model import ModelSource
@@ -282,6 +283,12 @@ def test_every_key_that_peft_writes_is_known(kind: str, tmp_path: Path) -> None:
         config_class(**needed.get(kind, {})).save_pretrained(tmp_path)
     config, notes = read_config(tmp_path)
     assert (config["peft_type"], notes) == (kind.upper(), ())
+
+
+def test_every_kind_of_peft_is_merged_or_refused_by_name() -> None:
+    from peft import PeftType
+
+    assert {kind.value for kind in PeftType} <= {kind.upper() for kind in KINDS} | REFUSED.keys()
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module."])
