@@ -63,8 +63,8 @@ LINE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """One thing that was said: ``method`` is ``full``, a row of ``rounded_base.METHODS``, ``gptq``
-    or ``awq``.
+    """One thing that was said: ``method`` is ``full``, a row of ``rounded_base.METHODS``, or another
+    method's name (``gptq``), whose rounding cannot be repeated.
 
     ``where`` and ``says`` make the sentence "``where`` says ``says``". ``exact``: the settings were
     spelled out, not told from a name. ``skipped`` is ``llm_int8_skip_modules`` where it was set.
@@ -168,7 +168,7 @@ def _of_texts(said: Mapping[str, str], where: str) -> Iterator[Evidence]:
 
 def _of_settings(said: Mapping[str, str], where: str) -> Evidence | None:
     method = said.get("quant_method", "").lower()
-    if method in ("gptq", "awq"):
+    if method not in ("", "none", "null", "bitsandbytes"):
         return Evidence(method, where, f"quant_method: {method}")
     skipped = _modules(said.get("llm_int8_skip_modules", ""))
     for key, value in (("load_in_4bit", "true"), ("quantization_bit", "4"), ("adapter", "qlora")):

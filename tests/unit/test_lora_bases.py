@@ -178,6 +178,7 @@ def test_unsloths_dynamic_base_is_asked_for(
         ("TheBloke/Llama-2-7B-GPTQ", {}),
         ("org/model-AWQ", {}),
         ("", {"README.md": "- quant_method: gptq\n- bits: 4\n"}),
+        ("", {"training_config.json": '{"quantization_config": {"quant_method": "hqq"}}'}),
     ],
 )
 def test_a_base_that_cannot_be_made_is_asked_for(
