@@ -67,6 +67,11 @@ def open(
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be at least 1, got {threads}")
     artifact = open_artifact(Path(path))
+    if artifact.container == "hf":
+        raise UnsupportedTarget(
+            f"{artifact.path} is a merged Hugging Face folder, which transformers loads and no "
+            f"runtime here: make it one that runs, `edgellm convert {artifact.path} --out DIR`"
+        )
     notes = []
     if artifact.manifest is None:
         notes.append(f"{artifact.path.name} has no manifest: it runs, unverified")
