@@ -63,8 +63,10 @@ LINE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """One thing that was said: ``method`` is ``full``, a row of ``rounded_base.METHODS``, or another
-    method's name (``gptq``), whose rounding cannot be repeated.
+    """One thing that was said.
+
+    ``method`` is ``full``, a row of ``rounded_base.METHODS``, or the name of another (``gptq``),
+    whose rounding cannot be repeated.
 
     ``where`` and ``says`` make the sentence "``where`` says ``says``". ``exact``: the settings were
     spelled out, not told from a name. ``skipped`` is ``llm_int8_skip_modules`` where it was set.
