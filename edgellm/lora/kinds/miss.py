@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from edgellm.errors import AdapterError
 from edgellm.lora.edit import Edit, Target
 from edgellm.lora.factors import kept, row_product
 from edgellm.lora.kinds.parts import exactly, linear, shaped
@@ -78,9 +79,13 @@ def bind(target: Target, parts: Mapping[str, TensorRef], config: Mapping[str, An
     out, into = linear(target, "MiSS")
     (block,) = exactly(target, parts, PART)
     rank, form = int(config.get("r", 64)), config.get("init_weights", True)
-    if form == "bat":
-        size = rank if out % rank == into % rank == 0 else 0
-        return BlockAffine(shaped(target, PART, block, (out // max(rank, 1), size, size)))
     outputs = int(config.get("mini_r", 1)) if form == "mini" else out
-    repeats = outputs > 0 and out % outputs == 0
-    return Repeated(shaped(target, PART, block, (rank, outputs if repeats else 0)), into)
+    if out % outputs or (form == "bat" and (out % rank or into % rank)):
+        raise AdapterError(
+            f"{target.name} {list(target.shape)} cannot be cut into the blocks that init_weights "
+            f"{form!r}, r {rank} and mini_r {config.get('mini_r')} of adapter_config.json ask for: "
+            "the adapter was trained on another model, or the config belongs to another adapter"
+        )
+    if form == "bat":
+        return BlockAffine(shaped(target, PART, block, (out // rank, rank, rank)))
+    return Repeated(shaped(target, PART, block, (rank, outputs)), into)
