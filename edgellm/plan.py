@@ -244,16 +244,20 @@ def _factor_memory(source: ModelSource, workers: int) -> float:
 
 
 def _whole_matrix_memory(merge: Merge) -> float:
-    """What the methods take that cut a pruned sum to a rank: one weight whole, and its square."""
+    """What the methods take that cut a pruned sum to a rank.
+
+    One weight whole, and in float64 its square, the eigenvectors and their workspace.
+    """
     from edgellm.lora.combine.methods import METHODS
 
     method = METHODS[merge.combination.method]
     if not (method.truncate and method.prune) or len(merge.adapters) < 2:
         return 0
-    shapes = [
-        merge.base.tensors[role].shape for role in merge.changed if role in merge.base.tensors
-    ]
-    return max((4 * math.prod(shape) + 8 * min(shape) ** 2 for shape in shapes), default=0)
+    held = merge.base.tensors
+    shapes = [held[role].shape for role in merge.changed if role in held]
+    return max(
+        (4 * math.prod(each) + 24 * min(each) ** 2 for each in shapes if each[1:]), default=0
+    )
 
 
 def _merge_seconds(source: ModelSource, workers: int) -> float:
