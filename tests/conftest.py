@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -19,3 +19,49 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     from tiny_models import builder
 
     return builder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str, str, float], None]:
+    """``figure(table, row, value)`` notes what a test measured, for the tables in ``docs/``."""
+
+    def note(table: str, row: str, value: float) -> None:
+        record_property("figure", (table, row, value))
+
+    return note
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-figures",
+        action="store_true",
+        help="write what was measured into tests/parity/adapter_figures.json and docs/",
+    )
+
+
+MEASURED = pytest.StashKey[dict[str, dict[str, float]]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[MEASURED] = {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call" and report.passed:
+        for name, value in report.user_properties:
+            if name == "figure":
+                table, row, found = value
+                rows = item.config.stash[MEASURED].setdefault(table, {})
+                rows[row] = max(found, rows.get(row, 0.0))
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--write-figures"):
+        import adapter_tables
+
+        adapter_tables.write(session.config.stash[MEASURED])

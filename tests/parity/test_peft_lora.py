@@ -26,6 +26,7 @@ from edgellm.source.model import ModelSource
 from edgellm.tensors import Array
 
 TinyModel = Callable[[str], Path]
+Figure = Callable[[str, str, float], None]
 
 BOUNDS = {
     "lora": 1e-6,  # measured: 1.0e-7
@@ -44,7 +45,7 @@ BOUNDS = {
 
 Whole tensors and rows are copied, so they are equal; plain LoRA on other weights of such a case is
 held to LoRA's own bound. The others add float32 values up in another order, and take DoRA's norm in
-float64. ``pytest -rP`` shows what is measured.
+float64.
 """
 
 WHOLE = ("bias", "modules_to_save", "trainable_tokens")
@@ -243,7 +244,9 @@ def compare(reference: PeftAdapter, source: ModelSource, step: int = 100) -> dic
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_merges_as_peft_does(case: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_merges_as_peft_does(
+    case: str, tiny_model: TinyModel, tmp_path: Path, figure: Figure
+) -> None:
     kind, model, config = CASES[case]
     base = tiny_model(model)
     reference = make_adapter(base, config(), tmp_path / "adapter", seed=3)
@@ -255,7 +258,7 @@ def test_merges_as_peft_does(case: str, tiny_model: TinyModel, tmp_path: Path) -
         assert far <= BOUNDS[held_to], f"{name}: {far}"
         furthest[held_to] = max(far, furthest.get(held_to, 0.0))
     for held_to, far in furthest.items():
-        print(f"{held_to}: {far:.1e}")
+        figure("kinds", held_to, far)
 
 
 @pytest.mark.parametrize("case", ["plain", "dora", "dora embedding", "embedding", "tokens"])
