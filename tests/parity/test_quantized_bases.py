@@ -156,8 +156,12 @@ def test_codes_and_values_of_blocks_are_those_of_bitsandbytes(
     kind: str, shape: tuple[int, int], block: int
 ) -> None:
     values = weights(shape, "float32")
-    packed, state = functional.quantize_4bit(values, quant_type=kind, blocksize=block)
     flat = values.numpy().reshape(-1)
+    # A first block of size 1, with values that lie half way between two levels.
+    levels = np.sort(bnb_4bit.LEVELS[kind])
+    flat[:64] *= 0.01
+    flat[:15], flat[15] = (levels[:-1] + levels[1:]) / np.float32(2), 1
+    packed, state = functional.quantize_4bit(values, quant_type=kind, blocksize=block)
     absmax = bnb_4bit.block_absmax(flat, block)
     np.testing.assert_array_equal(absmax, state.absmax.numpy())
     codes = bnb_4bit.quantize(flat, absmax, kind, block)
