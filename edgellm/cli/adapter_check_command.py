@@ -44,7 +44,7 @@ def adapter_check(
     ] = None,
     min_survival: Annotated[
         float | None,
-        typer.Option(metavar="SHARE", help="What must be left, 0 to 1. Default: 0.5."),
+        typer.Option(metavar="SHARE", help="What must be left, 0 to 1. Default: 0.25."),
     ] = None,
     combine: Annotated[
         str | None,

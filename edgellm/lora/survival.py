@@ -34,8 +34,12 @@ if TYPE_CHECKING:
     from edgellm.forward import Windows
     from edgellm.manifest import Artifact
 
-MIN_SURVIVAL = 0.5
-"""The least survival that a conversion is kept with, where none was asked for."""
+MIN_SURVIVAL = 0.25
+"""The least survival that a conversion is kept with, where none was asked for.
+
+A LoRA that makes SmolLM2-135M talk like a pirate has 0.99 in q8_0, 0.90 in q4_k_m, 0.48 in int4-g32
+and 0.32 in q2_k, and answers like one in all of them, though in the last with less sense.
+"""
 
 BUILT_IN = "built-in"
 """What the text of ``calibration_text`` is called."""

@@ -196,7 +196,7 @@ def test_a_conversion_that_loses_the_fine_tune_leaves_nothing(
     arguments = ("convert", base, "--adapter", f"{adapter}=0.1", "--format", "onnx", "--out", out)
     done = command(*arguments, "--quant", "int4-g128-sym")
     assert done.code == 8
-    assert "of the fine-tune is left after rounding and 50% is asked for" in done.err
+    assert "of the fine-tune is left after rounding and 25% is asked for" in done.err
     assert not out.exists()
     kept = command(*arguments, "--quant", "int4-g128-sym", "--min-survival", 0)
     assert kept.code == 0
