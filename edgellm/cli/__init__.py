@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "merge": (
         "edgellm.cli.merge_command:merge",
-        "Put adapters into a model's own folder, which transformers then loads.",
+        "Merge adapters into a folder that transformers loads.",
     ),
     "adapter-check": (
         "edgellm.cli.adapter_check_command:adapter_check",

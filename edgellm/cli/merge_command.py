@@ -74,7 +74,7 @@ def merge(
         bool, typer.Option("--json", help="One JSON document on stdout, nothing on stderr.")
     ] = False,
 ) -> None:
-    """Put adapters into a model's own folder, which transformers then loads.
+    """Merge adapters into a folder that transformers loads.
 
     Shards, names and dtypes are the base's: tensors that no adapter changes are copied byte for
     byte, the others are computed in float32 and rounded once. It needs no torch, the memory of a
