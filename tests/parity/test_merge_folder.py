@@ -347,3 +347,26 @@ def test_a_quantized_base_is_refused(tiny_model: TinyModel, tmp_path: Path) -> N
     adapter = peft_adapters.make_adapter(tiny_model("llama"), ALL_LINEAR, tmp_path / "adapter")
     with pytest.raises(UnsupportedModel, match=r"gptq.*edgellm convert"):
         edgellm.merge(base, tmp_path / "out", [adapter.folder])
+
+
+def test_a_rounded_base_is_the_one_that_convert_merges_into(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """``convert`` is held against bitsandbytes elsewhere; names and roles must agree with it."""
+    base = tiny_model("llama")
+    adapter = peft_adapters.make_adapter(base, ALL_LINEAR, tmp_path / "adapter")
+    options: dict[str, Any] = {"adapters": [adapter.folder], "merge_base": "nf4"}
+    choices: dict[str, Any] = {"format": "gguf", "quant": "f32", "check": False}
+    merged = edgellm.merge(base, tmp_path / "merged", **options)
+    found = [
+        edgellm.convert(merged.path, tmp_path / "through", **choices),
+        edgellm.convert(base, tmp_path / "direct", **options, **choices),
+        edgellm.convert(base, tmp_path / "full", adapters=[adapter.folder], **choices),
+    ]
+    through, direct, full = (
+        {tensor.name: tensor.sha256 for tensor in made.manifest.artifact.tensors}
+        for made in found
+        if made.manifest
+    )
+    assert through == direct
+    assert sum(direct[name] != full[name] for name in full) == 21
