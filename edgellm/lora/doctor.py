@@ -20,6 +20,7 @@ from edgellm.lora.edit import Edit
 from edgellm.lora.lineage import merged_twice
 from edgellm.lora.llamacpp_path import llamacpp_faults
 from edgellm.lora.merging import merged_source
+from edgellm.lora.replication import replicated
 from edgellm.progress import Progress, unwatched
 from edgellm.source.matching import listed
 from edgellm.source.model import ModelSource
@@ -224,7 +225,8 @@ def _changes(
     source: ModelSource, merged: ModelSource, threads: int | None, progress: Progress
 ) -> dict[str, TensorChange]:
     assert merged.merge is not None
-    found = measure(source, merged, merged.merge.changed, threads=threads, progress=progress)
+    before = replicated(source, merged.merge.adapters)
+    found = measure(before, merged, merged.merge.changed, threads=threads, progress=progress)
     return {change.role: change for change in found}
 
 

@@ -22,6 +22,7 @@ from edgellm.evaluation import Comparison, Divergence, session_logits
 from edgellm.export.layout import Layout
 from edgellm.hardware import detect
 from edgellm.lora.projection import low_rank_factors, projected_cosine
+from edgellm.lora.replication import replicated
 from edgellm.progress import Progress, unwatched
 from edgellm.quant import SOLVERS, floats, ggml
 from edgellm.quant.dequantize import dequantize
@@ -37,8 +38,10 @@ if TYPE_CHECKING:
 MIN_SURVIVAL = 0.25
 """The least survival that a conversion is kept with, where none was asked for.
 
-A LoRA that makes SmolLM2-135M talk like a pirate has 0.99 in q8_0, 0.90 in q4_k_m, 0.48 in int4-g32
-and 0.32 in q2_k, and answers like one in all of them, though in the last with less sense.
+A LoRA that makes SmolLM2-135M talk like a pirate (KL to the base 1.84) has 0.99 in q8_0, 0.90 in
+q4_k_m, 0.48 in int4-g32 and 0.32 in q2_k, and answers like one in all of them, though in the last
+with less sense. At 0.3 of its weight (KL 0.16) it has 0.40 in q4_k_m and -2.5 in int4-g32, whose
+rounding moves the answers by 3.5 times as much as the adapter does.
 """
 
 BUILT_IN = "built-in"
@@ -193,11 +196,12 @@ def weight_survivals(
     """
     merge = merged.merge
     assert merge is not None, "nothing was merged into this source"
+    base = replicated(merge.base, merge.adapters)
     grids = _grids(layout)
     solve: Callable[[Array, Grid], QTensor] = registry.attribute(SOLVERS[solver])
 
     def survive(role: str) -> WeightSurvival | None:
-        before, after = merge.base.tensors.get(role), merged.tensors[role]
+        before, after = base.tensors.get(role), merged.tensors[role]
         edits = [found[role].edit for found in merge.bindings if role in found]
         factors = low_rank_factors(edits)
         if before is None or before.shape != after.shape or factors is None:

@@ -196,3 +196,24 @@ def test_two_adapters_are_measured_apart_and_together(case: Case) -> None:
         strict=True,
     ):
         assert part.cosine == pytest.approx(all_of_it.cosine, abs=1e-3)
+
+
+def test_repeated_layers_are_compared_with_those_that_they_repeat(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """PEFT's ``layer_replication``: four layers out of two, each with a change of its own."""
+    base = tiny_model("llama-256")
+    config = peft.LoraConfig(
+        r=2, lora_alpha=2, target_modules=["q_proj"], layer_replication=[[0, 2], [0, 2]]
+    )
+    folder = peft_adapters.make_adapter(base, config, tmp_path / "stacked").folder
+    adapter = open_adapter(str(folder))
+    merged = merged_source(open_source(str(base)), [adapter], Combination())
+    (facts,) = doctor.check(merged).adapters
+    assert len(facts.targets) == 4
+    for target in facts.targets:
+        layer = int(target.role.split(".")[1])
+        factors = adapter.parts[f"model.layers.{layer}.self_attn.q_proj.weight"]
+        delta = factors["lora_B"].load() @ factors["lora_A"].load()
+        assert target.change is not None
+        assert target.change.change_norm == pytest.approx(np.linalg.norm(delta), rel=1e-4)
