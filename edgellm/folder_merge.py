@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from edgellm.errors import (
+    AdapterError,
     EdgeError,
     SourceError,
     UnsupportedModel,
@@ -158,6 +159,7 @@ def make_plan(
     checkpoint = read_checkpoint(found.path)
     files = tuple(read_safetensors(file) for file in checkpoint.files)
     adapters, combination, facts = opened(recipe, progress=progress)
+    _refuse_replication(adapters, found.path)
     adapters = [_in_checkpoint_terms(adapter, found.path) for adapter in adapters]
     stored = named_weights(found.name, config, files, adapters)
     into = folder_base(found.path, stored, adapters, recipe.merge_base)
@@ -324,6 +326,15 @@ def _config_of(folder: Path) -> dict[str, Any]:
             f"(`edgellm convert {folder} --adapter ... --out DIR`)"
         )
     return config
+
+
+def _refuse_replication(adapters: Sequence[Adapter], base: Path) -> None:
+    for adapter in adapters:
+        if adapter.config.get("layer_replication"):
+            raise AdapterError(
+                f"{adapter.name} repeats layers (layer_replication), and merge keeps those of the "
+                f"base: `edgellm convert {base} --adapter {adapter.path} --out DIR` repeats them"
+            )
 
 
 def _in_checkpoint_terms(adapter: Adapter, base: Path) -> Adapter:

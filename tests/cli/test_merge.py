@@ -144,7 +144,9 @@ def test_what_is_refused(command: Command, model: Path, adapter: Path, tmp_path:
     idle = shutil.copytree(adapter, tmp_path / "idle")
     zeros = {n: v * 0 if "lora_B" in n else v for n, v in tensors.items()}
     safetensors.numpy.save_file(zeros, idle / "adapter_model.safetensors")
-    assert config["r"] == 4
+    repeating = shutil.copytree(adapter, tmp_path / "repeating")
+    config["layer_replication"] = [[0, 3], [1, 3]]
+    (repeating / "adapter_config.json").write_text(json.dumps(config))
     lines = {
         ("merge", model, "--out", out): (2, "--adapter"),
         ("merge", model, "--adapter", adapter): (2, "--out"),
@@ -154,6 +156,7 @@ def test_what_is_refused(command: Command, model: Path, adapter: Path, tmp_path:
         ("merge", model, "--adapter", adapter, "-o", out, "--combine", "sum"): (2, "cat"),
         ("merge", model, "--adapter", other, "-o", out): (3, "layers.7."),
         ("merge", model, "--adapter", idle, "-o", out): (3, "--allow-untrained"),
+        ("merge", model, "--adapter", repeating, "-o", out): (3, "edgellm convert"),
         ("merge", adapter, "--adapter", adapter, "-o", out): (3, "an adapter"),
         ("merge", gguf, "--adapter", adapter, "-o", out): (4, "edgellm convert"),
         ("merge", tmp_path / "no", "--adapter", adapter, "-o", out): (3, "no folder"),
