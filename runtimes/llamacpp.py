@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edgellm.errors import GenerationError, RuntimeMissing, SourceError, UnsupportedTarget
+from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget
 from edgellm.hardware import Hardware, detect
 from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
@@ -126,14 +126,9 @@ class LlamaCppRuntime:
                 f"{options.kv_dtype}: choose one of those, or leave the choice out"
             )
         # A damaged header makes llama.cpp stop the whole process, so it is read here first.
-        from edgellm.source.gguf_file import read_gguf
+        from edgellm.source.gguf_file import read_gguf_model
 
-        stored = read_gguf(artifact.main)
-        if stored.metadata.get("general.type") == "adapter":
-            raise SourceError(
-                f"{artifact.main} is a LoRA adapter, which runs beside its base alone: "
-                f"`edgellm run BASE --adapter {artifact.main}`"
-            )
+        stored = read_gguf_model(artifact.main)
         repack = not miscompiled_amx(library_folder(), hardware.cpu_features.value)
         threads = options.threads or hardware.physical_cores.value
         return LlamaCppSession(

@@ -77,6 +77,17 @@ def read_gguf(path: Path) -> GgufFile:
     return _join(path, first, count) if isinstance(count, int) and count > 1 else first
 
 
+def read_gguf_model(path: Path) -> GgufFile:
+    """``read_gguf`` of a model; raises ``SourceError`` for an adapter too, which is none."""
+    stored = read_gguf(path)
+    if stored.metadata.get("general.type") == "adapter":
+        raise SourceError(
+            f"{path} is a LoRA adapter, not a model: name its base, and it beside it "
+            f"(BASE --adapter {path})"
+        )
+    return stored
+
+
 def _read_one(path: Path) -> GgufFile:
     try:
         with path.open("rb") as file:

@@ -11,7 +11,7 @@ from edgellm.architectures.gguf_rows import as_checkpoint_stores
 from edgellm.errors import TensorError
 from edgellm.lora import lineage
 from edgellm.quant import floats, ggml
-from edgellm.source.gguf_file import GgufFile, GgufTensor, read_gguf
+from edgellm.source.gguf_file import GgufFile, GgufTensor, read_gguf_model
 from edgellm.source.matching import check_vocabulary, match
 from edgellm.source.model import ModelSource
 from edgellm.source.weight_file import Bytes, WeightFile
@@ -39,7 +39,7 @@ def open_gguf(
     ``context`` as in ``checkpoint.open_folder``. Raises ``SourceError`` for a damaged file,
     ``UnsupportedModel`` for an architecture or feature that is not understood.
     """
-    stored = read_gguf(path)
+    stored = read_gguf_model(path)
     refs = references(stored)
     factors = refs[ROPE_FACTORS].load().reshape(-1).tolist() if ROPE_FACTORS in refs else None
     config = config_from_gguf(

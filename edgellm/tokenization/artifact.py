@@ -22,9 +22,9 @@ def artifact_tokenizer(main_file: Path, container: str) -> Tokenizer | LlamaCppT
     """
     if container != "gguf":
         return Tokenizer.from_hf_folder(main_file.parent)
-    from edgellm.source.gguf_file import read_gguf
+    from edgellm.source.gguf_file import read_gguf_model
 
-    metadata = read_gguf(main_file).metadata
+    metadata = read_gguf_model(main_file).metadata
     try:
         return Tokenizer.from_gguf(metadata)
     except UnsupportedTokenizer:

@@ -150,6 +150,17 @@ def test_wrong_adapters_are_refused(
     assert message in done.err
 
 
+def test_an_adapter_is_no_model(kept: Path, tmp_path: Path, command: Command) -> None:
+    alone = tmp_path / "alone.gguf"
+    alone.write_bytes((kept / "adapter-two.gguf").read_bytes())
+    for done in (
+        command("run", alone, *PROMPT),
+        command("convert", alone, "--out", tmp_path / "out"),
+    ):
+        assert done.code == 3
+        assert "is a LoRA adapter, not a model" in done.err
+
+
 def test_onnx_says_what_to_do_instead(
     onnx_artifact: Path, model: Path, adapters: dict[str, Path], tmp_path: Path, command: Command
 ) -> None:

@@ -230,7 +230,7 @@ def test_llamacpps_own_refusal_is_told(
 
 
 def test_an_adapter_alone_is_no_model(two: list[Path]) -> None:
-    with pytest.raises(SourceError, match="edgellm run BASE --adapter"):
+    with pytest.raises(SourceError, match="is a LoRA adapter, not a model: name its base"):
         opened(two[0] / "adapter.gguf")
 
 
