@@ -43,7 +43,7 @@ from edgellm.parallel import in_parallel, one_blas_thread
 from edgellm.progress import Progress, ProgressEvent, unwatched
 from edgellm.quant.floats import ENCODERS
 from edgellm.recipe import Recipe
-from edgellm.source.checkpoint import INDEX, _licence, read_checkpoint
+from edgellm.source.checkpoint import INDEX, licence_of, read_checkpoint
 from edgellm.source.safetensors_file import SafetensorsFile, read_safetensors
 from edgellm.tensors import SLAB_BYTES
 from edgellm.tokenization import Tokenizer
@@ -174,7 +174,7 @@ def make_plan(
     companions[hf_folder.CONFIG] = hf_folder.changed_config(
         companions[hf_folder.CONFIG], _config_changes(config, weights, merged, recipe.quant)
     )
-    licence = found.licence or _licence(found.path / hf_folder.CARD)
+    licence = found.licence or licence_of(found.path / hf_folder.CARD)
     companions[hf_folder.CARD] = hf_folder.card(found.name, licence, adapters)
     if (found.path / INDEX).exists():
         companions[INDEX] = _index(shards)

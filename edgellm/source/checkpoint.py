@@ -106,7 +106,7 @@ def open_folder(
         tokenizer=tokenizer,
         weight_files=checkpoint.files,
         generation=read_json(generation) if generation.exists() else {},
-        licence=_licence(path / "README.md"),
+        licence=licence_of(path / "README.md"),
         provenance={key: config[key] for key in PROVENANCE_KEYS if config.get(key)},
         notes=(*reader.notes, *notes),
         merged_before=lineage.from_folder(path),
@@ -270,7 +270,7 @@ def _refuse_other_formats(path: Path) -> None:
         refuse_pickle(path / pickles[0])
 
 
-def _licence(readme: Path) -> str:
+def licence_of(readme: Path) -> str:
     """``license`` in the front matter of a model card, or nothing."""
     try:
         text = readme.read_bytes()[: 1 << 16].decode(errors="replace")
