@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from edgellm.lora.survival import Survival
 
 COLUMNS = ("weights", "number", "rank", "scale", "change", "largest", "lost in bf16", "in f16")
-SURVIVING = "survives"
+COSINE = "cosine"
 
 
 def adapter_check(
@@ -154,7 +154,7 @@ def _show_adapter(adapter: AdapterFacts, cosines: dict[str, float], *, every: bo
         if every
         else _by_kind(adapter.targets)
     )
-    columns = COLUMNS + ((SURVIVING,) if cosines else ())
+    columns = COLUMNS + ((COSINE,) if cosines else ())
     rows = [_row(name, targets, cosines) for name, targets in groups.items()]
     render.show_table(columns, rows, right="12345678")
 
@@ -183,7 +183,7 @@ def _row(name: str, targets: Sequence[TargetFacts], cosines: dict[str, float]) -
         f"{max((change.largest for change in changes), default=0):.3g}",
         f"{_mean([change.vanishing_bf16 for change in changes]):.1%}",
         f"{_mean([change.vanishing_f16 for change in changes]):.1%}",
-        *((f"{median(kept):.1%}" if kept else "-",) if cosines else ()),
+        *((f"{median(kept):.4f}" if kept else "-",) if cosines else ()),
     )
 
 
@@ -213,8 +213,8 @@ def _survival_facts(survival: Survival) -> list[tuple[str, str]]:
         facts.append(
             (
                 "directions",
-                f"{cosine:.1%} of the change are kept in the median weight, {lowest.cosine:.1%} in "
-                f"the worst ({lowest.name}, {lowest.grid})",
+                f"cosine of the change before and after {cosine:.4f} in the median weight, "
+                f"{lowest.cosine:.4f} in the worst ({lowest.name}, {lowest.grid})",
             )
         )
     return facts

@@ -47,6 +47,10 @@ rounding moves the answers by 3.5 times as much as the adapter does.
 BUILT_IN = "built-in"
 """What the text of ``calibration_text`` is called."""
 
+KEPT_COSINE = 0.9
+"""Median cosine from which on rounding left the change of the weights alone: keeping the adapters
+apart from a base that is rounded alike would then not help."""
+
 SMALLEST_KL = 1e-4
 """Nats between merged model and base below which a text does not show the fine-tune."""
 
@@ -177,12 +181,20 @@ def require(survival: Survival, minimum: float | None) -> None:
         return
     assert survival.from_base is not None
     assert survival.from_quantized is not None
+    cosine = survival.median_cosine
+    kept = cosine is not None and cosine >= KEPT_COSINE
+    what = (
+        f". The change of the weights itself is kept (cosine {cosine:.3f}), and it is the rounding "
+        "of the whole model that drowns it: choose more bits (--quant q5_k_m, q6_k, q8_0 or int8)"
+        if kept
+        else ". Choose more bits (--quant q5_k_m, q6_k, q8_0 or int8), keep the adapters apart "
+        "(--keep-adapters)"
+    )
     raise VerificationError(
         f"{max(survival.survival, 0):.0%} of the fine-tune is left after rounding and "
         f"{minimum:.0%} is asked for: the adapters moved the answers by KL "
         f"{survival.from_base.kl:.3g}, rounding moved them by {survival.from_quantized.kl:.3g} "
-        f"(text: {survival.text}). Choose more bits (--quant q5_k_m, q6_k, q8_0 or int8), keep the "
-        "adapters apart (--keep-adapters), measure on a text of what they were trained for "
+        f"(text: {survival.text}){what}, measure on a text of what they were trained for "
         "(--calibration-text FILE), or take it as it is (--min-survival 0)"
     )
 

@@ -166,6 +166,18 @@ def test_too_little_is_refused_with_what_to_choose() -> None:
         survival.require(found, 0.5)
 
 
+def test_keeping_adapters_apart_is_named_where_it_helps() -> None:
+    """Where the change itself came through, a base that is rounded alike drowns it just as well."""
+    for cosine, helps in ((0.5, True), (0.99, False)):
+        weight = survival.WeightSurvival(role="w", name="w", grid="q2_k", cosine=cosine)
+        known = Survival(survival=None, reason="", text="built-in", weights=(weight,))
+        found = survival.with_survival(known, divergence(0.5), divergence(0.6))
+        with pytest.raises(VerificationError) as refused:
+            survival.require(found, None)
+        assert ("--keep-adapters" in str(refused.value)) is helps
+        assert ("cosine 0.990" in str(refused.value)) is not helps
+
+
 def test_only_small_models_are_measured_unasked() -> None:
     def model(parameters: int) -> object:
         ref = TensorRef("w", "w", (parameters,), "f16", 0, lambda start, stop: normal(0, 1))
