@@ -16,7 +16,7 @@ from edgellm.lora.adapter import Adapter
 from edgellm.lora.belonging import Belonging, belonging
 from edgellm.lora.binding import Binding, Combination
 from edgellm.lora.changes import TensorChange, measure, overall
-from edgellm.lora.edit import Edit
+from edgellm.lora.edit import Additive, Edit
 from edgellm.lora.lineage import merged_twice
 from edgellm.lora.llamacpp_path import llamacpp_faults
 from edgellm.lora.merging import merged_source
@@ -211,7 +211,7 @@ def changes_anything(edit: Edit, weight: TensorRef) -> bool:
     step = rows_within(SLAB_BYTES, weight.columns)
     for start in range(0, weight.rows, step):
         stop = min(start + step, weight.rows)
-        if hasattr(edit, "delta"):
+        if isinstance(edit, Additive):
             changed = bool(np.any(edit.delta(start, stop)))
         else:
             probe = np.ones((stop - start, weight.columns), np.float32)

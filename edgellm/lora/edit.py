@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from edgellm.architectures.family import Kind
 from edgellm.lora.factors import kept, row_product
 from edgellm.tensors import Array, TensorRef
@@ -53,8 +55,24 @@ class Delta(Edit, Protocol):
         """What is added to rows ``start:stop`` at weight 1, float32, C-contiguous."""
 
 
+class Additive:
+    """The common ground of all ``Delta``: what is added, times the weight."""
+
+    def delta(self, start: int, stop: int) -> Array:
+        """What is added to rows ``start:stop`` at weight 1; the caller may change it in place."""
+        raise NotImplementedError
+
+    def apply(self, rows: Array, start: int, stop: int, weight: float) -> Array:
+        """Rows ``start:stop`` with ``weight`` times the change added, in place."""
+        change = self.delta(start, stop)
+        if weight != 1.0:
+            change *= np.float32(weight)
+        rows += change
+        return rows
+
+
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Additive):
     """``scale * B @ A``: the change of LoRA. ``a`` is ``[rank, in]``, ``b`` ``[out, rank]``."""
 
     a: TensorRef
@@ -74,10 +92,3 @@ class LowRank:
         product = row_product(self.b.load(start, stop), self.a_values, start)
         product *= self.scale
         return product
-
-    def apply(self, rows: Array, start: int, stop: int, weight: float) -> Array:
-        change = self.delta(start, stop)
-        if weight != 1.0:
-            change *= weight
-        rows += change
-        return rows

@@ -20,7 +20,7 @@ import numpy as np
 
 from edgellm.errors import AdapterError
 from edgellm.lora.adapter import Adapter, Parts
-from edgellm.lora.edit import Edit, LowRank
+from edgellm.lora.edit import Additive, Edit, LowRank
 from edgellm.lora.factors import kept
 from edgellm.lora.scaling import scale_of
 from edgellm.tensors import Array, TensorRef, transposed
@@ -84,7 +84,7 @@ class ExpertFactors:
 
 
 @dataclass(frozen=True)
-class Stacked:
+class Stacked(Additive):
     """The change of a stack: rows are those of ``[experts * d1, d2]``, experts one by one."""
 
     each: tuple[LowRank, ...]
@@ -106,13 +106,6 @@ class Stacked:
             pieces.append(self.each[index].delta(row, row + count))
             start += count
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-    def apply(self, rows: Array, start: int, stop: int, weight: float) -> Array:
-        change = self.delta(start, stop)
-        if weight != 1.0:
-            change *= weight
-        rows += change
-        return rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,11 +115,6 @@ def held_already(
     )
 
 
-def all_adapters(source: ModelSource) -> tuple[AdapterEntry, ...]:
-    """Every adapter that is in ``source``, the earliest first."""
-    return source.merged_before + (adapter_entries(source.merge) if source.merge else ())
-
-
 def gguf_lineage(source: ModelSource, parents: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a GGUF file that say where its weights come from.
 
@@ -170,7 +165,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> tuple[AdapterEntry, ...]:
 def from_folder(folder: Path) -> tuple[AdapterEntry, ...]:
     """The adapters that the manifest in a model folder says are merged into it.
 
-    None where there is no manifest, or one of another program. Raises ``SourceError`` for a
+    Empty where there is no manifest, or one of another program. Raises ``SourceError`` for a
     manifest of ours that was changed.
     """
     if not (folder / MANIFEST).exists():

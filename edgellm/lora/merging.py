@@ -10,8 +10,7 @@ import numpy as np
 from edgellm.architectures.family import TensorRow
 from edgellm.errors import AdapterError, TensorError
 from edgellm.lora.adapter import Adapter
-from edgellm.lora.binding import Binding as Binding
-from edgellm.lora.binding import Combination as Combination
+from edgellm.lora.binding import Binding, Combination
 from edgellm.lora.edit import Target
 from edgellm.lora.gguf_adapter import in_checkpoint_terms
 from edgellm.lora.named_weights import (

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm.lora.edit import Edit, LowRank
+from edgellm.lora.kinds.dora import DoraColumns, DoraRows
 from edgellm.tensors import Array, TensorRef, rows_within
 
 Doubles = npt.NDArray[np.float64]
@@ -59,8 +60,8 @@ def projected_cosine(
 
 
 def low_rank_factors(edits: Sequence[Edit]) -> list[LowRank] | None:
-    """The factors of all ``edits``, DoRA's too; None where one has none."""
-    found = [getattr(edit, "low_rank", edit) for edit in edits]
+    """The factors of all ``edits``, DoRA's too; None where one's change does not lie in factors."""
+    found = [edit.low_rank if isinstance(edit, DoraRows | DoraColumns) else edit for edit in edits]
     factors = [edit for edit in found if isinstance(edit, LowRank)]
     return factors if factors and len(factors) == len(found) else None
 

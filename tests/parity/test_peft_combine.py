@@ -14,7 +14,10 @@ import pytest
 
 from edgellm.errors import AdapterError
 from edgellm.lora.binding import Combination
-from edgellm.lora.combine import METHODS, Masked, combined, settled
+from edgellm.lora.combine.check import settled
+from edgellm.lora.combine.combined import combined
+from edgellm.lora.combine.dare import Masked
+from edgellm.lora.combine.methods import METHODS
 from edgellm.lora.combine.pruning import LargestKept
 from edgellm.lora.edit import LowRank, Target
 from edgellm.lora.merging import merged_source

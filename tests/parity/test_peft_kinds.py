@@ -21,7 +21,7 @@ from peft.utils.warning import PeftWarning
 from peft_adapters import PeftAdapter, make_adapter, move, state_of, trained
 
 from edgellm.lora.binding import Combination
-from edgellm.lora.combine import combined
+from edgellm.lora.combine.combined import combined
 from edgellm.lora.edit import Edit, Target
 from edgellm.lora.kinds import bind_of
 from edgellm.lora.kinds.ia3 import scales_outputs

@@ -20,7 +20,8 @@ import tiny_models
 from edgellm.errors import EdgeError, SourceError, UnsupportedModel
 from edgellm.lora.adapter import Adapter
 from edgellm.lora.bases import training_base
-from edgellm.lora.merging import Combination, merged_source
+from edgellm.lora.binding import Combination
+from edgellm.lora.merging import merged_source
 from edgellm.lora.open import open_adapter
 from edgellm.lora.rounded_base import dequantized_base
 from edgellm.quant import bnb_4bit, bnb_absmax, bnb_int8

@@ -13,11 +13,14 @@ import pytest
 
 from edgellm.errors import AdapterError, TensorError, UsageError
 from edgellm.lora.binding import Combination
-from edgellm.lora.combine import METHODS, Masked, SeededMasks, check, combined, settled
+from edgellm.lora.combine.check import check, settled
+from edgellm.lora.combine.combined import combined
+from edgellm.lora.combine.dare import Masked, SeededMasks
 from edgellm.lora.combine.leading import _sought
+from edgellm.lora.combine.methods import METHODS
 from edgellm.lora.combine.pruning import LargestKept
 from edgellm.lora.combine.truncation import truncated
-from edgellm.lora.edit import LowRank, Target
+from edgellm.lora.edit import Additive, LowRank, Target
 from edgellm.lora.kinds.ia3 import Scaling
 from edgellm.tensors import SLAB_BYTES, Array, TensorRef, constant
 
@@ -35,7 +38,7 @@ def lora(seed: int, rank: int = 4, shape: tuple[int, ...] = TARGET.shape) -> Low
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(Additive):
     """An additive change without factors, as LoHa's."""
 
     values: Array
@@ -44,9 +47,6 @@ class Full:
 
     def delta(self, start: int, stop: int) -> Array:
         return self.values[start:stop].copy()
-
-    def apply(self, rows: Array, start: int, stop: int, weight: float) -> Array:
-        return rows + weight * self.delta(start, stop)
 
 
 @dataclass(frozen=True)

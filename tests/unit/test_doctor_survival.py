@@ -11,6 +11,8 @@ from edgellm.errors import VerificationError
 from edgellm.evaluation import Divergence
 from edgellm.lora import projection, survival
 from edgellm.lora.edit import LowRank
+from edgellm.lora.kinds.dora import DoraRows
+from edgellm.lora.kinds.hira import HadamardOfWeight
 from edgellm.lora.projection import low_rank_factors, orthonormal, projected_cosine
 from edgellm.lora.survival import Survival
 from edgellm.tensors import TensorRef, constant
@@ -116,17 +118,10 @@ def test_a_change_of_nothing_has_no_direction() -> None:
 
 
 def test_factors_of_other_kinds() -> None:
-    class Other:
-        rank, scale = 0, 1.0
-
-        def apply(self, rows: np.ndarray, start: int, stop: int, weight: float) -> np.ndarray:
-            return rows
-
-    class Dora(Other):
-        low_rank = EDIT
-
-    assert low_rank_factors([EDIT, Dora()]) == [EDIT, EDIT]
-    assert low_rank_factors([EDIT, Other()]) is None
+    dora = DoraRows(EDIT, constant("m", np.ones(len(B))), "w")
+    assert low_rank_factors([EDIT, dora]) == [EDIT, EDIT]
+    # HiRA multiplies its product into the weight: the change does not lie in the factors.
+    assert low_rank_factors([EDIT, HadamardOfWeight(EDIT)]) is None
     assert low_rank_factors([]) is None
 
 

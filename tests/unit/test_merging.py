@@ -14,7 +14,8 @@ import pytest
 
 from edgellm.errors import AdapterError, TensorError
 from edgellm.lora.adapter import Adapter
-from edgellm.lora.merging import Combination, bindings, merged_source
+from edgellm.lora.binding import Combination
+from edgellm.lora.merging import bindings, merged_source
 from edgellm.source import ModelSource, open_source
 from edgellm.tensors import TensorRef, constant
 

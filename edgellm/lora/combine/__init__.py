@@ -6,22 +6,3 @@ additive kind of adapter, not LoRA alone. Where the first adapter is rsLoRA, PEF
 once more by the square root of the new rank; we do not. And what PEFT drops or ignores (DoRA's
 magnitudes, options that a method does not have) is refused.
 """
-
-from __future__ import annotations
-
-from edgellm.lora.combine.check import check, method_named, settled
-from edgellm.lora.combine.combined import combined
-from edgellm.lora.combine.dare import Masked, Masks, SeededMasks
-from edgellm.lora.combine.methods import METHODS, Method
-
-__all__ = [
-    "METHODS",
-    "Masked",
-    "Masks",
-    "Method",
-    "SeededMasks",
-    "check",
-    "combined",
-    "method_named",
-    "settled",
-]

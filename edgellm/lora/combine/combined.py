@@ -18,7 +18,7 @@ from edgellm.lora.combine.rows import Task, merged_rows
 from edgellm.lora.combine.sums import Sum, Weighted, computed, concatenated
 from edgellm.lora.combine.ties import Sign
 from edgellm.lora.combine.truncation import LowRankSum, WholeMatrix
-from edgellm.lora.edit import Delta, Edit, LowRank, Target
+from edgellm.lora.edit import Additive, Delta, Edit, LowRank, Target
 from edgellm.lora.kinds.ia3 import Scaling, weighted
 from edgellm.lora.kinds.multiplying import Multiplying
 from edgellm.tensors import Array, LoadRows, TensorRef
@@ -96,7 +96,7 @@ def _alone(part: Part) -> Edit:
 
 
 def _is_additive(edit: Edit) -> bool:
-    return callable(getattr(edit, "delta", None))
+    return isinstance(edit, Additive)
 
 
 @dataclass(frozen=True, slots=True)

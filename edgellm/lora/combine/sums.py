@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgellm.lora.edit import Delta, Edit, LowRank
+from edgellm.lora.edit import Additive, Delta, Edit, LowRank
 from edgellm.tensors import Array, LoadRows, TensorRef, derived, stacked_rows
 
 
@@ -31,7 +31,7 @@ class Weighted:
 
 
 @dataclass(frozen=True, slots=True)
-class Sum:
+class Sum(Additive):
     """Changes that are added, each at its weight."""
 
     changes: Sequence[Delta]
@@ -55,13 +55,6 @@ class Sum:
             rows *= np.float32(weight)
             total += rows
         return total
-
-    def apply(self, rows: Array, start: int, stop: int, weight: float) -> Array:
-        change = self.delta(start, stop)
-        if weight != 1.0:
-            change *= np.float32(weight)
-        rows += change
-        return rows
 
 
 def concatenated(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:

@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from edgellm.errors import AdapterError
-from edgellm.lora.edit import Target
+from edgellm.lora.edit import Additive, Target
 from edgellm.lora.kinds.parts import exactly, linear
 from edgellm.tensors import Array, TensorRef
 
 
 @dataclass(frozen=True)
-class Circulant:
+class Circulant(Additive):
     """``kernel`` ``[out / b, in / b, b]`` as blocks of ``b`` by ``b``, divided by the inputs."""
 
     kernel: TensorRef
@@ -37,13 +37,6 @@ class Circulant:
         change = np.take_along_axis(kernel[rows // size - first], turns[:, None, :], axis=2)
         change /= np.float32(across * size)
         return change.reshape(stop - start, across * size)
-
-    def apply(self, rows: Array, start: int, stop: int, weight: float) -> Array:
-        change = self.delta(start, stop)
-        if weight != 1.0:
-            change *= weight
-        rows += change
-        return rows
 
 
 def bind(target: Target, parts: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Circulant:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from edgellm.lora.edit import Target
+from edgellm.lora.edit import Additive, Target
 from edgellm.lora.factors import kept, row_product
 from edgellm.lora.kinds.lycoris import rank_and_scale
 from edgellm.lora.kinds.parts import exactly, linear, shaped
@@ -23,7 +23,7 @@ PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
 @dataclass(frozen=True)
-class Hadamard:
+class Hadamard(Additive):
     """``left`` are both ``[out, rank]``, ``right`` both ``[rank, in]``."""
 
     left: tuple[TensorRef, TensorRef]
@@ -41,13 +41,6 @@ class Hadamard:
         change *= row_product(self.left[1].load(start, stop), second, start)
         change *= self.scale
         return change
-
-    def apply(self, rows: Array, start: int, stop: int, weight: float) -> Array:
-        change = self.delta(start, stop)
-        if weight != 1.0:
-            change *= weight
-        rows += change
-        return rows
 
     def _right_values(self) -> tuple[Array, Array]:
         both = kept.get(self, lambda: np.concatenate([each.load() for each in self.right]))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from edgellm.errors import AdapterError
-from edgellm.lora.edit import Target
+from edgellm.lora.edit import Additive, Target
 from edgellm.lora.factors import kept, row_product
 from edgellm.lora.kinds.lycoris import rank_and_scale
 from edgellm.lora.kinds.parts import exactly, linear
@@ -43,7 +43,7 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class Kronecker:
+class Kronecker(Additive):
     """``scale * kron(left, right)``; ``left`` has the fewer, larger steps of a row."""
 
     left: Factor
@@ -70,13 +70,6 @@ class Kronecker:
             np.multiply(left[index - first][None, :, None], right[:, None, :], out=block)
         change *= self.scale
         return change.reshape(stop - start, -1)
-
-    def apply(self, rows: Array, start: int, stop: int, weight: float) -> Array:
-        change = self.delta(start, stop)
-        if weight != 1.0:
-            change *= weight
-        rows += change
-        return rows
 
 
 def bind(target: Target, parts: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Kronecker:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgellm.errors import AdapterError
-from edgellm.lora.edit import Edit, LowRank, Target
+from edgellm.lora.edit import Additive, Edit, LowRank, Target
 from edgellm.lora.kinds.dora import DoraColumns, DoraRows
 from edgellm.lora.kinds.trainable_tokens import token_rows
 from edgellm.lora.scaling import rank_of, scale_of
@@ -28,7 +28,7 @@ TOKENS = "trainable_tokens_delta"
 
 
 @dataclass(frozen=True)
-class BiasDelta:
+class BiasDelta(Additive):
     """What ``lora_bias`` adds to a layer's bias: the bias of ``B``, scaled as the product is."""
 
     bias: TensorRef
@@ -40,10 +40,6 @@ class BiasDelta:
         change = self.bias.load(start, stop)
         change *= self.scale
         return change
-
-    def apply(self, rows: Array, start: int, stop: int, weight: float) -> Array:
-        rows += weight * self.delta(start, stop)
-        return rows
 
 
 def bind(target: Target, parts: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Edit:

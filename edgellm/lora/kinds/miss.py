@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from edgellm.errors import AdapterError
-from edgellm.lora.edit import Edit, Target
+from edgellm.lora.edit import Additive, Edit, Target
 from edgellm.lora.factors import kept, row_product
 from edgellm.lora.kinds.parts import exactly, linear, shaped
 from edgellm.tensors import Array, TensorRef
@@ -23,7 +23,7 @@ PART = "miss_block"
 
 
 @dataclass(frozen=True)
-class Repeated:
+class Repeated(Additive):
     """``block`` ``[r, outputs]``, added over and over: input ``j`` of output ``o`` gets
     ``block[j % r, o % outputs]``.
     """
@@ -41,13 +41,6 @@ class Repeated:
         outputs = np.arange(start, stop) % block.shape[1]
         inputs = np.arange(self.into) % block.shape[0]
         return np.ascontiguousarray(block[:, outputs].T[:, inputs])
-
-    def apply(self, rows: Array, start: int, stop: int, weight: float) -> Array:
-        change = self.delta(start, stop)
-        if weight != 1.0:
-            change *= weight
-        rows += change
-        return rows
 
 
 @dataclass(frozen=True)
