@@ -115,6 +115,7 @@ def merge(
     seed: int | None = None,
     merge_base: str | None = None,
     allow_untrained: bool = False,
+    ignore_config_keys: tuple[str, ...] = (),
     threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -143,6 +144,7 @@ def merge(
             "seed": seed,
             "merge_base": merge_base,
             "allow_untrained": allow_untrained,
+            "ignore_config_keys": ignore_config_keys,
         }
     )
     return carry_out_recipe(

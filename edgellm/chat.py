@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self, cast, get_args
 
@@ -49,6 +49,7 @@ def open(
     system: str | None = None,
     kv_dtype: KvDtype | None = None,
     adapters: Sequence[str | Path] | None = None,
+    ignore_config_keys: Collection[str] = (),
 ) -> ChatSession:
     """A conversation with the model at ``path``: an artifact folder, or any GGUF file.
 
@@ -56,7 +57,8 @@ def open(
     not read again); a plain file has none, which ``notes`` says. ``runtime`` None takes the fastest
     one installed that runs it. ``adapters`` are LoRA adapters to apply beside the model, each
     ``PATH[=WEIGHT]`` or the name of one that was kept beside it; None takes those that were kept,
-    an empty list none. Raises ``SourceError`` (``AdapterError``), ``VerificationError``,
+    an empty list none; ``ignore_config_keys`` are keys of adapters' configs that edgellm does not
+    know and the user vouches for. Raises ``SourceError`` (``AdapterError``), ``VerificationError``,
     ``RuntimeMissing``, ``UnsupportedTarget`` or ``GenerationError``.
     """
     if device not in get_args(Device):
@@ -99,7 +101,12 @@ def open(
     apart = None
     if any(one.adapters for one in capabilities if one.runtime == choice.runtime):
         try:
-            apart = _with_adapters(artifact, cast("AdaptingSession", session), adapters)
+            apart = ApartAdapters(
+                artifact,
+                cast("AdaptingSession", session),
+                ignore_config_keys=ignore_config_keys,
+            )
+            _apply(apart, adapters)
         except BaseException:
             session.close()
             raise
@@ -114,11 +121,8 @@ def open(
     )
 
 
-def _with_adapters(
-    artifact: Artifact, session: AdaptingSession, adapters: Sequence[str | Path] | None
-) -> ApartAdapters:
-    """The adapters of a session that was just opened, those that are wanted applied."""
-    apart = ApartAdapters(artifact, session)
+def _apply(apart: ApartAdapters, adapters: Sequence[str | Path] | None) -> None:
+    """Apply those that are wanted of a session that was just opened; None takes the kept ones."""
     try:
         if adapters is None:
             apart.apply_kept()
@@ -127,7 +131,6 @@ def _with_adapters(
     except BaseException:
         apart.close()
         raise
-    return apart
 
 
 class ChatSession:
@@ -165,6 +168,11 @@ class ChatSession:
         if self._apart is None:
             return self._notes
         return (*self._notes, *self._apart.notes, *self._apart.lines())
+
+    @property
+    def adapter_notes(self) -> tuple[str, ...]:
+        """What should be known of the adapters that were opened so far, the newest last."""
+        return tuple(self._apart.notes) if self._apart else ()
 
     @property
     def adapters(self) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,9 +160,10 @@ def make_plan(
     files = tuple(read_safetensors(file) for file in checkpoint.files)
     adapters, combination, facts = opened(recipe, progress=progress)
     _refuse_replication(adapters, found.path)
-    adapters = [_in_checkpoint_terms(adapter, found.path) for adapter in adapters]
+    vouched = recipe.ignore_config_keys
+    adapters = [_in_checkpoint_terms(adapter, found.path, vouched) for adapter in adapters]
     stored = named_weights(found.name, config, files, adapters)
-    into = folder_base(found.path, stored, adapters, recipe.merge_base)
+    into = folder_base(found.path, stored, adapters, recipe.merge_base, ignore_config_keys=vouched)
     weights = into.weights
     merged = into.settled(merge_by_name(weights, adapters, combination))
     untrained = refuse_untrained(weights, adapters, merged.bindings, allowed=recipe.allow_untrained)
@@ -337,14 +338,14 @@ def _refuse_replication(adapters: Sequence[Adapter], base: Path) -> None:
             )
 
 
-def _in_checkpoint_terms(adapter: Adapter, base: Path) -> Adapter:
+def _in_checkpoint_terms(adapter: Adapter, base: Path, vouched: Collection[str]) -> Adapter:
     """An adapter by Hugging Face names; one out of a GGUF needs the family to be known."""
     if adapter.naming == "hf":
         return adapter
     from edgellm.lora.gguf_adapter import in_checkpoint_terms
     from edgellm.source import open_source
 
-    return in_checkpoint_terms(adapter, open_source(str(base)))
+    return in_checkpoint_terms(adapter, open_source(str(base), ignore_config_keys=vouched))
 
 
 def _shards(

@@ -98,6 +98,7 @@ class Chat:
 
     def _adapter(self, argument: str) -> None:
         session = self._session
+        told = len(session.adapter_notes)
         name, _, rest = argument.rpartition(" ")
         try:
             if rest == "off" and name:
@@ -110,6 +111,7 @@ class Chat:
             render.say_error(error)
             return
         known = session.adapters
+        render.say_notes(session.adapter_notes[told:])
         render.say_notes(
             [f"{name}  {weight:g}" if weight else f"{name}  off" for name, weight in known.items()]
             or ["no adapters: /adapter PATH[=WEIGHT] applies one"]

@@ -63,6 +63,10 @@ def merge(
     allow_untrained: Annotated[
         bool, typer.Option("--allow-untrained", help="Take an adapter that changes nothing.")
     ] = False,
+    ignore_config_key: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="A config key, not known here, that you vouch for."),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="Workers. Default: the physical cores. Never changes a byte.")
     ] = None,
@@ -113,6 +117,7 @@ def merge(
             "seed": seed,
             "merge_base": merge_base,
             "allow_untrained": allow_untrained or None,
+            "ignore_config_keys": ignore_config_key or None,
         }
     )
     with progress_shown(quiet=as_json) as progress:

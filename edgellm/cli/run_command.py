@@ -71,6 +71,10 @@ def run(
             help="A LoRA adapter to apply beside the model; none: not even kept ones. Repeatable.",
         ),
     ] = None,
+    ignore_config_key: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="A key of adapters' configs that you vouch for."),
+    ] = None,
     runtime: Annotated[
         str | None, typer.Option(metavar="NAME", help="Default: the fastest here (edgellm doctor).")
     ] = None,
@@ -137,6 +141,7 @@ def run(
         verify=verify,
         system=system,
         adapters=adapters,
+        ignore_config_keys=ignore_config_key or (),
     ) as session:
         if not as_json:
             render.say_notes(session.notes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,8 +33,18 @@ class ApartAdapters:
     that ``close`` removes. ``notes`` are facts that the user should be shown.
     """
 
-    def __init__(self, artifact: Artifact, session: AdaptingSession) -> None:
-        """Knows the adapters that were kept beside the model, and applies none."""
+    def __init__(
+        self,
+        artifact: Artifact,
+        session: AdaptingSession,
+        *,
+        ignore_config_keys: Collection[str] = (),
+    ) -> None:
+        """Knows the adapters that were kept beside the model, and applies none.
+
+        ``ignore_config_keys``: unknown keys of adapters' configs that the user vouches for.
+        """
+        self._ignore_config_keys = ignore_config_keys
         self._artifact = artifact
         self._session = session
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -88,7 +98,7 @@ class ApartAdapters:
             return spec.path, known.weight if spec.path == text else spec.weight
         from edgellm.lora.open import open_adapter
 
-        adapter = open_adapter(spec)
+        adapter = open_adapter(spec, ignore_config_keys=self._ignore_config_keys)
         name = self._free_name(adapter.name)
         self._known[name] = Known(self._file(adapter, name), 1.0)
         self.notes += adapter.notes

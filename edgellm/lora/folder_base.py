@@ -6,7 +6,7 @@ An adapter that was trained on a quantized base is merged into what that base co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,9 +46,16 @@ class FolderBase:
 
 
 def folder_base(
-    folder: Path, weights: NamedWeights, adapters: Sequence[Adapter], asked: str | None
+    folder: Path,
+    weights: NamedWeights,
+    adapters: Sequence[Adapter],
+    asked: str | None,
+    *,
+    ignore_config_keys: Collection[str] = (),
 ) -> FolderBase:
     """What ``adapters`` are merged into, as ``--merge-base`` asks or as they were trained.
+
+    ``ignore_config_keys``: unknown keys of the base's config that the user vouches for.
 
     Raises ``UsageError`` for a base that cannot be had, ``AdapterError`` where the adapters were
     trained on one that cannot be made here.
@@ -58,7 +65,7 @@ def folder_base(
     rounds |= any(item.method != FULL for adapter in adapters for item in evidence(adapter))
     if not rounds or weights.model_type not in FAMILIES:
         return _unrounded(weights, adapters, asked)
-    source = open_source(str(folder))
+    source = open_source(str(folder), ignore_config_keys=ignore_config_keys)
     base = common_base(adapters, source, asked)
     rounded: dict[str, TensorRef] = {}
     if base.kind != FULL:

@@ -168,6 +168,24 @@ def test_what_is_refused(command: Command, model: Path, adapter: Path, tmp_path:
     assert not list(tmp_path.glob(".*partial"))
 
 
+def test_an_unknown_config_key_can_be_vouched_for(
+    command: Command, model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    newer = shutil.copytree(adapter, tmp_path / "style")
+    config = json.loads((newer / "adapter_config.json").read_text())
+    (newer / "adapter_config.json").write_text(json.dumps({**config, "of_next_year": True}))
+    out, plain = tmp_path / "out", tmp_path / "plain"
+    done = command("merge", model, "--adapter", newer, "-o", out)
+    assert (done.code, "--ignore-config-key" in done.err) == (3, True), done.err
+    done = command(
+        "merge", model, "--adapter", newer, "-o", out, "--ignore-config-key", "of_next_year"
+    )
+    assert done.code == 0, done.err
+    edgellm.merge(model, plain, [adapter])
+    weights = "model.safetensors"
+    assert (out / weights).read_bytes() == (plain / weights).read_bytes()
+
+
 def test_an_untrained_adapter_can_be_allowed(
     command: Command, model: Path, adapter: Path, tmp_path: Path
 ) -> None:

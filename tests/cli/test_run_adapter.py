@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,6 +187,37 @@ def test_an_adapter_that_is_merged_already_is_warned_of(
     done = command("run", merged, "Hi", "--raw", "--max-tokens", 1, "--adapter", adapters["one"])
     assert done.code == 0
     assert "WARNING: one is merged into merged already" in done.err
+
+
+def test_a_chat_warns_of_an_adapter_that_is_merged_already(
+    model: Path,
+    adapters: dict[str, Path],
+    tmp_path: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    merged = tmp_path / "merged"
+    options: dict[str, Any] = {"format": "gguf", "quant": "f32", "check": False}
+    edgellm.convert(model, merged, adapters=[adapters["one"]], **options)
+    typed = iter([f"/adapter {adapters['one']}", "/adapter", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    done = command("run", merged)
+    assert done.err.count("WARNING: one is merged into merged already") == 1
+
+
+def test_an_unknown_config_key_can_be_vouched_for(
+    kept: Path, adapters: dict[str, Path], tmp_path: Path, command: Command
+) -> None:
+    plain = tmp_path / "plain.gguf"
+    plain.write_bytes((kept / "model.gguf").read_bytes())
+    newer = shutil.copytree(adapters["two"], tmp_path / "newer")
+    config = json.loads((newer / "adapter_config.json").read_text())
+    (newer / "adapter_config.json").write_text(json.dumps({**config, "of_next_year": True}))
+    given = (*PROMPT, "--adapter", newer)
+    done = command("run", plain, *given)
+    assert (done.code, "--ignore-config-key" in done.err) == (3, True), done.err
+    vouched = token_ids(command, plain, *given, "--ignore-config-key", "of_next_year")
+    assert vouched == token_ids(command, plain, *PROMPT, "--adapter", adapters["two"])
 
 
 def test_adapters_are_swapped_in_a_chat(
