@@ -98,7 +98,7 @@ def convert(
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Fail when less of the fine-tune survives rounding. Default: 0.5.",
+            help="Fail when less of the fine-tune survives rounding. Default: 0.25.",
         ),
     ] = None,
     calibration_text: Annotated[

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm.hardware import detect
+from edgellm.parallel import one_blas_thread
 from edgellm.progress import Progress, ProgressEvent, unwatched
 from edgellm.quant.floats import LARGEST_F16
 from edgellm.source.matching import embedding_row
@@ -60,7 +61,8 @@ def measure(
     table = base.tensors[embedding_row(base.family, base.decoder).role]
     pairs = [(base.tensors.get(role, table), merged.tensors[role]) for role in roles]
     found = []
-    with ThreadPoolExecutor(threads or detect().physical_cores.value) as pool:
+    workers = threads or detect().physical_cores.value
+    with one_blas_thread(), ThreadPoolExecutor(workers) as pool:
         for change in pool.map(lambda pair: change_of(*pair), pairs):
             found.append(change)
             progress(ProgressEvent("check", change.name, 0, 0, len(found), len(pairs)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from threading import Lock
+from weakref import ReferenceType, ref
 
 import numpy as np
 
@@ -57,24 +58,28 @@ def row_product(left: Array, right: Array, first_row: int) -> Array:
 class Kept:
     """Arrays that are asked for again and again, the latest of them kept within a budget.
 
-    The newest always stays, however large. Two threads that ask at once may both make it.
+    The newest always stays, however large. Two threads that ask at once may both make it. Owners
+    are not kept alive: an adapter's files are closed when whoever opened it lets go of it.
     """
 
     def __init__(self, budget_bytes: int = KEPT_BYTES) -> None:
         self._budget_bytes = budget_bytes
-        self._arrays: OrderedDict[int, tuple[object, Array]] = OrderedDict()
+        self._arrays: OrderedDict[int, tuple[ReferenceType[object], Array]] = OrderedDict()
         self._lock = Lock()
 
     def get(self, owner: object, make: Callable[[], Array]) -> Array:
         """What ``make`` gives for ``owner``, made now unless it is there; do not change it."""
-        key = id(owner)  # stays its own: the owner is held beside its array
+        key = id(owner)
         with self._lock:
-            if key in self._arrays:
+            found = self._arrays.get(key)
+            if found is not None and found[0]() is owner:  # no other one that had its id before
                 self._arrays.move_to_end(key)
-                return self._arrays[key][1]
+                return found[1]
         array = make()
         with self._lock:
-            self._arrays[key] = (owner, array)
+            for gone in [key for key, (kept_for, _) in self._arrays.items() if kept_for() is None]:
+                del self._arrays[gone]
+            self._arrays[key] = (ref(owner), array)
             self._arrays.move_to_end(key)
             held_bytes = sum(each.nbytes for _, each in self._arrays.values())
             while held_bytes > self._budget_bytes and len(self._arrays) > 1:

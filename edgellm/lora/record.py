@@ -10,11 +10,13 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from edgellm.parallel import one_blas_thread
 from edgellm.tensors import Array
 
 DIGEST_BYTES = 32
@@ -102,8 +104,9 @@ class MergeRecord:
 
         Loads those of which a container left rows out (positions beyond a capped context).
         """
-        for name in list(self._expected):
-            self._loaders[name]()
+        with one_blas_thread() if self._expected else nullcontext():
+            for name in list(self._expected):
+                self._loaders[name]()
         return dict(sorted(self._changes.items()))
 
     def sha256(self) -> str:

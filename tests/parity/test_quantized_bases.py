@@ -27,7 +27,8 @@ from edgellm.lora.rounded_base import dequantized_base
 from edgellm.quant import bnb_4bit, bnb_absmax, bnb_int8
 from edgellm.source import ModelSource, open_source
 from edgellm.source.quantized import bnb
-from edgellm.source.safetensors_file import RawTensor, read_safetensors
+from edgellm.source.safetensors_file import RawTensor, StoredTensor, read_safetensors
+from edgellm.source.weight_file import WeightFile
 
 torch = pytest.importorskip("torch")
 functional = pytest.importorskip("bitsandbytes.functional")
@@ -340,6 +341,24 @@ def test_damaged_4_bit_weights_are_refused(
     damage(raw)
     with pytest.raises(error, match=said):
         bnb.read(raw, {}, "here")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"shape": [96, 96], "blocksize": 64}',
+        b'{"shape": [96, Infinity], "blocksize": 64, "dtype": "float32"}',
+        b'{"shape": [-96, -96], "blocksize": 64, "dtype": "float32"}',
+    ],
+)
+def test_damaged_quantization_states_are_refused(
+    text: bytes, stored: dict[str, dict[str, RawTensor]], tmp_path: Path
+) -> None:
+    (tmp_path / "state").write_bytes(text)
+    file = WeightFile(tmp_path / "state")
+    state = RawTensor(file, StoredTensor(STATE, "U8", (len(text),), 0, len(text)))
+    with pytest.raises(SourceError, match="quantization state"):
+        bnb.read({**stored["nf4-dq"], STATE: state}, {}, "here")
 
 
 def test_damaged_8_bit_weights_are_refused(stored: dict[str, dict[str, RawTensor]]) -> None:

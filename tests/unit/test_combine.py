@@ -137,6 +137,8 @@ def test_the_rank_is_the_largest_that_any_config_has() -> None:
     assert settled(how("ties_svd"), configs[:1]).rank == 4
     assert settled(how("svd", rank=3), configs).rank == 3
     assert settled(how("svd"), [{}]).rank is None
+    masks = {"r": 8, "rank_pattern": {"q_proj": [True, False]}}  # AdaLoRA's
+    assert settled(how("svd"), [masks]).rank == 8
     assert settled(how("cat"), configs).rank is None
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -59,6 +62,19 @@ def test_a_factor_beyond_the_budget_is_kept_alone() -> None:
         calls.append(1)
         return np.zeros(100, dtype=np.float32)
 
-    owner = object()
+    owner = Kept()
     assert kept.get(owner, make) is kept.get(owner, make)
     assert len(calls) == 1
+
+
+def test_what_owns_factors_is_not_kept_alive() -> None:
+    """Or the files of an adapter would stay open, which keeps Windows from deleting them."""
+    kept = Kept()
+    owner: Kept | None = Kept()
+    kept.get(owner, lambda: np.zeros(1, dtype=np.float32))
+    gone = weakref.ref(owner)
+    owner = None
+    assert gone() is None
+    for number in range(100):  # some of these get the id of one before
+        made = kept.get(Kept(), partial(np.full, 1, number, np.float32))
+        assert made == number

@@ -133,6 +133,10 @@ def test_each_piece_of_evidence_is_found_and_said(
         ({"README.md": "# A model\nRun it with load_in_4bit=True to save memory.\n"}, "nothing"),
         ({"README.md": "```python\nload_in_4bit = True\n```\n"}, "nothing"),
         ({"train.yaml": "# load_in_4bit: true\n"}, "nothing"),
+        ({"train.yaml": "load_in_4bit:\ntrue\n"}, "nothing"),
+        # Lines that a careless pattern would take hours for.
+        ({"README.md": "\n" * (1 << 20)}, "nothing"),
+        ({"README.md": "adapter:" + " " * (1 << 19) + "x" + " " * (1 << 18) + "y"}, "nothing"),
         ({"training_args.bin": "x"}, "training_args.bin was not opened: it is a pickle"),
         ({"train.yaml": "load_in_4bit: false\nadapter: lora\n"}, "train.yaml says load_in_4bit"),
     ],

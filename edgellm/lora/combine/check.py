@@ -57,7 +57,7 @@ def settled(combination: Combination, configs: Sequence[Mapping[str, Any]]) -> C
     if combination.rank is not None or not method_named(combination.method).truncate:
         return combination
     ranks = [
-        max(int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values()), 0)
+        max([int(config["r"]), *_ranks(config.get("rank_pattern"))])
         for config in configs
         if config.get("r")
     ]
@@ -71,6 +71,12 @@ def method_named(name: str) -> Method:
             f"no way to combine adapters is named {name!r}: {registry.suggestion(name, METHODS)}"
         )
     return METHODS[name]
+
+
+def _ranks(pattern: Any) -> list[int]:
+    """Those of a ``rank_pattern``; AdaLoRA's holds masks instead."""
+    values = pattern.values() if isinstance(pattern, Mapping) else ()
+    return [value for value in values if isinstance(value, int)]
 
 
 def _check_weights(name: str, method: Method, weights: Sequence[float]) -> None:

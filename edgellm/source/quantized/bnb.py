@@ -117,9 +117,15 @@ class Nested:
 def _four_bit(raw: Mapping[str, RawTensor], weight: str, kind: str, where: str) -> TensorRef:
     what = f"{where}: tensor {weight}"
     state = _state(raw[f"{weight}{STATE}{kind}"], what)
-    shape = tuple(int(size) for size in state["shape"])
-    block, dtype = int(state["blocksize"]), DTYPES.get(str(state["dtype"]))
-    if kind not in bnb_4bit.LEVELS or dtype is None or block < 2 or block % 2 or len(shape) != 2:
+    shape, block, dtype = state["shape"], state["blocksize"], DTYPES.get(state["dtype"])
+    if (
+        kind not in bnb_4bit.LEVELS
+        or dtype is None
+        or block < 2
+        or block % 2
+        or len(shape) != 2
+        or min(shape) < 1
+    ):
         raise SourceError(
             f"{what} has the quantization state {state}: edgellm reads matrices of "
             f"{' or '.join(bnb_4bit.LEVELS)} blocks in {', '.join(DTYPES)}; the file is damaged"
@@ -151,7 +157,7 @@ def _nested(
 ) -> Nested:
     try:
         block, offset = int(state["nested_blocksize"]), np.float32(state["nested_offset"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SourceError(
             f"{what} has scales that were rounded twice and no {error} in its quantization state: "
             "the file is damaged; fetch it again"
@@ -171,8 +177,10 @@ def _state(tensor: RawTensor, what: str) -> dict[str, Any]:
     """The JSON text that ``pack_dict_to_tensor`` made a tensor of."""
     try:
         state = json.loads(tensor.read().tobytes())
-        return {**state, "shape": list(state["shape"]), "blocksize": int(state["blocksize"])}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        shape = tuple(int(size) for size in state["shape"])
+        block, dtype = int(state["blocksize"]), str(state["dtype"])
+        return {**state, "shape": shape, "blocksize": block, "dtype": dtype}
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise SourceError(
             f"{what} has an unreadable quantization state ({error!r}): the file is damaged; fetch "
             "it again"
