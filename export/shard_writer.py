@@ -149,7 +149,7 @@ def _encoded(tensor: OutputTensor, rows: Array, first_row: int) -> Bytes:
     try:
         if tensor.dtype == "F32":
             check_finite(rows, tensor.name, first_row=first_row)
-        return ENCODERS[tensor.dtype.lower()](rows)
+        return ENCODERS[tensor.dtype.lower()](np.ascontiguousarray(rows))
     except TensorError as error:
         if tensor.change is None:
             raise TensorError(f"tensor {tensor.name}: {error}") from error

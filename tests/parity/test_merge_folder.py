@@ -76,6 +76,37 @@ def test_the_folder_holds_what_peft_merges(
     assert len(changed) > 8  # the adapter did something to begin with
 
 
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+OTHER_KINDS: dict[str, peft.PeftConfig] = {
+    "dora": peft.LoraConfig(r=4, use_dora=True, target_modules=ATTENTION),
+    "loha": peft.LoHaConfig(r=4, alpha=8, target_modules=ATTENTION),
+    "lokr": peft.LoKrConfig(r=4, alpha=8, target_modules=ATTENTION),
+    "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules="down_proj"),
+    "vera": peft.VeraConfig(r=8, target_modules=ATTENTION, save_projection=True),
+    "oft": peft.OFTConfig(oft_block_size=16, target_modules=ATTENTION),
+    "boft": peft.BOFTConfig(boft_block_size=8, target_modules=ATTENTION),
+    "c3a": peft.C3AConfig(block_size=32, target_modules=["q_proj"]),
+    "hira": peft.HiraConfig(r=4, target_modules=ATTENTION),
+    "hra": peft.HRAConfig(r=4, target_modules=ATTENTION),
+    "miss": peft.MissConfig(r=8, target_modules=ATTENTION),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_the_folder_holds_what_peft_merges_of_every_kind(
+    kind: str, dtype: torch.dtype, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """A bf16 is half a step off, 2**-8 of a value at the most; PEFT merges here in float32."""
+    base = resaved(tiny_model("llama"), tmp_path / "base", dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice for some of the kinds
+        adapter = peft_adapters.make_adapter(base, OTHER_KINDS[kind], tmp_path / "adapter")
+    edgellm.merge(base, tmp_path / "out", [adapter.folder])
+    bound = {torch.float32: 2e-6, torch.bfloat16: 2**-8}[dtype]
+    assert_close(merged_state(tmp_path / "out"), adapter.merged, bound)
+
+
 def test_rounding_to_bf16_happens_once(tiny_model: TinyModel, tmp_path: Path) -> None:
     """PEFT adds two bf16 values; we round the exact sum, so half a step (2**-9) at the most."""
     base = resaved(tiny_model("llama"), tmp_path / "base", dtype=torch.bfloat16)
