@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgellm.cli import adapter_options as options
 from edgellm.cli import render
 from edgellm.cli.progress_bar import progress_shown
 
@@ -38,32 +39,16 @@ def adapter_check(
             metavar="DIR", help="An artifact made of them: how much of the fine-tune is left in it?"
         ),
     ] = None,
-    calibration_text: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Measure that on this text. Default: a built-in one."),
-    ] = None,
-    min_survival: Annotated[
-        float | None,
-        typer.Option(metavar="SHARE", help="What must be left, 0 to 1. Default: 0.25."),
-    ] = None,
-    combine: Annotated[
-        str | None,
-        typer.Option(metavar="METHOD", help="How adapters become one. Default: cat, the sum."),
-    ] = None,
-    density: Annotated[
-        float | None,
-        typer.Option(metavar="SHARE", help="Values kept by a METHOD that prunes, 0 to 1."),
-    ] = None,
-    merge_base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BASE",
-            help="Merge into full or dequantized weights. Default: what it was trained on.",
-        ),
-    ] = None,
-    allow_untrained: Annotated[
-        bool, typer.Option("--allow-untrained", help="Adapters that change nothing are all right.")
-    ] = False,
+    calibration_text: options.CalibrationText = None,
+    min_survival: options.MinSurvival = None,
+    combine: options.Combine = None,
+    density: options.Density = None,
+    combine_sign: options.CombineSign = None,
+    combine_rank: options.CombineRank = None,
+    seed: options.Seed = None,
+    merge_base: options.MergeBase = None,
+    allow_untrained: options.AllowUntrained = False,
+    ignore_config_key: options.IgnoreConfigKey = None,
     every: Annotated[bool, typer.Option("--all", help="Show every weight, not kinds.")] = False,
     threads: Annotated[
         int | None, typer.Option(help="Workers. Default: the physical cores.")
@@ -97,8 +82,12 @@ def adapter_check(
             "adapters": adapter,
             "combine": combine,
             "density": density,
+            "sign": combine_sign,
+            "combine_rank": combine_rank,
+            "seed": seed,
             "merge_base": merge_base,
             "allow_untrained": allow_untrained or None,
+            "ignore_config_keys": ignore_config_key or None,
             "min_survival": min_survival,
             "calibration_text": None if calibration_text is None else str(calibration_text),
         }

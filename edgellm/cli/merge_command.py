@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edgellm.cli import adapter_options as options
 from edgellm.cli import render
 from edgellm.cli.progress_bar import progress_shown
 from edgellm.errors import UsageError
@@ -35,38 +36,14 @@ def merge(
         str | None,
         typer.Option(metavar="TYPE", help="f32, f16 or bf16. Default: each tensor keeps its own."),
     ] = None,
-    combine: Annotated[
-        str | None,
-        typer.Option(metavar="METHOD", help="How adapters become one. Default: cat, the sum."),
-    ] = None,
-    density: Annotated[
-        float | None,
-        typer.Option(metavar="SHARE", help="Values kept by a METHOD that prunes, 0 to 1."),
-    ] = None,
-    combine_sign: Annotated[
-        str | None,
-        typer.Option(metavar="HOW", help="How ties elects signs: total (default) or frequency."),
-    ] = None,
-    combine_rank: Annotated[
-        int | None, typer.Option(metavar="RANK", help="Rank of the result of an svd METHOD.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="NUMBER", help="Of a METHOD's random masks. Default: 0.")
-    ] = None,
-    merge_base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BASE",
-            help="Merge into full or dequantized weights. Default: what it was trained on.",
-        ),
-    ] = None,
-    allow_untrained: Annotated[
-        bool, typer.Option("--allow-untrained", help="Take an adapter that changes nothing.")
-    ] = False,
-    ignore_config_key: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY", help="A config key, not known here, that you vouch for."),
-    ] = None,
+    combine: options.Combine = None,
+    density: options.Density = None,
+    combine_sign: options.CombineSign = None,
+    combine_rank: options.CombineRank = None,
+    seed: options.Seed = None,
+    merge_base: options.MergeBase = None,
+    allow_untrained: options.AllowUntrained = False,
+    ignore_config_key: options.IgnoreConfigKey = None,
     threads: Annotated[
         int | None, typer.Option(help="Workers. Default: the physical cores. Never changes a byte.")
     ] = None,

@@ -1,0 +1,52 @@
+"""Options that several commands take: how adapters are combined and merged, and what is checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+Combine: TypeAlias = Annotated[
+    str | None,
+    typer.Option(metavar="METHOD", help="How adapters become one. Default: cat, the sum."),
+]
+Density: TypeAlias = Annotated[
+    float | None, typer.Option(metavar="SHARE", help="Values kept by a METHOD that prunes, 0 to 1.")
+]
+CombineSign: TypeAlias = Annotated[
+    str | None,
+    typer.Option(metavar="HOW", help="How ties elects signs: total (default) or frequency."),
+]
+CombineRank: TypeAlias = Annotated[
+    int | None, typer.Option(metavar="RANK", help="Rank of the result of an svd METHOD.")
+]
+Seed: TypeAlias = Annotated[
+    int | None, typer.Option(metavar="NUMBER", help="Of a METHOD's random masks. Default: 0.")
+]
+MergeBase: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BASE",
+        help="Merge into full or dequantized weights. Default: what it was trained on.",
+    ),
+]
+MinSurvival: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE", help="Fail when less of the fine-tune survives rounding. Default: 0.25."
+    ),
+]
+CalibrationText: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Text that survival is measured on. Default: a built-in one."
+    ),
+]
+AllowUntrained: TypeAlias = Annotated[
+    bool, typer.Option("--allow-untrained", help="Take adapters that change nothing.")
+]
+IgnoreConfigKey: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY", help="A config key, not known here, that you vouch for."),
+]
