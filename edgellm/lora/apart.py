@@ -16,6 +16,7 @@ from edgellm.runtimes.session import AdapterFile
 if TYPE_CHECKING:
     from edgellm.manifest import Artifact, KeptEntry
     from edgellm.runtimes.session import AdaptingSession
+    from edgellm.source import ModelSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class ApartAdapters:
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._known: dict[str, Known] = {}
         self._weights: dict[str, float] = {}
+        self._held = _digests_of_merged(artifact)
         self.notes: list[str] = []
         for entry in kept_adapters(artifact):
             name = self._free_name(entry.name)
@@ -146,7 +148,24 @@ class ApartAdapters:
             self._scratch = tempfile.TemporaryDirectory(prefix="edgellm-adapters-")
         path = Path(self._scratch.name) / f"{len(self._known)}.gguf"
         write_gguf_adapter(source, adapter, path)
+        self._look_at(source, adapter)
         return path
+
+    def _look_at(self, source: ModelSource, adapter: Adapter) -> None:
+        """Note what a merge would warn of: another base by name, an adapter that was not trained.
+
+        Learns from ``source`` which adapters a plain file says it holds.
+        """
+        from edgellm.lora.binding import Combination
+        from edgellm.lora.doctor import check_static
+        from edgellm.lora.lineage import merged_twice
+        from edgellm.lora.merging import merged_source
+
+        self._held |= {entry.sha256 for entry in source.merged_before}
+        merged = merged_source(source, [adapter], Combination())
+        warnings = check_static(merged, allow_untrained=True).warnings
+        twice = merged_twice(merged)  # of which ``add`` says what it means beside a model
+        self.notes += [warning for warning in warnings if warning not in twice]
 
     def _free_name(self, name: str) -> str:
         number, free = 2, name
@@ -155,12 +174,16 @@ class ApartAdapters:
         return free
 
     def _is_merged(self, adapter: Adapter) -> bool:
-        manifest = self._artifact.manifest
-        if manifest is None:
-            return False
-        made = manifest.artifact
-        held = (*made.merged_before, *(made.merge.adapters if made.merge else ()))
-        return adapter.digest() in {entry.sha256 for entry in held}
+        return adapter.digest() in self._held
+
+
+def _digests_of_merged(artifact: Artifact) -> set[str]:
+    """Digests of the adapters that the manifest says are in the model."""
+    if artifact.manifest is None:
+        return set()
+    made = artifact.manifest.artifact
+    merged = (*made.merged_before, *(made.merge.adapters if made.merge else ()))
+    return {entry.sha256 for entry in merged}
 
 
 def kept_adapters(artifact: Artifact) -> tuple[KeptEntry, ...]:

@@ -106,7 +106,7 @@ def report_static(merged: ModelSource, *, allow_untrained: bool = False) -> Adap
         untrained = [target.name for target in facts.targets if not target.trained]
         if untrained and len(untrained) == len(facts.targets) and not facts.replaced:
             fault = f"{facts.name} is untrained: all of its {len(untrained)} changes are zero, so "
-            fault += "merging it does nothing"
+            fault += "it does nothing"
             if allow_untrained:
                 warnings.append(fault)
             else:

@@ -124,8 +124,8 @@ def refuse_untrained(
         ):
             continue
         fault = (
-            f"{adapter.name} is untrained: all of its {len(found)} changes are zero, so merging it "
-            "does nothing"
+            f"{adapter.name} is untrained: all of its {len(found)} changes are zero, so it does "
+            "nothing"
         )
         if not allowed:
             raise AdapterError(

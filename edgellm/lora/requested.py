@@ -80,7 +80,8 @@ def kept_apart(
     """``layout`` of the bare ``base`` with the adapters of ``recipe`` beside it, unmerged.
 
     Raises ``UnsupportedTarget`` for a container whose runtime applies none, ``UsageError`` for
-    options that are about merging, and ``AdapterError`` for what cannot stay apart.
+    options that are about merging, and ``AdapterError`` for what cannot stay apart, or would be
+    refused when it is merged.
     """
     if container.keep_apart is None:
         raise UnsupportedTarget(
@@ -107,8 +108,12 @@ def kept_apart(
         )
     adapters, _, facts = opened(recipe, progress=progress)
     apart = container.keep_apart(layout, base, adapters)
+    # Not to be written: what is wrong with a merge is wrong with both side by side.
+    merged = merged_source(base, adapters, Combination())
+    report = check_static(merged, allow_untrained=recipe.allow_untrained)
+    found = [note for note in report.notes if note not in merged.notes]
     notes = [note for adapter in adapters for note in adapter.notes]
-    return replace(apart, notes=(*apart.notes, *notes, *facts))
+    return replace(apart, notes=(*report.warnings, *apart.notes, *found, *notes, *facts))
 
 
 def _refuse_twice(adapters: list[Adapter]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import edgellm
 
@@ -75,6 +76,47 @@ def test_kept_adapters_lie_beside_the_model_and_are_verified(kept: Path, command
         (kept / "adapter-two.gguf").write_bytes(whole)
     assert done.code == 1
     assert "adapter-two.gguf differs in adapter-two.gguf/blk.2.ffn_down.weight.lora_b" in done.err
+
+
+def test_kept_adapters_are_checked_as_merged_ones(
+    model: Path, adapters: dict[str, Path], tmp_path: Path, command: Command
+) -> None:
+    keep = ("--keep-adapters", "--no-check", "--quant", "f32", "--adapter")
+    idle = shutil.copytree(adapters["one"], tmp_path / "idle")
+    weights = idle / "adapter_model.safetensors"
+    zeros = {n: v * 0 if "lora_B" in n else v for n, v in load_file(weights).items()}
+    save_file(zeros, weights)
+    done = command("convert", model, *keep, idle, "--out", tmp_path / "out")
+    assert (done.code, "--allow-untrained" in done.err) == (3, True), done.err
+    assert not (tmp_path / "out").exists()
+    renamed = shutil.copytree(adapters["one"], tmp_path / "renamed")
+    config = json.loads((renamed / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "someone/else"
+    (renamed / "adapter_config.json").write_text(json.dumps(config))
+    done = command("convert", model, *keep, renamed, "--out", tmp_path / "named")
+    assert "trained on someone/else" in done.err
+    edgellm.merge(model, tmp_path / "merged", [adapters["one"]])
+    done = command("convert", tmp_path / "merged", *keep, adapters["one"], "-o", tmp_path / "twice")
+    assert "WARNING: one has been merged into merged before" in done.err
+
+
+def test_a_running_model_gets_the_same_warnings(
+    model: Path, adapters: dict[str, Path], tmp_path: Path, command: Command
+) -> None:
+    options: dict[str, Any] = {"format": "gguf", "quant": "f32", "check": False}
+    made = edgellm.convert(model, tmp_path / "merged", adapters=[adapters["one"]], **options)
+    plain = tmp_path / "plain.gguf"  # which has its history in itself, and no manifest
+    plain.write_bytes(made.main.read_bytes())
+    renamed = shutil.copytree(adapters["two"], tmp_path / "renamed")
+    config = json.loads((renamed / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "someone/else"
+    (renamed / "adapter_config.json").write_text(json.dumps(config))
+    given = ("--adapter", adapters["one"], "--adapter", renamed)
+    done = command("run", plain, "Hi", "--raw", "--max-tokens", 1, *given)
+    assert done.code == 0, done.err
+    assert done.err.count("WARNING: one is merged into plain.gguf already") == 1
+    assert "before: its change" not in done.err
+    assert "renamed says that it was trained on someone/else" in done.err
 
 
 def test_the_base_is_quantized_as_without_adapters(
