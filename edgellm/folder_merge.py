@@ -32,9 +32,9 @@ from edgellm.json_file import read_json
 from edgellm.lora.adapter import Adapter
 from edgellm.lora.binding import Combination
 from edgellm.lora.checkpoint_weights import named_weights
-from edgellm.lora.factors import KEPT_BYTES
 from edgellm.lora.folder_base import folder_base, refuse_untrained
-from edgellm.lora.lineage import adapter_entry, from_folder, held_already
+from edgellm.lora.lineage import entries_of, from_folder, held_already
+from edgellm.lora.memory import merge_bytes
 from edgellm.lora.named_weights import ChangedWeight, MergedWeights, NamedWeights, merge_by_name
 from edgellm.lora.requested import opened
 from edgellm.lora.vocabulary import brought_tokenizer, check_rows
@@ -96,21 +96,13 @@ class MergePlan:
         tensors = [tensor for shard in self.shards for tensor in shard.tensors]
         turned = max((tensor.nbytes for tensor in tensors if tensor.in_one_piece), default=0)
         worker = max(SLAB_COPIES * SLAB_BYTES, WHOLE_COPIES * turned)
-        factors = sum(
-            4 * part.size
-            for adapter in self.adapters
-            for parts in adapter.parts.values()
-            for part in parts.values()
-        )
+        shapes = [change.start.shape for change in self.merged.changed.values() if change.edit]
         now: int = psutil.Process().memory_info().rss
-        return now + min(KEPT_BYTES, factors) + self.threads * worker
+        return now + self.threads * worker + merge_bytes(self.adapters, self.combination, shapes)
 
     def adapter_entries(self) -> tuple[AdapterEntry, ...]:
         """The adapters as the manifest records them; their files are read for the digests."""
-        return tuple(
-            adapter_entry(adapter, len(bindings) + len(adapter.replaced))
-            for adapter, bindings in zip(self.adapters, self.merged.bindings, strict=True)
-        )
+        return entries_of(self.adapters, self.merged.bindings)
 
     @property
     def changed(self) -> tuple[str, ...]:

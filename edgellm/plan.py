@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 import psutil
@@ -22,9 +20,6 @@ from edgellm.runtimes import best_container
 from edgellm.source import ModelSource, open_source
 from edgellm.source.quantized import stored_as
 from edgellm.tensors import COLUMN_CHUNK_BYTES, SLAB_BYTES, rows_within
-
-if TYPE_CHECKING:
-    from edgellm.lora.merging import Merge
 
 COPIES = 4.0
 """Float32 slabs alive at once in a worker at the most: as read, in float32, its rows reordered, and
@@ -190,7 +185,7 @@ def make_plan(
         threads=workers,
         output_bytes=output,
         peak_memory_bytes=int(
-            psutil.Process().memory_info().rss + workers * slab + _factor_memory(source, workers)
+            psutil.Process().memory_info().rss + workers * slab + _merge_memory(source, workers)
         ),
         disk_bytes=output + (1 << 20),
         seconds=_seconds(layout, workers) + _merge_seconds(source, workers),
@@ -227,37 +222,16 @@ def _slab_memory(tensor: OutputTensor) -> float:
     return 4 * slab_rows(tensor) * tensor.columns * COPIES
 
 
-def _factor_memory(source: ModelSource, workers: int) -> float:
-    """What merging keeps beside the slabs: the adapters' factors, and pieces of a slab."""
-    if source.merge is None:
+def _merge_memory(source: ModelSource, workers: int) -> int:
+    """What merging takes beside the slabs: pieces of them, and what ``merge_bytes`` counts."""
+    merge = source.merge
+    if merge is None:
         return 0
-    from edgellm.lora.factors import KEPT_BYTES
+    from edgellm.lora.memory import merge_bytes
 
-    held = sum(
-        4 * part.size
-        for adapter in source.merge.adapters
-        for parts in adapter.parts.values()
-        for part in parts.values()
-    )
+    shapes = [source.tensors[role].shape for role in merge.changed]
     pieces = workers * MERGE_PIECES * COLUMN_CHUNK_BYTES
-    return min(held, KEPT_BYTES) + pieces + _whole_matrix_memory(source.merge)
-
-
-def _whole_matrix_memory(merge: Merge) -> float:
-    """What the methods take that cut a pruned sum to a rank.
-
-    One weight whole, and in float64 its square, the eigenvectors and their workspace.
-    """
-    from edgellm.lora.combine.methods import METHODS
-
-    method = METHODS[merge.combination.method]
-    if not (method.truncate and method.prune) or len(merge.adapters) < 2:
-        return 0
-    held = merge.base.tensors
-    shapes = [held[role].shape for role in merge.changed if role in held]
-    return max(
-        (4 * math.prod(each) + 24 * min(each) ** 2 for each in shapes if each[1:]), default=0
-    )
+    return pieces + merge_bytes(merge.adapters, merge.combination, shapes)
 
 
 def _merge_seconds(source: ModelSource, workers: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,16 @@ HUB_URL = "https://huggingface.co/"
 
 def adapter_entries(merge: Merge) -> tuple[AdapterEntry, ...]:
     """The adapters of ``merge`` as a manifest records them; reads their files for the digests."""
+    return entries_of(merge.adapters, merge.bindings)
+
+
+def entries_of(
+    adapters: Iterable[Adapter], bindings: Iterable[Collection[str]]
+) -> tuple[AdapterEntry, ...]:
+    """``adapters`` as a manifest records them, each with the weights that it binds."""
     return tuple(
-        adapter_entry(adapter, len(bindings) + len(adapter.replaced))
-        for adapter, bindings in zip(merge.adapters, merge.bindings, strict=True)
+        adapter_entry(adapter, len(bound) + len(adapter.replaced))
+        for adapter, bound in zip(adapters, bindings, strict=True)
     )
 
 
