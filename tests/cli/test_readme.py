@@ -13,6 +13,7 @@ from edgellm.cli import COMMANDS
 from edgellm.manifest import open_artifact, read_manifest, verify
 
 from .conftest import Command
+from .test_convert_adapter import write_adapter
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
@@ -25,8 +26,10 @@ def blocks(language: str) -> list[str]:
 def workplace(
     model: Path, gguf_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """A folder with the names that the README uses: my-model and model.gguf."""
+    """A folder with the names that the README uses: my-model, model.gguf and two adapters."""
     shutil.copytree(model, tmp_path / "my-model")
+    write_adapter(tmp_path / "my-lora", seed=1)
+    write_adapter(tmp_path / "other-lora", seed=2)
     main_file = read_manifest(gguf_artifact).artifact.main_file
     shutil.copy(gguf_artifact / main_file, tmp_path / "model.gguf")
     monkeypatch.chdir(tmp_path)
