@@ -1,13 +1,15 @@
-"""Whether a LoRA adapter holds all that its config speaks of, seen from its files alone."""
+"""Whether an adapter is whole, by its files alone: its values, and what its config speaks of."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from edgellm.errors import AdapterError
+from edgellm.errors import AdapterError, TensorError
 from edgellm.lora.peft_keys import LORA_BIAS, TOKENS
 from edgellm.source.matching import listed
+from edgellm.tensors import SLAB_BYTES, TensorRef, check_finite, rows_within
 
 PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 MAGNITUDE = "lora_magnitude_vector"
@@ -66,3 +68,22 @@ def untrained_modules(config: Mapping[str, Any], names: Iterable[str]) -> tuple[
         f"the config speaks of {listed(sorted(lost))}, and the adapter holds nothing for it: if it "
         "was trained, it was not saved",
     )
+
+
+def check_values(path: Path, ref: TensorRef) -> None:
+    """Raise ``AdapterError`` for an empty tensor, NaN and Inf, and a type that is no float.
+
+    ``path`` is for the message. Reads all of ``ref``, by slabs.
+    """
+    if not ref.size:
+        raise AdapterError(
+            f"{path}: {ref.name} has shape {list(ref.shape)}, no values at all: it was saved from "
+            "shards (ZeRO-3, FSDP) that were not gathered; save it again from the whole model"
+        )
+    step = rows_within(SLAB_BYTES, ref.columns)
+    for start in range(0, ref.rows, step):
+        try:
+            rows = ref.load(start, min(start + step, ref.rows))
+            check_finite(rows, ref.name, first_row=start)
+        except TensorError as error:
+            raise AdapterError(f"{path}: {error}") from error

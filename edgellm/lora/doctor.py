@@ -105,14 +105,8 @@ def report_static(merged: ModelSource, *, allow_untrained: bool = False) -> Adap
     for facts in adapters:
         untrained = [target.name for target in facts.targets if not target.trained]
         if untrained and len(untrained) == len(facts.targets) and not facts.replaced:
-            fault = f"{facts.name} is untrained: all of its {len(untrained)} changes are zero, so "
-            fault += "it does nothing"
-            if allow_untrained:
-                warnings.append(fault)
-            else:
-                faults.append(
-                    f"{fault}. Take the checkpoint of after the training, or say --allow-untrained"
-                )
+            said = untrained_said(facts.name, len(untrained), allowed=allow_untrained)
+            (warnings if allow_untrained else faults).append(said)
         elif untrained:
             notes.append(
                 f"{facts.name}: {len(untrained)} of {len(facts.targets)} changes are zero: "
@@ -199,6 +193,14 @@ def _facts(
 def _ref(merged: ModelSource, role: str) -> TensorRef:
     """The weight of ``role``; a head that stayed tied is the embedding's."""
     return merged.tensors.get(role) or merged.tensors["token_embd.weight"]
+
+
+def untrained_said(adapter: str, changes: int, *, allowed: bool) -> str:
+    """What to tell of an adapter that changes nothing; the way out unless it is ``allowed``."""
+    fault = f"{adapter} is untrained: all of its {changes} changes are zero, so it does nothing"
+    if allowed:
+        return fault
+    return f"{fault}. Take the checkpoint of after the training, or say --allow-untrained"
 
 
 def changes_anything(edit: Edit, weight: TensorRef) -> bool:

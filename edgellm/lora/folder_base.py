@@ -15,7 +15,7 @@ from edgellm.errors import AdapterError, UsageError
 from edgellm.lora.adapter import Adapter
 from edgellm.lora.bases import check_asked, common_base
 from edgellm.lora.binding import Binding
-from edgellm.lora.doctor import changes_anything
+from edgellm.lora.doctor import changes_anything, untrained_said
 from edgellm.lora.named_weights import ChangedWeight, MergedWeights, NamedWeights
 from edgellm.lora.training_evidence import FULL, evidence
 from edgellm.source import open_source
@@ -123,13 +123,8 @@ def refuse_untrained(
             for name, binding in found.items()
         ):
             continue
-        fault = (
-            f"{adapter.name} is untrained: all of its {len(found)} changes are zero, so it does "
-            "nothing"
-        )
+        said = untrained_said(adapter.name, len(found), allowed=allowed)
         if not allowed:
-            raise AdapterError(
-                f"{fault}. Take the checkpoint of after the training, or say --allow-untrained"
-            )
-        warnings.append(fault)
+            raise AdapterError(said)
+        warnings.append(said)
     return tuple(warnings)

@@ -14,12 +14,15 @@ from typing import Any
 
 from edgellm.architectures.family import TensorRow
 from edgellm.architectures.gguf_rows import as_checkpoint_stores
-from edgellm.errors import AdapterError, TensorError
+from edgellm.errors import AdapterError
 from edgellm.lora.adapter import Adapter, Parts
+from edgellm.lora.complete import check_values
+from edgellm.lora.lineage import HUB_URL
 from edgellm.source.gguf_file import GgufFile, read_gguf
 from edgellm.source.gguf_model import references
+from edgellm.source.matching import listed
 from edgellm.source.model import ModelSource
-from edgellm.tensors import SLAB_BYTES, TensorRef, check_finite, rows_within, transposed
+from edgellm.tensors import TensorRef, transposed
 
 ARCHITECTURE = "general.architecture"
 TYPE = "general.type"
@@ -34,7 +37,6 @@ NORM = "_norm.weight"
 
 EMBEDDING, HEAD, POSITIONS = "token_embd.weight", "output.weight", "position_embd.weight"
 BASE = "general.base_model.0."
-HUB_URL = "https://huggingface.co/"
 
 
 def open_gguf_adapter(path: Path) -> Adapter:
@@ -48,14 +50,14 @@ def open_gguf_adapter(path: Path) -> Adapter:
     stored = read_gguf(path)
     metadata = stored.metadata
     _check_kind(path, metadata)
-    alpha = float(metadata.get(ALPHA, 0.0))
-    if not math.isfinite(alpha):
+    alpha = metadata.get(ALPHA, 0.0)
+    if not isinstance(alpha, float | int) or not math.isfinite(alpha):
         raise AdapterError(f"{path}: {ALPHA} is {alpha}: the file is damaged, make it anew")
     parts, replaced = _paired(path, references(stored))
     ranks = {name: _rank(path, name, pair) for name, pair in parts.items()}
     for pair in (*parts.values(), replaced):
         for ref in pair.values():
-            _check_finite(path, ref)
+            check_values(path, ref)
     notes = []
     if not alpha:
         notes.append(f"{path.name} states no alpha: its products are added as they are, scale 1")
@@ -68,7 +70,7 @@ def open_gguf_adapter(path: Path) -> Adapter:
         config={
             "peft_type": "LORA",
             "r": Counter(ranks.values()).most_common(1)[0][0],
-            "lora_alpha": alpha,
+            "lora_alpha": float(alpha),
             ARCHITECTURE: str(metadata.get(ARCHITECTURE, "")),
         },
         parts={name: dict(pair) for name, pair in parts.items()},
@@ -134,7 +136,7 @@ def check_fits(adapter: Adapter, base: GgufFile) -> None:
     check_architecture(adapter, str(base.metadata.get(ARCHITECTURE, "")), name)
     if adapter.replaced:
         raise AdapterError(
-            f"{adapter.path} holds whole norms ({_some(list(adapter.replaced))}), which llama.cpp "
+            f"{adapter.path} holds whole norms ({listed(list(adapter.replaced))}), which llama.cpp "
             "passes over in silence: merge the adapter into the weights instead"
         )
     unknown = [role for role in adapter.parts if role not in tensors]
@@ -162,7 +164,7 @@ def check_fits(adapter: Adapter, base: GgufFile) -> None:
 
 def _not_there(adapter: Adapter, names: list[str], model: str) -> str:
     return (
-        f"{adapter.path} changes {_some(names)}, which {model} does not have: it was made for "
+        f"{adapter.path} changes {listed(names)}, which {model} does not have: it was made for "
         "another base; name the right one"
     )
 
@@ -222,7 +224,7 @@ def _paired(
     lone = [next(iter(pair.values())).name for pair in parts.values() if len(pair) == 1]
     if lone:
         raise AdapterError(
-            f"{path} holds {_some(lone)} without the other half of the pair: it is damaged, make "
+            f"{path} holds {listed(lone)} without the other half of the pair: it is damaged, make "
             "it anew from the PEFT folder"
         )
     if not parts:
@@ -246,25 +248,9 @@ def _rank(path: Path, name: str, pair: dict[str, TensorRef]) -> int:
     return b[1]
 
 
-def _check_finite(path: Path, ref: TensorRef) -> None:
-    step = rows_within(SLAB_BYTES, ref.columns)
-    try:
-        for start in range(0, ref.rows, step):
-            rows = ref.load(start, min(start + step, ref.rows))
-            check_finite(rows, ref.name, first_row=start)
-    except TensorError as error:
-        raise AdapterError(f"{path}: {error}") from error
-
-
 def _base_name(stored: GgufFile) -> str:
     """What it was trained on: the Hub's id where its address is stated, else the name."""
     url = str(stored.metadata.get(f"{BASE}repo_url", ""))
     if url.startswith(HUB_URL):
         return url.removeprefix(HUB_URL).strip("/")
     return str(stored.metadata.get(f"{BASE}name", ""))
-
-
-def _some(names: list[str]) -> str:
-    """The first names of a list, and how many more there are."""
-    shown = ", ".join(names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

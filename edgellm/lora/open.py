@@ -6,16 +6,16 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from edgellm.errors import AdapterError, SourceError, TensorError
+from edgellm.errors import AdapterError, SourceError
 from edgellm.lora.adapter import Adapter, AdapterSpec, Parts, parse_spec
-from edgellm.lora.complete import check_lora, untrained_modules
+from edgellm.lora.complete import check_lora, check_values, untrained_modules
 from edgellm.lora.peft_config import CONFIG, read_config
 from edgellm.lora.peft_keys import Place, places
 from edgellm.progress import Progress, unwatched
 from edgellm.source.matching import listed
 from edgellm.source.pickles import PICKLES
 from edgellm.source.safetensors_file import SafetensorsFile, read_safetensors
-from edgellm.tensors import SLAB_BYTES, TensorRef, check_finite, rows_within
+from edgellm.tensors import TensorRef
 
 WEIGHTS = "adapter_model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -94,7 +94,7 @@ def _open_folder(folder: Path, ignore_config_keys: Collection[str]) -> Adapter:
     refs = {key: file.ref(key) for key in found}
     for ref in refs.values():
         if ref.size or kind != "adalora":  # which leaves some layers without a rank
-            _check_values(file.path, ref)
+            check_values(file.path, ref)
     parts = _by_weight(found, refs)
     if kind == "lora":
         check_lora(parts, config, str(file.path))
@@ -142,22 +142,6 @@ def _weights(folder: Path) -> SafetensorsFile:
         f"{folder} has {CONFIG} and no {WEIGHTS}{there}: give the folder that PEFT's "
         "save_pretrained wrote, or fetch that file too"
     )
-
-
-def _check_values(path: Path, ref: TensorRef) -> None:
-    """Refuse empty tensors, NaN and Inf, and types that are no floats."""
-    if not ref.size:
-        raise AdapterError(
-            f"{path}: {ref.name} has shape {list(ref.shape)}, no values at all: it was saved from "
-            "shards (ZeRO-3, FSDP) that were not gathered; save it again from the whole model"
-        )
-    step = rows_within(SLAB_BYTES, ref.columns)
-    for start in range(0, ref.rows, step):
-        try:
-            rows = ref.load(start, min(start + step, ref.rows))
-            check_finite(rows, ref.name, first_row=start)
-        except TensorError as error:
-            raise AdapterError(f"{path}: {error}") from error
 
 
 def _refuse_pickle(path: Path) -> None:
