@@ -136,10 +136,10 @@ def _inspect_safetensors(path: Path, shards: list[Path]) -> Inspection:
     from edgellm.source.safetensors_file import read_safetensors
 
     headers = [read_safetensors(shard) for shard in shards]
-    config = path / "config.json"
     metadata: dict[str, Any] = {}
-    if path.is_dir() and config.exists():
-        metadata.update(read_json(config))
+    for config in (path / "config.json", path / "adapter_config.json"):
+        if config.exists():
+            metadata.update(read_json(config))
     for header in headers:
         metadata.update(header.metadata)
     return _inspection(

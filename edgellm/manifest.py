@@ -247,6 +247,12 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
+        if (folder / "adapter_config.json").exists():
+            raise SourceError(
+                f"{folder} is an adapter, not a model: apply it to one (`edgellm run MODEL "
+                f"--adapter {folder}`), or merge it (`edgellm convert BASE --adapter {folder} "
+                "--out DIR`)"
+            ) from None
         what = (
             "a model to convert first"
             if (folder / "config.json").exists()

@@ -227,7 +227,7 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     fields = {
         name: value
         for name, value in _given(msgspec.to_builtins(recipe)).items()
-        if value != [] and value is not False
+        if value not in ([], ()) and value is not False
     }
     try:
         path.write_bytes(msgspec.toml.encode(fields))

@@ -311,6 +311,9 @@ def _show_artifact(artifact: Artifact, *, as_json: bool) -> None:
     nbytes = render.size(sum(file.nbytes for file in made.files))
     files = render.count(len(made.files), "file")
     print(f"{artifact.path}: {nbytes} in {files}, checksums in manifest.json")
+    from edgellm.lora.lineage import described
+
+    render.say_notes(f"kept beside: {each.file}, {described(each)}" for each in made.kept_adapters)
     if "text" in check:
         render.say_notes([f'it runs: "{" ".join((check["prompt"] + check["text"]).split())} ..."'])
     from edgellm.lora.surviving import survival_line

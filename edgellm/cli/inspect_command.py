@@ -93,7 +93,7 @@ def _lineage(manifest: Manifest) -> list[tuple[str, str]]:
     tokenizer = f"{verdict} in {parity.cases} awkward cases"
     if not parity.cases:  # the files themselves are the source's
         tokenizer = "its files, byte by byte"
-    recipe = " ".join(f"{name}={value}" for name, value in made.recipe.items() if value)
+    recipe = " ".join(f"{name}={_text(value)}" for name, value in made.recipe.items() if value)
     lines = [
         ("made from", " ".join(filter(None, (base.name, base.revision, base.licence, base.url)))),
         ("base sha256", base.sha256),

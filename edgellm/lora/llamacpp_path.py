@@ -13,6 +13,9 @@ from edgellm.lora.adapter import Adapter
 
 PAIRS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 NORMS = ("_layernorm", ".norm")
+AS_PRODUCTS = ("adalora", "loha", "vblora", "vera")
+"""Kinds beside LoRA whose change is one product, which ``export.gguf_adapter`` writes."""
+
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 
 
@@ -22,12 +25,20 @@ def llamacpp_faults(adapter: Adapter) -> tuple[str, ...]:
     if adapter.naming == "gguf":
         return ()
     if adapter.kind != "lora":
-        return (f"{adapter.kind} adapters cannot be converted",)
+        return (_not_converted(adapter.kind),)
     return tuple(
         fault
         for fault in (_rslora(config), _alphas(config), *_parts(adapter), *_replaced(adapter))
         if fault
     )
+
+
+def _not_converted(kind: str) -> str:
+    """What its converter does with ``kind``, and whether edgellm can write it for llama.cpp."""
+    there = f"its converter of adapters takes LoRA alone, not {kind}"
+    if kind in AS_PRODUCTS:
+        return f"{there}: convert --keep-adapters writes it as a product that llama.cpp applies"
+    return f"{there}: merge it"
 
 
 def _rslora(config: dict[str, Any]) -> str:

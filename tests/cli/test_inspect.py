@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -11,6 +13,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import save_file
 
 from edgellm.errors import SourceError
 from edgellm.inspection import inspect, shortened
@@ -95,6 +98,22 @@ def test_model_folder(command: Command, model: Path) -> None:
     assert found["metadata"]["model_type"] == "llama"
     assert found["bits_per_weight"] == 32
     assert found["output_bytes"] == sum(file.stat().st_size for file in model.glob("*.safetensors"))
+
+
+def test_the_folder_of_an_adapter(command: Command, tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": True, "rank_pattern": {}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    factor = np.ones((4, 8), np.float32)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({name: factor}, tmp_path / "adapter_model.safetensors")
+    done = command("inspect", tmp_path)
+    assert done.code == 0
+    for fact in ("peft_type +LORA", "lora_alpha +8", "use_rslora +True", f"{name} +4 x 8 +f32"):
+        assert re.search(f"^{fact}", done.out, re.MULTILINE), done.out
+    for line in (("run", tmp_path, "hi"), ("verify", tmp_path)):
+        done = command(*line)
+        assert done.code == 3
+        assert f"{tmp_path} is an adapter, not a model" in done.err
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,7 @@ def test_kept_adapters_are_checked_as_merged_ones(
     done = command("convert", model, *keep, renamed, "--out", tmp_path / "named")
     assert "trained on someone/else" in done.err
     edgellm.merge(model, tmp_path / "merged", [adapters["one"]])
+    assert "kept beside: adapter-renamed.gguf, lora adapter, rank 4, alpha 16, w" in done.err
     done = command("convert", tmp_path / "merged", *keep, adapters["one"], "-o", tmp_path / "twice")
     assert "WARNING: one has been merged into merged before" in done.err
 
