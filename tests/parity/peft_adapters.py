@@ -6,6 +6,7 @@ needs more than ``merge_and_unload`` (``add_weighted_adapter``).
 
 from __future__ import annotations
 
+import copy
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -95,7 +96,8 @@ def _trained(
     before = state_of(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = peft.get_peft_model(model, config, adapter_name=adapter_name)
+        # PEFT writes the names of this very model's modules into the config that it is given.
+        result = peft.get_peft_model(model, copy.deepcopy(config), adapter_name=adapter_name)
     move(result, seed=seed, noise=noise)
     return result.eval(), before
 
