@@ -61,11 +61,9 @@ class Sessions:
         """``threads``: None for the physical cores."""
         import onnxruntime
 
-        from edgellm.runtimes.ort import ERROR_NAMES
+        from edgellm.runtimes.ort import errors_of
 
-        state = onnxruntime.capi.onnxruntime_pybind11_state
-        named = (getattr(state, name) for name in ERROR_NAMES if hasattr(state, name))
-        self._errors: tuple[type[Exception], ...] = (RuntimeError, *named)
+        self._errors = errors_of(onnxruntime)
         self._onnxruntime = onnxruntime
         self._options = onnxruntime.SessionOptions()
         self._options.intra_op_num_threads = threads or detect().physical_cores.value

@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,13 @@ ERROR_NAMES = (
     "ModelLoaded", "NoModel", "NoSuchFile", "NotImplemented", "RuntimeException",
 )  # fmt: skip
 """onnxruntime's exceptions, which have no root of their own."""
+
+
+def errors_of(onnxruntime: ModuleType) -> tuple[type[Exception], ...]:
+    """What the library raises, to be caught and translated."""
+    state = onnxruntime.capi.onnxruntime_pybind11_state
+    named = (getattr(state, name) for name in ERROR_NAMES if hasattr(state, name))
+    return (RuntimeError, *named)
 
 
 class OnnxRuntime:
@@ -110,9 +118,7 @@ class OnnxSession:
         """Raises ``GenerationError`` with onnxruntime's own words when it cannot load the graph."""
         import onnxruntime
 
-        state = onnxruntime.capi.onnxruntime_pybind11_state
-        named = (getattr(state, name) for name in ERROR_NAMES if hasattr(state, name))
-        self._errors: tuple[type[Exception], ...] = (RuntimeError, *named)
+        self._errors = errors_of(onnxruntime)
         before = anonymous_ranges()
         try:
             settings = _session_options(onnxruntime, threads)

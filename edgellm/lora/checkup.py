@@ -8,7 +8,6 @@ from typing import Any
 
 import msgspec
 
-from edgellm import calibration_text
 from edgellm.errors import AdapterError, EdgeError, VerificationError
 from edgellm.export import container_named
 from edgellm.lora import doctor, survival
@@ -68,14 +67,14 @@ def check_up(
     if made is not None:
         _refuse_others(made, merged)
         layout = container_named(made.container).lay_out(merged, recipe)
-        text = None if recipe.calibration_text is None else Path(recipe.calibration_text)
+        text, text_name = survival.text_of(recipe)
         left = survival.measure(
             merged,
             layout,
             recipe.solver,
             made,
-            text=None if text is None else calibration_text.read_text(text),
-            text_name=survival.BUILT_IN if text is None else text.name,
+            text=text,
+            text_name=text_name,
             threads=threads,
             progress=progress,
         )

@@ -22,7 +22,7 @@ from edgellm.lora.llamacpp_path import llamacpp_faults
 from edgellm.lora.merging import merged_source
 from edgellm.lora.replication import replicated
 from edgellm.progress import Progress, unwatched
-from edgellm.source.matching import listed
+from edgellm.source.matching import embedding_row, listed
 from edgellm.source.model import ModelSource
 from edgellm.tensors import SLAB_BYTES, TensorRef, rows_within
 
@@ -192,7 +192,8 @@ def _facts(
 
 def _ref(merged: ModelSource, role: str) -> TensorRef:
     """The weight of ``role``; a head that stayed tied is the embedding's."""
-    return merged.tensors.get(role) or merged.tensors["token_embd.weight"]
+    shared = embedding_row(merged.family, merged.decoder).role
+    return merged.tensors.get(role) or merged.tensors[shared]
 
 
 def untrained_said(adapter: str, changes: int, *, allowed: bool) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from edgellm.export.layout import Layout
 from edgellm.hardware import detect
 from edgellm.lora.projection import low_rank_factors, projected_cosine
 from edgellm.lora.replication import replicated
+from edgellm.parallel import one_blas_thread
 from edgellm.progress import Progress, unwatched
 from edgellm.quant import SOLVERS, floats, ggml
 from edgellm.quant.dequantize import dequantize
@@ -34,6 +36,7 @@ from edgellm.tensors import Array
 if TYPE_CHECKING:
     from edgellm.forward import Windows
     from edgellm.manifest import Artifact
+    from edgellm.recipe import Recipe
 
 MIN_SURVIVAL = 0.25
 """The least survival that a conversion is kept with, where none was asked for.
@@ -166,6 +169,17 @@ def with_survival(known: Survival, from_base: Divergence, from_quantized: Diverg
     )
 
 
+def text_of(recipe: Recipe) -> tuple[str | None, str]:
+    """The text that ``recipe`` measures on and its name; None is the built-in one.
+
+    Raises ``UsageError`` for a file that is no text.
+    """
+    if recipe.calibration_text is None:
+        return None, BUILT_IN
+    path = Path(recipe.calibration_text)
+    return calibration_text.read_text(path), path.name
+
+
 def affordable(merged: ModelSource, tokens: int = calibration_text.TEXT_TOKENS) -> bool:
     """Whether a conversion measures unasked: parameters times tokens are at most ``MOST_WORK``."""
     return sum(ref.size for ref in merged.tensors.values()) * tokens <= MOST_WORK
@@ -227,7 +241,8 @@ def weight_survivals(
         return WeightSurvival(role=role, name=after.name, grid=grid.name, cosine=cosine)
 
     roles = [role for role in grids if role in merge.changed]
-    with ThreadPoolExecutor(threads or detect().physical_cores.value) as pool:
+    workers = threads or detect().physical_cores.value
+    with one_blas_thread(), ThreadPoolExecutor(workers) as pool:
         return tuple(found for found in pool.map(survive, roles) if found is not None)
 
 

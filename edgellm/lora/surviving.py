@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from edgellm.calibration_text import read_text
 from edgellm.progress import Progress, unwatched
 
 if TYPE_CHECKING:
@@ -29,10 +27,10 @@ def check_survival(
     is quick; else ``skipped`` says why not. Raises ``VerificationError`` where less is left than
     was asked for, by default ``survival.MIN_SURVIVAL``.
     """
-    from edgellm.lora.survival import MIN_SURVIVAL, affordable, measure, require
+    from edgellm.lora.survival import affordable, measure, require, text_of
 
     recipe = plan.recipe
-    text = None if recipe.calibration_text is None else Path(recipe.calibration_text)
+    text, text_name = text_of(recipe)
     if recipe.min_survival is None and text is None and not affordable(plan.source):
         return {"skipped": TOO_LARGE}
     found = measure(
@@ -40,12 +38,12 @@ def check_survival(
         plan.layout,
         recipe.solver,
         artifact,
-        text=None if text is None else read_text(text),
-        text_name="built-in" if text is None else text.name,
+        text=text,
+        text_name=text_name,
         threads=plan.threads,
         progress=progress,
     )
-    require(found, MIN_SURVIVAL if recipe.min_survival is None else recipe.min_survival)
+    require(found, recipe.min_survival)
     facts: dict[str, Any] = msgspec.to_builtins(found)
     return facts | {"median_cosine": found.median_cosine}
 
