@@ -7,6 +7,7 @@ rows for each worker and the factors in use; the bytes are the same for any numb
 from __future__ import annotations
 
 import platform
+import shlex
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,8 +147,8 @@ def make_plan(
         raise UsageError(f"--dtype {recipe.quant} is not written: choose {', '.join(ENCODERS)}")
     if not recipe.adapters:
         raise UsageError("merge needs at least one --adapter PATH[=WEIGHT]")
-    found = _located(recipe.source, progress)
-    config = _config_of(found.path)
+    found = _located(recipe, progress)
+    config = _config_of(found.path, recipe)
     checkpoint = read_checkpoint(found.path)
     files = tuple(read_safetensors(file) for file in checkpoint.files)
     adapters, combination, facts = opened(recipe, progress=progress)
@@ -228,7 +229,8 @@ def carry_out(
     plan: MergePlan, out: Path, *, force: bool = False, progress: Progress = unwatched
 ) -> Artifact:
     """The folder of a plan that was made before; see ``merge``."""
-    check_no_overlap(plan.path, out)
+    for path in (plan.path, *(adapter.path for adapter in plan.adapters)):
+        check_no_overlap(path, out)
     check_free(out, plan.output_bytes)
     started = time.perf_counter()
     with StagedFolder(out, force=force) as staged:
@@ -277,8 +279,9 @@ def _write(plan: MergePlan, writer: ShardWriter, progress: Progress) -> dict[str
     }
 
 
-def _located(text: str, progress: Progress) -> Located:
+def _located(recipe: Recipe, progress: Progress) -> Located:
     """The base's folder; raises ``UnsupportedModel`` for a GGUF file."""
+    text = recipe.source
     path = Path(text).expanduser()
     if path.is_dir():
         return Located(path, path.resolve().name)
@@ -286,7 +289,7 @@ def _located(text: str, progress: Progress) -> Located:
         raise UnsupportedModel(
             f"{text} is no Hugging Face folder, and merge writes the base's own shards: give the "
             "folder of the original model, or have a GGUF made with the adapter in it "
-            f"(`edgellm convert {text} --adapter ... --out DIR`)"
+            f"(`{_converting(recipe)}`)"
         )
     from edgellm.source.hub import download, parse_hub_id
 
@@ -300,7 +303,13 @@ def _located(text: str, progress: Progress) -> Located:
     return Located(found.path, wanted.repo, found.revision, found.licence, wanted.url, found.notes)
 
 
-def _config_of(folder: Path) -> dict[str, Any]:
+def _converting(recipe: Recipe) -> str:
+    """The command that makes an artifact of the same base and adapters."""
+    adapters = " ".join(f"--adapter {shlex.quote(adapter)}" for adapter in recipe.adapters)
+    return f"edgellm convert {shlex.quote(recipe.source)} {adapters} --out DIR"
+
+
+def _config_of(folder: Path, recipe: Recipe) -> dict[str, Any]:
     """``config.json``; raises for an adapter, no model, or one that is quantized."""
     if not (folder / hf_folder.CONFIG).exists():
         what = "an adapter" if (folder / "adapter_config.json").exists() else "no model"
@@ -316,7 +325,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
             f"{folder} is quantized already ({method}), and a merged weight would have to be "
             "rounded to its grid once more: merge into the model in bf16, f16 or f32 that it was "
             "made from, or have it converted with the adapter in it "
-            f"(`edgellm convert {folder} --adapter ... --out DIR`)"
+            f"(`{_converting(recipe)}`)"
         )
     return config
 

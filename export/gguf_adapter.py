@@ -25,7 +25,7 @@ from edgellm.export.layout import AdapterBeside, Layout, OutputTensor, StoredArr
 from edgellm.export.packing import PACKERS
 from edgellm.lora.adapter import Adapter
 from edgellm.lora.edit import Edit, LowRank
-from edgellm.lora.gguf_adapter import ADAPTER_TYPE, ALPHA, TYPE, A, B
+from edgellm.lora.gguf_adapter import ADAPTER_TYPE, ALPHA, MADE_FROM, TYPE, A, B
 from edgellm.lora.kinds.loha import Hadamard
 from edgellm.lora.merging import bindings
 from edgellm.quant.grid import GRIDS
@@ -90,7 +90,7 @@ def lay_out_adapter(source: ModelSource, adapter: Adapter, file: str) -> Adapter
         "general.name": adapter.name,
         **_base_keys(source),
         "general.quantized_by": f"edgellm {edgellm.__version__}",
-        "edgellm.adapter.sha256": adapter.digest(),
+        MADE_FROM: adapter.digest(),
     }
     assert FACTORS.ggml_type is not None
     refs = [ref for pair in pairs for ref in _stored(pair, alpha)]

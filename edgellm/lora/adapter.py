@@ -38,7 +38,8 @@ class Adapter:
     biases, tables that were saved beside their change), by the same names; where a weight has both,
     its parts change the replacement. ``tokenizer_folder``: where the adapter brings a tokenizer of
     its own. ``base_name`` and ``base_revision``: what it says that it was trained on, empty where
-    it says nothing. ``notes`` are facts that the user should be shown.
+    it says nothing. ``made_from``: the digest of the adapter that this is another form of, where it
+    says so. ``notes`` are facts that the user should be shown.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Adapter:
     base_name: str = ""
     base_revision: str = ""
     revision: str = ""
+    made_from: str = ""
     notes: tuple[str, ...] = ()
 
     def digest(self) -> str:
@@ -62,6 +64,10 @@ class Adapter:
         Raises ``SourceError`` when a file cannot be read.
         """
         return self._digest
+
+    def digests(self) -> frozenset[str]:
+        """All digests that a record of it may hold: its own, and that of what it was made from."""
+        return frozenset(filter(None, (self.digest(), self.made_from)))
 
     @cached_property
     def _digest(self) -> str:

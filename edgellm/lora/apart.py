@@ -174,7 +174,7 @@ class ApartAdapters:
         return free
 
     def _is_merged(self, adapter: Adapter) -> bool:
-        return adapter.digest() in self._held
+        return not self._held.isdisjoint(adapter.digests())
 
 
 def _digests_of_merged(artifact: Artifact) -> set[str]:

@@ -29,6 +29,9 @@ TYPE = "general.type"
 ADAPTER_TYPE = "adapter.type"
 ALPHA = "adapter.lora.alpha"
 INVOCATION = "adapter.alora.invocation_tokens"
+MADE_FROM = "edgellm.adapter.sha256"
+"""Where edgellm wrote the file: the digest of the adapter that it is in another form."""
+
 PROMPT_PREFIX = "adapter.lora.prompt_prefix"
 
 A, B = ".lora_a", ".lora_b"
@@ -73,6 +76,7 @@ def open_gguf_adapter(path: Path) -> Adapter:
             "lora_alpha": float(alpha),
             ARCHITECTURE: str(metadata.get(ARCHITECTURE, "")),
         },
+        made_from=str(metadata.get(MADE_FROM, "")),
         parts={name: dict(pair) for name, pair in parts.items()},
         files=stored.files,
         naming="gguf",

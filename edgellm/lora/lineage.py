@@ -45,12 +45,14 @@ def adapter_entry(adapter: Adapter, changed_tensors: int) -> AdapterEntry:
     """``adapter`` as a manifest records it; reads its files for the digest."""
     config = adapter.config
     alpha = config.get("lora_alpha", config.get("alpha"))
+    # AdaLoRA's configs hold LoRA's r beside their own, unused.
+    rank = config.get("init_r" if adapter.kind == "adalora" else "r")
     return AdapterEntry(
         name=adapter.name,
         sha256=adapter.digest(),
         kind=adapter.kind,
         weight=adapter.weight,
-        rank=config["r"] if isinstance(config.get("r"), int) else None,
+        rank=rank if isinstance(rank, int) else None,
         alpha=float(alpha) if isinstance(alpha, (int, float)) else None,
         base_name=without_place(adapter.base_name),
         base_revision=adapter.base_revision,
@@ -113,13 +115,16 @@ def held_already(
 ) -> tuple[str, ...]:
     """A warning for each of ``adapters`` that stands among those merged into ``base`` before."""
     held = {entry.sha256: entry.name for entry in merged_before}
-    return tuple(
-        f"WARNING: {adapter.name} has been merged into {base} before"
-        f"{'' if held[adapter.digest()] == adapter.name else f' (as {held[adapter.digest()]})'}: "
-        "its change is in there twice now; convert the original base, or leave the adapter out"
-        for adapter in adapters
-        if adapter.digest() in held
-    )
+    warnings = []
+    for adapter in adapters:
+        names = [held[digest] for digest in adapter.digests() if digest in held]
+        if names:
+            known = "" if adapter.name in names else f" (as {names[0]})"
+            warnings.append(
+                f"WARNING: {adapter.name} has been merged into {base} before{known}: its change is "
+                "in there twice now; convert the original base, or leave the adapter out"
+            )
+    return tuple(warnings)
 
 
 def gguf_lineage(source: ModelSource, parents: Mapping[str, Any]) -> dict[str, Any]:

@@ -147,6 +147,11 @@ def test_what_is_refused(command: Command, model: Path, adapter: Path, tmp_path:
     repeating = shutil.copytree(adapter, tmp_path / "repeating")
     config["layer_replication"] = [[0, 3], [1, 3]]
     (repeating / "adapter_config.json").write_text(json.dumps(config))
+    rounded = shutil.copytree(model, tmp_path / "rounded")
+    config = json.loads((rounded / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq"}
+    (rounded / "config.json").write_text(json.dumps(config))
+    way_out = f"edgellm convert {{}} --adapter {adapter} --out DIR"
     lines = {
         ("merge", model, "--out", out): (2, "--adapter"),
         ("merge", model, "--adapter", adapter): (2, "--out"),
@@ -158,7 +163,9 @@ def test_what_is_refused(command: Command, model: Path, adapter: Path, tmp_path:
         ("merge", model, "--adapter", idle, "-o", out): (3, "--allow-untrained"),
         ("merge", model, "--adapter", repeating, "-o", out): (3, "edgellm convert"),
         ("merge", adapter, "--adapter", adapter, "-o", out): (3, "an adapter"),
-        ("merge", gguf, "--adapter", adapter, "-o", out): (4, "edgellm convert"),
+        ("merge", gguf, "--adapter", adapter, "-o", out): (4, f"`{way_out.format(gguf)}`"),
+        ("merge", rounded, "--adapter", adapter, "-o", out): (4, f"`{way_out.format(rounded)}`"),
+        ("merge", model, "--adapter", adapter, "-o", adapter / "in"): (2, "overlap"),
         ("merge", tmp_path / "no", "--adapter", adapter, "-o", out): (3, "no folder"),
     }
     for line, (code, word) in lines.items():

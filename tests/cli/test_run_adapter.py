@@ -99,6 +99,11 @@ def test_kept_adapters_are_checked_as_merged_ones(
     assert "kept beside: adapter-renamed.gguf, lora adapter, rank 4, alpha 16, w" in done.err
     done = command("convert", tmp_path / "merged", *keep, adapters["one"], "-o", tmp_path / "twice")
     assert "WARNING: one has been merged into merged before" in done.err
+    # Nor does another form of the same adapter hide it.
+    form = tmp_path / "named" / "adapter-renamed.gguf"
+    edgellm.merge(model, tmp_path / "again", [renamed])
+    done = command("convert", tmp_path / "again", *keep, form, "--out", tmp_path / "thrice")
+    assert "WARNING: adapter-renamed has been merged into again before (as renamed)" in done.err
 
 
 def test_a_running_model_gets_the_same_warnings(
