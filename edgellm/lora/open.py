@@ -18,7 +18,8 @@ from edgellm.source.safetensors_file import SafetensorsFile, read_safetensors
 from edgellm.tensors import TensorRef
 
 WEIGHTS = "adapter_model.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENS_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Any of them holds the tokens themselves, so a folder with one brings a tokenizer of its own."""
 
 
 def open_adapter(
@@ -99,7 +100,7 @@ def _open_folder(folder: Path, ignore_config_keys: Collection[str]) -> Adapter:
     if kind == "lora":
         check_lora(parts, config, str(file.path))
     names = [place.name for place in found.values() if place.name]
-    has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
+    has_tokenizer = any((folder / name).exists() for name in TOKENS_FILES)
     return Adapter(
         name=folder.resolve().name,
         path=folder,

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm.errors import UnsupportedModel
-from edgellm.source.quantized.groups import Codes, Grouped, Words, misfit, part
+from edgellm.source.quantized.groups import Codes, Grouped, Words, misfit, part, read_modules
 from edgellm.source.safetensors_file import RawTensor
 from edgellm.tensors import TensorRef
 
@@ -40,15 +40,7 @@ def read(
             f"{where} is quantized by AWQ in the layout {layout!r} with {bits} bits; edgellm reads "
             f"'gemm' with {BITS}: convert the model that it was made from"
         )
-    result: dict[str, TensorRef] = {}
-    taken: set[str] = set()
-    for name in raw:
-        if name.endswith(".qweight"):
-            module = name.removesuffix(".qweight")
-            result[f"{module}.weight"] = _weight(raw, module, where)
-            taken |= {f"{module}.{one}" for one in PARTS}
-    result |= {name: tensor.ref() for name, tensor in raw.items() if name not in taken}
-    return result
+    return read_modules(raw, PARTS, lambda module: _weight(raw, module, where))
 
 
 def _weight(raw: Mapping[str, RawTensor], module: str, where: str) -> TensorRef:

@@ -25,6 +25,7 @@ from edgellm.source.quantized.groups import (
     Grouped,
     misfit,
     part,
+    read_modules,
     unpack_columns,
     unpack_rows,
 )
@@ -51,15 +52,7 @@ def read(
             f"{where} is quantized by GPTQ in the layout {layout!r}, made for one kernel; edgellm "
             f"reads {' and '.join(FORMATS)}: convert the model that it was made from"
         )
-    result: dict[str, TensorRef] = {}
-    taken: set[str] = set()
-    for name in raw:
-        if name.endswith(".qweight"):
-            module = name.removesuffix(".qweight")
-            result[f"{module}.weight"] = _weight(raw, module, settings, layout, where)
-            taken |= {f"{module}.{one}" for one in PARTS}
-    result |= {name: tensor.ref() for name, tensor in raw.items() if name not in taken}
-    return result
+    return read_modules(raw, PARTS, lambda module: _weight(raw, module, settings, layout, where))
 
 
 def _weight(

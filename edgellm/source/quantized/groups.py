@@ -6,7 +6,7 @@ a scale and a zero of every output. A slab of our rows ``[out, in]`` is a slab o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from edgellm.errors import SourceError
 from edgellm.quant import floats
 from edgellm.source.safetensors_file import RawTensor
-from edgellm.tensors import Array
+from edgellm.tensors import Array, TensorRef
 
 Words = npt.NDArray[np.uint32]
 Codes = npt.NDArray[np.uint8]
@@ -54,6 +54,20 @@ class Grouped:
             values *= scales[group, part]
             result[part] = floats.rounded(values, dtype).T
         return result
+
+
+def read_modules(
+    raw: Mapping[str, RawTensor], parts: Collection[str], weight: Callable[[str], TensorRef]
+) -> dict[str, TensorRef]:
+    """Every tensor by its full-precision name.
+
+    ``weight(module)`` takes the place of the ``parts`` of each module with a ``qweight``; all else
+    is as it is stored.
+    """
+    modules = [name.removesuffix(".qweight") for name in raw if name.endswith(".qweight")]
+    taken = {f"{module}.{part}" for module in modules for part in parts}
+    found = {f"{module}.weight": weight(module) for module in modules}
+    return found | {name: tensor.ref() for name, tensor in raw.items() if name not in taken}
 
 
 def unpack_rows(words: Words, bits: int) -> Codes:
