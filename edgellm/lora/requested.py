@@ -16,6 +16,8 @@ from edgellm.lora.doctor import check_static
 from edgellm.lora.merging import merged_source
 from edgellm.lora.open import open_adapter
 from edgellm.progress import Progress, unwatched
+from edgellm.recipe import DEQUANTIZED
+from edgellm.source.quantized import stored_as
 
 if TYPE_CHECKING:
     from edgellm.export.layout import Container, Layout
@@ -101,6 +103,8 @@ def kept_apart(
     given = [name for name in merging if getattr(recipe, name) is not None]
     if recipe.combine not in (None, "cat"):
         given.insert(0, "combine")
+    if recipe.merge_base == DEQUANTIZED and stored_as(base.tensors):
+        given.remove("merge_base")  # here it says that the base itself may be rounded again
     if given:
         raise UsageError(
             f"--{given[0].replace('_', '-')} says how adapters are merged, and --keep-adapters "

@@ -105,6 +105,22 @@ def test_an_adapter_is_merged_into_the_quantized_base_that_is_given(
     assert merge.base == "dequantized nf4-dq"
 
 
+def test_an_adapter_stays_apart_from_a_quantized_base_that_is_rounded_again(
+    command: Command, quantized: Path, model: Path, lora: Path, tmp_path: Path
+) -> None:
+    asked = ("--adapter", lora, "--keep-adapters", "--quant", "q8_0", "--no-check")
+    again = ("--merge-base", "dequantized")
+    done = command("convert", quantized, *asked, "-o", tmp_path / "out")
+    assert (done.code, "--merge-base dequantized" in done.err) == (4, True), done.err
+    done = command("convert", quantized, *asked, *again, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    made = read_manifest(tmp_path / "out").artifact
+    assert [entry.file for entry in made.kept_adapters] == ["adapter-lora.gguf"]
+    assert any("stored as nf4-dq" in note for note in made.notes)
+    done = command("convert", model, *asked, *again, "-o", tmp_path / "full")
+    assert (done.code, "leave one of the two out" in done.err) == (2, True), done.err
+
+
 @pytest.mark.parametrize(
     ("merge_base", "said", "recorded"),
     [
