@@ -117,10 +117,8 @@ def _show(found: Checkup, *, every: bool) -> None:
         render.show_facts(_survival_facts(found.survival))
         print()
     render.show_notes(report.notes)
-    for warning in report.warnings:
-        print(f"  ! {warning}")
-    for fault in found.faults:
-        print(f"  ✗ {fault}")
+    render.show_notes(report.warnings, "!")
+    render.show_notes(found.faults, "✗")
     if not found.faults:
         print(f"nothing is wrong{' beside the warnings' if report.warnings else ''}")
 

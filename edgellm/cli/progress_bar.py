@@ -84,9 +84,10 @@ def _lines() -> Progress:
 
 
 def _facts(event: ProgressEvent, seconds: float) -> str:
-    """`` 40%  109/272 tensors  42 MB  120 MB/s  3 s left``; where nothing is counted, the item."""
+    """`` 40%  109/272 tensors  42 MB  120 MB/s  3 s left``; without bytes, the item."""
     if not event.done_bytes:
-        return event.item
+        steps = f", {event.done_items}/{event.total_items}" if event.total_items else ""
+        return event.item + steps
     facts = [f"{event.done_bytes / 1e6:.0f} MB"]
     if event.total_items:
         facts.insert(0, f"{event.done_items}/{event.total_items} tensors")

@@ -6,7 +6,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from edgellm.errors import EdgeError
@@ -26,16 +26,25 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def show_notes(lines: Iterable[str]) -> None:
-    """What belongs to the answer and the person should know, a line each on stdout."""
+def show_notes(lines: Iterable[str], mark: str = "·") -> None:
+    """What belongs to the answer and the person should know, a line each on stdout.
+
+    On a terminal a line that does not fit goes on below itself, behind the ``mark``; elsewhere
+    lines are whole.
+    """
     for line in lines:
-        print(f"  · {line}")
+        print(_marked(mark, line, sys.stdout))
 
 
 def say_notes(lines: Iterable[str]) -> None:
-    """What the person should know (a default and its reason, a cap), a line each on stderr."""
+    """What the person should know (a default and its reason, a cap), likewise on stderr."""
     for line in lines:
-        say(f"  · {line}")
+        say(_marked("·", line, sys.stderr))
+
+
+def _marked(mark: str, text: str, stream: TextIO) -> str:
+    room = shutil.get_terminal_size().columns - 4 if stream.isatty() else 0
+    return f"  {mark} " + "\n    ".join(_folded(text, room))
 
 
 def say_error(error: EdgeError) -> None:

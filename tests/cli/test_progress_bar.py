@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from edgellm.cli import render
 from edgellm.cli.progress_bar import progress_shown
 from edgellm.progress import ProgressEvent
 
@@ -41,6 +42,29 @@ def test_lines_have_tensors_speed_and_time_left(capsys: pytest.CaptureFixture[st
         "quantize   50%  2/4 tensors  50 MB  5 MB/s  10 s left",
         "quantize  100%  4/4 tensors  100 MB  5 MB/s  in 20.0 s",
     ]
+
+
+@pytest.mark.usefixtures("clock")
+def test_steps_without_bytes_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_shown() as progress:
+        for done in (1, 2):
+            progress(ProgressEvent("check", f"layer {done}", 0, 0, done, 30))
+    assert capsys.readouterr().err == "check     layer 2, 2/30\n"
+
+
+def test_notes_go_on_below_themselves_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    line = "a note of the kind that is longer than the terminal is wide"
+    for shown, stream in ((render.show_notes, "stdout"), (render.say_notes, "stderr")):
+        terminal, pipe = Terminal(), io.StringIO()
+        monkeypatch.setattr(f"sys.{stream}", terminal)
+        shown([line])
+        assert terminal.getvalue() == (
+            "  · a note of the kind that is longer\n    than the terminal is wide\n"
+        )
+        monkeypatch.setattr(f"sys.{stream}", pipe)
+        shown([line])
+        assert pipe.getvalue() == f"  · {line}\n"
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:

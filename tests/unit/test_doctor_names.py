@@ -9,6 +9,7 @@ import pytest
 
 from edgellm.lora.adapter import Adapter
 from edgellm.lora.belonging import belonging, plain_name
+from edgellm.lora.lineage import adapter_entry
 from edgellm.lora.llamacpp_path import llamacpp_faults
 from edgellm.tensors import constant
 
@@ -114,3 +115,10 @@ def test_a_plain_lora_is_safe_in_llama_cpp() -> None:
 def test_what_llama_cpp_gets_wrong(fields: dict[str, Any], fault: str) -> None:
     (found,) = llamacpp_faults(adapter(**fields))
     assert fault in found
+
+
+def test_the_rank_of_adalora_is_its_own() -> None:
+    """PEFT writes LoRA's ``r`` into its config as well, where nothing uses it."""
+    found = adapter(kind="adalora", config={"r": 8, "init_r": 6})
+    assert adapter_entry(found, 1).rank == 6
+    assert adapter_entry(adapter(config={"r": 8, "init_r": 6}), 1).rank == 8
