@@ -82,4 +82,4 @@ def write(measured: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def _shown(value: float) -> str:
-    return f"{value:.1e}" if value else "0"
+    return f"{value:.1e}".replace("e-0", "e-") if value else "0"
