@@ -194,8 +194,8 @@ def check_finite(rows: Array, name: str, *, first_row: int = 0) -> None:
     position = int(bad.argmax())
     row, column = divmod(position, rows.shape[-1])
     value = rows.reshape(-1)[position]
+    others = f", and {count - 1} more near it" if count > 1 else ""
     raise TensorError(
-        f"tensor {name} holds {value} at row {first_row + row}, column {column} ({count} such "
-        "values in this slab): the model is damaged or was trained into overflow; get an intact "
-        "copy of it"
+        f"tensor {name} holds {value} at row {first_row + row}, column {column}{others}: it is "
+        "damaged, or was trained into overflow; get an intact copy of it"
     )

@@ -48,7 +48,9 @@ def _show(found: Inspection) -> None:
     render.show_facts(
         (name, _text(value))
         for name, value in found.metadata.items()
-        if name != "windows" or set(value) != {None}  # most models have none in any layer
+        # A config's null is a key that says nothing.
+        if value is not None
+        and (name != "windows" or set(value) != {None})  # most models have none in any layer
     )
     print()
     notes = any(tensor.note for tensor in found.tensors)

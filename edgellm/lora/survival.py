@@ -206,7 +206,7 @@ def require(survival: Survival, minimum: float | None) -> None:
     )
     raise VerificationError(
         f"{max(survival.survival, 0):.0%} of the fine-tune is left after rounding and "
-        f"{minimum:.0%} is asked for: the adapters moved the answers by KL "
+        f"{100 * minimum:.4g}% is asked for: the adapters moved the answers by KL "
         f"{survival.from_base.kl:.3g}, rounding moved them by {survival.from_quantized.kl:.3g} "
         f"(text: {survival.text}){what}, measure on a text of what they were trained for "
         "(--calibration-text FILE), or take it as it is (--min-survival 0)"

@@ -101,7 +101,7 @@ def test_model_folder(command: Command, model: Path) -> None:
 
 
 def test_the_folder_of_an_adapter(command: Command, tmp_path: Path) -> None:
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": True, "rank_pattern": {}}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": True, "eva_config": None}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     factor = np.ones((4, 8), np.float32)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -110,6 +110,7 @@ def test_the_folder_of_an_adapter(command: Command, tmp_path: Path) -> None:
     assert done.code == 0
     for fact in ("peft_type +LORA", "lora_alpha +8", "use_rslora +True", f"{name} +4 x 8 +f32"):
         assert re.search(f"^{fact}", done.out, re.MULTILINE), done.out
+    assert "eva_config" not in done.out
     for line in (("run", tmp_path, "hi"), ("verify", tmp_path)):
         done = command(*line)
         assert done.code == 3
