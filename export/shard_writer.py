@@ -20,6 +20,9 @@ from edgellm.tensors import Array, check_finite, rows_within
 CHUNK_BYTES = 512 << 10
 """Float32 bytes that are changed and rounded at once: about what a core's own cache holds."""
 
+AHEAD_BYTES = 64 << 20
+"""How far ahead of a piece the disk is asked to read, so that workers seldom wait for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Done:
@@ -61,7 +64,9 @@ class ShardWriter:
         shard = self.shards[piece.shard]
         raw = None
         if piece.source is not None:
-            raw = shard.base.file.read(*piece.source)
+            start, nbytes = piece.source
+            shard.base.file.will_need(start + AHEAD_BYTES, nbytes)
+            raw = shard.base.file.read(start, nbytes)
             self.base_digests[piece.shard].add(piece.source[0], raw)
         if piece.target is None:
             return Done(piece)
