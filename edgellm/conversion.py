@@ -32,9 +32,9 @@ from edgellm.export.layout import Container, OutputTensor
 from edgellm.export.packing import PACKERS
 from edgellm.export.writer import StagedFolder, check_output
 from edgellm.hardware import peak_memory_bytes
+from edgellm.lora.check.surviving import check_survival
 from edgellm.lora.lineage import kept_entries, merge_entry
 from edgellm.lora.record import MergeRecord
-from edgellm.lora.surviving import check_survival
 from edgellm.manifest import (
     MANIFEST,
     SCHEMA_VERSION,

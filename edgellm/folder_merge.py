@@ -31,9 +31,9 @@ from edgellm.folder_manifest import describe, vanishing_notes
 from edgellm.hardware import detect, peak_memory_bytes
 from edgellm.json_file import read_json
 from edgellm.lora.adapter import Adapter
+from edgellm.lora.base.folder_base import folder_base, refuse_untrained
 from edgellm.lora.binding import Combination
 from edgellm.lora.checkpoint_weights import named_weights
-from edgellm.lora.folder_base import folder_base, refuse_untrained
 from edgellm.lora.lineage import entries_of, from_folder, held_already
 from edgellm.lora.memory import merge_bytes
 from edgellm.lora.named_weights import ChangedWeight, MergedWeights, NamedWeights, merge_by_name
@@ -343,7 +343,7 @@ def _in_checkpoint_terms(adapter: Adapter, base: Path, vouched: Collection[str])
     """An adapter by Hugging Face names; one out of a GGUF needs the family to be known."""
     if adapter.naming == "hf":
         return adapter
-    from edgellm.lora.gguf_adapter import in_checkpoint_terms
+    from edgellm.lora.reading.gguf_adapter import in_checkpoint_terms
     from edgellm.source import open_source
 
     return in_checkpoint_terms(adapter, open_source(str(base), ignore_config_keys=vouched))

@@ -51,8 +51,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ``adapters`` are ``PATH`` or ``PATH=WEIGHT``, in order. ``combine`` names a row of
     ``lora.combine.METHODS``, with its ``density``, ``sign``, ``combine_rank`` and ``seed``
     (``lora.binding.Combination``). ``merge_base``: which base they are merged into
-    (``lora.bases.CHOICES``), by default the one that they were trained on; ``dequantized`` without
-    adapters takes a model that is quantized already.
+    (``lora.base.bases.CHOICES``), by default the one that they were trained on; ``dequantized``
+    without adapters takes a model that is quantized already.
     ``keep_adapters``: write them beside the base instead of merging. ``allow_untrained``: take
     adapters that change nothing. ``min_survival``: the least share of the fine-tune that must be
     left after rounding, measured on the file ``calibration_text``.

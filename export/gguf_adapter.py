@@ -25,9 +25,9 @@ from edgellm.export.layout import AdapterBeside, Layout, OutputTensor, StoredArr
 from edgellm.export.packing import PACKERS
 from edgellm.lora.adapter import Adapter
 from edgellm.lora.edit import Edit, LowRank
-from edgellm.lora.gguf_adapter import ADAPTER_TYPE, ALPHA, MADE_FROM, TYPE, A, B
 from edgellm.lora.kinds.loha import Hadamard
 from edgellm.lora.merging import bindings
+from edgellm.lora.reading.gguf_adapter import ADAPTER_TYPE, ALPHA, MADE_FROM, TYPE, A, B
 from edgellm.quant.grid import GRIDS
 from edgellm.quant.rtn import solve
 from edgellm.source.matching import equal

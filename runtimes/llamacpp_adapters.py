@@ -32,7 +32,7 @@ class LlamaCppAdapters:
         Raises ``AdapterError`` for a file that does not belong to the model: shapes and names are
         compared first, as llama.cpp stops the whole process over some of them.
         """
-        from edgellm.lora.gguf_adapter import check_fits, open_gguf_adapter
+        from edgellm.lora.reading.gguf_adapter import check_fits, open_gguf_adapter
 
         for path in {
             adapter.path: None for adapter in adapters if adapter.path not in self._loaded

@@ -14,10 +14,10 @@ from edgellm.cli import render
 from edgellm.cli.progress_bar import progress_shown
 
 if TYPE_CHECKING:
-    from edgellm.lora.changes import TensorChange
-    from edgellm.lora.checkup import Checkup
-    from edgellm.lora.doctor import AdapterFacts, TargetFacts
-    from edgellm.lora.survival import Survival
+    from edgellm.lora.check.changes import TensorChange
+    from edgellm.lora.check.checkup import Checkup
+    from edgellm.lora.check.doctor import AdapterFacts, TargetFacts
+    from edgellm.lora.check.survival import Survival
 
 COLUMNS = ("weights", "number", "rank", "scale", "change", "largest", "lost in bf16", "in f16")
 COSINE = "cosine"
@@ -73,7 +73,7 @@ def adapter_check(
       edgellm adapter-check ./base ./my-lora --artifact small
       edgellm adapter-check ./base ./my-lora --json | jq .faults
     """
-    from edgellm.lora.checkup import check_up
+    from edgellm.lora.check.checkup import check_up
     from edgellm.recipe import make_recipe
 
     recipe = make_recipe(
@@ -157,7 +157,7 @@ def _by_kind(targets: Iterable[TargetFacts]) -> dict[str, list[TargetFacts]]:
 
 
 def _row(name: str, targets: Sequence[TargetFacts], cosines: dict[str, float]) -> tuple[str, ...]:
-    from edgellm.lora.changes import overall
+    from edgellm.lora.check.changes import overall
 
     changes: list[TensorChange] = [target.change for target in targets if target.change]
     kept = [cosines[target.role] for target in targets if target.role in cosines]

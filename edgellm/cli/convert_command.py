@@ -316,7 +316,7 @@ def _show_artifact(artifact: Artifact, *, as_json: bool) -> None:
     render.say_notes(f"kept beside: {each.file}, {described(each)}" for each in made.kept_adapters)
     if "text" in check:
         render.say_notes([f'it runs: "{" ".join((check["prompt"] + check["text"]).split())} ..."'])
-    from edgellm.lora.surviving import survival_line
+    from edgellm.lora.check.surviving import survival_line
 
     if survival := survival_line(artifact.manifest.measured):
         render.say_notes([f"survival: {survival}"])

@@ -85,8 +85,8 @@ def _show(found: Inspection) -> None:
 def _lineage(manifest: Manifest) -> list[tuple[str, str]]:
     made, base = manifest.artifact, manifest.artifact.base
     measured = manifest.measured
+    from edgellm.lora.check.surviving import survival_line
     from edgellm.lora.lineage import described
-    from edgellm.lora.surviving import survival_line
 
     parity = made.tokenizer_parity
     verdict = "the source's own ids"

@@ -98,7 +98,7 @@ class ApartAdapters:
         if spec.path in self._known:
             known = self._known[spec.path]
             return spec.path, known.weight if spec.path == text else spec.weight
-        from edgellm.lora.open import open_adapter
+        from edgellm.lora.reading.open import open_adapter
 
         adapter = open_adapter(spec, ignore_config_keys=self._ignore_config_keys)
         name = self._free_name(adapter.name)
@@ -157,7 +157,7 @@ class ApartAdapters:
         Learns from ``source`` which adapters a plain file says it holds.
         """
         from edgellm.lora.binding import Combination
-        from edgellm.lora.doctor import check_static
+        from edgellm.lora.check.doctor import check_static
         from edgellm.lora.lineage import merged_twice
         from edgellm.lora.merging import merged_source
 

@@ -22,7 +22,7 @@ from edgellm.errors import AdapterError
 from edgellm.lora.adapter import Adapter, Parts
 from edgellm.lora.edit import Additive, Edit, LowRank
 from edgellm.lora.factors import kept
-from edgellm.lora.scaling import scale_of
+from edgellm.lora.reading.scaling import scale_of
 from edgellm.tensors import Array, TensorRef, transposed
 
 if TYPE_CHECKING:

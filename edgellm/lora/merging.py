@@ -12,7 +12,6 @@ from edgellm.errors import AdapterError, TensorError
 from edgellm.lora.adapter import Adapter
 from edgellm.lora.binding import Binding, Combination
 from edgellm.lora.edit import Target
-from edgellm.lora.gguf_adapter import in_checkpoint_terms
 from edgellm.lora.named_weights import (
     ChangedWeight,
     NamedWeight,
@@ -20,6 +19,7 @@ from edgellm.lora.named_weights import (
     edits_of,
     merge_by_name,
 )
+from edgellm.lora.reading.gguf_adapter import in_checkpoint_terms
 from edgellm.lora.record import MergeRecord
 from edgellm.lora.replication import replicated
 from edgellm.lora.vocabulary import settled_tokenizer

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from edgellm.calibration_text import read_text
 from edgellm.errors import AdapterError, UnsupportedTarget, UsageError
 from edgellm.lora.adapter import Adapter
-from edgellm.lora.bases import common_base
+from edgellm.lora.base.bases import common_base
 from edgellm.lora.binding import Combination
+from edgellm.lora.check.doctor import check_static
 from edgellm.lora.combine.check import check, settled
-from edgellm.lora.doctor import check_static
 from edgellm.lora.merging import merged_source
-from edgellm.lora.open import open_adapter
+from edgellm.lora.reading.open import open_adapter
 from edgellm.progress import Progress, unwatched
 from edgellm.recipe import DEQUANTIZED
 from edgellm.source.quantized import stored_as

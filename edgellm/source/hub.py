@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from edgellm.errors import AdapterError, HubError, SourceError
-from edgellm.lora.training_evidence import is_settings_file
+from edgellm.lora.base.training_evidence import is_settings_file
 from edgellm.progress import Progress, ProgressEvent
 from edgellm.source.checkpoint import INDEX, SINGLE
 from edgellm.source.gguf_file import SPLIT_NAME

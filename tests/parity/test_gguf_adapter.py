@@ -20,9 +20,9 @@ from edgellm.architectures.gguf_rows import as_llamacpp_stores  # noqa: E402
 from edgellm.errors import AdapterError  # noqa: E402
 from edgellm.export.gguf_adapter import write_gguf_adapter  # noqa: E402
 from edgellm.lora.binding import Combination  # noqa: E402
-from edgellm.lora.gguf_adapter import open_gguf_adapter  # noqa: E402
 from edgellm.lora.merging import merged_source  # noqa: E402
-from edgellm.lora.open import open_adapter  # noqa: E402
+from edgellm.lora.reading.gguf_adapter import open_gguf_adapter  # noqa: E402
+from edgellm.lora.reading.open import open_adapter  # noqa: E402
 from edgellm.source import ModelSource, open_source  # noqa: E402
 from edgellm.tensors import constant  # noqa: E402
 

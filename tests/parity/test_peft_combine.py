@@ -21,7 +21,7 @@ from edgellm.lora.combine.methods import METHODS
 from edgellm.lora.combine.pruning import LargestKept
 from edgellm.lora.edit import LowRank, Target
 from edgellm.lora.merging import merged_source
-from edgellm.lora.open import open_adapter
+from edgellm.lora.reading.open import open_adapter
 from edgellm.source import open_source
 from edgellm.tensors import constant
 

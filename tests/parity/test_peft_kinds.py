@@ -26,7 +26,7 @@ from edgellm.lora.edit import Edit, Target
 from edgellm.lora.kinds import bind_of
 from edgellm.lora.kinds.ia3 import scales_outputs
 from edgellm.lora.merging import merged_source
-from edgellm.lora.open import open_adapter
+from edgellm.lora.reading.open import open_adapter
 from edgellm.source import open_source
 from edgellm.source.safetensors_file import read_safetensors
 from edgellm.tensors import TensorRef

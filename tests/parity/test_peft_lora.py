@@ -17,9 +17,9 @@ from peft_adapters import PeftAdapter, loaded, make_adapter, state_of, trained
 from edgellm.lora.adapter import Adapter
 from edgellm.lora.edit import Edit, Target
 from edgellm.lora.kinds import KINDS, bind_of
-from edgellm.lora.open import open_adapter
-from edgellm.lora.peft_config import read_config
-from edgellm.lora.refused_kinds import REFUSED
+from edgellm.lora.reading.open import open_adapter
+from edgellm.lora.reading.peft_config import read_config
+from edgellm.lora.reading.refused_kinds import REFUSED
 from edgellm.source import open_source
 from edgellm.source.matching import embedding_row, head_row
 from edgellm.source.model import ModelSource

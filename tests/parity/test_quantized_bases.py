@@ -19,11 +19,11 @@ import tiny_models
 
 from edgellm.errors import EdgeError, SourceError, UnsupportedModel
 from edgellm.lora.adapter import Adapter
-from edgellm.lora.bases import training_base
+from edgellm.lora.base.bases import training_base
+from edgellm.lora.base.rounded_base import dequantized_base
 from edgellm.lora.binding import Combination
 from edgellm.lora.merging import merged_source
-from edgellm.lora.open import open_adapter
-from edgellm.lora.rounded_base import dequantized_base
+from edgellm.lora.reading.open import open_adapter
 from edgellm.quant import bnb_4bit, bnb_absmax, bnb_int8
 from edgellm.source import ModelSource, open_source
 from edgellm.source.quantized import bnb

@@ -16,7 +16,7 @@ import edgellm
 from edgellm.demo_model import find_demo_model
 from edgellm.lora.binding import Combination
 from edgellm.lora.merging import merged_source
-from edgellm.lora.open import open_adapter
+from edgellm.lora.reading.open import open_adapter
 from edgellm.source import ModelSource, open_source
 
 torch = pytest.importorskip("torch", reason="torch is not installed")

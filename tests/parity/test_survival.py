@@ -18,10 +18,10 @@ import tiny_models
 import torch
 
 from edgellm.conversion import carry_out
-from edgellm.lora import doctor, survival
 from edgellm.lora.binding import Combination
+from edgellm.lora.check import doctor, survival
 from edgellm.lora.merging import merged_source
-from edgellm.lora.open import open_adapter
+from edgellm.lora.reading.open import open_adapter
 from edgellm.manifest import Artifact
 from edgellm.plan import Plan, make_plan
 from edgellm.quant.rtn import solve

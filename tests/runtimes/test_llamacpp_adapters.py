@@ -21,7 +21,7 @@ from tiny_models import some_token_ids  # noqa: E402
 import edgellm  # noqa: E402
 from edgellm.errors import AdapterError, GenerationError, SourceError  # noqa: E402
 from edgellm.export.gguf_adapter import write_gguf_adapter  # noqa: E402
-from edgellm.lora.open import open_adapter  # noqa: E402
+from edgellm.lora.reading.open import open_adapter  # noqa: E402
 from edgellm.manifest import Artifact  # noqa: E402
 from edgellm.runtimes.llamacpp import LlamaCppRuntime, LlamaCppSession  # noqa: E402
 from edgellm.runtimes.session import AdapterFile, RunOptions  # noqa: E402
@@ -223,7 +223,7 @@ def test_an_adapter_of_another_base_changes_nothing(
 def test_llamacpps_own_refusal_is_told(
     session: LlamaCppSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgellm.lora.gguf_adapter.check_fits", lambda adapter, base: None)
+    monkeypatch.setattr("edgellm.lora.reading.gguf_adapter.check_fits", lambda adapter, base: None)
     wrong = write_adapter(tmp_path / "wrong.gguf", pair("blk.0.attn_q.weight", 100, 96))
     with pytest.raises(AdapterError, match=r"llama.cpp could not load .*incorrect shape"):
         session.set_adapters([AdapterFile(wrong)])

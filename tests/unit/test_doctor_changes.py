@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgellm.lora import changes, doctor
-from edgellm.lora.changes import change_of, overall
+from edgellm.lora.check import changes, doctor
+from edgellm.lora.check.changes import change_of, overall
 from edgellm.lora.edit import LowRank
 from edgellm.lora.kinds.ia3 import Scaling
 from edgellm.tensors import constant

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from edgellm.lora.adapter import Adapter
-from edgellm.lora.belonging import belonging, plain_name
+from edgellm.lora.base.belonging import belonging, plain_name
+from edgellm.lora.check.llamacpp_path import llamacpp_faults
 from edgellm.lora.lineage import adapter_entry
-from edgellm.lora.llamacpp_path import llamacpp_faults
 from edgellm.tensors import constant
 
 

@@ -9,12 +9,12 @@ import pytest
 
 from edgellm.errors import VerificationError
 from edgellm.evaluation import Divergence
-from edgellm.lora import projection, survival
+from edgellm.lora.check import projection, survival
+from edgellm.lora.check.projection import low_rank_factors, orthonormal, projected_cosine
+from edgellm.lora.check.survival import Survival
 from edgellm.lora.edit import LowRank
 from edgellm.lora.kinds.dora import DoraRows
 from edgellm.lora.kinds.hira import HadamardOfWeight
-from edgellm.lora.projection import low_rank_factors, orthonormal, projected_cosine
-from edgellm.lora.survival import Survival
 from edgellm.tensors import TensorRef, constant
 
 OUT, INTO, RANK = 512, 384, 8

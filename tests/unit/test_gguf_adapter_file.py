@@ -10,7 +10,7 @@ from gguf_adapters import pair, write_adapter
 
 from edgellm.errors import AdapterError
 from edgellm.lora.adapter import Adapter
-from edgellm.lora.gguf_adapter import check_fits, open_gguf_adapter
+from edgellm.lora.reading.gguf_adapter import check_fits, open_gguf_adapter
 from edgellm.source.gguf_file import read_gguf
 
 Q = "blk.0.attn_q.weight"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edgellm.errors import AdapterError
-from edgellm.lora.peft_keys import Place, place_of
+from edgellm.lora.reading.peft_keys import Place, place_of
 
 Q = "model.layers.0.self_attn.q_proj"
 WEIGHT = f"{Q}.weight"

@@ -15,10 +15,10 @@ from edgellm.lora.adapter import AdapterSpec
 from edgellm.lora.edit import Target
 from edgellm.lora.kinds import KINDS
 from edgellm.lora.kinds.lora import bind
-from edgellm.lora.open import open_adapter
-from edgellm.lora.peft_config import READERS
-from edgellm.lora.peft_keys import PARTS
-from edgellm.lora.refused_kinds import REFUSED
+from edgellm.lora.reading.open import open_adapter
+from edgellm.lora.reading.peft_config import READERS
+from edgellm.lora.reading.peft_keys import PARTS
+from edgellm.lora.reading.refused_kinds import REFUSED
 from edgellm.tensors import constant
 
 WriteAdapter = Callable[..., Path]

@@ -19,7 +19,7 @@ import pytest
 from huggingface_hub import constants
 
 from edgellm.errors import AdapterError, HubError, SourceError
-from edgellm.lora.open import open_adapter
+from edgellm.lora.reading.open import open_adapter
 from edgellm.progress import ProgressEvent
 from edgellm.source import open_source
 from edgellm.source.hub import (

@@ -17,7 +17,7 @@ from edgellm.errors import AdapterError
 from edgellm.lora.edit import Additive, Edit, LowRank, Target
 from edgellm.lora.kinds.dora import DoraColumns, DoraRows
 from edgellm.lora.kinds.trainable_tokens import token_rows
-from edgellm.lora.scaling import rank_of, scale_of
+from edgellm.lora.reading.scaling import rank_of, scale_of
 from edgellm.tensors import Array, TensorRef, transposed
 
 LINEAR = ("lora_A", "lora_B")

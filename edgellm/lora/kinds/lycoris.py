@@ -7,7 +7,7 @@ from typing import Any
 
 from edgellm.errors import AdapterError
 from edgellm.lora.edit import Target
-from edgellm.lora.patterns import setting
+from edgellm.lora.reading.patterns import setting
 
 
 def rank_and_scale(target: Target, config: Mapping[str, Any]) -> tuple[int, float]:

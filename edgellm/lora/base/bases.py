@@ -12,8 +12,8 @@ from typing import Literal
 
 from edgellm.errors import AdapterError, UsageError
 from edgellm.lora.adapter import Adapter
-from edgellm.lora.rounded_base import METHODS, dequantized_base
-from edgellm.lora.training_evidence import (
+from edgellm.lora.base.rounded_base import METHODS, dequantized_base
+from edgellm.lora.base.training_evidence import (
     FULL,
     Evidence,
     evidence,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgellm.errors import AdapterError, TensorError
-from edgellm.lora.peft_keys import LORA_BIAS, TOKENS
+from edgellm.lora.reading.peft_keys import LORA_BIAS, TOKENS
 from edgellm.source.matching import listed
 from edgellm.tensors import SLAB_BYTES, TensorRef, check_finite, rows_within
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from edgellm.errors import AdapterError, SourceError
 from edgellm.lora.adapter import Adapter, AdapterSpec, Parts, parse_spec
-from edgellm.lora.complete import check_lora, check_values, untrained_modules
-from edgellm.lora.peft_config import CONFIG, read_config
-from edgellm.lora.peft_keys import Place, places
+from edgellm.lora.reading.complete import check_lora, check_values, untrained_modules
+from edgellm.lora.reading.peft_config import CONFIG, read_config
+from edgellm.lora.reading.peft_keys import Place, places
 from edgellm.progress import Progress, unwatched
 from edgellm.source.matching import listed
 from edgellm.source.pickles import PICKLES
@@ -72,7 +72,7 @@ def _open_path(path: Path, ignore_config_keys: Collection[str]) -> Adapter:
     if path.is_dir():
         return _open_folder(path, ignore_config_keys)
     if path.name.endswith(".gguf"):
-        from edgellm.lora.gguf_adapter import open_gguf_adapter
+        from edgellm.lora.reading.gguf_adapter import open_gguf_adapter
 
         return open_gguf_adapter(path)
     if path.name.endswith(PICKLES):

@@ -1,7 +1,7 @@
 """The base that adapters are merged into, where it is a checkpoint: its own weights, or rounded.
 
 An adapter that was trained on a quantized base is merged into what that base computed with, as
-``convert`` does (``lora.bases``); here by the names of a checkpoint.
+``convert`` does (``lora.base.bases``); here by the names of a checkpoint.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 from edgellm.architectures import FAMILIES
 from edgellm.errors import AdapterError, UsageError
 from edgellm.lora.adapter import Adapter
-from edgellm.lora.bases import check_asked, common_base
+from edgellm.lora.base.bases import check_asked, common_base
+from edgellm.lora.base.training_evidence import FULL, evidence
 from edgellm.lora.binding import Binding
-from edgellm.lora.doctor import changes_anything, untrained_said
+from edgellm.lora.check.doctor import changes_anything, untrained_said
 from edgellm.lora.named_weights import ChangedWeight, MergedWeights, NamedWeights
-from edgellm.lora.training_evidence import FULL, evidence
 from edgellm.source import open_source
 from edgellm.tensors import TensorRef
 

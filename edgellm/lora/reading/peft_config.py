@@ -13,7 +13,7 @@ from edgellm.architectures.config import Config
 from edgellm.errors import AdapterError, SourceError, UnsupportedModel
 from edgellm.json_file import read_json
 from edgellm.lora.kinds import KINDS
-from edgellm.lora.refused_kinds import refuse_kind
+from edgellm.lora.reading.refused_kinds import refuse_kind
 
 CONFIG = "adapter_config.json"
 

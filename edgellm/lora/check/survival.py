@@ -3,7 +3,7 @@
 Two figures. By answers: ``1 - KL(merged || quantized) / KL(merged || base)`` on a text, 1 when
 rounding moved the answers by nothing against what the fine-tune moved them by, 0 when by as much.
 By weights: for each weight the cosine of what is left of the change with the change itself, both
-projected on the adapter's own rows and columns (``lora.projection``).
+projected on the adapter's own rows and columns (``lora.check.projection``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from edgellm.errors import RuntimeMissing, UnsupportedTarget, VerificationError
 from edgellm.evaluation import Comparison, Divergence, session_logits
 from edgellm.export.layout import Layout
 from edgellm.hardware import detect
-from edgellm.lora.projection import low_rank_factors, projected_cosine
+from edgellm.lora.check.projection import low_rank_factors, projected_cosine
 from edgellm.lora.replication import replicated
 from edgellm.parallel import one_blas_thread
 from edgellm.progress import Progress, unwatched

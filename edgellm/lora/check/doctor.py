@@ -13,12 +13,12 @@ import numpy as np
 
 from edgellm.errors import AdapterError
 from edgellm.lora.adapter import Adapter
-from edgellm.lora.belonging import Belonging, belonging
+from edgellm.lora.base.belonging import Belonging, belonging
 from edgellm.lora.binding import Binding, Combination
-from edgellm.lora.changes import TensorChange, measure, overall
+from edgellm.lora.check.changes import TensorChange, measure, overall
+from edgellm.lora.check.llamacpp_path import llamacpp_faults
 from edgellm.lora.edit import Additive, Edit
 from edgellm.lora.lineage import merged_twice
-from edgellm.lora.llamacpp_path import llamacpp_faults
 from edgellm.lora.merging import merged_source
 from edgellm.lora.replication import replicated
 from edgellm.progress import Progress, unwatched

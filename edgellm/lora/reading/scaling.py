@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgellm.errors import AdapterError
-from edgellm.lora.patterns import setting
+from edgellm.lora.reading.patterns import setting
 
 
 def rank_of(config: Mapping[str, Any], module: str) -> int:

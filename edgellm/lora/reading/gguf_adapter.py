@@ -16,8 +16,8 @@ from edgellm.architectures.family import TensorRow
 from edgellm.architectures.gguf_rows import as_checkpoint_stores
 from edgellm.errors import AdapterError
 from edgellm.lora.adapter import Adapter, Parts
-from edgellm.lora.complete import check_values
 from edgellm.lora.lineage import HUB_URL
+from edgellm.lora.reading.complete import check_values
 from edgellm.source.gguf_file import GgufFile, read_gguf
 from edgellm.source.gguf_model import references
 from edgellm.source.matching import listed

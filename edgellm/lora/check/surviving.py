@@ -27,7 +27,7 @@ def check_survival(
     is quick; else ``skipped`` says why not. Raises ``VerificationError`` where less is left than
     was asked for, by default ``survival.MIN_SURVIVAL``.
     """
-    from edgellm.lora.survival import affordable, measure, require, text_of
+    from edgellm.lora.check.survival import affordable, measure, require, text_of
 
     recipe = plan.recipe
     text, text_name = text_of(recipe)
