@@ -99,7 +99,7 @@ def open(
     tokenizer = artifact_tokenizer(artifact.main, artifact.container)
     session = found[choice.runtime].open(artifact, options)
     apart = None
-    if any(one.adapters for one in capabilities if one.runtime == choice.runtime):
+    if any(one.applies_adapters for one in capabilities if one.runtime == choice.runtime):
         try:
             apart = ApartAdapters(
                 artifact,

@@ -182,7 +182,7 @@ def _refusal(
     if kv_dtype is not None and kv_dtype not in found.kv_dtypes:
         kept = ", ".join(found.kv_dtypes) or "types of its own choice"
         return f"keeps keys and values in {kept}, not {kv_dtype}"
-    if adapters and not found.adapters:
+    if adapters and not found.applies_adapters:
         return (
             "applies no adapters beside a model: merge them (convert --adapter), use gguf, or "
             "leave them out (--adapter none)"

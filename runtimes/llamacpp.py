@@ -79,7 +79,7 @@ class LlamaCppRuntime:
                 devices=devices,
                 kv_dtypes=tuple(KV_TYPES),
                 speed_rank=10,
-                adapters=True,
+                applies_adapters=True,
             )
 
         if importlib.util.find_spec("llama_cpp") is None:

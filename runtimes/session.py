@@ -43,7 +43,7 @@ class Capabilities:
 
     ``available``: it can open something here now. ``reason``: in one line, why or why not.
     ``install``: the command that brings it. ``speed_rank``: lower is preferred where several can.
-    ``automatic``: may be picked without being named. ``adapters``: its sessions are
+    ``automatic``: may be picked without being named. ``applies_adapters``: its sessions are
     ``AdaptingSession``, which apply LoRA adapters beside the model.
     """
 
@@ -57,7 +57,7 @@ class Capabilities:
     kv_dtypes: tuple[str, ...] = ()
     speed_rank: int = 0
     automatic: bool = True
-    adapters: bool = False
+    applies_adapters: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class Session(Protocol):
 
 
 class AdaptingSession(Session, Protocol):
-    """A session of a runtime whose ``Capabilities.adapters`` is true."""
+    """A session of a runtime whose ``Capabilities.applies_adapters`` is true."""
 
     @property
     def adapters(self) -> Sequence[AdapterFile]:
