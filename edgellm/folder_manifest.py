@@ -58,7 +58,7 @@ def describe(plan: MergePlan, writer: ShardWriter, notes: tuple[str, ...]) -> Di
         container=CONTAINER,
         main_file=plan.shards[0].name,
         files=tuple(sorted(files, key=lambda entry: entry.path)),
-        tensors=_tensor_entries(plan, writer),
+        tensors=_tensor_entries(plan),
         base=msgspec.structs.replace(plan.base, sha256=combined_sha256(base_digests)),
         model=_model_facts(plan),
         recipe=plan.recipe.choices(),
@@ -77,7 +77,7 @@ def describe(plan: MergePlan, writer: ShardWriter, notes: tuple[str, ...]) -> Di
     )
 
 
-def _tensor_entries(plan: MergePlan, writer: ShardWriter) -> tuple[TensorEntry, ...]:
+def _tensor_entries(plan: MergePlan) -> tuple[TensorEntry, ...]:
     def role(name: str) -> str:
         weight = plan.weights.weights.get(name)
         return weight.ref.role if weight is not None else name
@@ -89,12 +89,12 @@ def _tensor_entries(plan: MergePlan, writer: ShardWriter) -> tuple[TensorEntry, 
             shape=tensor.shape,
             grid=tensor.dtype.lower(),
             nbytes=tensor.nbytes,
-            sha256=digest.hexdigest(tensor.nbytes),
+            sha256="",
             arrays=((shard.name, tensor.offset, tensor.nbytes),),
             note="merged" if tensor.change else "",
         )
-        for shard, digests in zip(plan.shards, writer.tensor_digests, strict=True)
-        for tensor, digest in zip(shard.tensors, digests, strict=True)
+        for shard in plan.shards
+        for tensor in shard.tensors
     )
 
 

@@ -20,9 +20,6 @@ from edgellm.tensors import Array, check_finite, rows_within
 CHUNK_BYTES = 512 << 10
 """Float32 bytes that are changed and rounded at once: about what a core's own cache holds."""
 
-AHEAD_BYTES = 64 << 20
-"""How far ahead of a piece the disk is asked to read, so that workers seldom wait for it."""
-
 
 @dataclass(frozen=True, slots=True)
 class Done:
@@ -44,15 +41,10 @@ class ShardWriter:
         self._staged = staged
         self.base_digests = [OrderedDigest() for _ in shards]
         self.file_digests = [OrderedDigest() for _ in shards]
-        self.tensor_digests = [[OrderedDigest() for _ in shard.tensors] for shard in shards]
 
     def stop(self) -> None:
         """Let no thread wait for a piece that will never come."""
-        for digest in (
-            *self.base_digests,
-            *self.file_digests,
-            *(each for shard in self.tensor_digests for each in shard),
-        ):
+        for digest in (*self.base_digests, *self.file_digests):
             digest.stop()
 
     def work(self, piece: Piece) -> Done:
@@ -65,7 +57,6 @@ class ShardWriter:
         raw = None
         if piece.source is not None:
             start, nbytes = piece.source
-            shard.base.file.will_need(start + AHEAD_BYTES, nbytes)
             raw = shard.base.file.read(start, nbytes)
             self.base_digests[piece.shard].add(piece.source[0], raw)
         if piece.target is None:
@@ -77,7 +68,6 @@ class ShardWriter:
         else:
             tensor = shard.tensors[piece.tensor]
             content, changed, vanished = _content(tensor, piece, raw)
-            self.tensor_digests[piece.shard][piece.tensor].add(offset - tensor.offset, content)
         self._staged.write_at(shard.name, offset, content)
         self._staged.start_writeback(shard.name, offset, len(content))
         self.file_digests[piece.shard].add(offset, content)

@@ -6,7 +6,6 @@ them back, and a conversion promises to stay small.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import weakref
@@ -44,12 +43,6 @@ class WeightFile:
         result = np.empty(nbytes, dtype=np.uint8)
         self.read_into(result.data, offset)
         return result
-
-    def will_need(self, offset: int, nbytes: int) -> None:
-        """Have the system fetch these bytes in the background, where it can be asked to."""
-        if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):  # it is speed alone
-                os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` (of bytes) from ``offset`` on; raises as ``read`` does."""

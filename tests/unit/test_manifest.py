@@ -253,3 +253,14 @@ def test_the_file_that_is_run_has_a_checksum(folder: Path, main_file: str) -> No
     (folder / "manifest.json").write_bytes(Manifest.of(digested, {}).to_json())
     with pytest.raises(VerificationError, match="main file without a checksum"):
         open_artifact(folder)
+
+
+def test_a_damaged_file_is_named_where_its_tensors_were_not_hashed(folder: Path) -> None:
+    entry = open_artifact(folder).manifest
+    assert entry is not None
+    bare = tuple(msgspec.structs.replace(each, sha256="") for each in entry.artifact.tensors)
+    digested = msgspec.structs.replace(entry.artifact, tensors=bare)
+    (folder / "manifest.json").write_bytes(Manifest.of(digested, {}).to_json())
+    flip(folder / "model.bin", 10)
+    with pytest.raises(VerificationError, match=r"model\.bin differs\. Copy"):
+        verify(open_artifact(folder))
