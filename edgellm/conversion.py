@@ -53,11 +53,12 @@ from edgellm.plan import Plan, Slab, check_apart, check_disk, make_plan
 from edgellm.progress import Progress, ProgressEvent, unwatched
 from edgellm.quant import SOLVERS
 from edgellm.quant.grid import Grid, QTensor
+from edgellm.quant.statistics import Statistics
 from edgellm.recipe import Recipe
 from edgellm.tensors import Array, stacked_rows
 from edgellm.tokenization import artifact_parity
 
-Solve = Callable[[Array, Grid], QTensor]
+Solve = Callable[[Array, Grid, Statistics | None], QTensor]
 
 RECORDED_PACKAGES = ("libgguf", "numpy", "tokenizers")
 """Packages whose version can change the bytes of any artifact (libgguf reads GGUF sources); a
@@ -141,7 +142,7 @@ def quantize_tensors(plan: Plan, staged: StagedFolder, progress: Progress = unwa
 
     Raises ``TensorError`` naming a tensor that holds NaN, Inf, or more than its grid reaches.
     """
-    solve: Solve = registry.attribute(SOLVERS[plan.recipe.solver])
+    solve: Solve = registry.attribute(SOLVERS[plan.recipe.solver].attribute)
     slabs = plan.slabs()
     left = [0] * len(plan.layout.tensors)
     for slab in slabs:
@@ -185,7 +186,7 @@ def measured_changes(record: MergeRecord) -> dict[str, Any]:
 def _write_slab(tensor: OutputTensor, slab: Slab, solve: Solve, staged: StagedFolder) -> int:
     rows = stacked_rows(tensor.parts, slab.start, slab.stop)
     try:
-        packed = PACKERS[tensor.packer].pack(solve(rows, tensor.grid))
+        packed = PACKERS[tensor.packer].pack(solve(rows, tensor.grid, None))
     except TensorError as error:  # a solver knows values alone
         names = ", ".join(part.name for part in tensor.parts)
         raise TensorError(f"tensor {names}: {error}") from error

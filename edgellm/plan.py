@@ -15,7 +15,7 @@ from edgellm.export.writer import check_free, check_no_overlap
 from edgellm.hardware import detect
 from edgellm.progress import Progress, unwatched
 from edgellm.quant.grid import Grid
-from edgellm.recipe import Recipe
+from edgellm.recipe import Recipe, split_quant
 from edgellm.runtimes import best_container
 from edgellm.source import ModelSource, open_source
 from edgellm.source.quantized import stored_as
@@ -126,8 +126,7 @@ def resolve(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
         reasons.append(f"format {chosen_format}: {why}")
     container = container_named(chosen_format)
     if not recipe.grid:
-        solver = f"{recipe.solver}:" if recipe.quant else ""
-        chosen_quant = solver + container.default_grid
+        chosen_quant = str(split_quant(recipe.quant or "")._replace(grid=container.default_grid))
         reasons.append(f"grid {container.default_grid}: the default of {chosen_format}")
     return msgspec.structs.replace(recipe, format=chosen_format, quant=chosen_quant), tuple(reasons)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -13,7 +13,7 @@ from edgellm.errors import OutputError, UnknownGrid, UsageError
 from edgellm.lora.adapter import AdapterSpec, parse_spec
 from edgellm.lora.binding import Combination
 from edgellm.lora.combine.check import check as check_combination
-from edgellm.quant import SOLVERS
+from edgellm.quant import SOLVERS, TRANSFORMS
 
 DEFAULT_SOLVER = "rtn"
 
@@ -43,10 +43,10 @@ ONLY_CHECKED = ("allow_untrained", "min_survival", "calibration_text")
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What to convert and how; read from a TOML file, flags override it.
 
-    ``quant`` reads ``[solver:]grid``; ``embed`` and ``head`` name other grids for the embedding and
-    the output head. ``kv_cache``: what keys and values are cached in, where the container fixes it.
-    ``context``: cap on the context length in tokens. ``ignore_config_keys``: config keys that
-    edgellm does not know and the user vouches for.
+    ``quant`` reads ``[transform+][solver:]grid``; ``embed`` and ``head`` name other grids for the
+    embedding and the output head. ``kv_cache``: what keys and values are cached in, where the
+    container fixes it. ``context``: cap on the context length in tokens. ``ignore_config_keys``:
+    config keys that edgellm does not know and the user vouches for.
 
     ``adapters`` are ``PATH`` or ``PATH=WEIGHT``, in order. ``combine`` names a row of
     ``lora.combine.METHODS``, with its ``density``, ``sign``, ``combine_rank`` and ``seed``
@@ -87,12 +87,17 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     @property
     def solver(self) -> str:
         """The solver's name; ``rtn`` when none was named."""
-        return split_quant(self.quant or "")[0]
+        return split_quant(self.quant or "").solver or DEFAULT_SOLVER
+
+    @property
+    def transforms(self) -> tuple[str, ...]:
+        """Names of the transforms that come before the solver."""
+        return split_quant(self.quant or "").transforms
 
     @property
     def grid(self) -> str:
         """The grid's or mixture's name, without the solver; empty when none was chosen yet."""
-        return split_quant(self.quant or "")[1]
+        return split_quant(self.quant or "").grid
 
     def sha256(self) -> str:
         """Digest of the choices, the same wherever the source lies."""
@@ -130,16 +135,45 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         )
 
 
-def split_quant(text: str) -> tuple[str, str]:
-    """``(solver, grid)`` of ``[solver:]grid``; raises ``UnknownGrid`` for a solver not known."""
-    solver, colon, grid = text.strip().lower().rpartition(":")
-    solver = solver if colon else DEFAULT_SOLVER
-    if solver not in SOLVERS:
+class Quant(NamedTuple):
+    """``--quant`` taken apart: ``[TRANSFORM+][SOLVER:]GRID``.
+
+    ``solver`` is None where none was named, ``grid`` empty where none was.
+    """
+
+    transforms: tuple[str, ...]
+    solver: str | None
+    grid: str
+
+    def __str__(self) -> str:
+        methods = "+".join([*self.transforms, *([self.solver] if self.solver else [])])
+        return f"{methods}:{self.grid}" if methods else self.grid
+
+
+def split_quant(text: str) -> Quant:
+    """``text`` taken apart: ``q4_0``, ``gptq:q4_0``, ``awq:q4_0``, ``awq+gptq:q4_0``, ``gptq``.
+
+    Raises ``UnknownGrid`` for a solver or transform that is not known, or in the wrong place.
+    """
+    methods, colon, grid = text.strip().lower().rpartition(":")
+    known = {*SOLVERS, *TRANSFORMS}
+    if not colon and all(part in known for part in grid.split("+")):
+        methods, grid = grid, ""
+    parts = methods.split("+") if methods else []
+    unknown = [part for part in parts if part not in known]
+    if unknown:
         raise UnknownGrid(
-            f"no solver named {solver!r} in --quant {text!r}: choose {', '.join(sorted(SOLVERS))}, "
-            f"or leave the solver out (--quant {grid or 'GRID'})"
+            f"no solver named {unknown[0]!r} in --quant {text!r}: choose "
+            f"{', '.join(sorted(SOLVERS))}, with {' or '.join(sorted(TRANSFORMS))} before it "
+            f"(awq+gptq:q4_0), or leave the solver out (--quant {grid or 'GRID'})"
         )
-    return solver, grid
+    solver = parts.pop() if parts and parts[-1] in SOLVERS else None
+    if any(part in SOLVERS for part in parts) or len(set(parts)) < len(parts):
+        raise UnknownGrid(
+            f"--quant {text!r} names more than one solver, or a transform twice: it reads "
+            "[TRANSFORM+][SOLVER:]GRID, such as awq+gptq:q4_0"
+        )
+    return Quant(tuple(parts), solver, grid)
 
 
 def load_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:

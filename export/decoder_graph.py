@@ -62,6 +62,8 @@ class DecoderGraph:
     grids: Grids
     context_length: int
     int8_cache: bool = False
+    inputs: dict[str, list[str]] = field(default_factory=dict)
+    """Roles of the weights that each value of the graph is multiplied by, layer by layer."""
     _ropes: dict[Rope, tuple[str, str]] = field(default_factory=dict)
 
     def build(self) -> None:
@@ -82,11 +84,12 @@ class DecoderGraph:
         normed, _ = self._norm("output_norm", stream, branch)
         self._head(normed)
 
-    def build_layer(self, index: int) -> None:
+    def build_layer(self, index: int, *, taps: bool = False) -> None:
         """Add one layer alone: whole sequences of the residual stream go in and come out.
 
         Inputs: ``stream`` ``[batch, sequence, hidden]``, ``seqlens_k`` ``[batch]`` (tokens of each
-        sequence less one) and ``total_length`` (tokens of the longest). Output: ``stream_out``.
+        sequence less one) and ``total_length`` (tokens of the longest). Output: ``stream_out``;
+        with ``taps``, the inputs of the layer's products too (``self.inputs`` names them).
         Nothing is cached, and no token before the sequence is seen.
         """
         graph = self.graph
@@ -97,6 +100,10 @@ class DecoderGraph:
         stream, branch = self._layer(index, stream, "", cached=False)
         graph.node("Add", [stream, branch], "stream_out")
         graph.output("stream_out", TensorProto.FLOAT, shape)
+        if taps:
+            for x, weights in self.inputs.items():
+                columns = self.tensors[weights[0]].columns
+                graph.output(x, TensorProto.FLOAT, ["batch_size", "sequence_length", columns])
 
     def build_output_norm(self) -> None:
         """Add the norm before the head alone: ``stream`` ``[batch, sequence, hidden]`` goes in."""
@@ -276,6 +283,7 @@ class DecoderGraph:
     def _linear(self, name: str, roles: list[str], x: str, index: int) -> str:
         """One product with the weights of ``roles`` stacked, and the biases that there are."""
         weights = [self.tensors[f"blk.{index}.{role}.weight"] for role in roles]
+        self.inputs.setdefault(x, []).extend(f"blk.{index}.{role}.weight" for role in roles)
         operators = operators_of(self.grids.body)
         tensor = self.graph.store(f"{name}.weight", weights, self.grids.body, operators.packer)
         biases = [self.tensors.get(f"blk.{index}.{role}.bias") for role in roles]

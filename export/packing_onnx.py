@@ -34,6 +34,18 @@ def pack_nbits(tensor: QTensor) -> Mapping[str, Bytes]:
     return packed
 
 
+def unpack_nbits(components: Mapping[str, Bytes], grid: Grid, columns: int) -> QTensor:
+    """The inverse of ``pack_nbits``."""
+    bits, blocks = int(grid.bits), columns // grid.block
+    return QTensor(
+        grid,
+        columns,
+        codes=_each_code(components["data"], bits, columns),
+        scales=_as_floats(components["scales"]),
+        zeros=None if grid.symmetric else _each_code(components["zeros"], bits, blocks),
+    )
+
+
 def dynamic_row_bytes(grid: Grid, columns: int) -> Mapping[str, int]:
     """Bytes of a row for ``DynamicQuantizeMatMul``: int8 codes and one f32 scale."""
     return {"data": columns, "scales": 4}
@@ -44,6 +56,12 @@ def pack_dynamic(tensor: QTensor) -> Mapping[str, Bytes]:
     assert tensor.codes is not None
     assert tensor.scales is not None
     return {"data": tensor.codes ^ np.uint8(128), "scales": _as_bytes(tensor.scales)}
+
+
+def unpack_dynamic(components: Mapping[str, Bytes], grid: Grid, columns: int) -> QTensor:
+    """The inverse of ``pack_dynamic``."""
+    codes = components["data"] ^ np.uint8(128)
+    return QTensor(grid, columns, codes=codes, scales=_as_floats(components["scales"]))
 
 
 def bnb4_row_bytes(grid: Grid, columns: int) -> Mapping[str, int]:
@@ -58,6 +76,23 @@ def pack_bnb4(tensor: QTensor) -> Mapping[str, Bytes]:
     codes = tensor.codes
     high_first = (codes[:, 0::2] << np.uint8(4)) | codes[:, 1::2]
     return {"data": high_first.astype(np.uint8), "absmax": _as_bytes(tensor.scales)}
+
+
+def unpack_bnb4(components: Mapping[str, Bytes], grid: Grid, columns: int) -> QTensor:
+    """The inverse of ``pack_bnb4``."""
+    low_first = _each_code(components["data"], 4, columns)
+    codes = low_first.reshape(len(low_first), -1, 2)[:, :, ::-1].reshape(len(low_first), -1)
+    return QTensor(grid, columns, codes=codes, scales=_as_floats(components["absmax"]))
+
+
+def _each_code(packed: Bytes, bits: int, count: int) -> Bytes:
+    """``count`` codes of each row, of which ``packed`` holds the low nibble of a byte first."""
+    if bits == 8:
+        return packed
+    codes = np.empty((len(packed), 2 * packed.shape[1]), np.uint8)
+    codes[:, 0::2] = packed & np.uint8(15)
+    codes[:, 1::2] = packed >> np.uint8(4)
+    return codes[:, :count]
 
 
 def _low_first(codes: Bytes, bits: int) -> Bytes:
@@ -75,3 +110,7 @@ def _low_first(codes: Bytes, bits: int) -> Bytes:
 
 def _as_bytes(values: npt.NDArray[np.float32]) -> Bytes:
     return np.ascontiguousarray(values, "<f4").view(np.uint8).reshape(values.shape[0], -1)
+
+
+def _as_floats(stored: Bytes) -> npt.NDArray[np.float32]:
+    return np.ascontiguousarray(stored).view("<f4")

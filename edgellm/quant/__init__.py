@@ -1,10 +1,34 @@
-"""Solvers by name; each picks codes on a grid for rows of weights, and is imported on use.
+"""Solvers and transforms by name; each is imported on use.
 
-A solver is ``solve(rows, grid) -> QTensor`` with ``rows`` float32 ``[rows, columns]``.
+A solver picks codes on a grid: ``solve(rows, grid, statistics) -> QTensor``, with ``rows`` float32
+``[rows, columns]``. Rows are solved apart: the result for a row does not depend on which others
+come with it. A transform edits coupled weights before a solver sees them, so that the network
+computes the same and rounds better.
 """
 
 from __future__ import annotations
 
-SOLVERS = {
-    "rtn": "edgellm.quant.rtn:solve",
+from dataclasses import dataclass
+from typing import Literal
+
+Needs = Literal["nothing", "importance", "hessian"]
+
+
+@dataclass(frozen=True, slots=True)
+class Solver:
+    """One row: where it is, and what it must know of a layer's inputs (``Statistics``)."""
+
+    attribute: str
+    needs: Needs
+
+
+SOLVERS: dict[str, Solver] = {
+    "rtn": Solver("edgellm.quant.rtn:solve", "nothing"),
+    "imatrix": Solver("edgellm.quant.imatrix:solve", "importance"),
+    "gptq": Solver("edgellm.quant.gptq:solve", "hessian"),
+}
+
+TRANSFORMS: dict[str, str] = {
+    "awq": "edgellm.quant.awq:search",
+    "smoothquant": "edgellm.quant.smoothquant:search",
 }

@@ -1,7 +1,7 @@
 """Grids: the set of values that a block of weights may take, and tensors rounded to one.
 
 A grid says nothing about bytes on disk (``export/packing.py`` does) nor about how codes are
-chosen (``rtn.py`` and later solvers do).
+chosen (the solvers do).
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ GridKind = Literal["float", "affine", "per_channel", "codebook", "ggml"]
 class Grid:
     """One grid.
 
-    ``block`` is the number of neighbouring values in a row that share a scale (1 for float grids,
-    0 for one scale a row). ``bits`` counts a code alone, without scales. ``symmetric``: no zero
-    point. ``ggml_type``: ggml's number, for grids whose blocks ggml defines.
+    ``block`` is the number of neighbouring values in a row that are stored as one (1 for float
+    grids, 0 for a whole row); it must divide a row. ``group`` of them share a scale: as many as in
+    a block, but fewer in ggml's super-blocks. ``bits`` counts a code alone, without scales.
+    ``symmetric``: no zero point and no minimum. ``ggml_type``: ggml's number, for grids whose
+    blocks ggml defines.
     """
 
     name: str
@@ -35,16 +37,45 @@ class Grid:
     block: int
     symmetric: bool = False
     ggml_type: int | None = None
+    sub_block: int | None = None
+
+    @property
+    def group(self) -> int:
+        """How many neighbouring values share a scale; 0 for a whole row."""
+        return self.block if self.sub_block is None else self.sub_block
+
+
+@dataclass(frozen=True, slots=True)
+class SuperBlocks:
+    """The two levels of scales in ggml's super-blocks of 256 values.
+
+    ``scales`` and ``mins`` float32 ``[rows, super_blocks]`` hold ``d`` and ``dmin`` (f16 on disk,
+    so exact in it); ``scale_codes`` int16 and ``min_codes`` uint8 ``[rows, groups]`` the small
+    integers that they are multiplied by. Grids without minima have neither ``mins`` nor
+    ``min_codes``.
+    """
+
+    scales: npt.NDArray[np.float32]
+    scale_codes: npt.NDArray[np.int16]
+    mins: npt.NDArray[np.float32] | None = None
+    min_codes: npt.NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class QTensor:
-    """Rows rounded to a grid, not yet laid out: ``value = (code - zero) * scale`` per block.
+    """Rows rounded to a grid, not yet laid out.
 
-    ``codes`` uint8 ``[rows, columns]`` (a codebook's index for nf4); ``scales`` float32
-    ``[rows, blocks]``, already rounded to the dtype that the container stores; ``zeros`` uint8
-    ``[rows, blocks]`` or None where the grid is symmetric. For ggml grids rounded by ggml's own
-    code, ``packed`` uint8 ``[rows, row_bytes]`` holds finished blocks and the rest is empty.
+    A value is ``level(code) * scale`` of its group; of grids with integer zeros
+    ``(code - zero) * scale``, of those with minima ``code * scale + min``. The level of a code is
+    the code less ``2 ** (bits - 1)`` on symmetric integer grids, the entry of the table on
+    codebooks (``levels.levels_of``).
+
+    ``codes`` uint8 ``[rows, columns]``; ``scales`` float32 ``[rows, groups]``, already rounded to
+    the dtype that the container stores; ``zeros`` uint8 and ``mins`` float32 ``[rows, groups]``
+    where the grid has them. With ``supers``, ``scales`` are exactly the float32 products
+    ``supers.scales * supers.scale_codes`` and ``mins`` exactly ``-(supers.mins *
+    supers.min_codes)``. Floats, vector codebooks and rows rounded by ggml's own code hold finished
+    blocks in ``packed`` uint8 ``[rows, row_bytes]`` instead, and the rest is empty.
     """
 
     grid: Grid
@@ -53,11 +84,13 @@ class QTensor:
     scales: npt.NDArray[np.float32] | None = None
     zeros: npt.NDArray[np.uint8] | None = None
     packed: npt.NDArray[np.uint8] | None = None
+    mins: npt.NDArray[np.float32] | None = None
+    supers: SuperBlocks | None = None
 
 
-def _ggml(name: str, bits: float, symmetric: bool = False) -> Grid:
+def _ggml(name: str, bits: float, symmetric: bool = False, sub_block: int | None = None) -> Grid:
     kind = NAMED[name]
-    return Grid(name, "ggml", bits, kind.block, symmetric, kind.number)
+    return Grid(name, "ggml", bits, kind.block, symmetric, kind.number, sub_block)
 
 
 def _float(name: str, bits: float) -> Grid:
@@ -83,16 +116,16 @@ GRIDS: dict[str, Grid] = {
         _ggml("q5_0", 5, symmetric=True),
         _ggml("q5_1", 5),
         _ggml("q8_0", 8, symmetric=True),
-        _ggml("q2_k", 2),
-        _ggml("q3_k", 3, symmetric=True),
-        _ggml("q4_k", 4),
-        _ggml("q5_k", 5),
-        _ggml("q6_k", 6, symmetric=True),
+        _ggml("q2_k", 2, sub_block=16),
+        _ggml("q3_k", 3, symmetric=True, sub_block=16),
+        _ggml("q4_k", 4, sub_block=32),
+        _ggml("q5_k", 5, sub_block=32),
+        _ggml("q6_k", 6, symmetric=True, sub_block=16),
         _ggml("iq3_xxs", 3),
-        _ggml("iq4_nl", 4),
+        _ggml("iq4_nl", 4, symmetric=True),
         _ggml("iq3_s", 3),
         _ggml("iq2_s", 2),
-        _ggml("iq4_xs", 4),
+        _ggml("iq4_xs", 4, symmetric=True, sub_block=32),
     )
 }
 

@@ -14,6 +14,7 @@ from edgellm.errors import UnsupportedTarget
 from edgellm.quant import floats
 from edgellm.quant.grid import Grid, QTensor
 from edgellm.quant.nf4 import LEVELS
+from edgellm.quant.statistics import Statistics
 from edgellm.tensors import Array
 
 Codes = npt.NDArray[np.uint8]
@@ -37,11 +38,12 @@ SMALLEST_SCALE = np.float32(1e-30)
 """Blocks whose scale would be smaller count as zero: its inverse would leave float32's range."""
 
 
-def solve(rows: Array, grid: Grid) -> QTensor:
+def solve(rows: Array, grid: Grid, statistics: Statistics | None = None) -> QTensor:
     """``rows`` ``[rows, columns]`` rounded to ``grid``; the same bytes however rows are grouped.
 
-    ``columns`` must be a multiple of ``grid.block`` and the values finite. Scales are float32, as
-    every container of these grids stores them. Raises ``UnsupportedTarget`` for an unknown grid.
+    ``statistics`` are not looked at. ``columns`` must be a multiple of ``grid.block`` and the
+    values finite. Scales are float32, as every container of these grids stores them. Raises
+    ``UnsupportedTarget`` for an unknown grid.
     """
     if grid.kind == "float":
         return floats.encode(rows, grid)

@@ -159,3 +159,13 @@ def test_the_test_sees_a_wrong_order_of_nibbles() -> None:
         zeros=tensor.zeros,
     )
     assert (multiplied(swapped, rows, GRIDS["int4-g32"]) != dequantize(tensor)).any()
+
+
+@pytest.mark.parametrize("name", [*(grid.name for grid in NBITS), "int8-dynamic", "nf4"])
+def test_what_was_packed_is_unpacked_bit_by_bit(name: str) -> None:
+    grid = GRIDS[name]
+    tensor = solve(awkward_rows(), grid)
+    packer = PACKERS[onnx_operators.operators_of(grid).packer]
+    again = packer.unpack(packer.pack(tensor), grid, COLUMNS)
+    assert np.array_equal(again.codes, tensor.codes)
+    assert np.array_equal(dequantize(again), dequantize(tensor))

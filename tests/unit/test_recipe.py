@@ -60,10 +60,19 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_the_solver_is_split_from_the_grid() -> None:
-    assert split_quant("RTN:Q4_K_M") == ("rtn", "q4_k_m")
-    assert split_quant("int4-g32") == ("rtn", "int4-g32")
+    assert split_quant("RTN:Q4_K_M") == ((), "rtn", "q4_k_m")
+    assert split_quant("int4-g32") == ((), None, "int4-g32")
+    assert split_quant("gptq") == ((), "gptq", "")
+    assert split_quant("awq:q4_0") == (("awq",), None, "q4_0")
+    assert split_quant("awq+gptq:q4_0") == (("awq",), "gptq", "q4_0")
     with pytest.raises(UnknownGrid, match="no solver named 'magic'"):
         make_recipe({"source": "m", "quant": "magic:q4_0"})
+
+
+@pytest.mark.parametrize("text", ["gptq+awq:q4_0", "awq+awq:q4_0", "rtn+gptq:q4_0"])
+def test_a_transform_comes_before_the_one_solver(text: str) -> None:
+    with pytest.raises(UnknownGrid, match=r"awq\+gptq:q4_0"):
+        split_quant(text)
 
 
 def test_names_are_the_same_in_any_case() -> None:

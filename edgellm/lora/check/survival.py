@@ -224,7 +224,7 @@ def weight_survivals(
     assert merge is not None, "nothing was merged into this source"
     base = replicated(merge.base, merge.adapters)
     grids = _grids(layout)
-    solve: Callable[[Array, Grid], QTensor] = registry.attribute(SOLVERS[solver])
+    solve: Callable[[Array, Grid], QTensor] = registry.attribute(SOLVERS[solver].attribute)
 
     def survive(role: str) -> WeightSurvival | None:
         before, after = base.tensors.get(role), merged.tensors[role]
