@@ -24,6 +24,9 @@ import psutil
 from edgellm.errors import OutputError, UsageError
 from edgellm.manifest import MANIFEST
 
+WRITEBACK_BYTES = 512 << 20
+"""How far behind what is being written all is taken to be on the disk: some seconds' worth."""
+
 
 class StagedFolder:
     """The output folder while it is being made; use as a context manager, then ``commit``.
@@ -105,8 +108,15 @@ class StagedFolder:
         Without it, Linux begins when a tenth of the memory waits to be written, and ``sync`` has so
         much more to wait for. Elsewhere it is left to the system.
         """
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptors[name], offset, nbytes, os.POSIX_FADV_DONTNEED)
+        if not hasattr(os, "posix_fadvise"):
+            return
+        descriptor = self._descriptors[name]
+        # The first time starts the writing; what is being written cannot leave memory yet, so what
+        # lies a good way behind is asked for again. It would push out what is still to be read.
+        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        behind = offset - WRITEBACK_BYTES
+        if behind >= 0:
+            os.posix_fadvise(descriptor, behind, nbytes, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
         """Bring every data file to the disk and close it."""
