@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edgellm.export import packing_onnx
-from edgellm.quant import ggml_types
+from edgellm.export import packing_gguf, packing_onnx
 from edgellm.quant.grid import Grid, QTensor
 
 Bytes = npt.NDArray[np.uint8]
@@ -45,13 +44,9 @@ def _float_row_bytes(grid: Grid, columns: int) -> Mapping[str, int]:
     return {"data": int(grid.bits) // 8 * columns}
 
 
-def _ggml_row_bytes(grid: Grid, columns: int) -> Mapping[str, int]:
-    return {"data": columns // grid.block * ggml_types.NAMED[grid.name].block_bytes}
-
-
 PACKERS: dict[str, Packer] = {
     "float": Packer(_float_row_bytes, _finished, _as_finished),
-    "ggml": Packer(_ggml_row_bytes, _finished, _as_finished),
+    "ggml": Packer(packing_gguf.row_bytes, packing_gguf.pack, packing_gguf.unpack),
     "nbits": Packer(
         packing_onnx.nbits_row_bytes, packing_onnx.pack_nbits, packing_onnx.unpack_nbits
     ),
