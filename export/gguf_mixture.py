@@ -318,7 +318,8 @@ def cannot_hold(grid: Grid) -> str:
             4: ("keeps 4-bit weights in blocks of 32", "q4_0"),
             8: ("calls 8-bit blocks of 32 q8_0", "q8_0"),
         }[int(grid.bits)]
-    return f"{reason}, so it cannot hold {grid.name}: choose {instead}, or --format onnx"
+    other = "hf" if grid.name == "nf4-dq" else "onnx"
+    return f"{reason}, so it cannot hold {grid.name}: choose {instead}, or --format {other}"
 
 
 def quantizable(role: str, shape: tuple[int, ...]) -> bool:

@@ -156,6 +156,7 @@ REFUSED = {
     "bf16": "onnxruntime has no bf16 product on a CPU: use f16 or f32",
     "q4_0": "the same values with an f32 scale are int4-g32-sym",
     "q8_0": "the same values with an f32 scale are int8",
+    "nf4-dq": "MatMulBnb4 takes scales in f32: the same levels with such are nf4",
     "q4_1": "onnxruntime's quick kernels take integer zeros alone: use int4-g32",
 }
 """Why grids that ONNX lacks are refused, where there is more to say than that they are ggml's."""

@@ -28,7 +28,9 @@ class Grid:
     grids, 0 for a whole row); it must divide a row. ``group`` of them share a scale: as many as in
     a block, but fewer in ggml's super-blocks. ``bits`` counts a code alone, without scales.
     ``symmetric``: no zero point and no minimum. ``ggml_type``: ggml's number, for grids whose
-    blocks ggml defines.
+    blocks ggml defines. ``scale_dtype`` is what the container stores scales in: solvers round a
+    scale to it before they choose the codes that go with it (ggml's blocks have a type of their
+    own; containers with other needs than float32 take ``dataclasses.replace`` of a grid).
     """
 
     name: str
@@ -38,6 +40,7 @@ class Grid:
     symmetric: bool = False
     ggml_type: int | None = None
     sub_block: int | None = None
+    scale_dtype: Literal["f32", "f16", "bf16"] = "f32"
 
     @property
     def group(self) -> int:
@@ -111,6 +114,7 @@ GRIDS: dict[str, Grid] = {
             for group in (32, 64, 128)
         ),
         Grid("nf4", "codebook", 4, 64, symmetric=True),
+        Grid("nf4-dq", "codebook", 4, 64, symmetric=True),
         _ggml("q4_0", 4, symmetric=True),
         _ggml("q4_1", 4),
         _ggml("q5_0", 5, symmetric=True),

@@ -16,6 +16,7 @@ IQ4_LEVELS = np.asarray(
 
 CODEBOOKS = {
     "nf4": nf4.LEVELS,
+    "nf4-dq": nf4.LEVELS,
     "iq4_nl": IQ4_LEVELS,
     "iq4_xs": IQ4_LEVELS,
 }
