@@ -1,0 +1,166 @@
+"""Which weights share an input, and which tensors before them can be scaled without a trace.
+
+Where a product's input is itself made by weights without a nonlinearity between, channel ``c`` of
+the input may be divided by any ``s_c`` there and column ``c`` of the product multiplied by it: the
+network computes the same, and rounds differently (AWQ, arXiv 2306.00978, section 3.2; SmoothQuant,
+arXiv 2211.10438, section 4). Every family is described by its ``Decoder`` alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgellm.architectures.decoder import Decoder
+from edgellm.tensors import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Absorber:
+    """A tensor before a coupling that divides by its factors: rows of a weight, or a vector.
+
+    Factors belong to the rows (or values) from ``first`` on. ``offset`` is what the network adds to
+    the stored values (norms stored less one).
+    """
+
+    role: str
+    first: int = 0
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Coupling:
+    """Weights that share an input, and what absorbs the inverse of their factors.
+
+    ``name`` is the tensor that makes the input (``attn_norm``, ``attn_v``, ``ffn_norm``,
+    ``ffn_up``, ``output_norm``). ``consumers`` are roles of the weights ``[out, columns]`` that
+    share it. ``layer`` counts the layers, the head is one more. The input's columns are
+    ``[kv_heads, group, width]``: the heads of a group repeat one head of values, so that they share
+    its factors. Elsewhere there is one head in one group.
+    """
+
+    layer: int
+    name: str
+    consumers: tuple[str, ...]
+    absorbers: tuple[Absorber, ...]
+    width: int
+    kv_heads: int = 1
+    group: int = 1
+
+    @property
+    def channels(self) -> int:
+        """How many factors there are to choose."""
+        return self.kv_heads * self.width
+
+    @property
+    def columns(self) -> int:
+        """Values of the shared input."""
+        return self.channels * self.group
+
+    @property
+    def key(self) -> str:
+        """A name that no other coupling of the model has."""
+        return f"{self.layer}.{self.name}"
+
+    def spread(self, factors: Array) -> Array:
+        """Factors ``[channels]`` as each column of the consumers takes them, ``[columns]``."""
+        heads = factors.reshape(self.kv_heads, 1, self.width)
+        return np.repeat(heads, self.group, axis=1).reshape(-1)
+
+    def by_channel(self, values: Array) -> Array:
+        """Values ``[columns]`` of the consumers' columns as ``[group, channels]``."""
+        heads = values.reshape(self.kv_heads, self.group, self.width)
+        return np.ascontiguousarray(heads.swapaxes(0, 1)).reshape(self.group, -1)
+
+
+def couplings(decoder: Decoder) -> tuple[Coupling, ...]:
+    """Every coupling of the network, in the order of the computation, the head's last.
+
+    A layer has up to four: attention's norm to q, k and v; the rows of v to attention's output
+    (softmax weighs values and does not change them); the feed-forward's norm to gate and up; the
+    rows of up, which a gate only multiplies, to down. ``left_out`` says which are not there.
+    """
+    found: list[Coupling] = []
+    for layer in range(len(decoder.layers)):
+        found += [_before_attention(decoder, layer), _values(decoder, layer)]
+        found.append(_before_feed_forward(decoder, layer))
+        if decoder.gated_mlp:
+            found.append(_gated(decoder, layer))
+    if not decoder.tied_head:
+        layer = len(decoder.layers)
+        norm = _norm(decoder, "output_norm")
+        found.append(Coupling(layer, "output_norm", ("output.weight",), norm, decoder.hidden_size))
+    return tuple(found)
+
+
+def left_out(decoder: Decoder) -> dict[str, str]:
+    """Why a part of the network has no coupling, by the part's name; empty where all have one."""
+    reasons: dict[str, str] = {}
+    if not decoder.gated_mlp:
+        reasons["ffn_down"] = (
+            f"its input comes out of {decoder.activation}, which does not pass factors on"
+        )
+    if decoder.tied_head:
+        reasons["output"] = (
+            "the head is the embedding, whose rows other parts of the network look up"
+        )
+    return reasons
+
+
+def _norm(decoder: Decoder, name: str) -> tuple[Absorber, ...]:
+    """A norm's weight, and its bias where it has one."""
+    weight = Absorber(f"{name}.weight", offset=float(decoder.norm.offset))
+    return (weight, Absorber(f"{name}.bias")) if decoder.norm.kind == "layer" else (weight,)
+
+
+def _rows(role: str, biased: bool, first: int = 0) -> tuple[Absorber, ...]:
+    """Rows of a product from ``first`` on, and their biases where it has them."""
+    weight = Absorber(f"{role}.weight", first)
+    return (weight, Absorber(f"{role}.bias", first)) if biased else (weight,)
+
+
+def _before_attention(decoder: Decoder, layer: int) -> Coupling:
+    parts = ("attn_qkv",) if decoder.fused_qkv else ("attn_q", "attn_k", "attn_v")
+    return Coupling(
+        layer,
+        "attn_norm",
+        tuple(f"blk.{layer}.{part}.weight" for part in parts),
+        _norm(decoder, f"blk.{layer}.attn_norm"),
+        decoder.hidden_size,
+    )
+
+
+def _values(decoder: Decoder, layer: int) -> Coupling:
+    fused = decoder.fused_qkv
+    part, first = ("attn_qkv", decoder.query_size + decoder.kv_size) if fused else ("attn_v", 0)
+    return Coupling(
+        layer,
+        "attn_v",
+        (f"blk.{layer}.attn_output.weight",),
+        _rows(f"blk.{layer}.{part}", decoder.qkv_bias, first),
+        decoder.head_dim,
+        decoder.kv_heads,
+        decoder.heads // decoder.kv_heads,
+    )
+
+
+def _before_feed_forward(decoder: Decoder, layer: int) -> Coupling:
+    parts = ("ffn_gate", "ffn_up") if decoder.gated_mlp else ("ffn_up",)
+    return Coupling(
+        layer,
+        "ffn_norm",
+        tuple(f"blk.{layer}.{part}.weight" for part in parts),
+        _norm(decoder, f"blk.{layer}.ffn_norm"),
+        decoder.hidden_size,
+    )
+
+
+def _gated(decoder: Decoder, layer: int) -> Coupling:
+    return Coupling(
+        layer,
+        "ffn_up",
+        (f"blk.{layer}.ffn_down.weight",),
+        _rows(f"blk.{layer}.ffn_up", decoder.mlp_bias),
+        decoder.ffn_size,
+    )

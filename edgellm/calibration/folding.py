@@ -1,0 +1,229 @@
+"""A source whose coupled tensors are scaled when they are loaded, once their factors are known.
+
+How a conversion uses it::
+
+    source, folding = plan_transforms(source, transforms, grids)   # plan: lay this source out
+    for index in range(folding.units):                             # the layers, then the head
+        statistics = folding.fill_layer(index, statistics_of_inputs, grids_by_role, threads)
+        ...                                                        # load, solve, write the tensors
+
+``statistics_of_inputs`` come from the original source (``folding.original``), by the roles of its
+weights; what ``fill_layer`` gives back is of the scaled inputs and goes to the solver. A tensor
+whose ``folding.unit_of(role)`` is not None must not be loaded before that unit was filled, a norm
+as little as a weight: it raises. A conversion that resumes restores ``folding.factors(index)``, as
+they were recorded, with ``folding.restore``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from edgellm import registry
+from edgellm.architectures.couplings import Absorber, Coupling, couplings, left_out
+from edgellm.errors import TensorError, UsageError
+from edgellm.parallel import in_parallel
+from edgellm.quant import TRANSFORMS
+from edgellm.quant.grid import Grid
+from edgellm.quant.scaling import Scaling, Search, Weight, unscaled
+from edgellm.quant.statistics import Statistics
+from edgellm.source.model import ModelSource
+from edgellm.tensors import Array, TensorRef
+
+
+@dataclass
+class Folding:
+    """The factors of every coupling of ``original``, unit by unit: layers from 0 on, then the head.
+
+    ``scalings`` keeps what the searches found, by ``Coupling.key``.
+    """
+
+    original: ModelSource
+    search: Search
+    coupled: tuple[Coupling, ...]
+    scalings: dict[str, Scaling] = field(default_factory=dict)
+
+    @property
+    def units(self) -> int:
+        """How many times to call ``fill_layer``: once a layer, and once for the head."""
+        return len(self.original.decoder.layers) + 1
+
+    def unit_of(self, role: str) -> int | None:
+        """The unit that must be filled before tensor ``role`` is loaded; None where none must."""
+        return next((each.layer for each in self.coupled if role in roles_of(each)), None)
+
+    def fill_layer(
+        self,
+        index: int,
+        statistics: Mapping[str, Statistics],
+        grids: Mapping[str, Grid],
+        threads: int = 1,
+    ) -> dict[str, Statistics]:
+        """Search the factors of unit ``index``; returns ``statistics`` of the scaled inputs.
+
+        ``statistics`` and ``grids`` are by role of the weight. Weights that share an input share
+        one object, before and after. An input without statistics keeps its scale, as ``scalings``
+        then says. Raises ``TensorError`` as loading does, and for factors that are not finite.
+        """
+
+        def work(coupling: Coupling) -> tuple[Coupling, Scaling]:
+            return coupling, self._searched(coupling, statistics, grids)
+
+        for coupling, scaling in in_parallel(work, self._of(index), threads):
+            self._keep(coupling, scaling)
+        folded = dict(statistics)
+        for coupling in self._of(index):
+            known = [role for role in coupling.consumers if role in statistics]
+            if known:
+                shared = folded_statistics(statistics[known[0]], self._columns_of(coupling))
+                folded.update(dict.fromkeys(known, shared))
+        return folded
+
+    def factors(self, index: int) -> dict[str, Array]:
+        """The factors of unit ``index`` by ``Coupling.name``, to be recorded for ``restore``."""
+        return {each.name: self.scalings[each.key].factors for each in self._of(index)}
+
+    def restore(self, index: int, factors: Mapping[str, Array]) -> None:
+        """Fill unit ``index`` with factors that were searched before."""
+        for coupling in self._of(index):
+            self._keep(coupling, Scaling(np.asarray(factors[coupling.name], np.float32)))
+
+    def _of(self, index: int) -> list[Coupling]:
+        return [each for each in self.coupled if each.layer == index]
+
+    def _searched(
+        self,
+        coupling: Coupling,
+        statistics: Mapping[str, Statistics],
+        grids: Mapping[str, Grid],
+    ) -> Scaling:
+        inputs = next((statistics[role] for role in coupling.consumers if role in statistics), None)
+        if inputs is None:
+            return unscaled(coupling, "no statistics of its input")
+        weights = [
+            Weight(self.original.tensors[role], grids[role])
+            for role in coupling.consumers
+            if grids[role].kind != "float"
+        ]
+        if not weights:
+            return unscaled(coupling, "its weights stay floats")
+        return self.search(weights, inputs, coupling)
+
+    def _keep(self, coupling: Coupling, scaling: Scaling) -> None:
+        factors = scaling.factors
+        if factors.shape != (coupling.channels,):
+            raise AssertionError(f"{coupling.key} has {coupling.channels} channels")
+        if not (np.isfinite(factors).all() and (factors > 0).all()):
+            raise TensorError(
+                f"the factors found for the input of {', '.join(coupling.consumers)} are not all "
+                "positive and finite: calibrate with more or other text, or convert without a "
+                "transform"
+            )
+        self.scalings[coupling.key] = scaling
+
+    def _factors_of(self, coupling: Coupling) -> Array:
+        if coupling.key not in self.scalings:
+            raise AssertionError(
+                f"a tensor of unit {coupling.layer} was loaded before the factors of "
+                f"{coupling.name} were there: call fill_layer({coupling.layer}, ...) first"
+            )
+        return self.scalings[coupling.key].factors
+
+    def _columns_of(self, coupling: Coupling) -> Array:
+        return coupling.spread(self._factors_of(coupling))
+
+    # --- tensors ---------------------------------------------------------------------------------
+
+    def folded(self, role: str, ref: TensorRef) -> TensorRef:
+        """``ref`` scaled by all couplings that it is part of; itself where there are none."""
+        consumed = [each for each in self.coupled if role in each.consumers]
+        absorbing = [
+            (each, absorber)
+            for each in self.coupled
+            for absorber in each.absorbers
+            if absorber.role == role
+        ]
+        if not consumed and not absorbing:
+            return ref
+
+        def load_rows(start: int, stop: int) -> Array:
+            rows = ref.load_rows(start, stop)
+            for coupling in consumed:
+                rows *= self._columns_of(coupling)
+            for coupling, absorber in absorbing:
+                _absorb(rows, start, len(ref.shape) == 1, absorber, self._factors_of(coupling))
+            return rows
+
+        return replace(ref, load_rows=load_rows, column_loader=None)
+
+
+def plan_transforms(
+    source: ModelSource, transforms: Sequence[str], grids: Collection[Grid]
+) -> tuple[ModelSource, Folding | None]:
+    """``source`` with its coupled tensors scaled by what a transform will find, and its factors.
+
+    ``grids`` are those of the linear layers. Without transforms, ``source`` and None. Raises
+    ``UsageError`` for two transforms, which would both choose the same factors, and for one that
+    has nothing to do on the grids.
+    """
+    if not transforms:
+        return source, None
+    if len(transforms) > 1:
+        raise UsageError(
+            f"{' and '.join(transforms)} both choose the scale of each input channel: name one "
+            f"(--quant {transforms[0]}:GRID)"
+        )
+    (name,) = transforms
+    check_useful(name, grids)
+    return folded_source(source, registry.attribute(TRANSFORMS[name]))
+
+
+def folded_source(source: ModelSource, search: Search) -> tuple[ModelSource, Folding]:
+    """``source`` with its coupled tensors scaled by factors that ``search`` finds later."""
+    folding = Folding(source, search, couplings(source.decoder))
+    tensors = {role: folding.folded(role, ref) for role, ref in source.tensors.items()}
+    reasons = left_out(source.decoder)
+    notes = [f"{part} keeps the scale of its input: {why}" for part, why in reasons.items()]
+    return replace(source, tensors=tensors, notes=(*source.notes, *notes)), folding
+
+
+def check_useful(transform: str, grids: Collection[Grid]) -> None:
+    """Raise ``UsageError`` where ``transform`` can gain nothing on any of ``grids``."""
+    if all(grid.kind == "float" for grid in grids):
+        raise UsageError(f"{transform} prepares weights for rounding, and these stay floats")
+    if transform == "smoothquant" and not any(grid.kind == "per_channel" for grid in grids):
+        names = ", ".join(sorted({grid.name for grid in grids}))
+        raise UsageError(
+            f"smoothquant eases the rounding of activations, which {names} does not round: choose "
+            f"int8-dynamic, or awq:{names}"
+        )
+
+
+def folded_statistics(statistics: Statistics, columns: Array) -> Statistics:
+    """Of inputs divided by ``columns`` ``[in]``: ``D^-1 H D^-1`` for the Hessian."""
+    inverse = np.float32(1) / columns
+    hessian = statistics.hessian * inverse
+    hessian *= inverse[:, None]
+    return replace(statistics, hessian=hessian, largest=statistics.largest * inverse)
+
+
+def roles_of(coupling: Coupling) -> tuple[str, ...]:
+    """Every tensor that the factors change."""
+    return (*coupling.consumers, *(absorber.role for absorber in coupling.absorbers))
+
+
+def _absorb(rows: Array, start: int, vector: bool, absorber: Absorber, factors: Array) -> None:
+    """Divide in place what ``rows`` (from row ``start`` of the tensor on) hold of the absorber."""
+    if vector:
+        values = rows[0, absorber.first : absorber.first + len(factors)]
+        values += np.float32(absorber.offset)
+        values /= factors
+        values -= np.float32(absorber.offset)
+        return
+    low = max(start, absorber.first)
+    high = min(start + len(rows), absorber.first + len(factors))
+    if low < high:
+        part = factors[low - absorber.first : high - absorber.first]
+        rows[low - start : high - start] /= part[:, None]
