@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["download", "quantize", "merge", "checksum", "check"]
+Stage = Literal["download", "quantize", "merge", "checksum", "check", "evaluate", "tune"]
 
 
 @dataclass(frozen=True, slots=True)

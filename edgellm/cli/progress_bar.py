@@ -50,10 +50,13 @@ def _bar() -> Iterator[Progress]:
                     bar.update(earlier, total=1, completed=1)
                 tasks[event.stage] = bar.add_task(event.stage, total=None, facts="")
                 started[event.stage] = now
+            done, total = event.done_bytes, event.total_bytes
+            if not done:  # work that is counted in steps
+                done, total = event.done_items, event.total_items
             bar.update(
                 tasks[event.stage],
-                completed=event.done_bytes,
-                total=event.total_bytes if event.done_bytes else None,
+                completed=done,
+                total=total if done else None,
                 facts=_facts(event, now - started[event.stage]),
             )
 
@@ -84,10 +87,14 @@ def _lines() -> Progress:
 
 
 def _facts(event: ProgressEvent, seconds: float) -> str:
-    """`` 40%  109/272 tensors  42 MB  120 MB/s  3 s left``; without bytes, the item."""
+    """`` 40%  109/272 tensors  42 MB  120 MB/s  3 s left``; without bytes, the item and steps."""
     if not event.done_bytes:
-        steps = f", {event.done_items}/{event.total_items}" if event.total_items else ""
-        return event.item + steps
+        facts = [event.item]
+        if event.total_items:
+            facts.append(f"{event.done_items}/{event.total_items}")
+        if 0 < event.done_items < event.total_items and seconds > 0:
+            facts.append(f"{seconds * (event.total_items / event.done_items - 1):.0f} s left")
+        return ", ".join(facts)
     facts = [f"{event.done_bytes / 1e6:.0f} MB"]
     if event.total_items:
         facts.insert(0, f"{event.done_items}/{event.total_items} tensors")

@@ -49,7 +49,7 @@ def test_steps_without_bytes_are_counted(capsys: pytest.CaptureFixture[str]) -> 
     with progress_shown() as progress:
         for done in (1, 2):
             progress(ProgressEvent("check", f"layer {done}", 0, 0, done, 30))
-    assert capsys.readouterr().err == "check     layer 2, 2/30\n"
+    assert capsys.readouterr().err == "check     layer 2, 2/30, 140 s left\n"
 
 
 def test_notes_go_on_below_themselves_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
