@@ -1,0 +1,78 @@
+"""KL divergence between two heads' answers, with its gradient, a slab of positions at a time.
+
+Logits ``[tokens, vocab]`` of a large vocabulary would be the largest thing in memory by far, and
+three of them would be alive at once: here they live for ``POSITIONS`` tokens at the most.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edgellm.tune.weights import Matrix, dequantized, group_gradients
+
+POSITIONS = 128
+"""Positions whose logits are alive at once: enough for products to run at full speed."""
+
+
+class HeadDivergence(torch.autograd.Function):
+    """The sum over positions of KL(teacher || student) in nats.
+
+    ``hidden`` and ``wanted`` are the normed states ``[tokens, hidden]`` that the student's and the
+    teacher's head are given. Gradients are computed on the way and need no second pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        scales: Tensor | None,
+        mins: Tensor | None,
+        matrix: Matrix,
+        wanted: Tensor,
+        teacher: Tensor,
+    ) -> Tensor:
+        needed = ctx.needs_input_grad  # type: ignore[attr-defined]
+        levels = matrix.float_levels()
+        head, reference = dequantized(levels, scales, mins), teacher.float()
+        total = torch.zeros((), dtype=torch.float64)
+        by_hidden = torch.empty_like(hidden) if needed[0] else None
+        by_head = torch.zeros_like(head) if needed[1] else None
+        for start in range(0, len(hidden), POSITIONS):
+            part = slice(start, start + POSITIONS)
+            theirs = torch.log_softmax(wanted[part] @ reference.T, dim=-1)
+            ours = torch.log_softmax(hidden[part] @ head.T, dim=-1)
+            likely = theirs.exp()
+            total += (likely * theirs.sub_(ours)).sum(dtype=torch.float64)
+            if by_hidden is None and by_head is None:
+                continue
+            gradient = ours.exp_().sub_(likely)
+            if by_hidden is not None:
+                torch.mm(gradient, head, out=by_hidden[part])
+            if by_head is not None:
+                by_head.addmm_(gradient.T, hidden[part])
+        by_scale = by_min = None
+        if by_head is not None and scales is not None:
+            by_scale, by_min = group_gradients(by_head, levels, scales, mins)
+        ctx.gradients = (by_hidden, by_scale, by_min)  # type: ignore[attr-defined]
+        return total.float()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def]
+        found = (None if each is None else each * gradient for each in ctx.gradients)
+        return (*found, None, None, None)
+
+
+def head_divergence(hidden: Tensor, matrix: Matrix, wanted: Tensor, teacher: Tensor) -> Tensor:
+    """``HeadDivergence`` for states ``[..., hidden]``, of the student's head ``matrix``."""
+    columns = hidden.shape[-1]
+    total = HeadDivergence.apply(  # type: ignore[no-untyped-call]
+        hidden.reshape(-1, columns),
+        matrix.scales(),
+        matrix.mins(),
+        matrix,
+        wanted.reshape(-1, columns),
+        teacher,
+    )
+    assert isinstance(total, Tensor)
+    return total

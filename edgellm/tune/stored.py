@@ -1,0 +1,139 @@
+"""The tensors of an artifact by role: read from where a layout placed them, and written back.
+
+A weight comes in the network's own order of rows (``ModelSource``'s), whatever its container
+stores: llama.cpp's pairs of q and k are undone, stacked tensors are parted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm.architectures.gguf_rows import PAIRED_ROLES, halves_order, pairs_order
+from edgellm.export.layout import Layout, OutputTensor
+from edgellm.export.packing import PACKERS
+from edgellm.export.writer import StagedFolder
+from edgellm.quant.grid import QTensor, SuperBlocks
+from edgellm.source.model import ModelSource
+
+Order = npt.NDArray[np.intp]
+
+
+class StoredModel:
+    """The tensors of ``layout`` that are weights of ``source``'s network, in the folder ``path``.
+
+    ``norms_offset``: whether norms are stored with the family's offset added, as they are used.
+    """
+
+    def __init__(self, layout: Layout, source: ModelSource, path: Path) -> None:
+        self._source = source
+        self._path = path
+        self._pairs = layout.container == "gguf" and source.family.gguf.interleaved_rope
+        self.norms_offset = layout.container == "onnx" or (
+            layout.container == "gguf" and source.family.gguf.norm_plus_one
+        )
+        self._outputs = tuple(
+            tensor
+            for tensor in layout.model_tensors
+            if all(part.role in source.tensors for part in tensor.parts)
+        )
+
+    def roles_of(self, tensor: OutputTensor) -> tuple[str, ...]:
+        """The roles that ``tensor`` holds."""
+        return tuple(role for role, _, _ in _parts(tensor))
+
+    def under(
+        self, prefix: str | tuple[str, ...]
+    ) -> Iterator[tuple[OutputTensor, dict[str, QTensor]]]:
+        """Tensors whose role begins with ``prefix``, and what each holds by role."""
+        for tensor in self._outputs:
+            if tensor.role.startswith(prefix):
+                yield tensor, self.read(tensor)
+
+    def read(self, tensor: OutputTensor) -> dict[str, QTensor]:
+        """What ``tensor`` holds, by role. A vector is one row, or a row for each of its values."""
+        components = {
+            array.component: np.fromfile(
+                self._path / array.file, np.uint8, array.nbytes, offset=array.offset
+            ).reshape(array.rows, array.row_bytes)
+            for array in tensor.arrays
+        }
+        whole = PACKERS[tensor.packer].unpack(components, tensor.grid, tensor.columns)
+        return {
+            role: self._in_order(rows_of(whole, slice(start, stop)), role, as_stored=False)
+            for role, start, stop in _parts(tensor)
+        }
+
+    def write(
+        self, tensor: OutputTensor, weights: Mapping[str, QTensor], staged: StagedFolder
+    ) -> None:
+        """Lay ``weights``, by role as ``read`` gave them, out in the place of ``tensor``."""
+        whole = stacked(
+            [self._in_order(weights[role], role, as_stored=True) for role, _, _ in _parts(tensor)]
+        )
+        packed = PACKERS[tensor.packer].pack(whole)
+        for array in tensor.arrays:
+            staged.write_at(array.file, array.offset, packed[array.component])
+
+    def _in_order(self, weight: QTensor, role: str, *, as_stored: bool) -> QTensor:
+        if not self._pairs or not role.endswith(PAIRED_ROLES):
+            return weight
+        decoder = self._source.decoder
+        heads = decoder.heads if ".attn_q." in role else decoder.kv_heads
+        order = (pairs_order if as_stored else halves_order)(heads, decoder.head_dim)
+        if role.endswith(".bias"):  # one row of floats
+            assert weight.packed is not None
+            values = weight.packed.reshape(len(order), -1)
+            return replace(weight, packed=values[order].reshape(weight.packed.shape))
+        return rows_of(weight, order)
+
+
+def _parts(tensor: OutputTensor) -> Iterator[tuple[str, int, int]]:
+    """The role and the rows of each part. A head cut from the embedding has a role of its own."""
+    if len(tensor.parts) == 1:
+        yield tensor.role, 0, tensor.rows
+        return
+    start = 0
+    for part in tensor.parts:
+        yield part.role, start, start + part.rows
+        start += part.rows
+
+
+def rows_of(tensor: QTensor, rows: slice | Order) -> QTensor:
+    """The rows ``rows`` of ``tensor``, in that order."""
+    supers = tensor.supers
+    return replace(
+        tensor,
+        **{name: value[rows] for name, value in _arrays(tensor).items()},
+        supers=None
+        if supers is None
+        else replace(supers, **{name: value[rows] for name, value in _arrays(supers).items()}),
+    )
+
+
+def stacked(tensors: list[QTensor]) -> QTensor:
+    """``tensors`` of one grid laid one below the other."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first
+
+    def joined(parts: list[QTensor] | list[SuperBlocks]) -> dict[str, Any]:
+        found = [_arrays(part) for part in parts]
+        return {name: np.concatenate([each[name] for each in found]) for name in found[0]}
+
+    supers = [each.supers for each in tensors if each.supers is not None]
+    return replace(
+        first,
+        **joined(tensors),
+        supers=replace(supers[0], **joined(supers)) if supers else None,
+    )
+
+
+def _arrays(tensor: QTensor | SuperBlocks) -> dict[str, Any]:
+    found = {each.name: getattr(tensor, each.name) for each in fields(tensor)}
+    return {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
