@@ -12,6 +12,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +44,7 @@ class StagedFolder:
         self.path = _beside(self.out, f"{os.getpid()}.partial")
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._writeback = ThreadPoolExecutor(1, thread_name_prefix="edgellm-writeback")
 
     def __enter__(self) -> Self:
         with _translated(self.out):
@@ -60,6 +62,7 @@ class StagedFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._writeback.shutdown(cancel_futures=True)
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
@@ -106,11 +109,13 @@ class StagedFolder:
         """Ask the system to bring these bytes to the disk now, and not to keep them in memory.
 
         Without it, Linux begins when a tenth of the memory waits to be written, and ``sync`` has so
-        much more to wait for. Elsewhere it is left to the system.
+        much more to wait for. Elsewhere it is left to the system. Asking waits for a place in the
+        disk's queue, so a thread of its own does it.
         """
-        if not hasattr(os, "posix_fadvise"):
-            return
-        descriptor = self._descriptors[name]
+        if hasattr(os, "posix_fadvise"):
+            self._writeback.submit(self._write_back, self._descriptors[name], offset, nbytes)
+
+    def _write_back(self, descriptor: int, offset: int, nbytes: int) -> None:
         # The first time starts the writing; what is being written cannot leave memory yet, so what
         # lies a good way behind is asked for again. It would push out what is still to be read.
         os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
@@ -120,6 +125,7 @@ class StagedFolder:
 
     def sync(self) -> None:
         """Bring every data file to the disk and close it."""
+        self._writeback.shutdown()
         with _translated(self.out):
             for descriptor in self._descriptors.values():
                 os.fsync(descriptor)
