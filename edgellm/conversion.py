@@ -191,10 +191,9 @@ def _write_slab(tensor: OutputTensor, slab: Slab, solve: Solve, staged: StagedFo
         names = ", ".join(part.name for part in tensor.parts)
         raise TensorError(f"tensor {names}: {error}") from error
     for array in tensor.arrays:
-        staged.write_at(
-            array.file, array.offset + slab.start * array.row_bytes, packed[array.component]
-        )
-    return sum(array.row_bytes for array in tensor.arrays) * (slab.stop - slab.start)
+        for offset, content in array.places(slab.start, packed[array.component]):
+            staged.write_at(array.file, offset, content)
+    return sum(packed[array.component].size for array in tensor.arrays)
 
 
 def prove_parity(plan: Plan, folder: Path) -> Parity:

@@ -110,8 +110,15 @@ class Plan:
 
 
 def slab_rows(tensor: OutputTensor) -> int:
-    """Rows of ``tensor`` that fit into a slab, at least one."""
-    return rows_within(SLAB_BYTES, tensor.columns)
+    """Rows of ``tensor`` that fit into a slab, at least those that are packed together.
+
+    All of one whose rows cannot be rounded apart.
+    """
+    if tensor.in_one_piece:
+        return tensor.rows
+    together = tensor.rows_together
+    rows = rows_within(SLAB_BYTES, tensor.columns)
+    return max(together, rows - rows % together)
 
 
 def resolve(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:

@@ -7,9 +7,12 @@ name; ``plan`` shows it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from edgellm.quant.grid import Grid
 from edgellm.tensors import TensorRef
@@ -20,13 +23,17 @@ if TYPE_CHECKING:
     from edgellm.source import ModelSource
     from edgellm.tokenization import Limit
 
+Bytes = npt.NDArray[np.uint8]
+
 
 @dataclass(frozen=True, slots=True)
 class StoredArray:
     """One array on disk, filled by rows: row ``r`` starts at ``offset + r * row_bytes``.
 
     ``component`` says which part of the packed tensor it holds: ``data`` (codes or floats),
-    ``scales``, ``zeros``, ``absmax``.
+    ``scales``, ``zeros``, ``absmax``. ``rows_each``: how many rows of the tensor one row of the
+    array holds, where a few are packed together. ``lines``: an array that is turned round has as
+    many, and each holds its part of every row (1: rows follow one another).
     """
 
     name: str
@@ -35,10 +42,22 @@ class StoredArray:
     offset: int
     row_bytes: int
     rows: int
+    rows_each: int = 1
+    lines: int = 1
 
     @property
     def nbytes(self) -> int:
         return self.row_bytes * self.rows
+
+    def places(self, start: int, content: Bytes) -> Iterator[tuple[int, Bytes]]:
+        """Where the ``content`` of rows from ``start`` goes in the file, line by line.
+
+        ``start`` must be a multiple of ``rows_each``.
+        """
+        line_bytes = self.nbytes // self.lines
+        first = self.offset + start // self.rows_each * (self.row_bytes // self.lines)
+        for number, line in enumerate(content.reshape(self.lines, -1)):
+            yield first + number * line_bytes, line
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +65,8 @@ class OutputTensor:
     """A tensor of the artifact: source tensors stacked by rows, a grid, and where it is stored.
 
     ``packer`` names the row of ``export.packing.PACKERS`` that lays its rows out. ``note`` says
-    what the user should know (a fallback type, a cap), or is empty.
+    what the user should know (a fallback type, a cap), or is empty. ``in_one_piece``: its rows
+    cannot be rounded apart.
     """
 
     name: str
@@ -56,6 +76,12 @@ class OutputTensor:
     packer: str
     arrays: tuple[StoredArray, ...]
     note: str = ""
+    in_one_piece: bool = False
+
+    @property
+    def rows_together(self) -> int:
+        """How many rows are packed together: work is cut between such."""
+        return max(array.rows_each for array in self.arrays)
 
     @property
     def rows(self) -> int:
@@ -120,6 +146,8 @@ class Container:
     reads headers, never weights, and raises ``UnsupportedTarget`` or ``UnknownGrid``. ``packages``:
     distributions whose version can change the bytes, which the manifest records. ``keep_apart``:
     the layout with adapters beside the model, where a runtime of the container applies them.
+    ``default_layout``: of a container that has several for the codes of a grid (``--layout``), the
+    one that is taken for this grid where none is named; None for grids that it leaves alone.
     """
 
     name: str
@@ -128,3 +156,4 @@ class Container:
     lay_out: Callable[[ModelSource, Recipe], Layout]
     packages: tuple[str, ...] = ()
     keep_apart: Callable[[Layout, ModelSource, Sequence[Adapter]], Layout] | None = None
+    default_layout: Callable[[str], str | None] | None = None

@@ -28,9 +28,9 @@ def pack_nbits(tensor: QTensor) -> Mapping[str, Bytes]:
     assert tensor.codes is not None
     assert tensor.scales is not None
     bits = int(tensor.grid.bits)
-    packed = {"data": _low_first(tensor.codes, bits), "scales": _as_bytes(tensor.scales)}
+    packed = {"data": low_first(tensor.codes, bits), "scales": _as_bytes(tensor.scales)}
     if tensor.zeros is not None:
-        packed["zeros"] = _low_first(tensor.zeros, bits)
+        packed["zeros"] = low_first(tensor.zeros, bits)
     return packed
 
 
@@ -40,9 +40,9 @@ def unpack_nbits(components: Mapping[str, Bytes], grid: Grid, columns: int) -> Q
     return QTensor(
         grid,
         columns,
-        codes=_each_code(components["data"], bits, columns),
+        codes=each_code(components["data"], bits, columns),
         scales=_as_floats(components["scales"]),
-        zeros=None if grid.symmetric else _each_code(components["zeros"], bits, blocks),
+        zeros=None if grid.symmetric else each_code(components["zeros"], bits, blocks),
     )
 
 
@@ -73,19 +73,30 @@ def pack_bnb4(tensor: QTensor) -> Mapping[str, Bytes]:
     """Codes *high* nibble first within a byte, as bitsandbytes stores them."""
     assert tensor.codes is not None
     assert tensor.scales is not None
-    codes = tensor.codes
-    high_first = (codes[:, 0::2] << np.uint8(4)) | codes[:, 1::2]
-    return {"data": high_first.astype(np.uint8), "absmax": _as_bytes(tensor.scales)}
+    return {"data": high_first(tensor.codes), "absmax": _as_bytes(tensor.scales)}
 
 
 def unpack_bnb4(components: Mapping[str, Bytes], grid: Grid, columns: int) -> QTensor:
     """The inverse of ``pack_bnb4``."""
-    low_first = _each_code(components["data"], 4, columns)
-    codes = low_first.reshape(len(low_first), -1, 2)[:, :, ::-1].reshape(len(low_first), -1)
+    codes = unpack_high_first(components["data"])
     return QTensor(grid, columns, codes=codes, scales=_as_floats(components["absmax"]))
 
 
-def _each_code(packed: Bytes, bits: int, count: int) -> Bytes:
+def high_first(codes: Bytes) -> Bytes:
+    """Two 4-bit codes a byte, the first in its high half: uint8 ``[rows, columns / 2]``."""
+    packed: Bytes = (codes[:, 0::2] << np.uint8(4)) | codes[:, 1::2]
+    return packed
+
+
+def unpack_high_first(packed: Bytes) -> Bytes:
+    """The inverse of ``high_first``."""
+    codes = np.empty((len(packed), 2 * packed.shape[1]), np.uint8)
+    codes[:, 0::2] = packed >> np.uint8(4)
+    codes[:, 1::2] = packed & np.uint8(15)
+    return codes
+
+
+def each_code(packed: Bytes, bits: int, count: int) -> Bytes:
     """``count`` codes of each row, of which ``packed`` holds the low nibble of a byte first."""
     if bits == 8:
         return packed
@@ -95,7 +106,8 @@ def _each_code(packed: Bytes, bits: int, count: int) -> Bytes:
     return codes[:, :count]
 
 
-def _low_first(codes: Bytes, bits: int) -> Bytes:
+def low_first(codes: Bytes, bits: int) -> Bytes:
+    """Codes of 8 bits as they are, of 4 bits two a byte, the first in its low half."""
     if bits == 8:
         return np.ascontiguousarray(codes)
     if codes.shape[1] % 2:

@@ -75,6 +75,11 @@ def quantize(scales: Array, offset: np.float32 | None = None) -> Rounded:
     return Rounded(np.searchsorted(borders, parts, side="left").astype(np.uint8), absmax, offset)
 
 
+def values_of(rounded: Rounded) -> Array:
+    """The scales float32 ``[blocks]`` that ``rounded`` stands for."""
+    return dequantize(rounded.codes, rounded.absmax, rounded.offset)
+
+
 def dequantize(
     codes: npt.NDArray[np.uint8],
     absmax: Array,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ import numpy.typing as npt
 from edgellm.errors import UnknownGrid
 from edgellm.quant.ggml_types import NAMED
 from edgellm.registry import suggestion
+
+if TYPE_CHECKING:
+    from edgellm.quant.bnb_absmax import Rounded
 
 GridKind = Literal["float", "affine", "per_channel", "codebook", "ggml"]
 
@@ -77,8 +80,9 @@ class QTensor:
     the dtype that the container stores; ``zeros`` uint8 and ``mins`` float32 ``[rows, groups]``
     where the grid has them. With ``supers``, ``scales`` are exactly the float32 products
     ``supers.scales * supers.scale_codes`` and ``mins`` exactly ``-(supers.mins *
-    supers.min_codes)``. Floats, vector codebooks and rows rounded by ggml's own code hold finished
-    blocks in ``packed`` uint8 ``[rows, row_bytes]`` instead, and the rest is empty.
+    supers.min_codes)``. With ``doubled`` (nf4-dq, all rows of a tensor), ``scales`` are its values.
+    Floats, vector codebooks and rows rounded by ggml's own code hold finished blocks in ``packed``
+    uint8 ``[rows, row_bytes]`` instead, and the rest is empty.
     """
 
     grid: Grid
@@ -89,6 +93,7 @@ class QTensor:
     packed: npt.NDArray[np.uint8] | None = None
     mins: npt.NDArray[np.float32] | None = None
     supers: SuperBlocks | None = None
+    doubled: Rounded | None = None
 
 
 def _ggml(name: str, bits: float, symmetric: bool = False, sub_block: int | None = None) -> Grid:

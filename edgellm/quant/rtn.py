@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm.errors import UnsupportedTarget
-from edgellm.quant import floats
+from edgellm.quant import bnb_4bit, bnb_absmax, floats
 from edgellm.quant.grid import Grid, QTensor
-from edgellm.quant.nf4 import LEVELS
 from edgellm.quant.statistics import Statistics
 from edgellm.tensors import Array
 
@@ -42,8 +41,9 @@ def solve(rows: Array, grid: Grid, statistics: Statistics | None = None) -> QTen
     """``rows`` ``[rows, columns]`` rounded to ``grid``; the same bytes however rows are grouped.
 
     ``statistics`` are not looked at. ``columns`` must be a multiple of ``grid.block`` and the
-    values finite. Scales are float32, as every container of these grids stores them. Raises
-    ``UnsupportedTarget`` for an unknown grid.
+    values finite. Scales are rounded to ``grid.scale_dtype`` before the codes are chosen. Of nf4-dq
+    all rows of a tensor must come at once: its scales are rounded together. Raises
+    ``UnsupportedTarget`` for an unknown grid, ``TensorError`` for scales beyond their dtype.
     """
     if grid.kind == "float":
         return floats.encode(rows, grid)
@@ -56,7 +56,7 @@ def solve(rows: Array, grid: Grid, statistics: Statistics | None = None) -> QTen
         return _affine(rows, grid)
     if grid.kind == "per_channel":
         return _per_channel(rows, grid)
-    if grid.name == "nf4":
+    if grid.name in ("nf4", "nf4-dq"):
         return _nf4(rows, grid)
     raise UnsupportedTarget(f"rtn cannot round to the grid {grid.name} ({grid.kind})")
 
@@ -97,6 +97,7 @@ def _fit(blocks: Array, grid: Grid, codes: Codes) -> tuple[Array, Array]:
             best = np.where(better, fit, best)
         for _ in range(REFITS):
             best, _ = _refit(blocks, best, zero, top, work)
+    best = _stored(best, grid)
     _round(blocks, best, zero, top, work)
     np.add(work, zero, out=work)
     np.copyto(codes, work.T, casting="unsafe")
@@ -118,6 +119,11 @@ def _widest(blocks: Array, grid: Grid, top: np.float32) -> tuple[Array, Array]:
 
 def _usable(scale: Array) -> Array:
     return np.where(np.abs(scale) < SMALLEST_SCALE, np.float32(1.0), scale)
+
+
+def _stored(scale: Array, grid: Grid) -> Array:
+    """``scale`` as the container stores it; blocks that vanish in its dtype count as zero."""
+    return _usable(floats.rounded(scale, grid.scale_dtype))
 
 
 def _round(blocks: Array, scale: Array, zero: Array, top: np.float32, out: Array) -> None:
@@ -143,24 +149,27 @@ def _refit(
 
 def _per_channel(rows: Array, grid: Grid) -> QTensor:
     """One scale a row, from its largest magnitude: int8 codes around 128, -127 to 127."""
-    scale = _usable(np.abs(rows).max(axis=1, keepdims=True) / np.float32(127.0))
+    scale = _stored(np.abs(rows).max(axis=1, keepdims=True) / np.float32(127.0), grid)
     work = np.rint(rows * (1 / scale))
     codes = (np.clip(work, -127, 127, out=work) + np.float32(128.0)).astype(np.uint8)
     return QTensor(grid, rows.shape[1], codes=codes, scales=scale)
 
 
 def _nf4(rows: Array, grid: Grid) -> QTensor:
-    """The nearest of the sixteen levels times the block's largest magnitude."""
+    """The nearest of the sixteen levels times the block's largest magnitude, as bitsandbytes.
+
+    For nf4-dq the magnitudes are rounded to 8 bits after that: codes go by the exact ones.
+    """
     count, columns = rows.shape
-    blocks = rows.reshape(-1, grid.block)
-    absmax = np.abs(blocks).max(axis=1, keepdims=True)
-    part = blocks / _usable(absmax)
-    codes = np.zeros(part.shape, np.uint8)
-    for border in (LEVELS[:-1] + LEVELS[1:]) / np.float32(2.0):
-        codes += part > border
+    values = rows.reshape(-1)
+    absmax = bnb_4bit.block_absmax(values, grid.block)
+    codes = bnb_4bit.quantize(values, absmax, "nf4", grid.block)
+    doubled = bnb_absmax.quantize(absmax) if grid.name == "nf4-dq" else None
+    scales = absmax if doubled is None else bnb_absmax.values_of(doubled)
     return QTensor(
         grid,
         columns,
         codes=codes.reshape(count, columns),
-        scales=absmax.reshape(count, -1),
+        scales=scales.reshape(count, -1),
+        doubled=doubled,
     )
