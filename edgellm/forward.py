@@ -90,6 +90,33 @@ class Sessions:
             raise GenerationError(f"onnxruntime could not compute {output}: {error}") from error
         return result
 
+    def run_into(
+        self, session: Any, inputs: Mapping[str, Array | Any], outputs: Mapping[str, Array]
+    ) -> None:
+        """Compute ``outputs`` into their arrays, C-contiguous and of the right shapes.
+
+        Raises ``GenerationError`` as ``run`` does.
+        """
+        binding = session.io_binding()
+        for name, values in inputs.items():
+            binding.bind_cpu_input(name, values)
+        for name, values in outputs.items():
+            assert values.flags.c_contiguous, name
+            binding.bind_output(name, "cpu", 0, values.dtype, values.shape, values.ctypes.data)
+        try:
+            session.run_with_iobinding(binding)
+        except self._errors as error:
+            names = ", ".join(outputs)
+            raise GenerationError(f"onnxruntime could not compute {names}: {error}") from error
+
+
+def lengths_of(tokens: int) -> dict[str, Any]:
+    """What a layer's graph is told of one window of ``tokens`` tokens."""
+    return {
+        "seqlens_k": np.array([tokens - 1], np.int32),
+        "total_length": np.array([tokens], np.int32),
+    }
+
 
 def hidden_states(
     source: ModelSource,
@@ -104,22 +131,17 @@ def hidden_states(
     that it does not have, ``SourceError`` and ``TensorError`` as loading does, and
     ``GenerationError`` when onnxruntime fails.
     """
-    _check_windows(source, windows)
+    check_windows(source, windows)
     sessions = Sessions(threads)
     longest = max(len(window) for window in windows)
-    streams = [_embedded(source, window) for window in windows]
+    streams = [embedded(source, window) for window in windows]
     layers = source.decoder.layers
     for index in range(len(layers)):
         graph = WeightsAsInputs()
-        _one_layer(graph, source, index, longest).build_layer(0)
+        one_layer(graph, source, index, longest).build_layer(0)
         session, weights = sessions.of(graph), graph.load_weights()
         for place, stream in enumerate(streams):
-            tokens = len(stream)
-            lengths = {
-                "seqlens_k": np.array([tokens - 1], np.int32),
-                "total_length": np.array([tokens], np.int32),
-            }
-            inputs = {"stream": stream[np.newaxis], **lengths, **weights}
+            inputs = {"stream": stream[np.newaxis], **lengths_of(len(stream)), **weights}
             streams[place] = sessions.run(session, inputs, "stream_out")[0]
         progress(ProgressEvent("check", f"layer {index}", 0, 0, index + 1, len(layers)))
     graph = WeightsAsInputs()
@@ -159,7 +181,8 @@ def window_logits(
         yield logits_of(source, hidden)
 
 
-def _check_windows(source: ModelSource, windows: Windows) -> None:
+def check_windows(source: ModelSource, windows: Windows) -> None:
+    """Raise ``UsageError`` for windows that the model cannot be given; see ``hidden_states``."""
     decoder = source.decoder
     if not windows or not all(len(window) for window in windows):
         raise UsageError("there is no text to compute: a window has no tokens")
@@ -177,7 +200,7 @@ def _check_windows(source: ModelSource, windows: Windows) -> None:
         )
 
 
-def _one_layer(graph: GraphBuilder, source: ModelSource, index: int, longest: int) -> DecoderGraph:
+def one_layer(graph: GraphBuilder, source: ModelSource, index: int, longest: int) -> DecoderGraph:
     """The decoder with layer ``index`` as its only one, so that equal layers give equal graphs."""
     prefix = f"blk.{index}."
     tensors: dict[str, TensorRef] = {
@@ -189,8 +212,11 @@ def _one_layer(graph: GraphBuilder, source: ModelSource, index: int, longest: in
     return DecoderGraph(graph, decoder, tensors, FLOATS, longest)
 
 
-def _embedded(source: ModelSource, window: Sequence[int]) -> Array:
-    """The rows of the embedding for ``window``, scaled, with the learned positions added."""
+def embedded(source: ModelSource, window: Sequence[int]) -> Array:
+    """What the first layer is given for ``window``, float32 ``[tokens, hidden]``.
+
+    The rows of the embedding, scaled, with the learned positions added.
+    """
     decoder, table = source.decoder, source.tensors["token_embd.weight"]
     rows = {token: stacked_rows([table], token, token + 1)[0] for token in set(window)}
     stream = np.stack([rows[token] for token in window])

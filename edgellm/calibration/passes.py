@@ -1,0 +1,221 @@
+"""The float network run over a calibration text, layer by layer, for what its products are given.
+
+One layer's weights are in memory at a time, the hidden states of all tokens go from layer to layer
+(``stream.TokenStream``), and of the inputs of the layer's products only sums are kept. Windows are
+computed side by side, each on one thread, and what they add to the sums is added in the order of
+the text: the result is the same to the last bit for any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgellm.calibration.stream import BUDGET_BYTES, TokenStream
+from edgellm.calibration.sums import InputSums
+from edgellm.errors import GenerationError
+from edgellm.export.decoder_graph import DecoderGraph
+from edgellm.forward import (
+    FLOATS,
+    Sessions,
+    WeightsAsInputs,
+    Windows,
+    check_windows,
+    embedded,
+    lengths_of,
+    one_layer,
+)
+from edgellm.hardware import detect
+from edgellm.parallel import in_parallel, one_blas_thread
+from edgellm.quant.statistics import Statistics
+from edgellm.source.model import ModelSource
+
+CHUNK_TOKENS = 2048
+"""Tokens whose inputs are kept until they are multiplied: enough for BLAS to be quick, and few
+enough to add up rarely."""
+
+Share = Callable[[float], None]
+"""Hears which part of a layer's tokens is done, from 0 to 1."""
+
+
+class CalibrationPass:
+    """Statistics of one layer after another, and of the head, on ``windows`` of token ids.
+
+    ``spool`` is a folder for hidden states that take more than ``budget_bytes``; None keeps them in
+    memory whatever they take. ``importance_only`` leaves Hessians out: ``Statistics.hessian`` is
+    their diagonal. ``threads`` None for the physical cores.
+
+    Raises ``UsageError`` for windows that the model cannot be given, ``SourceError`` and
+    ``TensorError`` as loading weights does, ``OutputError`` where the spool fails, and
+    ``GenerationError`` when onnxruntime fails or a layer's values are not finite.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        windows: Windows,
+        *,
+        threads: int | None = None,
+        spool: Path | None = None,
+        budget_bytes: int = BUDGET_BYTES,
+        importance_only: bool = False,
+    ) -> None:
+        check_windows(source, windows)
+        self.source = source
+        self.windows = windows
+        self.threads = threads or detect().physical_cores.value
+        self.importance_only = importance_only
+        self.next_layer = 0
+        self._longest = max(len(window) for window in windows)
+        self._chunks = chunks_of(windows)
+        self._sessions = Sessions(threads=1)
+        tokens, hidden = sum(map(len, windows)), source.decoder.hidden_size
+        spooled = spool if 4 * tokens * hidden > budget_bytes else None
+        self.stream = TokenStream(tokens, hidden, spooled)
+
+    @property
+    def tokens(self) -> int:
+        return self.stream.shape[0]
+
+    def begin(self) -> None:
+        """Look the text up in the embedding: what the first layer is given."""
+        for chunk in self._chunks:
+            window_rows = [embedded(self.source, self.windows[place]) for place in chunk.windows]
+            self.stream.write(chunk.start, np.concatenate(window_rows))
+        self.stream.turn()
+        self.next_layer = 0
+
+    def resume(self, layer: int, file: Path) -> None:
+        """Go on before ``layer``, whose hidden states were saved in ``file``."""
+        self.stream.restore(file)
+        self.next_layer = layer
+
+    def layer(self, index: int, watch: Share = lambda share: None) -> dict[str, Statistics]:
+        """Statistics of the inputs of layer ``index``'s products, by role of the weight.
+
+        Weights that share an input share one object. Layers are asked for in order.
+        """
+        roles = self._run_layer(index, watch, taps=True)
+        return {role: found for found, names in roles for role in names}
+
+    def pass_by(self, index: int, watch: Share = lambda share: None) -> None:
+        """Compute layer ``index`` without statistics: those that a resumed run has no need of."""
+        self._run_layer(index, watch, taps=False)
+
+    def head(self, watch: Share = lambda share: None) -> Statistics:
+        """Statistics of the inputs of the head: the stream after the last layer, normed."""
+        self._check_turn(len(self.source.decoder.layers))
+        graph = WeightsAsInputs()
+        tensors = self.source.tensors
+        decoder = self.source.decoder
+        DecoderGraph(graph, decoder, tensors, FLOATS, self._longest).build_output_norm()
+        sums = {"output_norm": self._sums(decoder.hidden_size)}
+        self._run(graph, sums, watch, into_stream="")
+        return _finite(sums["output_norm"].result(), "the head's input")
+
+    def _run_layer(
+        self, index: int, watch: Share, *, taps: bool
+    ) -> list[tuple[Statistics, list[str]]]:
+        self._check_turn(index)
+        graph = WeightsAsInputs()
+        layer = one_layer(graph, self.source, index, self._longest)
+        layer.build_layer(0, taps=taps)
+        sums = {
+            name: self._sums(layer.tensors[weights[0]].columns)
+            for name, weights in layer.inputs.items()
+            if taps
+        }
+        self._run(graph, sums, watch, into_stream="stream_out")
+        self.next_layer = index + 1
+        found = []
+        for name, total in sums.items():
+            # The graph knows every layer as its first.
+            roles = [f"blk.{index}.{role.removeprefix('blk.0.')}" for role in layer.inputs[name]]
+            found.append((_finite(total.result(), f"the input of {', '.join(roles)}"), roles))
+        return found
+
+    def _run(
+        self,
+        graph: WeightsAsInputs,
+        sums: Mapping[str, InputSums],
+        watch: Share,
+        *,
+        into_stream: str,
+    ) -> None:
+        """Run ``graph`` over all tokens; its output ``into_stream`` becomes the next stream."""
+        session, weights = self._sessions.of(graph), graph.load_weights()
+        wants_lengths = bool(into_stream)
+
+        def work(chunk: Chunk) -> int:
+            before = self.stream.read(chunk.start, chunk.stop)
+            widths = {name: total.columns for name, total in sums.items()}
+            if into_stream:
+                widths[into_stream] = before.shape[1]
+            values = {
+                name: np.empty((len(before), width), np.float32) for name, width in widths.items()
+            }
+            first = 0
+            for place in chunk.windows:
+                last = first + len(self.windows[place])
+                inputs: dict[str, Any] = {"stream": before[np.newaxis, first:last], **weights}
+                if wants_lengths:
+                    inputs |= lengths_of(last - first)
+                outputs = {name: rows[np.newaxis, first:last] for name, rows in values.items()}
+                self._sessions.run_into(session, inputs, outputs)
+                first = last
+            if into_stream:
+                self.stream.write(chunk.start, values.pop(into_stream))
+            for name, total in sums.items():
+                total.add(chunk.number, values.pop(name))
+            return len(before)
+
+        def stop() -> None:
+            for total in sums.values():
+                total.stop()
+
+        done = 0
+        with one_blas_thread():
+            for tokens in in_parallel(work, self._chunks, self.threads, on_end=stop):
+                done += tokens
+                watch(done / self.tokens)
+        if into_stream:
+            self.stream.turn()
+
+    def _sums(self, columns: int) -> InputSums:
+        return InputSums(columns, diagonal_only=self.importance_only)
+
+    def _check_turn(self, index: int) -> None:
+        if index != self.next_layer:
+            raise AssertionError(f"layer {index} was asked for when {self.next_layer} is next")
+
+
+class Chunk:
+    """Windows that one thread computes, and the rows of the stream that are theirs."""
+
+    def __init__(self, number: int, start: int) -> None:
+        self.number = number
+        self.start = self.stop = start
+        self.windows: list[int] = []
+
+
+def chunks_of(windows: Windows) -> list[Chunk]:
+    """Neighbouring windows, together at least ``CHUNK_TOKENS`` but for the last."""
+    chunks: list[Chunk] = []
+    for place, window in enumerate(windows):
+        if not chunks or chunks[-1].stop - chunks[-1].start >= CHUNK_TOKENS:
+            chunks.append(Chunk(len(chunks), chunks[-1].stop if chunks else 0))
+        chunks[-1].windows.append(place)
+        chunks[-1].stop += len(window)
+    return chunks
+
+
+def _finite(found: Statistics, what: str) -> Statistics:
+    if not np.isfinite(found.importance).all():
+        raise GenerationError(
+            f"{what} is not finite on the calibration text: the model overflows in float32 before "
+            "it is rounded, so it is damaged; get an intact copy of it"
+        )
+    return found

@@ -1,0 +1,151 @@
+"""What calibration knows of a product's inputs is what transformers' own modules are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+import tiny_models
+
+from edgellm.calibration import passes, sums
+from edgellm.calibration.passes import CalibrationPass
+from edgellm.errors import GenerationError
+from edgellm.quant.statistics import Statistics
+from edgellm.source import open_source
+from edgellm.source.model import ModelSource
+from edgellm.tensors import derived
+
+TinyModel = Callable[[str], Path]
+
+WINDOWS = [tiny_models.some_token_ids(length, seed=length) for length in (40, 17, 1, 33)]
+
+TOLERANCE = 2e-4
+"""Of the largest value of a Hessian: twice what logits may be off by, as inputs are squared."""
+
+
+def gathered(source: ModelSource, threads: int = 1, **options: object) -> dict[str, Statistics]:
+    """Of every product, by role of the weight, the head's too."""
+    run = CalibrationPass(source, WINDOWS, threads=threads, **options)
+    run.begin()
+    found: dict[str, Statistics] = {}
+    for index in range(len(source.decoder.layers)):
+        found |= run.layer(index)
+    head = "token_embd.weight" if source.decoder.tied_head else "output.weight"
+    return {**found, head: run.head()}
+
+
+def seen_by_transformers(folder: Path) -> dict[str, np.ndarray]:
+    """The inputs of every product, all windows below each other, by module."""
+    import torch
+
+    model = tiny_models.load(folder)
+    seen: dict[str, list[np.ndarray]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: object, given: tuple[torch.Tensor, ...], _: object) -> None:
+            seen.setdefault(name, []).append(given[0][0].numpy().copy())
+
+        return hook
+
+    for name, module in model.named_modules():
+        if type(module).__name__ in ("Linear", "Conv1D"):
+            module.register_forward_hook(watch(name))
+    with torch.no_grad():
+        for window in WINDOWS:
+            model(torch.tensor([window]), use_cache=False)
+    return {name: np.concatenate(found) for name, found in seen.items()}
+
+
+@pytest.mark.parametrize("name", sorted(tiny_models.MODELS))
+def test_statistics_are_of_the_inputs_that_transformers_has(
+    name: str, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "CHUNK_TOKENS", 50)  # several chunks
+    monkeypatch.setattr(sums, "STRIP_COLUMNS", 64)  # and strips
+    folder = tiny_model(name)
+    source = open_source(str(folder))
+    inputs = seen_by_transformers(folder)
+    found = gathered(source, threads=2)
+    products = [
+        role
+        for role, ref in source.tensors.items()
+        if len(ref.shape) == 2 and role not in ("token_embd.weight", "position_embd.weight")
+    ]
+    assert set(products) <= set(found)
+    for role, statistics in found.items():
+        tied = role == "token_embd.weight"
+        module = "lm_head" if tied else source.tensors[role].name.removesuffix(".weight")
+        x = inputs[module].astype(np.float64)
+        wanted = x.T @ x / len(x)
+        scale = wanted.max()
+        np.testing.assert_allclose(statistics.hessian, wanted, rtol=0, atol=TOLERANCE * scale)
+        np.testing.assert_allclose(statistics.largest, np.abs(x).max(axis=0), rtol=1e-3, atol=1e-5)
+        assert statistics.tokens == sum(map(len, WINDOWS))
+        np.testing.assert_array_equal(statistics.hessian, statistics.hessian.T)
+    assert found["blk.0.ffn_up.weight"] is found.get(
+        "blk.0.ffn_gate.weight", found["blk.0.ffn_up.weight"]
+    )
+
+
+@pytest.mark.parametrize("options", [{"threads": 3}, {"threads": 2, "budget_bytes": 0}])
+def test_bits_do_not_depend_on_threads_nor_on_where_the_stream_is_kept(
+    options: dict[str, int], tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "CHUNK_TOKENS", 20)
+    source = open_source(str(tiny_model("llama")))
+    one, other = gathered(source, threads=1), gathered(source, spool=tmp_path, **options)
+    assert len(list(tmp_path.iterdir())) == (2 if "budget_bytes" in options else 0)
+    for role, statistics in one.items():
+        assert statistics.hessian.tobytes() == other[role].hessian.tobytes()
+        assert statistics.largest.tobytes() == other[role].largest.tobytes()
+
+
+def test_importance_alone_is_the_diagonal(tiny_model: TinyModel) -> None:
+    source = open_source(str(tiny_model("qwen3")))
+    whole, diagonal = gathered(source), gathered(source, importance_only=True)
+    for role, statistics in diagonal.items():
+        assert statistics.hessian.ndim == 1
+        np.testing.assert_allclose(statistics.importance, whole[role].importance, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spooled", [False, True])
+def test_a_pass_goes_on_from_a_saved_stream(
+    spooled: bool, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    source = open_source(str(tiny_model("llama")))
+
+    def begun() -> CalibrationPass:
+        return CalibrationPass(
+            source, WINDOWS, threads=1, spool=tmp_path, budget_bytes=0 if spooled else 1 << 30
+        )
+
+    first = begun()
+    first.begin()
+    first.pass_by(0)
+    file = first.stream.file or tmp_path / "saved"
+    first.stream.save(file)
+    wanted = first.layer(1)
+    second = begun()
+    second.resume(1, file)
+    found = second.layer(1)
+    for role, statistics in wanted.items():
+        assert statistics.hessian.tobytes() == found[role].hessian.tobytes()
+
+
+def test_values_that_overflow_are_laid_to_their_layer(tiny_model: TinyModel) -> None:
+    source = open_source(str(tiny_model("llama")))
+    role = "blk.1.attn_norm.weight"
+    huge = derived(source.tensors[role], lambda rows: rows * np.float32(1e30))
+    damaged = replace(source, tensors={**source.tensors, role: huge})
+    run = CalibrationPass(damaged, WINDOWS, threads=2)
+    run.begin()
+    run.layer(0)
+    with pytest.raises(GenerationError, match=r"blk\.1\.attn_q\.weight.* not finite"):
+        run.layer(1)
