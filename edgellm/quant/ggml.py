@@ -6,7 +6,7 @@ import libgguf
 import numpy as np
 import numpy.typing as npt
 
-from edgellm.errors import TensorError
+from edgellm.errors import TensorError, UnsupportedTarget
 from edgellm.quant.floats import LARGEST_F16
 from edgellm.quant.ggml_types import GgmlType
 from edgellm.quant.grid import Grid, QTensor
@@ -16,14 +16,17 @@ ROWS_PER_CALL = 32
 """libgguf starts threads of its own from 64 rows on; below, the caller's count of threads holds."""
 
 
-def quantize(rows: Array, grid: Grid) -> QTensor:
+def quantize(rows: Array, grid: Grid, importance: Array | None = None) -> QTensor:
     """``rows`` ``[rows, columns]`` rounded to ``grid``; ``packed`` holds finished ggml blocks.
 
-    ``columns`` must be a multiple of ``grid.block`` (the layout sees to that), and the values
-    finite: ggml rounds NaN to a finite number without a word. No importance is used. Each row is
-    rounded apart, so the bytes do not depend on how rows are grouped; the interpreter is free
-    meanwhile. Raises ``TensorError`` for a value that a block's f16 scale or minimum may not reach:
-    it would become Inf, also without a word.
+    ``importance`` ``[columns]`` weighs the squared error of each column, as llama.cpp's importance
+    matrix does; without, ggml's own guess from the weights counts. ``columns`` must be a multiple
+    of ``grid.block`` (the layout sees to that), and the values finite: ggml rounds NaN to a finite
+    number without a word. Each row is rounded apart, so the bytes do not depend on how rows are
+    grouped; the interpreter is free meanwhile. Raises ``TensorError`` for a value that a block's
+    f16 scale or minimum may not reach: it would become Inf, also without a word; for importance
+    that is not ``columns`` finite numbers of 0 or more; and ``UnsupportedTarget`` where ggml has no
+    rounding without importance.
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     count, columns = rows.shape
@@ -33,11 +36,31 @@ def quantize(rows: Array, grid: Grid) -> QTensor:
             f"a value of size {largest:g} does not fit {grid.name}, whose blocks have f16 scales "
             f"of at most {LARGEST_F16:g}: choose bf16 or f32, or --format onnx"
         )
+    if importance is not None:
+        importance = checked_importance(importance, columns)
+    elif libgguf.quantize_requires_imatrix(grid.ggml_type):
+        raise UnsupportedTarget(f"{grid.name} is garbage without an importance matrix")
     packed = np.empty((count, libgguf.row_size(grid.ggml_type, columns)), np.uint8)
     for start in range(0, count, ROWS_PER_CALL):
         some, into = rows[start : start + ROWS_PER_CALL], packed[start : start + ROWS_PER_CALL]
-        libgguf.quantize_rows_into_raw(grid.ggml_type, some, into, len(some), columns)
+        libgguf.quantize_rows_into_raw(grid.ggml_type, some, into, len(some), columns, importance)
     return QTensor(grid, columns, packed=packed)
+
+
+def checked_importance(importance: Array, columns: int) -> Array:
+    """``importance`` as float32 ``[columns]``; raises ``TensorError`` where it cannot be one."""
+    if importance.shape != (columns,):
+        raise TensorError(
+            f"importance of {importance.size} columns is given for rows of {columns}: it was made "
+            "for another tensor or model"
+        )
+    values = np.ascontiguousarray(importance, dtype=np.float32)
+    if not np.isfinite(values).all() or values.min(initial=0) < 0:
+        raise TensorError(
+            "importance must be finite numbers of 0 or more, got "
+            f"{values[~(np.isfinite(values) & (values >= 0))][0]:g}: collect it again"
+        )
+    return values
 
 
 def dequantize(blocks: npt.NDArray[np.uint8], kind: GgmlType) -> Array:
