@@ -70,10 +70,7 @@ def open(
         raise UsageError(f"--threads must be at least 1, got {threads}")
     artifact = open_artifact(Path(path))
     if artifact.container == "hf":
-        raise UnsupportedTarget(
-            f"{artifact.path} is a merged Hugging Face folder, which transformers loads and no "
-            f"runtime here: make it one that runs, `edgellm convert {artifact.path} --out DIR`"
-        )
+        raise _no_runtime(artifact)
     notes = []
     if artifact.manifest is None:
         notes.append(f"{artifact.path.name} has no manifest: it runs, unverified")
@@ -118,6 +115,25 @@ def open(
         system=system,
         notes=notes,
         apart=apart,
+    )
+
+
+def _no_runtime(artifact: Artifact) -> UnsupportedTarget:
+    """The error that a Hugging Face folder is none that can be opened here, and what does it."""
+    assert artifact.manifest is not None
+    recipe = artifact.manifest.artifact.recipe
+    layout, grid = recipe.get("layout"), str(recipe.get("quant", "")).rpartition(":")[2]
+    if layout is None:
+        return UnsupportedTarget(
+            "this is a Hugging Face folder of floats, which transformers loads and no runtime "
+            "here: make it one that runs, `edgellm convert FOLDER --out DIR`"
+        )
+    from edgellm.export.hf_layouts import LAYOUTS
+
+    return UnsupportedTarget(
+        f"this is a Hugging Face folder in the layout {layout}, which no runtime here opens: "
+        f"transformers loads it with {LAYOUTS[layout][grid].readers}. For a runtime here, convert "
+        "the model that it was made from with --format gguf or onnx"
     )
 
 

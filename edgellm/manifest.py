@@ -16,7 +16,7 @@ from edgellm.errors import SourceError, VerificationError
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 
-PART_SUFFIXES = (".data", ".gguf", ".jinja", ".json", ".model", ".onnx")
+PART_SUFFIXES = (".data", ".gguf", ".jinja", ".json", ".model", ".onnx", ".safetensors")
 """Files that a reader of an artifact's folder may take for a part of it."""
 
 

@@ -10,7 +10,7 @@ import psutil
 
 from edgellm.errors import UsageError
 from edgellm.export import CONTAINERS, container_named
-from edgellm.export.layout import Layout, OutputTensor
+from edgellm.export.layout import Container, Layout, OutputTensor
 from edgellm.export.writer import check_free, check_no_overlap
 from edgellm.hardware import detect
 from edgellm.progress import Progress, unwatched
@@ -135,13 +135,33 @@ def resolve(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     if not recipe.grid:
         chosen_quant = str(split_quant(recipe.quant or "")._replace(grid=container.default_grid))
         reasons.append(f"grid {container.default_grid}: the default of {chosen_format}")
-    return msgspec.structs.replace(recipe, format=chosen_format, quant=chosen_quant), tuple(reasons)
+    recipe = msgspec.structs.replace(recipe, format=chosen_format, quant=chosen_quant)
+    return _with_layout(recipe, container, reasons), tuple(reasons)
+
+
+def _with_layout(recipe: Recipe, container: Container, reasons: list[str]) -> Recipe:
+    """``recipe`` with the layout of its codes, where the container has several."""
+    if container.default_layout is None:
+        if recipe.layout is not None:
+            raise UsageError(
+                f"--layout {recipe.layout}: {container.name} lays codes out in one way alone; "
+                "leave it out, or choose --format hf"
+            )
+        return recipe
+    if recipe.layout is None:
+        layout = container.default_layout(recipe.grid)
+        if layout is not None:
+            reasons.append(f"layout {layout}: the default of {recipe.grid}")
+        return msgspec.structs.replace(recipe, layout=layout)
+    return recipe
 
 
 def _container_for(recipe: Recipe) -> tuple[str, str]:
     """The container that runs best here, unless only another one can do what was asked."""
     if recipe.keep_adapters:
         return "gguf", "the container whose runtime applies adapters beside a model"
+    if recipe.layout is not None:
+        return "hf", "the container that has more than one layout"
     (best, why), grid = best_container(), recipe.grid
     if not grid:
         return best, why

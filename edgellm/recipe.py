@@ -17,7 +17,9 @@ from edgellm.quant import SOLVERS, TRANSFORMS
 
 DEFAULT_SOLVER = "rtn"
 
-LOWERED = ("format", "quant", "embed", "head", "kv_cache", "combine", "sign", "merge_base")
+LOWERED = (
+    "format", "quant", "layout", "embed", "head", "kv_cache", "combine", "sign", "merge_base",
+)  # fmt: skip
 """Fields that hold names, which are compared in lower case."""
 
 DEQUANTIZED = "dequantized"
@@ -44,9 +46,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """What to convert and how; read from a TOML file, flags override it.
 
     ``quant`` reads ``[transform+][solver:]grid``; ``embed`` and ``head`` name other grids for the
-    embedding and the output head. ``kv_cache``: what keys and values are cached in, where the
-    container fixes it. ``context``: cap on the context length in tokens. ``ignore_config_keys``:
-    config keys that edgellm does not know and the user vouches for.
+    embedding and the output head. ``layout``: how codes are laid out, where the container has
+    several ways (``export.hf_layouts.LAYOUTS``). ``kv_cache``: what keys and values are cached in,
+    where the container fixes it. ``context``: cap on the context length in tokens.
+    ``ignore_config_keys``: config keys that edgellm does not know and the user vouches for.
 
     ``adapters`` are ``PATH`` or ``PATH=WEIGHT``, in order. ``combine`` names a row of
     ``lora.combine.METHODS``, with its ``density``, ``sign``, ``combine_rank`` and ``seed``
@@ -61,6 +64,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     source: str
     format: str | None = None
     quant: str | None = None
+    layout: str | None = None
     embed: str | None = None
     head: str | None = None
     kv_cache: str | None = None
@@ -112,7 +116,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         fields: dict[str, Any] = msgspec.to_builtins(self)
         for name in ("source", "adapters", *ONLY_CHECKED):
             del fields[name]
-        for name in OF_ADAPTERS:
+        for name in ("layout", *OF_ADAPTERS):
             if not fields.get(name):
                 fields.pop(name, None)
         if self.adapters:

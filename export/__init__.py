@@ -18,6 +18,7 @@ ENTRY_POINTS = "edgellm.containers"
 CONTAINERS = {
     "gguf": "edgellm.export.to_gguf:CONTAINER",
     "onnx": "edgellm.export.to_onnx:CONTAINER",
+    "hf": "edgellm.export.to_hf:CONTAINER",
 }
 
 

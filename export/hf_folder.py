@@ -132,6 +132,16 @@ def index_file(total_bytes: int, weight_map: Mapping[str, str]) -> bytes:
     return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
+def quantized_card(base: str, licence: str, grid: str, layout: str) -> bytes:
+    """A model card of a folder whose weights were rounded to ``grid``; no ``layout`` for floats."""
+    front = [f"base_model: {json.dumps(base)}", "base_model_relation: quantized"]
+    if licence:
+        front.insert(0, f"license: {licence}")
+    how = f"{grid}, stored as {layout}" if layout else grid
+    said = f"{base} in {how}, by edgellm; manifest.json has the digests."
+    return ("\n".join(["---", *front, "---", "", said]) + "\n").encode()
+
+
 def card(base: str, licence: str, adapters: Sequence[Adapter]) -> bytes:
     """A model card that says what the folder is made of, in the terms of the Hub."""
     front = [f"base_model: {json.dumps(base)}", "base_model_relation: merge"]

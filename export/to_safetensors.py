@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from edgellm.errors import TensorError
 from edgellm.lora.named_weights import ChangedWeight
@@ -144,7 +145,7 @@ def _shard(
         and (tensor.dtype, tensor.shape) == (tensor.before.dtype, tensor.before.shape)
         for tensor in tensors
     )
-    header = _header_of(file) if same else _header(tensors, file.metadata)
+    header = _header_of(file) if same else header_bytes(tensors, file.metadata)
     end = len(header)
     placed = []
     for tensor in tensors:
@@ -182,7 +183,21 @@ def _header_of(file: SafetensorsFile) -> bytes:
     return file.file.read(0, 8 + header_bytes).tobytes()
 
 
-def _header(tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> bytes:
+class Entry(Protocol):
+    """What a header says of a tensor; ``dtype`` as it spells it (``BF16``)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+def header_bytes(tensors: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+    """The header of a file whose data are ``tensors``, one behind the other."""
     end = 0
     entries: dict[str, object] = {"__metadata__": dict(metadata) or {"format": "pt"}}
     for tensor in tensors:

@@ -31,7 +31,7 @@ def convert(
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option(help="gguf or onnx. Default: what the best runtime installed here runs."),
+        typer.Option(help="gguf, onnx or hf. Default: what the best runtime installed here runs."),
     ] = None,
     quant: Annotated[
         str | None,
@@ -40,6 +40,12 @@ def convert(
             "-q",
             metavar="[SOLVER:]GRID",
             help="How weights are rounded. Default: q4_k_m for gguf, int4-g32 for onnx.",
+        ),
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYOUT", help="How codes are laid out, for hf. Default: by the grid."
         ),
     ] = None,
     embed: Annotated[
@@ -107,6 +113,8 @@ def convert(
                    iq3_xs iq3_xxs
     GRID for onnx: f32 f16 int8 int8-dynamic nf4 int4-g32 int4-g64 int4-g128
                    (and -sym of each int4)
+    GRID for hf:   f32 f16 bf16 int8 int8-dynamic nf4 nf4-dq, and int4 as for onnx
+    LAYOUT for hf: gptq gptq_v2 awq compressed-tensors bitsandbytes
 
     \b
     Examples:
@@ -115,6 +123,7 @@ def convert(
       edgellm convert model.gguf --out small --quant q5_k_m --embed q8_0
       edgellm convert ./my-model --quant int4-g64 --format onnx --dry-run
       edgellm convert ./my-model --out small --format onnx --kv-cache int8
+      edgellm convert ./my-model --out small --format hf --layout awq
       edgellm convert --recipe recipe.toml --out small --json | jq .path
 
     \b
@@ -131,6 +140,7 @@ def convert(
             "source": source,
             "format": format,
             "quant": quant,
+            "layout": layout,
             "embed": embed,
             "head": head,
             "kv_cache": kv_cache,

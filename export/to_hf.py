@@ -1,0 +1,371 @@
+"""The ``hf`` container: a folder that transformers, gptqmodel and vLLM load.
+
+``config.json`` with its ``quantization_config``, safetensors in one file or shards, the tokenizer.
+Linear layers are quantized; embedding, head, norms and biases are floats, as every reader of these
+layouts expects.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgellm.architectures.family import TensorRow
+from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
+from edgellm.export.hf_folder import CARD, CONFIG, index_file, quantized_card
+from edgellm.export.hf_layouts import LAYOUTS, Part, Storage, default_layout
+from edgellm.export.layout import Container, Layout, OutputTensor, StoredArray
+from edgellm.export.packing_hf import STATE_DTYPES
+from edgellm.export.to_safetensors import header_bytes
+from edgellm.quant.grid import GRIDS, Grid
+from edgellm.registry import suggestion
+from edgellm.source.checkpoint import INDEX, SINGLE
+from edgellm.source.matching import head_row, listed
+from edgellm.source.safetensors_file import ITEM_BYTES
+from edgellm.tensors import TensorRef, transposed
+
+if TYPE_CHECKING:
+    from edgellm.recipe import Recipe
+    from edgellm.source import ModelSource
+
+FLOATS = ("f16", "bf16", "f32")
+
+GRID_NAMES = (
+    "int4-g32-sym", "int4-g64-sym", "int4-g128-sym", "int4-g32", "int4-g64", "int4-g128",
+    "int8", "int8-dynamic", "nf4", "nf4-dq", *FLOATS,
+)  # fmt: skip
+
+DEFAULT_GRID = "int4-g128-sym"
+"""What nearly every published GPTQ checkpoint is, and every kernel takes."""
+
+SHARD_BYTES = 5 * 10**9
+"""The most that a file takes where another can be begun (huggingface_hub's default)."""
+
+REFUSED = {
+    "q4_0": "the same values are int4-g32-sym",
+    "q8_0": "the same values are int8",
+}
+
+NOTES = {
+    "int8-dynamic": "int8-dynamic quantizes activations too, each token by its own scale: answers "
+    "can move as much as with 4 bits; int8 keeps them",
+    "nf4-dq": "scales of nf4-dq are rounded together, so each weight is held in memory whole",
+}
+
+
+def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
+    """Every byte of the folder that converting ``source`` will write; reads no weight.
+
+    Raises ``UnknownGrid``, ``UnsupportedTarget`` for what a layout cannot hold, and ``UsageError``
+    for options that contradict each other.
+    """
+    _check_options(recipe)
+    grid = _grid(recipe.grid or DEFAULT_GRID)
+    name, storage = _storage(recipe.layout, grid)
+    dtype = _dtype(recipe, source, grid, name, storage)
+    if storage is not None:
+        scales: Any = storage.scale_dtype or dtype
+        grid = dataclasses.replace(grid, scale_dtype=scales)
+    head = head_row(source.family, source.decoder).source.removesuffix(".weight")
+    weights = [_weight(source, row, grid, dtype, storage) for row in _rows(source)]
+    _check_shapes(weights, grid, name, storage)
+    shards = list(_shards(weights))
+    config: dict[str, Any] = {
+        **source.config,
+        "architectures": [source.family.architecture],
+        "dtype": STATE_DTYPES[dtype],
+    }
+    config.pop("torch_dtype", None)
+    notes = []
+    if storage is not None:
+        config["quantization_config"] = storage.config(grid, dtype, [head])
+        notes.append(f"stored as {name}: transformers loads it with {storage.readers}")
+        notes += [NOTES[grid.name]] if grid.name in NOTES else []
+    files = {shard.name: shard.head for shard in shards}
+    if len(shards) > 1:
+        files[INDEX] = _index(shards)
+    files[CONFIG] = _json(config)
+    if source.generation:
+        files["generation_config.json"] = _json(source.generation)
+    files[CARD] = quantized_card(source.name, source.licence, grid.name, name)
+    return Layout(
+        container=CONTAINER.name,
+        main_file=shards[0].name,
+        files={**files, **source.tokenizer.files()},
+        data_files={shard.name: shard.nbytes for shard in shards},
+        tensors=tuple(tensor for shard in shards for tensor in shard.tensors),
+        context_length=source.decoder.context_length,
+        notes=tuple(notes),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A tensor of the model and the tensors of the checkpoint that it is stored as."""
+
+    row: TensorRow
+    ref: TensorRef
+    grid: Grid
+    packer: str
+    parts: tuple[Part, ...]
+    module: str
+    in_one_piece: bool
+
+    @property
+    def nbytes(self) -> int:
+        return sum(_part_bytes(part) for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor of a file: ``part`` of ``weight``."""
+
+    weight: Weight
+    part: Part
+
+    @property
+    def name(self) -> str:
+        return self.weight.module + self.part.suffix
+
+    @property
+    def dtype(self) -> str:
+        return self.part.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.part.shape
+
+    @property
+    def nbytes(self) -> int:
+        return _part_bytes(self.part)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file: ``head`` is its header and all that does not depend on the weights."""
+
+    name: str
+    head: bytes
+    nbytes: int
+    tensors: tuple[OutputTensor, ...]
+    entries: tuple[Entry, ...]
+
+
+def _check_options(recipe: Recipe) -> None:
+    if recipe.kv_cache is not None:
+        raise UnsupportedTarget(
+            f"--kv-cache {recipe.kv_cache}: a Hugging Face folder does not say how keys and values "
+            "are cached; leave it out, or choose --format onnx"
+        )
+    if recipe.context is not None:
+        raise UnsupportedTarget(
+            f"--context {recipe.context}: the context stands in the model's own config, where "
+            "positions depend on it, and is kept as it is; leave it out, and cap it where it is "
+            "run (vLLM's --max-model-len)"
+        )
+
+
+def _grid(name: str) -> Grid:
+    if name in GRID_NAMES:
+        return GRIDS[name]
+    choice = suggestion(name, GRID_NAMES)
+    if name in GRIDS:
+        reason = REFUSED.get(name, "no layout of transformers has blocks like ggml's")
+        raise UnsupportedTarget(
+            f"--quant {name}: a Hugging Face folder cannot hold it ({reason}); {choice}, or "
+            "--format gguf"
+        )
+    raise UnknownGrid(f"--quant {name}: no grid of that name for Hugging Face folders; {choice}")
+
+
+def _storage(asked: str | None, grid: Grid) -> tuple[str, Storage | None]:
+    """The name of the layout and how it holds ``grid``; empty and None for plain floats."""
+    if asked is not None and asked not in LAYOUTS:
+        raise UsageError(f"--layout {asked}: no such layout; {suggestion(asked, LAYOUTS)}")
+    holders = [name for name, held in LAYOUTS.items() if grid.name in held]
+    if asked is not None and asked not in holders:
+        others = f"{', '.join(LAYOUTS[asked])} for it"
+        choice = f"--layout {' or '.join(holders)}, or {others}" if holders else others
+        raise UnsupportedTarget(f"--layout {asked} cannot hold {grid.name}: choose {choice}")
+    name = asked or default_layout(grid.name)
+    return ("", None) if name is None else (name, LAYOUTS[name][grid.name])
+
+
+def _dtype(
+    recipe: Recipe, source: ModelSource, grid: Grid, layout: str, storage: Storage | None
+) -> str:
+    """What floats are stored in: embedding, head, norms and biases alike."""
+    allowed = (grid.name,) if storage is None else storage.dtypes
+    for option, asked in (("--embed", recipe.embed), ("--head", recipe.head)):
+        if asked is not None and asked not in allowed:
+            where = f"as {layout}" if layout else f"in {grid.name}"
+            raise UnsupportedTarget(
+                f"{option} {asked}: in a folder {where} the tensors that are not quantized are "
+                f"{' or '.join(allowed)}; choose {'one of these' if allowed[1:] else 'that'}, or "
+                "another --layout or --format"
+            )
+    if recipe.embed and recipe.head and recipe.embed != recipe.head:
+        raise UsageError(
+            f"--embed {recipe.embed} and --head {recipe.head}: a Hugging Face folder has one dtype "
+            "for all that is not quantized; give one of them"
+        )
+    return recipe.embed or recipe.head or allowed[0]
+
+
+def _rows(source: ModelSource) -> Iterator[TensorRow]:
+    for row in source.family.tensors(source.decoder):
+        if row.role in source.tensors:
+            yield row
+
+
+def _weight(
+    source: ModelSource, row: TensorRow, grid: Grid, dtype: str, storage: Storage | None
+) -> Weight:
+    ref = source.tensors[row.role]
+    if storage is not None and row.kind == "linear":
+        parts = tuple(storage.parts(ref.rows, ref.columns, grid, dtype))
+        return Weight(
+            row=row,
+            ref=ref,
+            grid=grid,
+            packer=storage.packer.format(dtype=dtype),
+            parts=parts,
+            module=row.source.removesuffix(".weight"),
+            in_one_piece=storage.in_one_piece,
+        )
+    if row.transposed:
+        ref = transposed(ref)
+    part = Part("", dtype.upper(), ref.shape, "data")
+    return Weight(row, ref, GRIDS[dtype], "float", (part,), row.source, in_one_piece=False)
+
+
+def _check_shapes(
+    weights: Sequence[Weight], grid: Grid, layout: str, storage: Storage | None
+) -> None:
+    """Refuse weights that a layout has no room for, with their names and what fits."""
+    quantized = [weight for weight in weights if weight.packer != "float"]
+    if storage is None or not quantized:
+        return
+    if not storage.conv1d and quantized[0].row.transposed:
+        others = ", ".join(
+            f"--layout {name}"
+            for name, held in LAYOUTS.items()
+            if grid.name in held and held[grid.name].conv1d
+        )
+        raise UnsupportedTarget(
+            f"--layout {layout} is for Linear layers, and transformers builds this model of "
+            f"Conv1D: choose {others or 'a grid that gptq or bitsandbytes holds'}, or --format onnx"
+        )
+    multiple = storage.rows_multiple
+    misfits = [weight.row.source for weight in quantized if weight.ref.rows % multiple]
+    if misfits:
+        raise UnsupportedTarget(
+            f"--layout {layout} packs {multiple} outputs together, which do not divide those of "
+            f"{listed(misfits)}: choose --layout compressed-tensors or bitsandbytes"
+        )
+    _check_groups(quantized, grid)
+
+
+def _check_groups(quantized: Sequence[Weight], grid: Grid) -> None:
+    misfits = [weight for weight in quantized if weight.ref.columns % (grid.block or 1)]
+    if not misfits:
+        return
+    widths = {weight.ref.columns for weight in quantized}
+    fitting = [
+        name
+        for name in GRID_NAMES
+        if all(width % (GRIDS[name].block or 1) == 0 for width in widths)
+    ]
+    raise UnsupportedTarget(
+        f"{grid.name} has groups of {grid.block} values, which do not divide the rows of "
+        f"{len(misfits)} tensors: "
+        f"{listed([f'{weight.row.source} ({weight.ref.columns})' for weight in misfits])}. "
+        f"Choose {', '.join(fitting)}"
+    )
+
+
+def _shards(weights: Sequence[Weight]) -> Iterator[Shard]:
+    """The files, each weight whole in one of them, in the order of the model."""
+    groups: list[list[Weight]] = [[]]
+    room = SHARD_BYTES
+    for weight in weights:
+        if groups[-1] and weight.nbytes > room:
+            groups.append([])
+            room = SHARD_BYTES
+        groups[-1].append(weight)
+        room -= weight.nbytes
+    for number, group in enumerate(groups, start=1):
+        name = SINGLE
+        if len(groups) > 1:
+            name = f"model-{number:05}-of-{len(groups):05}.safetensors"
+        yield _shard(name, group)
+
+
+def _shard(name: str, weights: Sequence[Weight]) -> Shard:
+    entries = [Entry(weight, part) for weight in weights for part in weight.parts]
+    # What does not depend on the weights is written with the header. Within both, the widest types
+    # come first, so that each tensor is aligned to its own (as safetensors' reference does).
+    entries.sort(key=lambda entry: (not entry.part.content, -ITEM_BYTES[entry.dtype]))
+    header = header_bytes(entries, {})
+    content = b"".join(entry.part.content for entry in entries)
+    end = len(header)
+    arrays: dict[str, list[StoredArray]] = {}
+    for entry in entries:
+        if entry.part.component:
+            arrays.setdefault(entry.weight.row.role, []).append(_array(entry, name, end))
+        end += entry.nbytes
+    tensors = tuple(
+        OutputTensor(
+            name=weight.row.source,
+            role=weight.row.role,
+            parts=(weight.ref,),
+            grid=weight.grid,
+            packer=weight.packer,
+            arrays=tuple(arrays[weight.row.role]),
+            in_one_piece=weight.in_one_piece,
+        )
+        for weight in weights
+    )
+    return Shard(name, header + content, end, tensors, tuple(entries))
+
+
+def _array(entry: Entry, file: str, offset: int) -> StoredArray:
+    part = entry.part
+    rows = -(-entry.weight.ref.rows // part.rows_each)
+    return StoredArray(
+        name=entry.name,
+        component=part.component,
+        file=file,
+        offset=offset,
+        row_bytes=entry.nbytes // rows,
+        rows=rows,
+        rows_each=part.rows_each,
+        lines=part.lines,
+    )
+
+
+def _part_bytes(part: Part) -> int:
+    return math.prod(part.shape) * ITEM_BYTES[part.dtype]
+
+
+def _index(shards: Sequence[Shard]) -> bytes:
+    weight_map = {entry.name: shard.name for shard in shards for entry in shard.entries}
+    total = sum(entry.nbytes for shard in shards for entry in shard.entries)
+    return index_file(total, weight_map)
+
+
+def _json(fields: object) -> bytes:
+    return json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+
+
+CONTAINER = Container(
+    name="hf",
+    grids=GRID_NAMES,
+    default_grid=DEFAULT_GRID,
+    lay_out=lay_out,
+    default_layout=default_layout,
+)
