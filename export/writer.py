@@ -16,13 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import psutil
 
 from edgellm.errors import OutputError, UsageError
+from edgellm.export.journal import Journal
 from edgellm.manifest import MANIFEST
 
 WRITEBACK_BYTES = 512 << 20
@@ -35,25 +36,37 @@ class StagedFolder:
     Leaving the ``with`` block without a commit removes what was written. Raises ``OutputError``
     when the output exists (unless ``force`` and it holds an artifact or nothing), cannot be
     written, or the disk fills up.
+
+    With a ``resume_key``, what a killed run with the same key wrote is taken over (``resumed``),
+    and what stands in the ``journal`` is kept when the user stops this one.
     """
 
-    def __init__(self, out: Path, *, force: bool = False) -> None:
+    def __init__(self, out: Path, *, force: bool = False, resume_key: str = "") -> None:
         # A link stays, and what it leads to is replaced.
         self.out = out.resolve() if out.is_symlink() else out
         self.force = force
         self.path = _beside(self.out, f"{os.getpid()}.partial")
+        self.resume_key = resume_key
+        self.resumed = False
+        self.journal = Journal(self.path)
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
         self._writeback = ThreadPoolExecutor(1, thread_name_prefix="edgellm-writeback")
 
     def __enter__(self) -> Self:
         with _translated(self.out):
-            if self.out.parent.is_dir():
-                _remove_abandoned(self.out)
+            begun = _remove_abandoned(self.out, self.resume_key)
         check_output(self.out, force=self.force)
         with _translated(self.out):
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.path.mkdir()
+            if begun is None:
+                self.path.mkdir()
+            else:
+                begun.rename(self.path)
+                self.resumed = True
+                self.journal.repair()
+            if self.resume_key and not self.resumed:
+                self.journal.begin(self.resume_key)
         return self
 
     def __exit__(
@@ -66,6 +79,8 @@ class StagedFolder:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+        if kind is KeyboardInterrupt and self.journal.entries():
+            return
         if self.path.exists():
             shutil.rmtree(self.path)
 
@@ -80,11 +95,15 @@ class StagedFolder:
                 os.fsync(file.fileno())
 
     def create_data_file(self, name: str, nbytes: int) -> None:
-        """Make a data file of its final size, its blocks reserved: a full disk shows now."""
+        """Make a data file of its final size, its blocks reserved: a full disk shows now.
+
+        One that was taken over is opened as it is.
+        """
         with _translated(self.out):
             target = self.path / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+            flags |= 0 if self.resumed else os.O_EXCL
             descriptor = os.open(target, flags, 0o666)
             self._descriptors[name] = descriptor
             _reserve(descriptor, nbytes)
@@ -122,6 +141,23 @@ class StagedFolder:
         behind = offset - WRITEBACK_BYTES
         if behind >= 0:
             os.posix_fadvise(descriptor, behind, nbytes, os.POSIX_FADV_DONTNEED)
+
+    def flush(self) -> None:
+        """Bring what was written to the data files so far to the disk."""
+        with _translated(self.out):
+            for descriptor in self._descriptors.values():
+                os.fsync(descriptor)
+
+    def note(self, entry: dict[str, Any]) -> None:
+        """Write a line of the journal."""
+        with _translated(self.out):
+            self.journal.append(entry)
+
+    def forget(self) -> None:
+        """Remove the journal and what lies with it: all is done that it was for."""
+        if self.journal.folder.exists():
+            with _translated(self.out):
+                shutil.rmtree(self.journal.folder)
 
     def sync(self) -> None:
         """Bring every data file to the disk and close it."""
@@ -179,9 +215,12 @@ def check_output(out: Path, *, force: bool) -> None:
 
 
 def check_free(out: Path, nbytes: int) -> None:
-    """Raise ``OutputError`` when the disk of ``out`` has less than ``nbytes`` free."""
+    """Raise ``OutputError`` when the disk of ``out`` has less than ``nbytes`` free.
+
+    What killed runs with the same output left counts as free: it is removed, or gone on with.
+    """
     parent = next(folder for folder in out.absolute().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(parent).free + sum(_occupied(each) for each, _ in _abandoned(out))
     if free < nbytes:
         raise OutputError(
             f"{out} needs {nbytes / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free: free some "
@@ -200,22 +239,49 @@ def _beside(out: Path, ending: str) -> Path:
     return out.with_name(f".{out.name}.{ending}")
 
 
-def _remove_abandoned(out: Path) -> None:
-    """Clear up what killed runs with the same output left beside it.
+def begun_before(out: Path) -> Path | None:
+    """The folder of a run to ``out`` that was stopped and can be gone on with; None without."""
+    with _translated(out):
+        found = [each for each, kind in _abandoned(out) if kind == "partial"]
+        return next((each for each in found if Journal(each).entries()), None)
 
-    One that was killed between its two renames has put the older artifact aside: it goes back.
-    """
+
+def _abandoned(out: Path) -> Iterator[tuple[Path, str]]:
+    """What killed runs with the same output left beside it: ``partial`` or ``retired``."""
+    if not out.parent.is_dir():
+        return
     for leftover in list(out.parent.iterdir()):
         stem, _, kind = leftover.name.rpartition(".")
         name, _, process = stem.rpartition(".")
         if name != f".{out.name}" or kind not in ("partial", "retired") or not process.isdecimal():
             continue
-        if int(process) != os.getpid() and psutil.pid_exists(int(process)):
-            continue
+        if int(process) == os.getpid() or not psutil.pid_exists(int(process)):
+            yield leftover, kind
+
+
+def _remove_abandoned(out: Path, resume_key: str = "") -> Path | None:
+    """Clear up what killed runs with the same output left beside it.
+
+    One that was killed between its two renames has put the older artifact aside: it goes back. Of
+    those whose journal has ``resume_key``, the one that had come furthest stays and is returned.
+    """
+    furthest, progress = None, 0
+    for leftover, kind in _abandoned(out):
+        journal = Journal(leftover)
         if kind == "retired" and not out.exists():
             leftover.rename(out)
+        elif resume_key and journal.key() == resume_key and len(journal.entries()) > progress:
+            if furthest is not None:
+                shutil.rmtree(furthest)
+            furthest, progress = leftover, len(journal.entries())
         else:
             shutil.rmtree(leftover)
+    return furthest
+
+
+def _occupied(folder: Path) -> int:
+    """Bytes of the files in ``folder``, at any depth."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:
