@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from threading import RLock
+from typing import Any, TypeVar
 
 from edgellm.tensors import Array
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -22,8 +27,18 @@ class Statistics:
     hessian: Array
     largest: Array
     tokens: int
+    _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _lock: RLock = field(default_factory=RLock, init=False, repr=False, compare=False)
 
     @property
     def importance(self) -> Array:
         """The mean square of each channel, float32 ``[in]``: llama.cpp's importance."""
         return (self.hessian if self.hessian.ndim == 1 else self.hessian.diagonal()).copy()
+
+    def once(self, name: str, make: Callable[[], Made]) -> Made:
+        """What ``make`` gave when ``name`` was first asked for; other threads wait meanwhile."""
+        with self._lock:
+            if name not in self._made:
+                self._made[name] = make()
+            made: Made = self._made[name]
+            return made
