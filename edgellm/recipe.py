@@ -59,6 +59,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ``keep_adapters``: write them beside the base instead of merging. ``allow_untrained``: take
     adapters that change nothing. ``min_survival``: the least share of the fine-tune that must be
     left after rounding, measured on the file ``calibration_text``.
+
+    ``calibration`` is the text that solvers see the model work on, a file or ``builtin``, of which
+    ``calibration_tokens`` are drawn by ``seed``.
     """
 
     source: str
@@ -81,6 +84,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     allow_untrained: bool = False
     min_survival: float | None = None
     calibration_text: str | None = None
+    calibration: str | None = None
+    calibration_tokens: int | None = None
 
     @property
     def takes_quantized(self) -> bool:
@@ -114,9 +119,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         that are about them. What only decides whether the result is kept is left out.
         """
         fields: dict[str, Any] = msgspec.to_builtins(self)
-        for name in ("source", "adapters", *ONLY_CHECKED):
+        for name in ("source", "adapters", "calibration", *ONLY_CHECKED):
             del fields[name]
-        for name in ("layout", *OF_ADAPTERS):
+        for name in ("layout", "calibration_tokens", *OF_ADAPTERS):
             if not fields.get(name):
                 fields.pop(name, None)
         if self.adapters:
