@@ -39,6 +39,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "edgellm.cli.run_command:run",
         "Ask an artifact or a GGUF file, or chat with it.",
     ),
+    "eval": (
+        "edgellm.cli.eval_command:eval_",
+        "Measure a model on a text, and how far it is from another.",
+    ),
     "inspect": (
         "edgellm.cli.inspect_command:inspect",
         "Show what is inside an artifact or a model file.",

@@ -19,11 +19,14 @@ def quiet() -> None:
     llama_cpp.llama_log_set(be_quiet, ctypes.c_void_p(0))
 
 
-def logits(path: Path, token_ids: Sequence[int], steps: Sequence[int] = ()) -> np.ndarray:
+def logits(
+    path: Path, token_ids: Sequence[int], steps: Sequence[int] = (), *, as_shipped: bool = False
+) -> np.ndarray:
     """``[tokens, vocab]`` with a float32 KV cache and without flash attention.
 
-    ``steps``: how many tokens are evaluated at a time; one go where it is empty. Tokens beyond
-    their sum are evaluated one by one, from the cache.
+    ``as_shipped``: with llama.cpp's own choice of both instead, as its programs have it. ``steps``:
+    how many tokens are evaluated at a time; one go where it is empty. Tokens beyond their sum are
+    evaluated one by one, from the cache.
     """
     quiet()
     model_params = llama_cpp.llama_model_default_params()
@@ -34,8 +37,9 @@ def logits(path: Path, token_ids: Sequence[int], steps: Sequence[int] = ()) -> n
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = 256 * (1 + len(token_ids) // 256)
     params.n_threads = params.n_threads_batch = 1
-    params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
-    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if not as_shipped:
+        params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.swa_full = False
     context = llama_cpp.llama_init_from_model(model, params)
     assert context, "llama.cpp made no context"
