@@ -29,7 +29,31 @@ BUILT_IN = "builtin"
 
 DATA = Path(__file__).parent / "data"
 
-PARTS: tuple[tuple[str, ...], ...] = (("notes",),)
+PARTS: tuple[tuple[str, ...], ...] = (
+    ("chat",),
+    ("prose",),
+    ("code",),
+    ("notes",),
+    tuple(
+        f"languages/{name}"
+        for name in (
+            "ar",
+            "de",
+            "es",
+            "fr",
+            "hi",
+            "it",
+            "ja",
+            "ko",
+            "pl",
+            "pt",
+            "ru",
+            "tr",
+            "uk",
+            "zh",
+        )
+    ),
+)
 """Files of the built-in calibration set. Windows are taken from each row in turn, and of a row from
 each file in turn."""
 

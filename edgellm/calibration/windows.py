@@ -81,8 +81,9 @@ def packed(
 ) -> Iterator[list[int]]:
     """Windows of exactly ``window_tokens``, documents following each other in them.
 
-    A window begins where a document begins, or carries on a document that filled the one before it
-    alone: what does not fit of a document after others is dropped, as is the end of the last.
+    So that windows begin where documents do, as far as it goes, the end of a document that is cut
+    by the end of a window is dropped where it is shorter than a window and others came before it.
+    What is left after the last full window is dropped too.
     """
     window: list[int] = []
     for document in documents:
@@ -96,7 +97,7 @@ def packed(
             if len(window) == window_tokens:
                 yield window
                 window = []
-                if not alone:
+                if not alone and len(document.ids) - start < window_tokens:
                     break
 
 
