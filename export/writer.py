@@ -185,6 +185,25 @@ class StagedFolder:
             if retired.exists():
                 shutil.rmtree(retired)
 
+    def put_aside(self) -> Path:
+        """Put the folder beside its place, which stays as it is; where it is now.
+
+        An artifact that was put aside earlier makes way.
+        """
+        aside = aside_of(self.out)
+        check_output(aside, force=True)
+        with _translated(aside):
+            if aside.exists():
+                shutil.rmtree(aside)
+            self.path.rename(aside)
+            _sync_folder(aside.parent)
+        return aside
+
+
+def aside_of(out: Path) -> Path:
+    """Where what was made for ``out`` is kept when it is rejected."""
+    return out.with_name(f"{out.name}.rejected")
+
 
 def check_output(out: Path, *, force: bool) -> None:
     """Raise ``OutputError`` unless ``out`` is free, or may be replaced because of ``force``."""

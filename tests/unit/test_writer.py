@@ -56,6 +56,24 @@ def test_an_older_artifact_stays_until_the_new_one_is_whole(tmp_path: Path) -> N
     assert names(tmp_path) == {"out"}
 
 
+def test_what_is_rejected_is_put_aside_and_the_older_artifact_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text("old")
+    for content in (b"first", b"second"):
+        with StagedFolder(out, force=True) as staged:
+            staged.write_file("manifest.json", content)
+            assert staged.put_aside() == tmp_path / "out.rejected"
+        assert (tmp_path / "out.rejected" / "manifest.json").read_bytes() == content
+    assert (out / "manifest.json").read_text() == "old"
+    assert names(tmp_path) == {"out", "out.rejected"}
+    (tmp_path / "out.rejected" / "manifest.json").rename(tmp_path / "out.rejected" / "mine")
+    with pytest.raises(OutputError, match="did not write"), StagedFolder(out, force=True) as staged:
+        staged.write_file("manifest.json", b"third")
+        staged.put_aside()
+    assert names(tmp_path / "out.rejected") == {"mine"}
+
+
 @pytest.mark.parametrize("dangling", [False, True])
 def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path, dangling: bool) -> None:
     target, link = tmp_path / "disk" / "target", tmp_path / "link"
