@@ -2,7 +2,7 @@
 
 How a conversion uses it::
 
-    source, folding = plan_transforms(source, transforms, grids)   # plan: lay this source out
+    source, folding = plan_transforms(source, transforms, grids, solver)  # lay this source out
     for index in range(folding.units):                             # the layers, then the head
         statistics = folding.fill_layer(index, statistics_of_inputs, grids_by_role, threads)
         ...                                                        # load, solve, write the tensors
@@ -25,7 +25,7 @@ from edgellm import registry
 from edgellm.architectures.couplings import Absorber, Coupling, couplings, left_out
 from edgellm.errors import TensorError, UsageError
 from edgellm.parallel import in_parallel
-from edgellm.quant import TRANSFORMS
+from edgellm.quant import SOLVERS, TRANSFORMS
 from edgellm.quant.grid import Grid
 from edgellm.quant.scaling import Scaling, Search, Weight, unscaled
 from edgellm.quant.statistics import Statistics
@@ -37,12 +37,14 @@ from edgellm.tensors import Array, TensorRef
 class Folding:
     """The factors of every coupling of ``original``, unit by unit: layers from 0 on, then the head.
 
-    ``scalings`` keeps what the searches found, by ``Coupling.key``.
+    ``corrected`` is what ``Search`` is told of the solver. ``scalings`` keeps what the searches
+    found, by ``Coupling.key``.
     """
 
     original: ModelSource
     search: Search
     coupled: tuple[Coupling, ...]
+    corrected: bool = False
     scalings: dict[str, Scaling] = field(default_factory=dict)
 
     @property
@@ -109,7 +111,7 @@ class Folding:
         ]
         if not weights:
             return unscaled(coupling, "its weights stay floats")
-        return self.search(weights, inputs, coupling)
+        return self.search(weights, inputs, coupling, corrected=self.corrected)
 
     def _keep(self, coupling: Coupling, scaling: Scaling) -> None:
         factors = scaling.factors
@@ -160,11 +162,11 @@ class Folding:
 
 
 def plan_transforms(
-    source: ModelSource, transforms: Sequence[str], grids: Collection[Grid]
+    source: ModelSource, transforms: Sequence[str], grids: Collection[Grid], solver: str
 ) -> tuple[ModelSource, Folding | None]:
     """``source`` with its coupled tensors scaled by what a transform will find, and its factors.
 
-    ``grids`` are those of the linear layers. Without transforms, ``source`` and None. Raises
+    ``grids`` are those of the linear layers, ``solver`` what rounds them. Without transforms, ``source`` and None. Raises
     ``UsageError`` for two transforms, which would both choose the same factors, and for one that
     has nothing to do on the grids.
     """
@@ -177,12 +179,15 @@ def plan_transforms(
         )
     (name,) = transforms
     check_useful(name, grids)
-    return folded_source(source, registry.attribute(TRANSFORMS[name]))
+    corrected = SOLVERS[solver].needs == "hessian"
+    return folded_source(source, registry.attribute(TRANSFORMS[name]), corrected=corrected)
 
 
-def folded_source(source: ModelSource, search: Search) -> tuple[ModelSource, Folding]:
+def folded_source(
+    source: ModelSource, search: Search, *, corrected: bool = False
+) -> tuple[ModelSource, Folding]:
     """``source`` with its coupled tensors scaled by factors that ``search`` finds later."""
-    folding = Folding(source, search, couplings(source.decoder))
+    folding = Folding(source, search, couplings(source.decoder), corrected)
     tensors = {role: folding.folded(role, ref) for role, ref in source.tensors.items()}
     reasons = left_out(source.decoder)
     notes = [f"{part} keeps the scale of its input: {why}" for part, why in reasons.items()]
@@ -205,7 +210,7 @@ def folded_statistics(statistics: Statistics, columns: Array) -> Statistics:
     """Of inputs divided by ``columns`` ``[in]``: ``D^-1 H D^-1`` for the Hessian."""
     inverse = np.float32(1) / columns
     hessian = statistics.hessian * inverse
-    hessian *= inverse[:, None]
+    hessian *= inverse if hessian.ndim == 1 else inverse[:, None]
     return replace(statistics, hessian=hessian, largest=statistics.largest * inverse)
 
 

@@ -3,7 +3,7 @@
 A solver picks codes on a grid: ``solve(rows, grid, statistics) -> QTensor``, with ``rows`` float32
 ``[rows, columns]``. Rows are solved apart: the result for a row does not depend on which others
 come with it. A transform edits coupled weights before a solver sees them, so that the network
-computes the same and rounds better: ``search(weights, statistics, coupling) -> Scaling``
+computes the same and rounds better: ``search(weights, statistics, coupling, ...) -> Scaling``
 (``quant/scaling.py``), called by ``calibration/folding.py``.
 """
 

@@ -1,6 +1,7 @@
 """What a transform is given and gives back: factors for the input channels of coupled weights.
 
-``search(weights, statistics, coupling) -> Scaling`` is the shape of every row of ``TRANSFORMS``.
+``search(weights, statistics, coupling, corrected=...) -> Scaling`` is the shape of every row of
+``TRANSFORMS``.
 """
 
 from __future__ import annotations
@@ -40,13 +41,36 @@ class Scaling:
 
 
 class Search(Protocol):
-    """Chooses factors for one coupling; the same ones for any number of threads."""
+    """Chooses factors for one coupling; the same ones for any number of threads.
+
+    ``corrected``: the solver makes the error of each column good by later ones (gptq).
+    """
 
     def __call__(
-        self, weights: Sequence[Weight], statistics: Statistics, coupling: Coupling
+        self,
+        weights: Sequence[Weight],
+        statistics: Statistics,
+        coupling: Coupling,
+        *,
+        corrected: bool = False,
     ) -> Scaling: ...
 
 
 def unscaled(coupling: Coupling, reason: str = "") -> Scaling:
     """Factors of one, and why."""
     return Scaling(np.ones(coupling.channels, np.float32), reason=reason)
+
+
+SAMPLED_ROWS = 1024
+"""Rows of a weight that a search looks at; runs of ``RUN_ROWS`` spread over all of them."""
+
+RUN_ROWS = 32
+
+
+def sampled_rows(ref: TensorRef) -> Array:
+    """All rows of a small weight, else some spread evenly, float32 ``[rows, columns]``."""
+    if ref.rows <= SAMPLED_ROWS:
+        return ref.load()
+    runs = SAMPLED_ROWS // RUN_ROWS
+    starts = np.linspace(0, ref.rows - RUN_ROWS, runs).round().astype(int)
+    return np.concatenate([ref.load(start, start + RUN_ROWS) for start in starts.tolist()])

@@ -27,7 +27,11 @@ TinyModel = Callable[[str], Path]
 
 
 def random_factors(
-    weights: Sequence[Weight], statistics: Statistics, coupling: Coupling
+    weights: Sequence[Weight],
+    statistics: Statistics,
+    coupling: Coupling,
+    *,
+    corrected: bool = False,
 ) -> Scaling:
     """Factors from 1/4 to 4, another set for every coupling."""
     seed = [coupling.layer, *coupling.name.encode()]
@@ -117,6 +121,10 @@ def test_statistics_are_those_of_the_scaled_inputs() -> None:
     np.testing.assert_allclose(found.hessian, scaled.T @ scaled / 64, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found.largest, np.abs(scaled).max(axis=0), rtol=1e-6)
     assert found.tokens == 64
+    diagonal = Statistics(given.importance, given.largest, 64)
+    np.testing.assert_allclose(
+        folded_statistics(diagonal, factors).importance, found.importance, rtol=1e-6
+    )
 
 
 def test_a_tensor_loaded_before_its_factors_are_known_raises(tiny_model: TinyModel) -> None:
@@ -140,7 +148,13 @@ def test_recorded_factors_restore_the_tensors(tiny_model: TinyModel) -> None:
 
 
 def test_factors_that_are_not_finite_are_refused_by_name(tiny_model: TinyModel) -> None:
-    def broken(weights: Sequence[Weight], statistics: Statistics, coupling: Coupling) -> Scaling:
+    def broken(
+        weights: Sequence[Weight],
+        statistics: Statistics,
+        coupling: Coupling,
+        *,
+        corrected: bool = False,
+    ) -> Scaling:
         return Scaling(np.full(coupling.channels, np.nan, np.float32))
 
     source = open_source(str(tiny_model("llama")))
