@@ -1,8 +1,9 @@
 """Which ggml type each tensor of a GGUF file takes: llama.cpp's own mixtures, as a table.
 
 A mixture such as ``q4_k_m`` names a type for most tensors and gives more bits to those whose
-rounding hurts most. The choices are those of ``llama_model_quantize`` without an importance matrix
-(llama.cpp, src/llama-quant.cpp), which ``tests/parity`` compares byte by byte.
+rounding hurts most. The choices are those of ``llama_model_quantize``, with an importance matrix
+where the solver weighs by importance and without one else (llama.cpp, src/llama-quant.cpp);
+``tests/parity`` compares both byte by byte.
 """
 
 from __future__ import annotations
@@ -12,17 +13,25 @@ from dataclasses import dataclass
 
 from edgellm.architectures.decoder import Decoder
 from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
+from edgellm.quant import SOLVERS
 from edgellm.quant.grid import GRIDS, Grid, grid_named, unknown_grid
-from edgellm.recipe import Recipe
+from edgellm.quant.levels import VECTOR_CODEBOOKS
+from edgellm.recipe import DEFAULT_SOLVER, Recipe
+
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor stands: its layer of how many, and how many heads share a key/value head."""
+    """Where a tensor stands: its layer of how many, and how many heads share a key/value head.
+
+    ``weighed``: the solver weighs columns by their importance.
+    """
 
     layer: int
     layers: int
     sharing: int
+    weighed: bool = False
 
 
 Condition = Callable[[Place], bool]
@@ -46,6 +55,16 @@ def first_part(parts: int) -> Condition:
     return lambda place: place.layer < place.layers // parts
 
 
+def weighed(condition: Condition) -> Condition:
+    """``condition``, and only with importance."""
+    return lambda place: place.weighed and condition(place)
+
+
+def unweighed(condition: Condition) -> Condition:
+    """``condition``, and only without importance."""
+    return lambda place: not place.weighed and condition(place)
+
+
 def middle(place: Place) -> bool:
     return place.layers // 8 <= place.layer < 7 * place.layers // 8
 
@@ -61,7 +80,9 @@ class Mixture:
 
     ``grid`` is the type where nothing else is said. The other columns are rules for one kind of
     tensor, of which the first that holds counts; ``value`` is for attn_v and for a fused attn_qkv.
-    ``head`` is the output head, and the embedding too where the two are one tensor.
+    ``head`` is the output head, and the embedding too where the two are one tensor. ``needs``: the
+    types that are garbage without importance in this mixture alone (``NEED_IMPORTANCE``: in all).
+    ``more_for_70b``: values of models of that size get more bits.
     """
 
     file_type: int
@@ -74,11 +95,38 @@ class Mixture:
     down: Rules = ()
     embedding: Rules = ()
     head: Rules = (("q6_k", always),)
+    needs: tuple[str, ...] = ()
+    more_for_70b: bool = True
 
 
 _MORE = (("q6_k", ends_and_thirds),)
-_IQ4 = {"value": (("q5_k", shared_by_four),), "down": (("q5_k", first_part(8)),)}
 _AS_GRID: Rules = ()
+
+
+def _iq4(file_type: int, grid: str) -> Mixture:
+    return Mixture(
+        file_type,
+        grid,
+        value=(("q5_k", shared_by_four),),
+        down=(("q5_k", unweighed(first_part(8))),),
+    )
+
+
+def _iq1_or_2(
+    file_type: int, grid: str, more: str, embedding: str, attention_output: Rules = ()
+) -> Mixture:
+    """The mixtures below three bits differ in the type of what gets ``more`` bits."""
+    return Mixture(
+        file_type,
+        grid,
+        value=(("q4_k", shared_by_four), (more, always)),
+        attention_output=attention_output,
+        down=((more, first_part(8)),),
+        embedding=((embedding, always),),
+        head=(("q5_k", always),),
+        more_for_70b=False,
+    )
+
 
 MIXTURES: dict[str, Mixture] = {
     "f32": Mixture(0, "f32", head=_AS_GRID),
@@ -89,13 +137,13 @@ MIXTURES: dict[str, Mixture] = {
     "q5_k_m": Mixture(17, "q5_k", value=_MORE, down=_MORE),
     "q5_k_s": Mixture(16, "q5_k"),
     "q5_1": Mixture(9, "q5_1"),
-    "q5_0": Mixture(8, "q5_0"),
+    "q5_0": Mixture(8, "q5_0", down=(("q5_1", weighed(first_part(8))),)),
     "q4_k_m": Mixture(15, "q4_k", value=_MORE, down=_MORE),
     "q4_k_s": Mixture(14, "q4_k", value=(("q5_k", first(4)),), down=(("q5_k", first_part(8)),)),
     "q4_1": Mixture(3, "q4_1"),
-    "q4_0": Mixture(2, "q4_0"),
-    "iq4_nl": Mixture(25, "iq4_nl", **_IQ4),
-    "iq4_xs": Mixture(30, "iq4_xs", **_IQ4),
+    "q4_0": Mixture(2, "q4_0", down=(("q4_1", weighed(first_part(8))),)),
+    "iq4_nl": _iq4(25, "iq4_nl"),
+    "iq4_xs": _iq4(30, "iq4_xs"),
     "q3_k_l": Mixture(
         13,
         "q3_k",
@@ -118,6 +166,13 @@ MIXTURES: dict[str, Mixture] = {
         attention_output=(("q3_k", always),),
         down=(("q3_k", always),),
     ),
+    "q2_k_s": Mixture(
+        21,
+        "q2_k",
+        value=(("q4_k", shared_by_four),),
+        down=(("q4_k", first_part(8)),),
+        needs=("q2_k",),
+    ),
     "iq3_m": Mixture(
         27,
         "iq3_s",
@@ -137,14 +192,20 @@ MIXTURES: dict[str, Mixture] = {
     "iq3_xxs": Mixture(
         23,
         "iq3_xxs",
-        value=(("q4_k", shared_by_four), ("iq3_s", always)),
+        value=(("q4_k", shared_by_four), ("iq3_s", unweighed(always))),
         key=(("iq2_s", always),),
         query=(("iq2_s", always),),
         attention_output=(("iq3_s", always),),
-        down=(("q4_k", first_part(8)), ("q3_k", always)),
+        down=(("q4_k", unweighed(first_part(8))), ("q3_k", unweighed(always))),
         embedding=(("iq3_s", always),),
         head=(("q5_k", always),),
     ),
+    "iq2_m": _iq1_or_2(29, "iq2_s", "iq3_s", "iq3_s", (("iq3_s", always),)),
+    "iq2_s": _iq1_or_2(28, "iq2_xs", "iq3_s", "iq3_s", (("iq3_s", always),)),
+    "iq2_xs": _iq1_or_2(20, "iq2_xs", "q2_k", "q2_k"),
+    "iq2_xxs": _iq1_or_2(19, "iq2_xxs", "q2_k", "q2_k"),
+    "iq1_m": _iq1_or_2(31, "iq1_m", "q2_k", "q2_k", (("iq2_xxs", always),)),
+    "iq1_s": _iq1_or_2(24, "iq1_s", "q2_k", "q2_k", (("iq2_xxs", always),)),
 }
 
 KINDS = {
@@ -156,12 +217,16 @@ KINDS = {
     "ffn_gate.weight": "gate_and_up",
     "ffn_up.weight": "gate_and_up",
     "ffn_down.weight": "down",
-    "token_embd.weight": "embedding",
-    "output.weight": "head",
+    EMBEDDING: "embedding",
+    HEAD: "head",
 }
 """The column of ``Mixture`` for a role without its ``blk.N.``."""
 
 FALLBACKS = {
+    "iq1_s": "iq4_nl",
+    "iq1_m": "iq4_nl",
+    "iq2_xxs": "iq4_nl",
+    "iq2_xs": "iq4_nl",
     "iq2_s": "iq4_nl",
     "iq3_xxs": "iq4_nl",
     "iq3_s": "iq4_nl",
@@ -174,11 +239,11 @@ FALLBACKS = {
 }
 """What takes the place of a type of blocks of 256 where they do not divide a row."""
 
-NEED_IMPORTANCE = ("iq2_s", "iq3_xxs")
+NEED_IMPORTANCE = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs")
 """Types that are garbage without an importance matrix, except for the embedding and the head."""
 
-NO_DATA_FREE = ("q2_k_s", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m")
-"""Mixtures of llama.cpp that cannot be made without an importance matrix."""
+NO_GUESS = ("iq1_s", "iq2_xxs", "iq2_xs")
+"""Those of them that ggml cannot round to at all without (``ggml_quantize_requires_imatrix``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +256,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Chooser:
-    """Chooses the grids of one model; ``embed`` and ``head`` are what the user asked for apart."""
+    """Chooses the grids of one model; ``embed`` and ``head`` are what the user asked for apart.
+
+    ``solver`` is a name of ``quant.SOLVERS``: whether it weighs columns decides some types.
+    """
 
     name: str
     mixture: Mixture
@@ -199,6 +267,12 @@ class Chooser:
     arch: str
     embed: Grid | None = None
     head: Grid | None = None
+    solver: str = DEFAULT_SOLVER
+
+    @property
+    def weighed(self) -> bool:
+        """Whether the solver knows the importance of columns."""
+        return SOLVERS[self.solver].needs != "nothing"
 
     def choose(self, role: str, shape: tuple[int, ...]) -> Choice:
         """The grid for a tensor ``[out, in]``, or a vector.
@@ -212,34 +286,50 @@ class Chooser:
         if asked is not None:
             if shape[-1] % asked.block:
                 raise UnsupportedTarget(_does_not_divide(role, shape[-1], asked))
-            return Choice(asked)
+            if asked.name in NO_GUESS and not (self.weighed and role == HEAD):
+                raise UnsupportedTarget(
+                    f"{role} cannot be {asked.name}, which ggml rounds to by importance alone, "
+                    f"{'and an embedding has none' if role == EMBEDDING else 'and there is none'}: "
+                    "choose q2_k or iq3_s"
+                )
+            return Choice(asked, self._note(asked))
         wanted = GRIDS[self._by_rule(role, shape[-1])]
         grid = fallback(wanted, shape[-1])
-        if grid.name in NEED_IMPORTANCE and role not in ("token_embd.weight", "output.weight"):
+        needs = grid.name in NEED_IMPORTANCE or grid.name in self.mixture.needs
+        if needs and not self.weighed and role not in (EMBEDDING, HEAD):
             raise UnsupportedTarget(
                 f"{self.name} makes {role} {grid.name}, which is garbage without an importance "
-                "matrix: choose iq3_s, iq3_m, q3_k_s or q2_k"
+                f"matrix: choose imatrix:{self.name} or gptq:{self.name}, which calibrate first, "
+                "or iq3_s, iq3_m, q3_k_s or q2_k"
             )
         if grid == wanted:
-            return Choice(grid)
+            return Choice(grid, self._note(grid))
         return Choice(grid, f"{wanted.name}'s blocks of {wanted.block} do not divide {shape[-1]}")
 
+    def _note(self, grid: Grid) -> str:
+        """What becomes of a solver that ``grid`` is not for."""
+        if self.solver != "gptq" or grid.name not in VECTOR_CODEBOOKS:
+            return ""
+        return f"a code of {grid.name} stands for several values: rounded by imatrix, not gptq"
+
     def _asked(self, role: str) -> Grid | None:
-        if role == "output.weight":
+        if role == HEAD:
             return self.head
-        if role == "token_embd.weight":
+        if role == EMBEDDING:
             return self.embed or (self.head if self.decoder.tied_head else None)
         return None
 
     def _by_rule(self, role: str, columns: int) -> str:
         layer, kind = self._kind(role)
         heads, kv_heads = self.decoder.heads, self.decoder.kv_heads
-        place = Place(layer, len(self.decoder.layers), heads // kv_heads if kv_heads else 0)
+        sharing = heads // kv_heads if kv_heads else 0
+        place = Place(layer, len(self.decoder.layers), sharing, self.weighed)
         if kind == "head" and columns % GRIDS[self.mixture.grid].block:
             return "q8_0"
         rules: Rules = getattr(self.mixture, kind) if kind else ()
         name = next((name for name, holds in rules if holds(place)), self.mixture.grid)
-        if kind == "value" and is_70b(self.arch, self.decoder) and name in ("q3_k", "q4_k"):
+        more = kind == "value" and self.mixture.more_for_70b
+        if more and is_70b(self.arch, self.decoder) and name in ("q3_k", "q4_k"):
             # Eight heads share a value head: more bits for it cost next to nothing.
             return "q5_k"
         return name
@@ -266,22 +356,19 @@ def chooser(recipe: Recipe, decoder: Decoder, arch: str) -> Chooser:
             "the output head of this model is its embedding, one tensor, so it cannot be both "
             f"{embed.name} and {head.name}: give --embed or --head alone"
         )
-    return Chooser(recipe.grid, mixture_named(recipe.grid), decoder, arch, embed, head)
+    mixture = mixture_named(recipe.grid)
+    return Chooser(recipe.grid, mixture, decoder, arch, embed, head, recipe.solver)
 
 
 def mixture_named(name: str) -> Mixture:
     """The mixture called ``name``, in any case.
 
     Raises ``UnknownGrid`` with the nearest names, and ``UnsupportedTarget`` if another container
-    has it or it needs importance.
+    has it.
     """
     lower = name.lower()
     if lower in MIXTURES:
         return MIXTURES[lower]
-    if lower in NO_DATA_FREE:
-        raise UnsupportedTarget(
-            f"{name} is garbage without an importance matrix: choose iq3_s, iq3_m or q2_k"
-        )
     if lower in GRIDS and GRIDS[lower].ggml_type is not None:
         raise UnknownGrid(
             f"{name} is a type of single tensors, for --embed and --head: for a whole model choose "

@@ -79,6 +79,7 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
         **source.tokenizer.gguf_metadata(rows=decoder.vocab_size),
     }
     head = gguf_head(metadata, [_entry(ref, choice) for ref, choice in stored])
+    unweighed_iq3 = types.mixture.grid.startswith("iq3") and not types.weighed
     return Layout(
         container=CONTAINER.name,
         main_file=FILE,
@@ -89,7 +90,7 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
             for (ref, choice), offset in zip(stored, head.offsets, strict=True)
         ),
         context_length=context,
-        notes=(*notes, IQ3_NOTE) if types.mixture.grid.startswith("iq3") else notes,
+        notes=(*notes, IQ3_NOTE) if unweighed_iq3 else notes,
         tokenizer_limits=source.tokenizer.gguf_limits(),
     )
 

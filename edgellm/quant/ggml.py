@@ -51,8 +51,8 @@ def checked_importance(importance: Array, columns: int) -> Array:
     """``importance`` as float32 ``[columns]``; raises ``TensorError`` where it cannot be one."""
     if importance.shape != (columns,):
         raise TensorError(
-            f"importance of {importance.size} columns is given for rows of {columns}: it was made "
-            "for another tensor or model"
+            f"importance of shape {list(importance.shape)} is given for rows of {columns}: it was "
+            "made for another tensor or model"
         )
     values = np.ascontiguousarray(importance, dtype=np.float32)
     if not np.isfinite(values).all() or values.min(initial=0) < 0:

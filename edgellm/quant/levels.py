@@ -21,7 +21,7 @@ CODEBOOKS = {
     "iq4_xs": IQ4_LEVELS,
 }
 
-VECTOR_CODEBOOKS = ("iq2_s", "iq3_xxs", "iq3_s")
+VECTOR_CODEBOOKS = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s")
 """Grids whose codes stand for several values at once: ggml's own code alone rounds to them."""
 
 

@@ -21,14 +21,14 @@ TinyModel = Callable[[str], Path]
 GGUF = (
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q5_1", "q4_k_m", "q4_k_s",
     "q4_0", "q4_1", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "iq3_m", "iq3_s",
-    "iq3_xs", "iq3_xxs",
+    "iq3_xs", "iq3_xxs", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
 )  # fmt: skip
 ONNX = (
     "f32", "f16", "int8", "int8-dynamic", "int4-g32", "int4-g64", "int4-g128", "int4-g32-sym",
     "int4-g64-sym", "int4-g128-sym", "nf4",
 )  # fmt: skip
 
-NEEDS_IMPORTANCE = ("iq3_xs", "iq3_xxs")
+NEEDS_IMPORTANCE = ("iq3_xs", "iq3_xxs", *GGUF[GGUF.index("q2_k_s") :])
 """GGUF mixtures that hold where blocks of 256 do not divide the rows, and are refused where they
 do: they then need an importance matrix."""
 
@@ -46,7 +46,7 @@ BOUNDS = {
     "int4": 0.7,
     "nf4": 0.7,
     "q3": 0.95,
-    "iq3": 0.95,
+    "iq": 0.95,
     "q2": 1.15,
 }
 """How far logits may lie from the original's, as a part of their spread, by the beginning of the
@@ -80,6 +80,7 @@ def original(tiny_model: TinyModel) -> Callable[[str], np.ndarray]:
 
 def error_of(source: Path, out: Path, wanted: np.ndarray, **choices: Any) -> float:
     """Convert, verify and run; the distance of the logits from ``wanted``."""
+    choices["quant"] = f"rtn:{choices['quant']}"
     artifact = edgellm.convert(source, out, check=False, threads=1, **choices)
     verify(open_artifact(out))
     module = {"gguf": "llama_cpp", "onnx": "onnxruntime"}[artifact.container]
@@ -112,7 +113,9 @@ def test_rows_that_every_block_divides(
     source = tiny_model("llama-256")
     if quant in NEEDS_IMPORTANCE:
         with pytest.raises(UnsupportedTarget, match="importance"):
-            edgellm.convert(source, tmp_path / "out", format=container, quant=quant, check=False)
+            edgellm.convert(
+                source, tmp_path / "out", format=container, quant=f"rtn:{quant}", check=False
+            )
         assert not list(tmp_path.iterdir())
         return
     wanted = original("llama-256")

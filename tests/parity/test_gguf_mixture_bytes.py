@@ -14,13 +14,13 @@ from edgellm.errors import UnsupportedTarget
 from edgellm.export.gguf_head import StoredTensor, gguf_head
 from edgellm.export.gguf_mixture import MIXTURES, Chooser, mixture_named
 from edgellm.export.packing import PACKERS
-from edgellm.quant import floats, ggml
+from edgellm.quant import floats, ggml, imatrix
 from edgellm.quant.grid import GRIDS, Grid, QTensor
 from edgellm.tensors import Array
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
-from llamacpp_quantizer import quantize_with_llamacpp
+from llamacpp_quantizer import quantize_with_llamacpp, types_of_llamacpp
 
 ROWS = 4
 
@@ -79,6 +79,15 @@ class Model:
         if not self.decoder.tied_head:
             yield "output.weight", (ROWS, width)
 
+    def importance(self) -> Weights:
+        """As calibration would find it: of the linears, not of the embedding and the head."""
+        random = np.random.default_rng(11)
+        return {
+            role: np.exp(2 * random.standard_normal(values.shape[-1], dtype=np.float32))
+            for role, values in self.weights.items()
+            if role.startswith("blk.") and values.ndim == 2
+        }
+
     def metadata(self) -> dict[str, object]:
         decoder, arch = self.decoder, self.arch
         return {
@@ -124,16 +133,30 @@ CASES = [
     for name in MIXTURES
     for title in MODELS
     # Vector codebooks take long, and no rule of theirs depends on 80 layers.
-    if not (name.startswith("iq3") and "80 layers" in title)
+    if not (name.startswith(("iq1", "iq2", "iq3")) and "80 layers" in title)
 ]
 
 
-def our_bytes(rows: Array, grid: Grid) -> QTensor:
-    solve = floats.encode if grid.kind == "float" else ggml.quantize
-    return solve(rows.reshape(-1, rows.shape[-1]), grid)
+WITH_IMPORTANCE = (
+    "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs",
+    "q3_k_m", "q2_k_s", "iq3_xs", "iq2_xxs",
+)  # fmt: skip
+"""Mixtures whose bytes are compared with importance: every type but those whose tables take ggml
+half a minute to build (iq1_s, iq1_m, iq2_xs and iq2_s, which were compared once by hand)."""
 
 
-def assert_equal_to_ours(made: Path, model: Model, name: str, types: Chooser) -> None:
+def our_bytes(rows: Array, grid: Grid, importance: Array | None = None) -> QTensor:
+    rows = rows.reshape(-1, rows.shape[-1])
+    if grid.kind == "float":
+        return floats.encode(rows, grid)
+    if importance is None:
+        return ggml.quantize(rows, grid)
+    return imatrix.solve(rows, grid, imatrix.Importance(importance))
+
+
+def assert_equal_to_ours(
+    made: Path, model: Model, name: str, types: Chooser, importance: Weights | None = None
+) -> None:
     reader = gguf.GGUFReader(made)
     assert reader.fields["general.file_type"].contents() == MIXTURES[name].file_type
     assert len(reader.tensors) == len(model.weights)
@@ -141,7 +164,7 @@ def assert_equal_to_ours(made: Path, model: Model, name: str, types: Chooser) ->
         values = model.weights[theirs.name]
         grid = types.choose(theirs.name, values.shape).grid
         assert grid.ggml_type == theirs.tensor_type, (theirs.name, grid.name)
-        ours = our_bytes(values, grid).packed
+        ours = our_bytes(values, grid, (importance or {}).get(theirs.name)).packed
         assert ours is not None
         assert np.array_equal(ours.reshape(-1), np.array(theirs.data).view(np.uint8).reshape(-1)), (
             theirs.name
@@ -169,6 +192,29 @@ def test_mixture(
     else:
         with pytest.raises(UnsupportedTarget, match="importance"):
             {role: types.choose(role, values.shape) for role, values in model.weights.items()}
+
+
+@pytest.mark.parametrize("name", [name for name in MIXTURES if name not in ("f32", "f16", "bf16")])
+@pytest.mark.parametrize("title", MODELS)
+def test_types_with_importance(
+    name: str, title: str, sources: dict[str, tuple[Model, Path]]
+) -> None:
+    model, source = sources[title]
+    types = Chooser(name, mixture_named(name), model.decoder, model.arch, solver="imatrix")
+    theirs = types_of_llamacpp(source, name, model.importance())
+    ours = {role: types.choose(role, rows.shape).grid.name for role, rows in model.weights.items()}
+    assert theirs == {role: grid for role, grid in ours.items() if grid != "f32"}
+
+
+@pytest.mark.parametrize("name", WITH_IMPORTANCE)
+def test_bytes_with_importance(name: str, tmp_path: Path) -> None:
+    model = Model(layers=8, kv_heads=8)
+    model.write_f32(tmp_path / "float.gguf")
+    weights = model.importance()
+    made = tmp_path / "made.gguf"
+    assert quantize_with_llamacpp(tmp_path / "float.gguf", made, name, importance=weights)
+    types = Chooser(name, mixture_named(name), model.decoder, model.arch, solver="imatrix")
+    assert_equal_to_ours(made, model, name, types, weights)
 
 
 @pytest.mark.parametrize("name", ["q4_k_m", "f16"])

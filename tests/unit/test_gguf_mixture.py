@@ -148,8 +148,34 @@ def test_types_that_need_importance_are_refused_unless_they_fall_back() -> None:
     assert choose("iq3_xs", "blk.0.attn_q.weight", 576).grid.name == "iq4_nl"
     assert choose("iq3_xs", "blk.0.ffn_down.weight").grid.name == "iq3_s"
     for name in ("iq2_xxs", "iq1_s", "q2_k_s"):
-        with pytest.raises(UnsupportedTarget, match="importance"):
+        with pytest.raises(UnsupportedTarget, match=f"importance.*imatrix:{name} or gptq:{name}"):
             choose(name, "blk.0.attn_q.weight")
+        assert choose(f"imatrix:{name}", "blk.0.attn_q.weight").note == ""
+    assert choose("imatrix:q2_k_s", "blk.0.attn_q.weight").grid.name == "q2_k"
+
+
+def test_types_change_where_the_solver_weighs_by_importance() -> None:
+    assert layers_with("q4_1", "q4_0", "ffn_down.weight") == []
+    for solver in ("imatrix", "gptq"):
+        assert layers_with("q4_1", f"{solver}:q4_0", "ffn_down.weight") == [0, 1]
+        assert layers_with("q5_k", f"{solver}:iq4_xs", "ffn_down.weight") == []
+    assert layers_with("q4_1", "rtn:q4_0", "ffn_down.weight") == []
+
+
+def test_gptq_says_which_types_it_leaves_to_imatrix() -> None:
+    note = choose("gptq:iq2_xs", "blk.3.attn_q.weight").note
+    assert note == "a code of iq2_xs stands for several values: rounded by imatrix, not gptq"
+    assert choose("gptq:q4_0", "blk.3.attn_q.weight").note == ""
+    assert choose("awq+gptq:iq3_s", "blk.3.attn_q.weight").note.startswith("a code of iq3_s")
+
+
+@pytest.mark.parametrize("name", ["iq1_s", "iq2_xxs", "iq2_xs"])
+def test_an_embedding_has_no_importance(name: str) -> None:
+    with pytest.raises(UnsupportedTarget, match=f"token_embd.weight cannot be {name}.*none"):
+        choose("imatrix:q4_0", "token_embd.weight", embed=name)
+    with pytest.raises(UnsupportedTarget, match=f"output.weight cannot be {name}.*none"):
+        choose("q4_0", "output.weight", head=name)
+    assert choose("imatrix:q4_0", "output.weight", head=name).grid.name == name
 
 
 @pytest.mark.parametrize(
