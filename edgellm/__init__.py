@@ -42,6 +42,8 @@ def convert(
     head: str | None = None,
     kv_cache: str | None = None,
     context: int | None = None,
+    calibration: str | PathLike[str] | None = None,
+    calibration_tokens: int | None = None,
     ignore_config_keys: tuple[str, ...] = (),
     adapters: Sequence[str | PathLike[str]] = (),
     combine: str | None = None,
@@ -53,7 +55,7 @@ def convert(
     keep_adapters: bool = False,
     allow_untrained: bool = False,
     min_survival: float | None = None,
-    calibration_text: str | PathLike[str] | None = None,
+    check_text: str | PathLike[str] | None = None,
     threads: int | None = None,
     force: bool = False,
     check: bool = True,
@@ -80,6 +82,8 @@ def convert(
             "head": head,
             "kv_cache": kv_cache,
             "context": context,
+            "calibration": None if calibration is None else str(calibration),
+            "calibration_tokens": calibration_tokens,
             "ignore_config_keys": ignore_config_keys,
             "adapters": [str(adapter) for adapter in adapters],
             "combine": combine,
@@ -91,7 +95,7 @@ def convert(
             "keep_adapters": keep_adapters,
             "allow_untrained": allow_untrained,
             "min_survival": min_survival,
-            "calibration_text": None if calibration_text is None else str(calibration_text),
+            "check_text": None if check_text is None else str(check_text),
         }
     )
     return carry_out_recipe(

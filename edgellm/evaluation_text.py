@@ -16,8 +16,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
+from edgellm.calibration import BUILT_IN
 from edgellm.calibration.documents import Document, read_documents
-from edgellm.calibration.texts import BUILT_IN, DATA, EVALUATION, ids_sha256
+from edgellm.calibration.texts import DATA, EVALUATION, ids_sha256
 from edgellm.calibration.windows import Encoded, apart, encode
 from edgellm.digests import file_sha256
 from edgellm.errors import UsageError

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from edgellm.calibration import BUILT_IN
 from edgellm.errors import OutputError, UnknownGrid, UsageError
 from edgellm.lora.adapter import AdapterSpec, parse_spec
 from edgellm.lora.binding import Combination
@@ -29,16 +30,18 @@ OF_ADAPTERS = (
     "density",
     "sign",
     "combine_rank",
-    "seed",
     "merge_base",
     "keep_adapters",
     "allow_untrained",
     "min_survival",
-    "calibration_text",
+    "check_text",
 )
 """Fields that say something about ``adapters`` and mean nothing without."""
 
-ONLY_CHECKED = ("allow_untrained", "min_survival", "calibration_text")
+OF_CALIBRATION = ("calibration", "calibration_tokens")
+"""Fields that say something about calibration, and mean nothing to a solver that needs none."""
+
+ONLY_CHECKED = ("allow_untrained", "min_survival", "check_text")
 """Fields that change no byte: they say what is refused."""
 
 
@@ -58,10 +61,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     without adapters takes a model that is quantized already.
     ``keep_adapters``: write them beside the base instead of merging. ``allow_untrained``: take
     adapters that change nothing. ``min_survival``: the least share of the fine-tune that must be
-    left after rounding, measured on the file ``calibration_text``.
+    left after rounding, measured on ``check_text``, a file or ``builtin``.
 
-    ``calibration`` is the text that solvers see the model work on, a file or ``builtin``, of which
-    ``calibration_tokens`` are drawn by ``seed``.
+    ``calibration`` is the text that solvers and transforms see the model work on, a file or
+    ``builtin``, of which ``calibration_tokens`` are drawn by ``seed``
+    (``calibration.texts.calibration_windows``).
     """
 
     source: str
@@ -83,7 +87,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     keep_adapters: bool = False
     allow_untrained: bool = False
     min_survival: float | None = None
-    calibration_text: str | None = None
+    check_text: str | None = None
     calibration: str | None = None
     calibration_tokens: int | None = None
 
@@ -97,6 +101,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def solver(self) -> str:
         """The solver's name; ``rtn`` when none was named."""
         return split_quant(self.quant or "").solver or DEFAULT_SOLVER
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the solver or a transform must see the model work."""
+        return bool(self.transforms) or SOLVERS[self.solver].needs != "nothing"
 
     @property
     def transforms(self) -> tuple[str, ...]:
@@ -121,7 +130,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         fields: dict[str, Any] = msgspec.to_builtins(self)
         for name in ("source", "adapters", "calibration", *ONLY_CHECKED):
             del fields[name]
-        for name in ("layout", "calibration_tokens", *OF_ADAPTERS):
+        for name in ("layout", "seed", *OF_CALIBRATION, *OF_ADAPTERS):
             if not fields.get(name):
                 fields.pop(name, None)
         if self.adapters:
@@ -188,9 +197,9 @@ def split_quant(text: str) -> Quant:
 def load_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
     """The recipe of a TOML file, with those ``overrides`` that are not None put over it.
 
-    A relative ``source``, adapter or ``calibration_text`` that exists beside the file is taken from
-    there. Raises ``UsageError`` for a file that cannot be read, keys that are not known and values
-    of the wrong type.
+    A relative ``source``, adapter, ``calibration`` or ``check_text`` that exists beside the file is
+    taken from there. Raises ``UsageError`` for a file that cannot be read, keys that are not known
+    and values of the wrong type.
     """
     try:
         fields = msgspec.toml.decode(path.read_bytes(), type=dict[str, Any])
@@ -198,9 +207,10 @@ def load_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
         raise UsageError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"the recipe {path} is not TOML: {error}") from error
-    for name in ("source", "calibration_text"):
-        if isinstance(fields.get(name), str):
-            fields[name] = _beside(path, fields[name])
+    fields["source"] = _beside(path, fields.get("source"))
+    for name in ("calibration", "check_text"):
+        if fields.get(name) != BUILT_IN:
+            fields[name] = _beside(path, fields.get(name))
     if isinstance(fields.get("adapters"), list):
         fields["adapters"] = [_beside(path, entry) for entry in fields["adapters"]]
     return make_recipe({**fields, **_given(overrides)}, origin=str(path))
@@ -209,7 +219,7 @@ def load_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
 def _beside(recipe: Path, entry: Any) -> Any:
     """``entry``, a path with or without ``=WEIGHT``, from beside ``recipe`` if it exists there."""
     if not isinstance(entry, str):
-        return entry  # refused later, with its name
+        return entry  # None, or refused later with its name
     if (recipe.parent / entry).exists():
         return str(recipe.parent / entry)
     path, equals, weight = entry.rpartition("=")
@@ -236,8 +246,30 @@ def make_recipe(fields: Mapping[str, Any], origin: str = "the options") -> Recip
     recipe = msgspec.structs.replace(
         recipe, **{name: text.strip().lower() for name, text in names.items() if text is not None}
     )
+    if recipe.seed is not None and not 0 <= recipe.seed < 2**63:
+        raise UsageError(f"{origin}: seed must be 0 or more, got {recipe.seed}")
+    if recipe.calibration_tokens is not None and recipe.calibration_tokens < 1:
+        raise UsageError(
+            f"{origin}: calibration_tokens must be at least 1, got {recipe.calibration_tokens}"
+        )
     _check_adapters(recipe, origin)
+    if split_quant(recipe.quant or "").solver is not None:
+        check_calibration(recipe, origin)
     return recipe
+
+
+def check_calibration(recipe: Recipe, origin: str = "the options") -> None:
+    """Raise ``UsageError`` for calibration options, or a seed, that the solver would not heed."""
+    if recipe.calibrates:
+        return
+    names = OF_CALIBRATION if recipe.adapters else (*OF_CALIBRATION, "seed")
+    for name in names:
+        if getattr(recipe, name) is not None:
+            raise UsageError(
+                f"{origin}: {name} is about calibration, and {recipe.solver} rounds to "
+                f"{recipe.grid or 'its grid'} without any: choose a solver that calibrates "
+                f"(--quant gptq:{recipe.grid or 'GRID'}), or leave it out"
+            )
 
 
 def _check_adapters(recipe: Recipe, origin: str) -> None:
@@ -253,8 +285,6 @@ def _check_adapters(recipe: Recipe, origin: str) -> None:
                 "--adapter, or leave it out"
             )
         return
-    if recipe.seed is not None and not 0 <= recipe.seed < 2**63:
-        raise UsageError(f"{origin}: seed must be 0 or more, got {recipe.seed}")
     if recipe.min_survival is not None and not 0 <= recipe.min_survival <= 1:
         raise UsageError(
             f"{origin}: min_survival is a share, from 0 to 1, got {recipe.min_survival:g}"

@@ -15,7 +15,7 @@ from os import PathLike
 import msgspec
 
 from edgellm.answers import Answers, context_length, open_answers
-from edgellm.calibration.texts import BUILT_IN
+from edgellm.calibration import BUILT_IN
 from edgellm.errors import UsageError
 from edgellm.evaluation import Comparison, Figures, Logits
 from edgellm.evaluation_text import (

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 import numpy as np
 
+from edgellm.calibration import BUILT_IN
 from edgellm.calibration.documents import MOST_BYTES, read_documents
 from edgellm.calibration.windows import Encoded, apart, encode, packed
 from edgellm.digests import combined_sha256, file_sha256
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from edgellm.tokenization import Tokenizer
 
 T = TypeVar("T")
-
-BUILT_IN = "builtin"
 
 DATA = Path(__file__).parent / "data"
 
@@ -81,7 +80,7 @@ class TextWindows(msgspec.Struct, frozen=True, kw_only=True):
 
     ``name`` is ``builtin`` or that of the file, ``text_sha256`` the digest of its bytes, the same
     for every tokenizer. ``sha256`` is that of the ids: of each window its length and its ids, as
-    little-endian int32. ``notes``: facts that the user should be shown.
+    little-endian int32.
     """
 
     name: str
@@ -89,13 +88,16 @@ class TextWindows(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
     text_sha256: str
     tokens: int
-    notes: tuple[str, ...] = ()
 
 
 class CalibrationText(TextWindows, frozen=True, kw_only=True):
-    """The windows that calibration sees, all of one length, as drawn with ``seed``."""
+    """The windows that calibration sees, all of one length, as drawn with ``seed``.
+
+    ``notes``: facts that the user should be shown.
+    """
 
     seed: int
+    notes: tuple[str, ...] = ()
 
 
 def calibration_windows(
@@ -114,7 +116,7 @@ def calibration_windows(
     a conversation as the template writes it. A text that is shorter is used whole, with a note;
     raises ``UsageError`` below ``LEAST_WINDOWS`` windows, and what ``read_documents`` raises.
     """
-    length, notes = _length(tokenizer, window_tokens, context)
+    length = _length(tokenizer, window_tokens, context)
     count = -(-tokens // length)
     if count < LEAST_WINDOWS:
         raise UsageError(
@@ -137,6 +139,12 @@ def calibration_windows(
             f"wanted; {LEAST_WINDOWS} windows of {length} are the least: name a longer text, or "
             f"--calibration {BUILT_IN}"
         )
+    notes = list(text.notes())
+    if length < window_tokens:
+        notes.append(
+            f"the windows of the calibration text are {length} tokens long, as the model's context "
+            f"is, and not {window_tokens}"
+        )
     if len(drawn) < count:
         notes.append(
             f"the calibration text {text.name} fills {len(drawn) * length} tokens, in windows of "
@@ -149,7 +157,7 @@ def calibration_windows(
         sha256=ids_sha256(windows),
         text_sha256=text.sha256(),
         tokens=sum(map(len, windows)),
-        notes=(*notes, *text.notes()),
+        notes=tuple(notes),
         seed=seed,
     )
 
@@ -169,7 +177,7 @@ def evaluation_windows(
     last window of a document may be short. ``context`` caps the window. Raises ``UsageError`` for a
     text without tokens, and what ``read_documents`` raises.
     """
-    length, notes = _length(tokenizer, window_tokens, context)
+    length = _length(tokenizer, window_tokens, context)
     text = _Text(asked, ((EVALUATION,),), tokens)
     encoded = chain.from_iterable(text.encoded(file, tokenizer) for file in text.files)
     found: list[tuple[int, ...]] = []
@@ -188,11 +196,10 @@ def evaluation_windows(
         sha256=ids_sha256(windows),
         text_sha256=text.sha256(),
         tokens=sum(map(len, windows)),
-        notes=(*notes, *text.notes()),
     )
 
 
-def check_text(asked: str | None) -> None:
+def check_readable(asked: str | None) -> None:
     """Raise what reading the text ``asked`` raises, before a model is opened."""
     text = _Text(asked, (), 0)
     for file in text.files:
@@ -236,24 +243,19 @@ class _Text:
         """What was left unread."""
         for file in self.files:
             if file.stat().st_size > self.most_bytes:
-                yield f"of {file.name} the first {self.most_bytes >> 20} MiB were read"
+                yield f"of {file.name} the first {self.most_bytes:,} bytes were read"
 
 
-def _length(tokenizer: Tokenizer, window_tokens: int, context: int | None) -> tuple[int, list[str]]:
-    """Tokens of a window, with a note where the model's context makes it shorter than asked."""
+def _length(tokenizer: Tokenizer, window_tokens: int, context: int | None) -> int:
+    """Tokens of a window, no more than the model's context."""
     length = window_tokens if context is None else min(window_tokens, context)
     least = len(tokenizer.settings.prefix_ids) + 2
     if length < least:
         raise UsageError(
-            f"windows of {length} tokens are too short to be text: at least {least} are needed"
-            + ("" if context is None else f", and the context is {context}")
+            f"windows of {length} tokens are too short to be text, at least {least} are needed"
+            + ("" if context is None else f": the context is {context}, choose a longer --context")
         )
-    if length < window_tokens:
-        return length, [
-            f"windows of text are {length} tokens long, as the model's context is, and not "
-            f"{window_tokens}"
-        ]
-    return length, []
+    return length
 
 
 def _shuffled(values: Iterable[T], key: str) -> list[T]:

@@ -38,7 +38,7 @@ def adapter_check(
             metavar="DIR", help="An artifact made of them: how much of the fine-tune is left in it?"
         ),
     ] = None,
-    calibration_text: options.CalibrationText = None,
+    check_text: options.CheckText = None,
     min_survival: options.MinSurvival = None,
     combine: options.Combine = None,
     density: options.Density = None,
@@ -84,7 +84,7 @@ def adapter_check(
             "allow_untrained": allow_untrained or None,
             "ignore_config_keys": ignore_config_key or None,
             "min_survival": min_survival,
-            "calibration_text": None if calibration_text is None else str(calibration_text),
+            "check_text": check_text,
         }
     )
     with progress_shown(quiet=as_json) as progress:

@@ -65,6 +65,8 @@ def convert(
     context: Annotated[
         int | None, typer.Option(metavar="TOKENS", help="Cap the context length.")
     ] = None,
+    calibration: options.Calibration = None,
+    calibration_tokens: options.CalibrationTokens = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,13 +78,19 @@ def convert(
     density: options.Density = None,
     combine_sign: options.CombineSign = None,
     combine_rank: options.CombineRank = None,
-    seed: options.Seed = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="NUMBER",
+            help="Of the draw of --calibration and of a METHOD's random masks. Default: 0.",
+        ),
+    ] = None,
     merge_base: options.MergeBase = None,
     keep_adapters: Annotated[
         bool, typer.Option("--keep-adapters", help="Write adapters beside the base, unmerged.")
     ] = False,
     min_survival: options.MinSurvival = None,
-    calibration_text: options.CalibrationText = None,
+    check_text: options.CheckText = None,
     allow_untrained: options.AllowUntrained = False,
     recipe: Annotated[
         Path | None,
@@ -156,7 +164,9 @@ def convert(
             "keep_adapters": keep_adapters or None,
             "allow_untrained": allow_untrained or None,
             "min_survival": min_survival,
-            "calibration_text": None if calibration_text is None else str(calibration_text),
+            "calibration": calibration,
+            "calibration_tokens": calibration_tokens,
+            "check_text": check_text,
         },
     )
     if out is None and not dry_run:

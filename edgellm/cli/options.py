@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
@@ -37,10 +36,20 @@ MinSurvival: TypeAlias = Annotated[
         metavar="SHARE", help="Fail when less of the fine-tune survives rounding. Default: 0.25."
     ),
 ]
-CalibrationText: TypeAlias = Annotated[
-    Path | None,
+Calibration: TypeAlias = Annotated[
+    str | None,
     typer.Option(
-        metavar="FILE", help="Text that survival is measured on. Default: a built-in one."
+        metavar="FILE",
+        help="Text that solvers see the model work on. Default: builtin, a mixed one.",
+    ),
+]
+CalibrationTokens: TypeAlias = Annotated[
+    int | None, typer.Option(metavar="NUMBER", help="Tokens of it that are used. Default: 32768.")
+]
+CheckText: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="Text that survival is measured on. Default: builtin, a short one."
     ),
 ]
 AllowUntrained: TypeAlias = Annotated[

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgellm.calibration_text import read_text
+from edgellm.calibration.texts import check_readable
 from edgellm.errors import AdapterError, UnsupportedTarget, UsageError
 from edgellm.lora.adapter import Adapter
 from edgellm.lora.base.bases import common_base
@@ -61,8 +60,8 @@ def opened(
 
     Raises as ``with_adapters`` does, for all that can be known without the base.
     """
-    if recipe.calibration_text is not None:
-        read_text(Path(recipe.calibration_text))
+    if recipe.check_text is not None:
+        check_readable(recipe.check_text)
     adapters = [
         open_adapter(spec, ignore_config_keys=recipe.ignore_config_keys, progress=progress)
         for spec in recipe.adapter_specs()
@@ -98,7 +97,7 @@ def kept_apart(
         "seed",
         "merge_base",
         "min_survival",
-        "calibration_text",
+        "check_text",
     )
     given = [name for name in merging if getattr(recipe, name) is not None]
     if recipe.combine not in (None, "cat"):

@@ -42,7 +42,13 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def artifact(base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("artifacts") / "int4"
     edgellm.convert(
-        base, out, format="onnx", quant="int4-g32", adapters=[adapter], min_survival=0, check=False
+        base,
+        out,
+        format="onnx",
+        quant="rtn:int4-g32",
+        adapters=[adapter],
+        min_survival=0,
+        check=False,
     )
     return out
 
@@ -157,7 +163,7 @@ def test_what_is_left_in_an_artifact(
     share = re.search(r"^survival +([\d.-]+)%$", done.out, re.MULTILINE)
     assert share is not None
     assert re.search(r"^attn_q .* [01]\.\d{4}$", done.out, re.MULTILINE)
-    assert "1024 tokens (built-in), with onnxruntime" in done.out
+    assert "1024 tokens (builtin), with onnxruntime" in done.out
     found = command(*arguments, "--min-survival", 1, "--json")
     assert found.code == 8
     assert found.json()["survival"]["survival"] == pytest.approx(float(share[1]) / 100, abs=1e-3)
@@ -170,12 +176,12 @@ def test_on_a_text_of_ones_own(
     text = tmp_path / "logbook.txt"
     text.write_text("Fair wind, four knots. " * 20)
     arguments = ("adapter-check", base, adapter, "--artifact", artifact, "--min-survival", 0)
-    done = command(*arguments, "--calibration-text", text)
+    done = command(*arguments, "--check-text", text)
     assert done.code == 0
     assert "(logbook.txt)" in done.out
     text.write_text("")
-    assert command(*arguments, "--calibration-text", text).code == 2
-    assert command(*arguments, "--calibration-text", tmp_path / "none").code == 2
+    assert command(*arguments, "--check-text", text).code == 2
+    assert command(*arguments, "--check-text", tmp_path / "none").code == 2
 
 
 def test_an_artifact_of_something_else(
@@ -194,10 +200,10 @@ def test_a_conversion_that_loses_the_fine_tune_leaves_nothing(
 ) -> None:
     out = tmp_path / "out"
     arguments = ("convert", base, "--adapter", f"{adapter}=0.1", "--format", "onnx", "--out", out)
-    done = command(*arguments, "--quant", "int4-g128-sym")
+    done = command(*arguments, "--quant", "rtn:int4-g128-sym")
     assert done.code == 8
     assert "of the fine-tune is left after rounding and 25% is asked for" in done.err
     assert not out.exists()
-    kept = command(*arguments, "--quant", "int4-g128-sym", "--min-survival", 0)
+    kept = command(*arguments, "--quant", "rtn:int4-g128-sym", "--min-survival", 0)
     assert kept.code == 0
     assert "survival: " in kept.err

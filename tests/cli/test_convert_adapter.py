@@ -184,14 +184,14 @@ def test_the_output_may_not_be_an_adapter(command: Command, model: Path, lora: P
 
 def test_too_little_survival_keeps_nothing(command: Command, model: Path, tmp_path: Path) -> None:
     faint = write_adapter(tmp_path / "faint", spread=0.06)
-    asked = ("convert", model, "--adapter", faint, "--format", "gguf", "-q", "q4_0")
+    asked = ("convert", model, "--adapter", faint, "--format", "gguf", "-q", "rtn:q4_0")
     refused = command(*asked, "--min-survival", 0.99, "-o", tmp_path / "out")
     assert refused.code == 8
     assert "of the fine-tune is left after rounding and 99% is asked for" in refused.err
     assert not left(tmp_path)
     text = tmp_path / "text.txt"
     text.write_text("A tokenizer splits a text into tokens.")
-    least = ("--min-survival", 0, "--calibration-text", text)
+    least = ("--min-survival", 0, "--check-text", text)
     assert command(*asked, *least, "-o", tmp_path / "out").code == 0
     assert read_manifest(tmp_path / "out").measured["survival"]["text"] == "text.txt"
 
@@ -226,7 +226,7 @@ def test_what_belongs_elsewhere_is_refused_before_any_work(
         ((model, "--adapter", lora, "--combine", "ties"), 2, "needs a density"),
         ((model, "--adapter", lora, "--density", "0.5"), 2, "prunes nothing"),
         ((model, "--adapter", lora, "--min-survival", "2"), 2, "from 0 to 1"),
-        ((model, "--adapter", lora, "--calibration-text", "none.txt"), 2, "none.txt"),
+        ((model, "--adapter", lora, "--check-text", "none.txt"), 2, "none.txt"),
     ]
     for arguments, code, says in cases:
         done = command("convert", *arguments, "--format", "onnx", "-o", tmp_path / "out")

@@ -108,7 +108,7 @@ def test_both_divergences_equal_torch(case: Case, tmp_path: Path) -> None:
     assert found.from_base.tokens == 100
 
 
-@pytest.mark.parametrize(("container", "quant"), [("onnx", "int4-g32"), ("gguf", "q4_0")])
+@pytest.mark.parametrize(("container", "quant"), [("onnx", "rtn:int4-g32"), ("gguf", "rtn:q4_0")])
 def test_an_artifact_through_its_runtime(
     container: str, quant: str, case: Case, tmp_path: Path
 ) -> None:
@@ -117,10 +117,11 @@ def test_an_artifact_through_its_runtime(
         pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     plan = case.plan(quant, container)
     artifact = carry_out(plan, tmp_path / "out", check=False)
-    text = tiny_models.TEXT
+    text = str(tmp_path / "text.txt")
+    Path(text).write_text(tiny_models.TEXT)
     found = survival.measure(plan.source, plan.layout, "rtn", artifact, text=text)
     assert found.from_quantized is not None
-    windows = survival._windows(plan.source, plan.layout.context_length, text)
+    windows = survival._windows(plan.source, plan.layout.context_length, text).windows
     merged, rounded = (
         [torch_logits(case, weights, window) for window in windows]
         for weights in (case.adapter.merged, rounded_state(case, plan))
@@ -136,7 +137,7 @@ def test_the_figures_follow_the_bits(case: Case, tmp_path: Path) -> None:
     """Eight bits keep nearly all, f32 all, and fewer bits less."""
     found: dict[str, survival.Survival] = {}
     for quant in ("f32", "int8", "int4-g128"):
-        plan = case.plan(quant)
+        plan = case.plan(f"rtn:{quant}")
         artifact = carry_out(plan, tmp_path / quant, check=False)
         found[quant] = measured(plan, artifact)
     by_answers = {quant: one.survival for quant, one in found.items()}

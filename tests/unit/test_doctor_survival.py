@@ -132,7 +132,7 @@ def divergence(kl: float) -> Divergence:
     )  # fmt: skip
 
 
-UNKNOWN = Survival(survival=None, reason="", text="built-in")
+UNKNOWN = Survival(survival=None, reason="", text="builtin")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_survival_by_answers(base: float, quantized: float, wanted: float) -> No
 def test_a_text_that_does_not_show_the_fine_tune_says_so() -> None:
     found = survival.with_survival(UNKNOWN, divergence(1e-6), divergence(0.1))
     assert found.survival is None
-    assert "--calibration-text FILE" in found.reason
+    assert "--check-text FILE" in found.reason
     survival.require(found, 0.9)
 
 
@@ -165,7 +165,7 @@ def test_keeping_adapters_apart_is_named_where_it_helps() -> None:
     """Where the change itself came through, a base that is rounded alike drowns it just as well."""
     for cosine, helps in ((0.5, True), (0.99, False)):
         weight = survival.WeightSurvival(role="w", name="w", grid="q2_k", cosine=cosine)
-        known = Survival(survival=None, reason="", text="built-in", weights=(weight,))
+        known = Survival(survival=None, reason="", text="builtin", weights=(weight,))
         found = survival.with_survival(known, divergence(0.5), divergence(0.6))
         with pytest.raises(VerificationError) as refused:
             survival.require(found, None)

@@ -1,9 +1,17 @@
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from edgellm.errors import OutputError, UnknownGrid, UsageError
-from edgellm.recipe import Recipe, load_recipe, make_recipe, save_recipe, split_quant
+from edgellm.recipe import (
+    Recipe,
+    check_calibration,
+    load_recipe,
+    make_recipe,
+    save_recipe,
+    split_quant,
+)
 
 
 def test_a_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
@@ -155,7 +163,7 @@ def test_a_saved_recipe_keeps_its_adapters(tmp_path: Path) -> None:
     ("fields", "says"),
     [
         ({"combine": "ties"}, "combine is about adapters"),
-        ({"seed": 0}, "seed is about adapters"),
+        ({"check_text": "a.txt"}, "check_text is about adapters"),
         ({"keep_adapters": True}, "keep_adapters is about adapters"),
         ({"adapters": ["a"], "seed": -1}, "seed must be 0 or more, got -1"),
         ({"adapters": ["a"], "min_survival": 1.5}, "min_survival is a share"),
@@ -167,3 +175,61 @@ def test_a_saved_recipe_keeps_its_adapters(tmp_path: Path) -> None:
 def test_what_is_wrong_with_adapters_is_named(fields: dict[str, object], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         make_recipe({"source": "m", **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"quant": "rtn:q4_0", "calibration": "a.txt"}, "calibration is about .* gptq:q4_0"),
+        ({"quant": "rtn", "calibration_tokens": 4096}, "calibration_tokens is about"),
+        ({"quant": "rtn:q4_0", "seed": 0}, "seed is about calibration, and rtn rounds to q4_0"),
+        ({"quant": "gptq:q4_0", "calibration_tokens": 0}, "must be at least 1, got 0"),
+        ({"quant": "gptq:q4_0", "calibration_tokens": "many"}, "calibration_tokens"),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
+    ],
+)
+def test_calibration_that_nothing_would_heed_is_named(fields: dict[str, object], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        make_recipe({"source": "m", **fields})
+
+
+@pytest.mark.parametrize("quant", ["gptq:q4_0", "imatrix:q4_k_m", "awq:q4_0", "awq+rtn:q4_0", None])
+def test_calibration_is_for_solvers_and_transforms_that_need_it(quant: str | None) -> None:
+    """Without a solver one is chosen later, which then says whether it needs any."""
+    asked = {"source": "m", "quant": quant, "calibration": "a", "calibration_tokens": 9, "seed": 1}
+    recipe = make_recipe(asked)
+    assert (recipe.calibration, recipe.calibration_tokens, recipe.seed) == ("a", 9, 1)
+    assert recipe.calibrates is (quant is not None)
+
+
+def test_a_solver_that_was_chosen_later_is_checked_the_same() -> None:
+    recipe = make_recipe({"source": "m", "calibration": "a.txt"})
+    chosen = msgspec.structs.replace(recipe, quant="rtn:q4_0")
+    with pytest.raises(UsageError, match="--quant gptq:q4_0"):
+        check_calibration(chosen)
+    check_calibration(msgspec.structs.replace(recipe, quant="gptq:q4_0"))
+
+
+def test_the_seed_of_adapters_goes_with_any_solver() -> None:
+    fields = {"source": "m", "quant": "rtn:q4_0", "adapters": ["a"], "combine": "dare_linear"}
+    assert make_recipe({**fields, "density": 0.5, "seed": 3}).combination().seed == 3
+
+
+def test_texts_beside_the_file_are_found_from_anywhere(tmp_path: Path) -> None:
+    for name in ("chats.jsonl", "builtin"):
+        (tmp_path / name).touch()
+    file = tmp_path / "recipe.toml"
+    file.write_text('source = "m"\ncalibration = "chats.jsonl"\nadapters = ["a"]\n'
+                    'check_text = "builtin"\n')  # fmt: skip
+    recipe = load_recipe(file, {})
+    assert recipe.calibration == str(tmp_path / "chats.jsonl")
+    assert recipe.check_text == "builtin"
+    assert load_recipe(file, {"calibration": "builtin"}).calibration == "builtin"
+
+
+def test_the_digest_follows_the_draw_and_not_the_place_of_the_text() -> None:
+    asked = {"source": "m", "quant": "gptq:q4_0"}
+    here, there = (make_recipe({**asked, "calibration": text}) for text in ("a.txt", "x/a.txt"))
+    assert here.sha256() == there.sha256() == make_recipe(asked).sha256()
+    more, other = (make_recipe({**asked, name: 9}) for name in ("calibration_tokens", "seed"))
+    assert len({here.sha256(), more.sha256(), other.sha256()}) == 3

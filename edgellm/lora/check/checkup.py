@@ -43,7 +43,7 @@ def check_up(
     """What the adapters of ``recipe`` do to its source, every changed weight read.
 
     With an ``artifact`` that was made of them, combined as it says, also how much of the fine-tune
-    is left in it, on the recipe's ``calibration_text`` or the built-in one. Raises ``AdapterError``
+    is left in it, on the recipe's ``check_text`` or the built-in one. Raises ``AdapterError``
     for adapters that match nothing or other ones than the artifact's, and what opening raises.
     """
     made = open_artifact(artifact) if artifact is not None else None
@@ -67,14 +67,12 @@ def check_up(
     if made is not None:
         _refuse_others(made, merged)
         layout = container_named(made.container).lay_out(merged, recipe)
-        text, text_name = survival.text_of(recipe)
         left = survival.measure(
             merged,
             layout,
             recipe.solver,
             made,
-            text=text,
-            text_name=text_name,
+            text=recipe.check_text,
             threads=threads,
             progress=progress,
         )

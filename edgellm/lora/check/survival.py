@@ -8,16 +8,16 @@ projected on the adapter's own rows and columns (``lora.check.projection``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from edgellm import calibration_text, registry
+from edgellm import registry
+from edgellm.calibration import texts
 from edgellm.errors import RuntimeMissing, UnsupportedTarget, VerificationError
 from edgellm.evaluation import Comparison, Divergence, session_logits
 from edgellm.export.layout import Layout
@@ -34,9 +34,9 @@ from edgellm.source.model import ModelSource
 from edgellm.tensors import Array
 
 if TYPE_CHECKING:
+    from edgellm.calibration.texts import TextWindows
     from edgellm.forward import Windows
     from edgellm.manifest import Artifact
-    from edgellm.recipe import Recipe
 
 MIN_SURVIVAL = 0.25
 """The least survival that a conversion is kept with, where none was asked for.
@@ -46,9 +46,6 @@ q4_k_m, 0.48 in int4-g32 and 0.32 in q2_k, and answers like one in the last thre
 with less sense. At 0.3 of its weight (KL 0.16) it has 0.40 in q4_k_m and -2.5 in int4-g32, whose
 rounding moves the answers by 3.5 times as much as the adapter does.
 """
-
-BUILT_IN = "built-in"
-"""What the text of ``calibration_text`` is called."""
 
 KEPT_COSINE = 0.9
 """Median cosine from which on rounding left the change of the weights alone: keeping the adapters
@@ -100,18 +97,19 @@ def measure(
     artifact: Artifact,
     *,
     text: str | None = None,
-    text_name: str = BUILT_IN,
     threads: int | None = None,
     progress: Progress = unwatched,
 ) -> Survival:
     """The survival of the adapters of ``merged`` in ``artifact``, which has its ``layout``.
 
     Base and merged model are computed in float32 layer by layer, the artifact by the runtime that
-    ``run`` would pick. ``text`` None is the built-in one. Raises what loading and computing raise.
+    ``run`` would pick. ``text`` is a file, or None for the built-in one. Raises what reading,
+    loading and computing raise.
     """
     weights = weight_survivals(merged, layout, solver, threads=threads)
-    unmeasured = partial(Survival, survival=None, text=text_name, weights=weights)
-    windows = _windows(merged, layout.context_length, text)
+    read = _windows(merged, layout.context_length, text)
+    windows = read.windows
+    unmeasured = partial(Survival, survival=None, text=read.name, weights=weights)
     from edgellm.chat import open as open_model  # a backend takes long to import
 
     room = max(len(window) for window in windows)
@@ -160,7 +158,7 @@ def with_survival(known: Survival, from_base: Divergence, from_quantized: Diverg
     if from_base.kl < SMALLEST_KL:
         reason = (
             f"on this text the merged model answers as the base does (KL {from_base.kl:.1e} nats): "
-            "name a text of what the adapter was trained for with --calibration-text FILE"
+            "name a text of what the adapter was trained for with --check-text FILE"
         )
     else:
         survival = 1.0 - from_quantized.kl / from_base.kl
@@ -169,18 +167,7 @@ def with_survival(known: Survival, from_base: Divergence, from_quantized: Diverg
     )
 
 
-def text_of(recipe: Recipe) -> tuple[str | None, str]:
-    """The text that ``recipe`` measures on and its name; None is the built-in one.
-
-    Raises ``UsageError`` for a file that is no text.
-    """
-    if recipe.calibration_text is None:
-        return None, BUILT_IN
-    path = Path(recipe.calibration_text)
-    return calibration_text.read_text(path), path.name
-
-
-def affordable(merged: ModelSource, tokens: int = calibration_text.TEXT_TOKENS) -> bool:
+def affordable(merged: ModelSource, tokens: int = texts.MEASURED_TOKENS) -> bool:
     """Whether a conversion measures unasked: parameters times tokens are at most ``MOST_WORK``."""
     return sum(ref.size for ref in merged.tensors.values()) * tokens <= MOST_WORK
 
@@ -209,7 +196,7 @@ def require(survival: Survival, minimum: float | None) -> None:
         f"{100 * minimum:.4g}% is asked for: the adapters moved the answers by KL "
         f"{survival.from_base.kl:.3g}, rounding moved them by {survival.from_quantized.kl:.3g} "
         f"(text: {survival.text}){what}, measure on a text of what they were trained for "
-        "(--calibration-text FILE), or take it as it is (--min-survival 0)"
+        "(--check-text FILE), or take it as it is (--min-survival 0)"
     )
 
 
@@ -255,15 +242,15 @@ def _grids(layout: Layout) -> Mapping[str, Grid]:
     return grids
 
 
-def _windows(merged: ModelSource, context: int, text: str | None) -> Sequence[Sequence[int]]:
+def _windows(merged: ModelSource, context: int, text: str | None) -> TextWindows:
     """The text as tokens that base and merged model both have."""
     assert merged.merge is not None
     base = merged.merge.base
-    length = min(calibration_text.WINDOW_TOKENS, context, base.decoder.context_length)
-    windows = calibration_text.windows(merged.tokenizer, text, window_tokens=length)
-    if max(max(window) for window in windows) < base.decoder.vocab_size:
-        return windows
-    return calibration_text.windows(base.tokenizer, text, window_tokens=length)
+    room = min(context, base.decoder.context_length)
+    found = texts.evaluation_windows(merged.tokenizer, text, context=room)
+    if max(max(window) for window in found.windows) < base.decoder.vocab_size:
+        return found
+    return texts.evaluation_windows(base.tokenizer, text, context=room)
 
 
 def _values(tensor: QTensor) -> Array:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 TOO_LARGE = (
     "not measured: on a model of this size it would take longer than the conversion; "
-    "--min-survival SHARE or --calibration-text FILE measure it all the same"
+    "--min-survival SHARE or --check-text FILE measure it all the same"
 )
 
 
@@ -23,23 +23,21 @@ def check_survival(
 ) -> dict[str, Any]:
     """The survival of the adapters of ``plan`` in ``artifact``, as plain values for the manifest.
 
-    Measured where it was asked for (``min_survival``, ``calibration_text``), and unasked where that
+    Measured where it was asked for (``min_survival``, ``check_text``), and unasked where that
     is quick; else ``skipped`` says why not. Raises ``VerificationError`` where less is left than
     was asked for, by default ``survival.MIN_SURVIVAL``.
     """
-    from edgellm.lora.check.survival import affordable, measure, require, text_of
+    from edgellm.lora.check.survival import affordable, measure, require
 
     recipe = plan.recipe
-    text, text_name = text_of(recipe)
-    if recipe.min_survival is None and text is None and not affordable(plan.source):
+    if recipe.min_survival is None and recipe.check_text is None and not affordable(plan.source):
         return {"skipped": TOO_LARGE}
     found = measure(
         plan.source,
         plan.layout,
         recipe.solver,
         artifact,
-        text=text,
-        text_name=text_name,
+        text=recipe.check_text,
         threads=plan.threads,
         progress=progress,
     )
