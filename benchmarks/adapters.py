@@ -40,7 +40,15 @@ def measure(*, quick: bool) -> Result:
         shutil.copytree(ROOT / "examples" / "adapters" / name, WORK / name, dirs_exist_ok=True)
         for container, grid in QUICK_TARGETS if quick else TARGETS:
             convert = [*edgellm(), "convert", model.name, "--adapter", name, "--format", container]
-            convert += ["--quant", grid, "--out", "merged", "--min-survival", "0", "--force"]
+            convert += [
+                "--quant",
+                f"rtn:{grid}",
+                "--out",
+                "merged",
+                "--min-survival",
+                "0",
+                "--force",
+            ]
             label = f"{name}, {container} {grid}"
             survival = output_of([*convert, "--json"])["manifest"]["measured"]["survival"]
             comparisons.append(Comparison(f"survival, {label}", "", [survival["survival"]]))

@@ -19,7 +19,7 @@ from benchmarks.places import LOOPS, WORK, edgellm, peers_python, shown
 from benchmarks.results import Comparison, Result
 from benchmarks.text import tokens
 
-RECIPE = ("--quant", "int4-g64", "--kv-cache", "int8")
+RECIPE = ("--quant", "rtn:int4-g64", "--kv-cache", "int8")
 """What `edgellm convert --format onnx` is given beside source and output."""
 
 THREADS = (1, 2)

@@ -34,7 +34,15 @@ def measure(*, quick: bool) -> Result:
     cache = {"XDG_CACHE_HOME": str(WORK / "cold-cache")}
     for container, grid in FORMATS.items():
         out = f"cold-{container}"
-        convert = [*edgellm(), "convert", model.name, "--format", container, "--quant", grid]
+        convert = [
+            *edgellm(),
+            "convert",
+            model.name,
+            "--format",
+            container,
+            "--quant",
+            f"rtn:{grid}",
+        ]
         run([*convert, "--out", out, "--no-check", "--force"])
         ask = [*edgellm(), "run", out, QUESTION, "--max-tokens", "16"]
         first, again = [], []

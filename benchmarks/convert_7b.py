@@ -26,7 +26,7 @@ def measure(*, quick: bool) -> Result:
     facts: dict[str, object] = {"source_bytes": folder_bytes(model), "packages": ["libgguf"]}
     for grid in GRIDS[-1:] if quick else GRIDS:
         out = f"7b-{grid}"
-        command = [*edgellm(), "convert", model.name, "--format", "gguf", "--quant", grid]
+        command = [*edgellm(), "convert", model.name, "--format", "gguf", "--quant", f"rtn:{grid}"]
         command += ["--out", out, "--no-check"]
         fresh(out)
         planned: float = output_of([*command, "--dry-run", "--json"])["peak_memory_bytes"]

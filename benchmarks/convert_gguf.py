@@ -29,7 +29,7 @@ def measure(*, quick: bool) -> Result:
     commands: dict[str, str] = {"peer, first step": shown(to_f16)}
     sizes: dict[str, dict[str, int]] = {}
     for grid in GRIDS:
-        ours = [*edgellm(), "convert", model.name, "--format", "gguf", "--quant", grid]
+        ours = [*edgellm(), "convert", model.name, "--format", "gguf", "--quant", f"rtn:{grid}"]
         ours += ["--out", f"ours-{grid}", "--no-check"]
         quantize = [sys.executable, str(LOOPS / "llamacpp_quantize.py")]
         quantize += ["peer-f16.gguf", f"peer-{grid}.gguf", grid]

@@ -23,7 +23,7 @@ def measure(*, quick: bool) -> Result:
     """Tokens per second of both, by number of threads."""
     model = smollm2()
     text = tokens(model)
-    convert = [*edgellm(), "convert", model.name, "--format", "onnx", "--quant", GRID]
+    convert = [*edgellm(), "convert", model.name, "--format", "onnx", "--quant", f"rtn:{GRID}"]
     convert += ["--head", GRID, "--embed", GRID, "--out", "ours-equal", "--no-check", "--force"]
     run(convert)
     build = genai_builds.build(model, "peer-equal", genai_builds.LAST_LOGITS)

@@ -17,7 +17,7 @@ PAIRS = 5
 def measure(*, quick: bool) -> Result:
     """Wall and peak memory of both."""
     model = smollm2()
-    ours = [*edgellm(), "convert", model.name, "--format", "onnx", "--quant", "int4-g32"]
+    ours = [*edgellm(), "convert", model.name, "--format", "onnx", "--quant", "rtn:int4-g32"]
     ours += ["--out", "ours-onnx", "--no-check"]
     peer = genai_builds.command(model, "peer-onnx")
 

@@ -19,7 +19,7 @@ def measure(*, quick: bool) -> Result:
     """Tokens per second of both, by number of threads."""
     model = smollm2()
     text = tokens(model)
-    convert = [*edgellm(), "convert", model.name, "--format", "gguf", "--quant", GRID]
+    convert = [*edgellm(), "convert", model.name, "--format", "gguf", "--quant", f"rtn:{GRID}"]
     convert += ["--out", "ours-gguf", "--no-check", "--force"]
     run(convert)
     file = next((WORK / "ours-gguf").glob("*.gguf")).relative_to(WORK)

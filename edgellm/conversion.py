@@ -6,11 +6,13 @@ bytes are the same for any number of workers, because slabs are cut and placed b
 
 from __future__ import annotations
 
+import hashlib
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,16 @@ import msgspec
 
 import edgellm
 from edgellm import registry
+from edgellm.calibration.running import Outcome, round_in_blocks
 from edgellm.digests import file_sha256, ranges_sha256
 from edgellm.errors import (
     GenerationError,
     RuntimeMissing,
-    TensorError,
     UnsupportedTarget,
     VerificationError,
 )
 from edgellm.export import container_named
 from edgellm.export.layout import Container, OutputTensor
-from edgellm.export.packing import PACKERS
 from edgellm.export.writer import StagedFolder, check_output
 from edgellm.hardware import peak_memory_bytes
 from edgellm.lora.check.surviving import check_survival
@@ -40,6 +41,7 @@ from edgellm.manifest import (
     SCHEMA_VERSION,
     Artifact,
     Base,
+    CalibrationEntry,
     Digested,
     FileEntry,
     Manifest,
@@ -49,20 +51,20 @@ from edgellm.manifest import (
     open_artifact,
 )
 from edgellm.parallel import in_parallel, one_blas_thread
-from edgellm.plan import Plan, Slab, check_apart, check_disk, make_plan
+from edgellm.plan import Plan, check_apart, check_disk, make_plan
 from edgellm.progress import Progress, ProgressEvent, unwatched
 from edgellm.quant import SOLVERS
-from edgellm.quant.grid import Grid, QTensor
-from edgellm.quant.statistics import Statistics
 from edgellm.recipe import Recipe
-from edgellm.tensors import Array, stacked_rows
+from edgellm.slabs import Slab, Solve, Written, write_slab
 from edgellm.tokenization import artifact_parity
-
-Solve = Callable[[Array, Grid, Statistics | None], QTensor]
 
 RECORDED_PACKAGES = ("libgguf", "numpy", "tokenizers")
 """Packages whose version can change the bytes of any artifact (libgguf reads GGUF sources); a
 container names its own."""
+
+CALIBRATING_PACKAGES = ("onnxruntime",)
+"""Packages whose version can change the last bits of what is gathered, and so a code here or there.
+"""
 
 CHECK_PROMPT = "The capital of France is"
 CHECK_TOKENS = 8
@@ -102,7 +104,7 @@ def carry_out(
     check_apart(plan.source, out)
     check_disk(plan, out)
     started = time.perf_counter()
-    with StagedFolder(out, force=force) as staged:
+    with StagedFolder(out, force=force, resume_key=resume_key(plan)) as staged:
         for name, nbytes in plan.layout.data_files.items():
             staged.create_data_file(name, nbytes)
         for name, content in plan.layout.files.items():
@@ -111,9 +113,10 @@ def carry_out(
             else:
                 staged.write_file(name, content)
         with one_blas_thread():
-            quantize_tensors(plan, staged, progress)
+            outcome = quantize_tensors(plan, staged, progress)
         staged.sync()
-        digested, parity = describe(plan, staged.path, progress)
+        staged.forget()
+        digested, parity = describe(plan, staged.path, progress, notes=outcome.notes)
         measured = {
             "created_unix_s": round(time.time()),
             "convert_s": round(time.perf_counter() - started, 3),
@@ -122,6 +125,8 @@ def carry_out(
             "tokenizer_parity_method": parity.method,
             "platform": platform.platform(),
         }
+        if outcome.measured:
+            measured["calibration"] = outcome.measured
         if plan.source.merge is not None:
             measured["merge"] = measured_changes(plan.source.merge.record)
         staged.write_file(MANIFEST, Manifest.of(digested, measured).to_json())
@@ -137,36 +142,70 @@ def carry_out(
     return open_artifact(out)
 
 
-def quantize_tensors(plan: Plan, staged: StagedFolder, progress: Progress = unwatched) -> None:
+def quantize_tensors(plan: Plan, staged: StagedFolder, progress: Progress = unwatched) -> Outcome:
     """Write every tensor of the plan: load, solve, pack and place one slab of rows at a time.
+
+    With a calibration, block by block instead: ``round_in_blocks``.
 
     Raises ``TensorError`` naming a tensor that holds NaN, Inf, or more than its grid reaches.
     """
+    calibration = plan.calibration
+    if calibration is not None:
+        return round_in_blocks(plan, calibration, staged, progress)
     solve: Solve = registry.attribute(SOLVERS[plan.recipe.solver].attribute)
+    tensors = plan.layout.tensors
     slabs = plan.slabs()
-    left = [0] * len(plan.layout.tensors)
+    left = [0] * len(tensors)
     for slab in slabs:
         left[slab.tensor] += 1
-    total = sum(tensor.nbytes for tensor in plan.layout.tensors)
+    total = sum(tensor.nbytes for tensor in tensors)
     done_bytes = done_tensors = 0
 
-    def work(slab: Slab) -> tuple[int, int]:
-        return slab.tensor, _write_slab(plan.layout.tensors[slab.tensor], slab, solve, staged)
+    def work(slab: Slab) -> Written:
+        return write_slab(tensors[slab.tensor], slab, solve, staged)
 
-    for index, nbytes in in_parallel(work, slabs, plan.threads):
-        done_bytes += nbytes
-        left[index] -= 1
-        done_tensors += not left[index]
+    for written in in_parallel(work, slabs, plan.threads):
+        place = written.slab.tensor
+        done_bytes += written.nbytes
+        left[place] -= 1
+        done_tensors += not left[place]
         progress(
             ProgressEvent(
-                "quantize",
-                plan.layout.tensors[index].name,
-                done_bytes,
-                total,
-                done_tensors,
-                len(left),
+                "quantize", tensors[place].name, done_bytes, total, done_tensors, len(left)
             )
         )
+    return Outcome()
+
+
+def resume_key(plan: Plan) -> str:
+    """Digest of all that the bytes of a calibrated conversion follow from; empty without.
+
+    A run with the same key may go on from what another one left.
+    """
+    calibration = plan.calibration
+    if calibration is None:
+        return ""
+    layout, source = plan.layout, plan.source
+    parts = {
+        "recipe": plan.recipe.choices(),
+        "source": source.digest(),
+        "adapters": [adapter.digest() for adapter in source.merge.adapters] if source.merge else [],
+        "text": calibration.text.sha256,
+        "files": {
+            name: hashlib.sha256(content).hexdigest() for name, content in layout.files.items()
+        },
+        "tensors": [
+            (
+                tensor.name,
+                tensor.grid.name,
+                tensor.packer,
+                [astuple(each) for each in tensor.arrays],
+            )
+            for tensor in layout.tensors
+        ],
+        "versions": _tool_versions(container_named(layout.container), calibrated=True),
+    }
+    return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
 
 
 def measured_changes(record: MergeRecord) -> dict[str, Any]:
@@ -181,19 +220,6 @@ def measured_changes(record: MergeRecord) -> dict[str, Any]:
             for role, each in changes.items()
         },
     }
-
-
-def _write_slab(tensor: OutputTensor, slab: Slab, solve: Solve, staged: StagedFolder) -> int:
-    rows = stacked_rows(tensor.parts, slab.start, slab.stop)
-    try:
-        packed = PACKERS[tensor.packer].pack(solve(rows, tensor.grid, None))
-    except TensorError as error:  # a solver knows values alone
-        names = ", ".join(part.name for part in tensor.parts)
-        raise TensorError(f"tensor {names}: {error}") from error
-    for array in tensor.arrays:
-        for offset, content in array.places(slab.start, packed[array.component]):
-            staged.write_at(array.file, offset, content)
-    return sum(packed[array.component].size for array in tensor.arrays)
 
 
 def prove_parity(plan: Plan, folder: Path) -> Parity:
@@ -215,10 +241,13 @@ def prove_parity(plan: Plan, folder: Path) -> Parity:
     return parity
 
 
-def describe(plan: Plan, folder: Path, progress: Progress = unwatched) -> tuple[Digested, Parity]:
+def describe(
+    plan: Plan, folder: Path, progress: Progress = unwatched, *, notes: Sequence[str] = ()
+) -> tuple[Digested, Parity]:
     """What stands in ``folder``, by digests, and where it came from; and the tokenizers' verdict.
 
-    Raises ``VerificationError`` when the artifact's tokenizer is not the source's.
+    ``notes`` say what was met on the way. Raises ``VerificationError`` when the artifact's
+    tokenizer is not the source's.
     """
     layout, source = plan.layout, plan.source
     names = sorted({*layout.files, *layout.data_files})
@@ -254,14 +283,36 @@ def describe(plan: Plan, folder: Path, progress: Progress = unwatched) -> tuple[
             tokenizer_parity=msgspec.structs.replace(parity, method=""),
             notes=(
                 *plan.notes,
+                *notes,
                 *(limit.sentence for limit in layout.tokenizer_limits),
             ),
-            tool_versions=_tool_versions(container_named(layout.container)),
+            tool_versions=_tool_versions(
+                container_named(layout.container), calibrated=plan.calibration is not None
+            ),
             merge=merge_entry(source.merge) if source.merge else None,
             merged_before=source.merged_before,
             kept_adapters=kept_entries(layout),
+            calibration=calibration_entry(plan) if plan.calibration else None,
         )
         return digested, parity
+
+
+def calibration_entry(plan: Plan) -> CalibrationEntry:
+    """What was seen of the model before its weights were rounded, and what by."""
+    calibration = plan.calibration
+    assert calibration is not None
+    text = calibration.text
+    return CalibrationEntry(
+        text=text.name,
+        text_sha256=text.text_sha256,
+        ids_sha256=text.sha256,
+        tokens=text.tokens,
+        windows=len(text.windows),
+        seed=text.seed,
+        gathered=calibration.needs,
+        solver=plan.recipe.solver,
+        transforms=plan.recipe.transforms,
+    )
 
 
 def _tensor_entry(tensor: OutputTensor, folder: Path) -> TensorEntry:
@@ -299,9 +350,10 @@ def _model_facts(plan: Plan) -> ModelFacts:
     )
 
 
-def _tool_versions(container: Container) -> dict[str, str]:
+def _tool_versions(container: Container, calibrated: bool = False) -> dict[str, str]:
     versions = {"edgellm": edgellm.__version__}
-    for package in (*RECORDED_PACKAGES, *container.packages):
+    computing = CALIBRATING_PACKAGES if calibrated else ()
+    for package in dict.fromkeys((*RECORDED_PACKAGES, *container.packages, *computing)):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

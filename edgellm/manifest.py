@@ -104,6 +104,25 @@ class MergeEntry(msgspec.Struct, frozen=True, kw_only=True):
     base_reason: str = ""
 
 
+class CalibrationEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The text that the model was seen to work on before its weights were rounded.
+
+    ``text`` is ``builtin`` or a file's name, ``text_sha256`` the digest of its bytes and
+    ``ids_sha256`` of the token ids (``calibration.texts.ids_sha256``). ``gathered``: of the inputs
+    of the weights, ``hessian`` or ``importance``.
+    """
+
+    text: str
+    text_sha256: str
+    ids_sha256: str
+    tokens: int
+    windows: int
+    seed: int
+    gathered: str
+    solver: str
+    transforms: tuple[str, ...] = ()
+
+
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What a runtime needs to know to run the artifact without the source's config."""
 
@@ -161,6 +180,7 @@ class Digested(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     merge: MergeEntry | None = None
     merged_before: tuple[AdapterEntry, ...] = ()
     kept_adapters: tuple[KeptEntry, ...] = ()
+    calibration: CalibrationEntry | None = None
 
     def sha256(self) -> str:
         """Digest over the canonical JSON (sorted keys, no spaces) of this part."""

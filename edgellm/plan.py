@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import psutil
 
 from edgellm.errors import UsageError
 from edgellm.export import CONTAINERS, container_named
-from edgellm.export.layout import Container, Layout, OutputTensor
+from edgellm.export.layout import Container, Layout
 from edgellm.export.writer import check_free, check_no_overlap
 from edgellm.hardware import detect
 from edgellm.progress import Progress, unwatched
 from edgellm.quant.grid import Grid
-from edgellm.recipe import Recipe, split_quant
+from edgellm.recipe import DEFAULT_SOLVER, Recipe, split_quant
 from edgellm.runtimes import best_container
+from edgellm.slabs import Slab, slab_bytes, slabs_of
 from edgellm.source import ModelSource, open_source
 from edgellm.source.quantized import stored_as
-from edgellm.tensors import COLUMN_CHUNK_BYTES, SLAB_BYTES, rows_within
+from edgellm.tensors import COLUMN_CHUNK_BYTES
+
+if TYPE_CHECKING:
+    from edgellm.calibration.planning import Calibration
 
 COPIES = 4.0
 """Float32 slabs alive at once in a worker at the most: as read, in float32, its rows reordered, and
@@ -41,6 +46,10 @@ BYTES_PER_SECOND = {
     "iq2_s": 20e6,
     "iq3_s": 13e6,
     "iq3_xxs": 10e6,
+    "iq1_s": 12e6,
+    "iq2_xxs": 5e6,
+    "iq2_xs": 3e6,
+    "iq1_m": 2e6,
 }
 """Float32 bytes that one thread of a 2023 server core reads, rounds and writes in a second, by kind
 of grid, or by name where ggml searches for scales; a guide, not a promise."""
@@ -50,15 +59,6 @@ MERGED_BYTES_PER_SECOND = 400e6
 
 MERGE_PIECES = 4
 """Pieces of a slab (``COLUMN_CHUNK_BYTES``) alive at once while a worker merges."""
-
-
-@dataclass(frozen=True, slots=True)
-class Slab:
-    """Rows ``start:stop`` of one output tensor: the unit of work of a conversion."""
-
-    tensor: int
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,13 @@ class Plan:
     peak_memory_bytes: int
     disk_bytes: int
     seconds: float
+    calibration: Calibration | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Facts that the user should be shown: of the source, its adapters and the layout."""
-        return (*self.source.notes, *self.layout.notes)
+        """Facts that the user should be shown: of source, adapters, layout and calibration."""
+        of_calibration = self.calibration.notes if self.calibration else ()
+        return (*self.source.notes, *self.layout.notes, *of_calibration)
 
     @property
     def weights(self) -> int:
@@ -101,28 +103,13 @@ class Plan:
 
     def slabs(self) -> list[Slab]:
         """The units of work, in the order of the file; the same for any number of threads."""
-        return [
-            Slab(index, start, min(start + step, tensor.rows))
-            for index, tensor in enumerate(self.layout.tensors)
-            for step in (slab_rows(tensor),)
-            for start in range(0, tensor.rows, step)
-        ]
-
-
-def slab_rows(tensor: OutputTensor) -> int:
-    """Rows of ``tensor`` that fit into a slab, at least those that are packed together.
-
-    All of one whose rows cannot be rounded apart.
-    """
-    if tensor.in_one_piece:
-        return tensor.rows
-    together = tensor.rows_together
-    rows = rows_within(SLAB_BYTES, tensor.columns)
-    return max(together, rows - rows % together)
+        return slabs_of(self.layout.tensors, range(len(self.layout.tensors)))
 
 
 def resolve(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
-    """``recipe`` with every default filled in, and a line for each that says why.
+    """``recipe`` with the defaults filled in that no model decides, and a line for each with why.
+
+    Which solver is the default follows from the model: ``make_plan`` chooses it.
 
     Raises ``UsageError`` for a container that does not exist.
     """
@@ -199,23 +186,60 @@ def make_plan(
     else:
         source = _with_adapters(base, recipe, progress)
         layout = container.lay_out(source, recipe)
-    workers = threads or detect().physical_cores.value
+    hardware = detect()
+    workers = threads or hardware.physical_cores.value
+    recipe, layout, calibration, chosen = _calibrated(
+        recipe, source, layout, container, workers, hardware.memory_bytes.value
+    )
     sizes = {name: len(content) for name, content in layout.files.items()} | layout.data_files
     output = sum(sizes.values())
-    slab = max((_slab_memory(tensor) for tensor in layout.tensors), default=0.0)
-    return Plan(
+    slabs = workers * COPIES * max(map(slab_bytes, layout.tensors), default=0)
+    cost = calibration.cost if calibration else None
+    working = max(slabs, cost.memory_bytes if cost else 0) + _merge_memory(source, workers)
+    seconds = _seconds(layout, workers) + _merge_seconds(source, workers)
+    plan = Plan(
         recipe=recipe,
-        reasons=reasons,
+        reasons=(*reasons, chosen) if chosen else reasons,
         source=source,
         layout=layout,
         threads=workers,
         output_bytes=output,
-        peak_memory_bytes=int(
-            psutil.Process().memory_info().rss + workers * slab + _merge_memory(source, workers)
-        ),
-        disk_bytes=output + (1 << 20),
-        seconds=_seconds(layout, workers) + _merge_seconds(source, workers),
+        peak_memory_bytes=int(psutil.Process().memory_info().rss + working),
+        disk_bytes=output + (1 << 20) + (cost.disk_bytes if cost else 0),
+        seconds=seconds + (cost.seconds if cost else 0),
+        calibration=calibration,
     )
+    _check_memory(plan, hardware.memory_bytes.value)
+    return plan
+
+
+def _calibrated(
+    recipe: Recipe,
+    source: ModelSource,
+    layout: Layout,
+    container: Container,
+    workers: int,
+    memory_bytes: int,
+) -> tuple[Recipe, Layout, Calibration | None, str]:
+    """``recipe`` with its solver, the layout that transforms lead to, the calibration, and why."""
+    from edgellm.calibration.planning import choose_solver, plan_calibration
+
+    recipe, reason = choose_solver(recipe, layout, source, workers, memory_bytes)
+    layout, calibration = plan_calibration(
+        recipe, layout, source, lambda folded: container.lay_out(folded, recipe), workers
+    )
+    return recipe, layout, calibration, reason
+
+
+def _check_memory(plan: Plan, memory_bytes: int) -> None:
+    """Refuse a calibration that would not fit: it cannot be cut into smaller slabs."""
+    if plan.calibration is not None and plan.peak_memory_bytes > memory_bytes:
+        fewer = "--threads 1 takes less, or " if plan.threads > 1 else ""
+        raise UsageError(
+            f"--quant {plan.recipe.quant} takes about {plan.peak_memory_bytes / 1e9:.1f} GB of "
+            f"memory, and there are {memory_bytes / 1e9:.1f} GB: {fewer}choose "
+            f"--quant {DEFAULT_SOLVER}:{plan.recipe.grid}"
+        )
 
 
 def _with_adapters(base: ModelSource, recipe: Recipe, progress: Progress) -> ModelSource:
@@ -242,10 +266,6 @@ def check_apart(source: ModelSource, out: Path) -> None:
     check_no_overlap(source.path, out)
     for adapter in source.merge.adapters if source.merge else ():
         check_no_overlap(adapter.path, out)
-
-
-def _slab_memory(tensor: OutputTensor) -> float:
-    return 4 * slab_rows(tensor) * tensor.columns * COPIES
 
 
 def _merge_memory(source: ModelSource, workers: int) -> int:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["download", "quantize", "merge", "checksum", "check", "evaluate", "tune"]
+Stage = Literal[
+    "download", "quantize", "merge", "checksum", "check", "evaluate", "tune", "calibrate"
+]
 
 
 @dataclass(frozen=True, slots=True)

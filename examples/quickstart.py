@@ -14,7 +14,7 @@ from edgellm.demo_model import demo_model
 
 
 def main(model: str, out: Path) -> None:
-    artifact = edgellm.convert(model, out, format="onnx", quant="int4-g32", force=True)
+    artifact = edgellm.convert(model, out, format="onnx", quant="rtn:int4-g32", force=True)
     edgellm.verify(artifact)
     print(f"{out}: {artifact.manifest.sha256}")
 

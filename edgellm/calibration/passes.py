@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgellm.calibration.stream import BUDGET_BYTES, TokenStream
-from edgellm.calibration.sums import InputSums
+from edgellm.calibration.sums import CHUNK_TOKENS, InputSums
 from edgellm.errors import GenerationError
 from edgellm.export.decoder_graph import DecoderGraph
 from edgellm.forward import (
@@ -32,10 +32,6 @@ from edgellm.hardware import detect
 from edgellm.parallel import in_parallel, one_blas_thread
 from edgellm.quant.statistics import Statistics
 from edgellm.source.model import ModelSource
-
-CHUNK_TOKENS = 2048
-"""Tokens whose inputs are kept until they are multiplied: enough for BLAS to be quick, and few
-enough to add up rarely."""
 
 Share = Callable[[float], None]
 """Hears which part of a layer's tokens is done, from 0 to 1."""

@@ -9,6 +9,10 @@ import numpy as np
 from edgellm.quant.statistics import Statistics
 from edgellm.tensors import Array
 
+CHUNK_TOKENS = 2048
+"""Tokens whose inputs are kept until they are multiplied: enough for BLAS to be quick, and few
+enough to be many pieces for the threads."""
+
 STRIP_COLUMNS = 4096
 """Columns of a Hessian that are computed at once: 64 MiB of products for a square one."""
 

@@ -71,7 +71,7 @@ def _convert(source: Path, out: Path, container: str, quant: str, *, quiet: bool
 
     if not quiet:
         render.say(f"\n{source.name} to {container}, {quant}")
-    recipe = make_recipe({"source": str(source), "format": container, "quant": quant})
+    recipe = make_recipe({"source": str(source), "format": container, "quant": f"rtn:{quant}"})
     with progress_shown(quiet=quiet) as progress:
         artifact = convert(recipe, out, force=True, progress=progress)
     converted = time.perf_counter()

@@ -66,7 +66,7 @@ def model(tiny_model: TinyModel) -> Path:
 @pytest.fixture(scope="session")
 def onnx_artifact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("artifacts") / "onnx"
-    edgellm.convert(model, out, format="onnx", quant="int4-g32", check=False)
+    edgellm.convert(model, out, format="onnx", quant="rtn:int4-g32", check=False)
     return out
 
 

@@ -74,7 +74,7 @@ def test_what_the_check_found_is_said(
 def test_dry_run_shows_every_tensor_and_writes_nothing(
     command: Command, model: Path, out: Path, onnx_artifact: Path
 ) -> None:
-    asked = ("convert", model, "-o", out, "--format", "onnx", "-q", "int4-g32", "--dry-run")
+    asked = ("convert", model, "-o", out, "--format", "onnx", "-q", "rtn:int4-g32", "--dry-run")
     shown = command(*asked)
     assert shown.code == 0
     assert nothing_left(out.parent)

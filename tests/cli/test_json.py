@@ -10,7 +10,7 @@ import pytest
 
 from .conftest import Command
 
-CHOICES = ("--format", "onnx", "--quant", "int4-g32")
+CHOICES = ("--format", "onnx", "--quant", "rtn:int4-g32")
 
 OTHER_WORDS = {
     "_s": ("seconds", "_sec", "_secs", "_ms", "duration", "elapsed"),

@@ -105,7 +105,18 @@ def test_wheel_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
 
     assert "convert" in run(edgellm, "--help", **quiet)
     assert json.loads(run(edgellm, "doctor", "--json", **quiet))["default_container"] == "onnx"
-    made = run(edgellm, "convert", demo_model(), "--out", out, "--json", cwd=tmp_path, **quiet)
+    made = run(
+        edgellm,
+        "convert",
+        demo_model(),
+        "-q",
+        "rtn:int4-g32",
+        "--out",
+        out,
+        "--json",
+        cwd=tmp_path,
+        **quiet,
+    )
     assert json.loads(made)["manifest"]["artifact"]["container"] == "onnx"
     run(edgellm, "verify", out, **quiet)
     question = ("run", out, "The capital of France is", "--raw", "--temperature", "0", "--json")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from edgellm import plan as planning
+from edgellm import slabs
 from edgellm.conversion import carry_out, convert
 from edgellm.errors import (
     OutputError,
@@ -44,7 +44,7 @@ def converted(source: Path, out: Path, **choices: str) -> Artifact:
 
 @pytest.mark.parametrize(
     ("container", "quant"),
-    [("gguf", "q4_k_m"), ("gguf", "f16"), ("onnx", "int4-g32"), ("onnx", "f32")],
+    [("gguf", "rtn:q4_k_m"), ("gguf", "f16"), ("onnx", "rtn:int4-g32"), ("onnx", "f32")],
 )
 def test_the_same_bytes_whatever_the_threads_and_slabs(
     tiny_model: TinyModel,
@@ -55,7 +55,7 @@ def test_the_same_bytes_whatever_the_threads_and_slabs(
 ) -> None:
     recipe = Recipe(source=str(tiny_model("llama-256")), format=container, quant=quant)
     one = convert(recipe, tmp_path / "one", threads=1, check=False)
-    monkeypatch.setattr(planning, "SLAB_BYTES", 20_000)
+    monkeypatch.setattr(slabs, "SLAB_BYTES", 20_000)
     three = convert(recipe, tmp_path / "three", threads=3, check=False)
     assert contents(one.path) == contents(three.path)
     assert one.manifest is not None
@@ -65,7 +65,7 @@ def test_the_same_bytes_whatever_the_threads_and_slabs(
 
 
 def test_the_plan_says_every_byte_that_is_written(tiny_model: TinyModel, tmp_path: Path) -> None:
-    plan = make_plan(Recipe(source=str(tiny_model("llama")), format="gguf", quant="q4_0"))
+    plan = make_plan(Recipe(source=str(tiny_model("llama")), format="gguf", quant="rtn:q4_0"))
     artifact = carry_out(plan, tmp_path / "out", check=False)
     assert sum(map(len, contents(artifact.path).values())) == plan.output_bytes
     tensors = sum(tensor.nbytes for tensor in plan.layout.tensors)
@@ -74,7 +74,7 @@ def test_the_plan_says_every_byte_that_is_written(tiny_model: TinyModel, tmp_pat
 
 def test_grids_that_are_searched_for_are_planned_with_more_time(tiny_model: TinyModel) -> None:
     def planned(quant: str) -> float:
-        recipe = Recipe(source=str(tiny_model("llama-256")), format="gguf", quant=quant)
+        recipe = Recipe(source=str(tiny_model("llama-256")), format="gguf", quant=f"rtn:{quant}")
         return make_plan(recipe, threads=1).seconds
 
     start = 0.5
@@ -91,13 +91,13 @@ def test_a_weight_that_is_not_a_number_is_named_and_nothing_is_left(
     weights[name] = weights[name].copy()
     weights[name][3, 5] = np.nan
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
-    for container, quant in (("gguf", "q4_0"), ("onnx", "int4-g32")):
+    for container, quant in (("gguf", "rtn:q4_0"), ("onnx", "rtn:int4-g32")):
         with pytest.raises(TensorError, match=rf"{name} holds nan at row 3, column 5"):
             converted(source, tmp_path / "out", format=container, quant=quant)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-@pytest.mark.parametrize("quant", ["f16", "q4_0", "q4_k_m"])
+@pytest.mark.parametrize("quant", ["f16", "rtn:q4_0", "rtn:q4_k_m"])
 def test_a_weight_that_its_grid_cannot_reach_is_named_and_nothing_is_left(
     tiny_model: TinyModel, tmp_path: Path, quant: str
 ) -> None:
@@ -116,7 +116,7 @@ def test_a_full_disk_is_known_before_any_work(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(OutputError, match="free"):
-        converted(tiny_model("llama"), tmp_path / "out", format="gguf", quant="q4_0")
+        converted(tiny_model("llama"), tmp_path / "out", format="gguf", quant="rtn:q4_0")
     assert not list(tmp_path.iterdir())
 
 
@@ -124,7 +124,7 @@ def test_source_and_output_may_not_overlap(tiny_model: TinyModel, tmp_path: Path
     source = shutil.copytree(tiny_model("llama"), tmp_path / "source")
     for out in (source / "inside", tmp_path):
         with pytest.raises((UsageError, OutputError)):
-            convert(Recipe(source=str(source), format="gguf"), out, force=True, check=False)
+            convert(Recipe(source=str(source), format="gguf", quant="q8_0"), out, force=True, check=False)
     assert sorted(path.name for path in source.iterdir()) == sorted(
         path.name for path in tiny_model("llama").iterdir()
     )
@@ -138,7 +138,7 @@ def test_an_artifact_whose_tokenizer_differs_is_not_kept(
 
     monkeypatch.setattr("edgellm.conversion.artifact_parity", differing)
     with pytest.raises(VerificationError, match="splits text differently"):
-        converted(tiny_model("llama"), tmp_path / "out", format="gguf", quant="q4_0")
+        converted(tiny_model("llama"), tmp_path / "out", format="gguf", quant="rtn:q4_0")
     assert not list(tmp_path.iterdir())
 
 
@@ -197,7 +197,7 @@ def test_a_check_without_a_runtime_is_skipped_and_says_so(
 def test_an_artifact_replaces_its_elder_only_when_forced(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
-    elder = converted(tiny_model("llama"), tmp_path / "out", format="gguf", quant="q4_0")
+    elder = converted(tiny_model("llama"), tmp_path / "out", format="gguf", quant="rtn:q4_0")
     with pytest.raises(OutputError, match="--force"):
         converted(tiny_model("llama"), tmp_path / "out", format="gguf", quant="q8_0")
     recipe = Recipe(source=str(tiny_model("llama")), format="gguf", quant="q8_0")
@@ -207,8 +207,8 @@ def test_an_artifact_replaces_its_elder_only_when_forced(
 
 
 def test_the_container_follows_a_grid_that_only_it_has(tiny_model: TinyModel) -> None:
-    assert make_plan(Recipe(source=str(tiny_model("llama")), quant="q4_0")).recipe.format == "gguf"
-    plan = make_plan(Recipe(source=str(tiny_model("llama")), quant="int4-g32"))
+    assert make_plan(Recipe(source=str(tiny_model("llama")), quant="rtn:q4_0")).recipe.format == "gguf"
+    plan = make_plan(Recipe(source=str(tiny_model("llama")), quant="rtn:int4-g32"))
     assert plan.recipe.format == "onnx"
     with pytest.raises(UnknownGrid, match="q4_k_m"):
         make_plan(Recipe(source=str(tiny_model("llama")), quant="q4_km"))
@@ -272,7 +272,7 @@ def large_model(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("container", "quant"),
-    [("gguf", "q8_0"), ("gguf", "q4_0"), ("gguf", "f16"), ("onnx", "int4-g32"), ("onnx", "f32")],
+    [("gguf", "q8_0"), ("gguf", "rtn:q4_0"), ("gguf", "f16"), ("onnx", "rtn:int4-g32"), ("onnx", "f32")],
 )
 def test_memory_stays_within_what_the_plan_says(
     large_model: Path, tmp_path: Path, container: str, quant: str
@@ -294,6 +294,6 @@ def test_memory_stays_within_what_the_plan_says(
 
 def test_grids_that_want_importance_say_so(tiny_model: TinyModel) -> None:
     source = str(tiny_model("llama-256"))
-    noted = make_plan(Recipe(source=source, format="gguf", quant="iq3_s")).layout.notes
+    noted = make_plan(Recipe(source=source, format="gguf", quant="rtn:iq3_s")).layout.notes
     assert any("q3_k_m" in note for note in noted)
-    assert not make_plan(Recipe(source=source, format="gguf", quant="q3_k_m")).layout.notes
+    assert not make_plan(Recipe(source=source, format="gguf", quant="rtn:q3_k_m")).layout.notes

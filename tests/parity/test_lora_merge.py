@@ -235,7 +235,7 @@ def test_a_gguf_adapter_merges_as_the_folder_that_it_was_made_from(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         live.save_pretrained(folder)
-    apart = Recipe(source=str(base), adapters=(str(folder),), format="gguf", keep_adapters=True)
+    apart = Recipe(source=str(base), adapters=(str(folder),), format="gguf", quant="q8_0", keep_adapters=True)
     kept = convert(apart, tmp_path / "kept", check=False)
     assert kept.manifest is not None
     (beside,) = kept.manifest.artifact.kept_adapters
@@ -265,7 +265,7 @@ def wide_adapter(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize(
-    ("container", "quant"), [("gguf", "f32"), ("gguf", "q4_k_m"), ("onnx", "int4-g32")]
+    ("container", "quant"), [("gguf", "f32"), ("gguf", "rtn:q4_k_m"), ("onnx", "rtn:int4-g32")]
 )
 def test_the_same_bytes_whatever_the_threads_and_slabs(
     tiny_model: TinyModel,
@@ -290,7 +290,7 @@ def test_the_merged_weights_have_one_checksum_in_every_container(
     tiny_model: TinyModel, wide_adapter: Path, tmp_path: Path
 ) -> None:
     digests = set()
-    for container, quant in (("gguf", "q4_0"), ("gguf", "f16"), ("onnx", "int8")):
+    for container, quant in (("gguf", "rtn:q4_0"), ("gguf", "f16"), ("onnx", "int8")):
         recipe = Recipe(
             source=str(tiny_model("llama-256")),
             adapters=(str(wide_adapter),),

@@ -35,7 +35,10 @@ BOUND = 1e-6
 few products, taken in another order. Measured: at most 5e-7."""
 
 QUESTION = "What is the capital of Italy?"
-TARGETS = (("gguf", "q4_k_m", "llama_cpp", 0.8), ("onnx", "int4-g32", "onnxruntime", 0.4))
+TARGETS = (
+    ("gguf", "rtn:q4_k_m", "llama_cpp", 0.8),
+    ("onnx", "rtn:int4-g32", "onnxruntime", 0.4),
+)
 """Container, grid, what runs it, and the least survival: measured are 0.90 and 0.48 at least."""
 
 LAYERS = r"model\.layers\.(3|17)\..*_proj"

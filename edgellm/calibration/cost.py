@@ -1,0 +1,119 @@
+"""What calibrating and solving will take: memory, time and room on the disk, by shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgellm.architectures.decoder import Decoder
+from edgellm.calibration.stream import BUDGET_BYTES
+from edgellm.calibration.sums import CHUNK_TOKENS, STRIP_COLUMNS
+from edgellm.export.layout import OutputTensor
+from edgellm.slabs import slab_bytes
+
+FLOPS_PER_SECOND = 70e9
+"""Float32 operations that one thread of a 2023 server core does in a second in onnxruntime's
+products and BLAS's; a guide, not a promise."""
+
+ATTENTION_SLOWNESS = 3.0
+"""How much longer an operation of attention takes than one of a product."""
+
+SOLVED_PER_SECOND = {"hessian": 4e9, "importance": 0.0}
+"""Weights times columns that one thread of such a core solves in a second, by what a solver needs;
+0 where the time follows the weights alone."""
+
+FACTORED_PER_SECOND = 8e9
+"""Cubed columns of a Hessian that one such thread factors in a second."""
+
+RUNTIME_BYTES = 90 << 20
+"""onnxruntime, its sessions and its arenas' first pages."""
+
+SOLVER_COPIES = 9.0
+"""Float32 copies of a slab's rows alive at once in a worker that solves them."""
+
+FACTOR_COPIES = 8.0
+"""Copies of a Hessian in float32 that its factorization takes for a moment (float64 counts two)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """``memory_bytes`` beside the process as it is and what is rounded without statistics."""
+
+    memory_bytes: int
+    seconds: float
+    disk_bytes: int
+
+
+def input_widths(decoder: Decoder) -> tuple[int, int, int, int]:
+    """Columns of the inputs of a layer's products: attention's, its output's, gate's, down's."""
+    return decoder.hidden_size, decoder.query_size, decoder.hidden_size, decoder.ffn_size
+
+
+def layer_weights(decoder: Decoder) -> int:
+    """Values of the weights of one layer's products."""
+    hidden, query = decoder.hidden_size, decoder.query_size
+    attention = hidden * (query + 2 * decoder.kv_size) + query * hidden
+    return attention + (3 if decoder.gated_mlp else 2) * hidden * decoder.ffn_size
+
+
+def pass_cost(
+    decoder: Decoder, tokens: int, window: int, threads: int, *, importance_only: bool
+) -> Cost:
+    """Of the network's pass over the text, without what is solved by it."""
+    widths, hidden = input_widths(decoder), decoder.hidden_size
+    attention = 4 * min(window, tokens) * decoder.query_size * ATTENTION_SLOWNESS
+    per_token = 2 * layer_weights(decoder) + attention
+    per_token += 0 if importance_only else sum(width * width for width in widths)
+    operations = tokens * (len(decoder.layers) * per_token + hidden * hidden)
+    stream = 4 * tokens * hidden
+    memory = 4 * layer_weights(decoder) + sums_bytes(decoder, importance_only)
+    memory += stream if stream <= BUDGET_BYTES else 0
+    memory += threads * _worker_bytes(decoder, window, importance_only)
+    return Cost(
+        memory_bytes=memory + runtime_bytes(decoder, window, threads),
+        seconds=operations / FLOPS_PER_SECOND / threads,
+        disk_bytes=2 * stream,
+    )
+
+
+def sums_bytes(decoder: Decoder, importance_only: bool) -> int:
+    """What is added up of the inputs of one layer."""
+    widths = input_widths(decoder)
+    return 4 * sum(width if importance_only else width * width for width in widths)
+
+
+def runtime_bytes(decoder: Decoder, window: int, threads: int) -> int:
+    """What onnxruntime computes of a window on each thread, and keeps for the next."""
+    query, keys = decoder.query_size, decoder.kv_size
+    computed = window * (4 * decoder.hidden_size + 3 * query + 6 * keys + 3 * decoder.ffn_size)
+    scores = decoder.heads * window * window
+    return RUNTIME_BYTES + 4 * threads * (computed + scores)
+
+
+def _worker_bytes(decoder: Decoder, window: int, importance_only: bool) -> int:
+    """One thread's chunk of inputs, and the products of a strip of them."""
+    widths = input_widths(decoder)
+    kept = (CHUNK_TOKENS + window - 1) * (2 * decoder.hidden_size + sum(widths))
+    largest = max(widths)
+    strip = 0 if importance_only else min(largest, STRIP_COLUMNS) * largest
+    return 4 * (kept + strip)
+
+
+def solve_cost(tensors: Sequence[OutputTensor], threads: int, needs: str) -> Cost:
+    """Of solving ``tensors``, the products of one layer (or the head), beside their statistics."""
+    solved = [tensor for tensor in tensors if tensor.grid.kind != "float"]
+    if not solved:
+        return Cost(0, 0.0, 0)
+    rate = SOLVED_PER_SECOND[needs]
+    columns = {tensor.columns for tensor in solved}
+    seconds = sum(_work_of(tensor) for tensor in solved) / rate / threads if rate else 0.0
+    memory = threads * SOLVER_COPIES * max(slab_bytes(tensor) for tensor in solved)
+    if needs == "hessian":
+        seconds += sum(width**3 for width in columns) / FACTORED_PER_SECOND / threads
+        factors = sorted((4 * width * width for width in columns), reverse=True)
+        memory += sum(factors) + FACTOR_COPIES * sum(factors[:threads])
+    return Cost(int(memory), seconds, 0)
+
+
+def _work_of(tensor: OutputTensor) -> float:
+    return float(tensor.rows) * tensor.columns * tensor.columns

@@ -1,0 +1,186 @@
+"""What a conversion will calibrate with and what that takes, known before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from edgellm.calibration.blocks import Block, blocks_of, grids_by_role, heads_among
+from edgellm.calibration.cost import Cost, pass_cost, runtime_bytes, solve_cost, sums_bytes
+from edgellm.calibration.folding import Folding, plan_transforms
+from edgellm.calibration.stream import BUDGET_BYTES
+from edgellm.calibration.texts import (
+    CALIBRATION_TOKENS,
+    WINDOW_TOKENS,
+    CalibrationText,
+    calibration_windows,
+)
+from edgellm.errors import UsageError
+from edgellm.export.layout import Layout
+from edgellm.quant import SOLVERS, Needs
+from edgellm.quant.grid import Grid
+from edgellm.recipe import DEFAULT_SOLVER, Recipe, split_quant
+from edgellm.source.model import ModelSource
+
+PREFERRED_SOLVER = "gptq"
+
+PATIENCE_S = 600.0
+"""A calibrated solver that nobody named is chosen when it is expected to take less."""
+
+ENOUGH_BITS = 8
+"""Codes of so many bits are as good as exact however they are rounded (SmolLM2's KL: 0.003)."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text, the network that reads it, and the blocks that are rounded by what is found.
+
+    ``source`` is the model before any transform; ``folding`` scales what the layout loads.
+    ``needs``: what is gathered of each input. ``notes``: facts that the user should be shown.
+    """
+
+    text: CalibrationText
+    source: ModelSource
+    folding: Folding | None
+    blocks: tuple[Block, ...]
+    needs: Needs
+    cost: Cost
+    notes: tuple[str, ...] = ()
+
+
+def linear_grids(layout: Layout, source: ModelSource) -> dict[str, Grid]:
+    """The grid of every product's weight, by role; floats too."""
+    tied = source.decoder.tied_head
+    tensors = layout.model_tensors
+    layers = [tensor for tensor in tensors if _is_product(tensor.parts[0].role, tensor.shape)]
+    heads = [tensors[place] for place in heads_among(tensors, tied=tied)]
+    return grids_by_role([*layers, *heads], tied=tied)
+
+
+def choose_solver(
+    recipe: Recipe, layout: Layout, source: ModelSource, threads: int, memory_bytes: int
+) -> tuple[Recipe, str]:
+    """``recipe`` with a solver where none was named and one matters, and a line that says why.
+
+    The line is empty where there is nothing to say: a solver or transform was named, or the body's
+    codes have so many bits that rounding is as good as exact.
+    """
+    quant = split_quant(recipe.quant or "")
+    grids = linear_grids(layout, source)
+    bits = min((grid.bits for role, grid in grids.items() if role.startswith("blk.")), default=32)
+    if quant.solver is not None or quant.transforms or bits >= ENOUGH_BITS:
+        return recipe, ""
+    preferred = str(quant._replace(solver=PREFERRED_SOLVER))
+    cost = cost_of(layout, source, recipe.calibration_tokens or CALIBRATION_TOKENS, threads)
+    minutes = f"{max(1, round(cost.seconds / 60))} min"
+    if cost.seconds >= PATIENCE_S or cost.memory_bytes > memory_bytes:
+        why = f"{PREFERRED_SOLVER} would take about {minutes}"
+        if cost.memory_bytes > memory_bytes:
+            why = f"{PREFERRED_SOLVER} would need about {cost.memory_bytes / 1e9:.1f} GB of memory"
+        solver = DEFAULT_SOLVER
+        reason = f"solver {solver}: {why} here; --quant {preferred} loses less"
+    else:
+        solver = PREFERRED_SOLVER
+        plain = quant._replace(solver=DEFAULT_SOLVER)
+        reason = (
+            f"solver {solver}: makes good its own rounding errors on a calibration text, about "
+            f"{minutes}; --quant {plain} rounds at once, and loses more"
+        )
+    chosen = msgspec.structs.replace(recipe, quant=str(quant._replace(solver=solver)))
+    return chosen, reason
+
+
+def plan_calibration(
+    recipe: Recipe,
+    layout: Layout,
+    source: ModelSource,
+    lay_out: Callable[[ModelSource], Layout],
+    threads: int,
+) -> tuple[Layout, Calibration | None]:
+    """What ``recipe``'s solver and transforms need, and the layout with what transforms change.
+
+    None where they need nothing. Raises ``UsageError`` for a calibration that nothing would heed,
+    for weights that stay floats, and what reading the text raises.
+    """
+    needs = SOLVERS[recipe.solver].needs
+    if needs == "nothing" and not recipe.transforms:
+        _check_idle(recipe)
+        return layout, None
+    grids = linear_grids(layout, source)
+    if all(grid.kind == "float" for grid in grids.values()):
+        raise UsageError(
+            f"--quant {recipe.quant}: all weights stay floats, so there is nothing to solve; "
+            f"choose --quant {recipe.grid}"
+        )
+    if recipe.transforms:
+        if recipe.keep_adapters:
+            raise UsageError(
+                f"{recipe.transforms[0]} scales the inputs that adapters beside the model are made "
+                "for: merge them (leave out --keep-adapters), or choose a --quant without it"
+            )
+        needs = "hessian"
+    folded, folding = plan_transforms(source, recipe.transforms, set(grids.values()), recipe.solver)
+    if folding is not None:
+        layout = lay_out(folded)
+    text = calibration_windows(
+        source.tokenizer,
+        recipe.calibration,
+        tokens=recipe.calibration_tokens or CALIBRATION_TOKENS,
+        seed=recipe.seed or 0,
+        context=source.decoder.context_length,
+    )
+    tensors, decoder = layout.tensors, source.decoder
+    blocks = blocks_of(tensors, len(decoder.layers), tied=decoder.tied_head)
+    return layout, Calibration(
+        text=text,
+        source=source,
+        folding=folding,
+        blocks=tuple(blocks),
+        needs=needs,
+        cost=cost_of(layout, source, text.tokens, threads, needs),
+        notes=(*text.notes, *folded.notes[len(source.notes) :]),
+    )
+
+
+def cost_of(
+    layout: Layout, source: ModelSource, tokens: int, threads: int, needs: Needs = "hessian"
+) -> Cost:
+    """What calibrating on ``tokens`` and solving takes, beside what is rounded without."""
+    decoder = source.decoder
+    window = min(WINDOW_TOKENS, decoder.context_length)
+    passing = pass_cost(decoder, tokens, window, threads, importance_only=needs != "hessian")
+    blocks = blocks_of(layout.tensors, len(decoder.layers), tied=decoder.tied_head)
+    solving = [
+        solve_cost([layout.tensors[place] for place in block.tensors], threads, needs)
+        for block in blocks
+        if block.unit is not None
+    ]
+    stream = 4 * tokens * decoder.hidden_size
+    kept = sums_bytes(decoder, needs != "hessian") + (stream if stream <= BUDGET_BYTES else 0)
+    most = max((each.memory_bytes for each in solving), default=0)
+    kept += runtime_bytes(decoder, window, threads)
+    return replace(
+        passing,
+        memory_bytes=max(passing.memory_bytes, kept + most),
+        seconds=passing.seconds + sum(each.seconds for each in solving),
+    )
+
+
+def _is_product(role: str, shape: tuple[int, ...]) -> bool:
+    return role.startswith("blk.") and role.endswith(".weight") and len(shape) == 2
+
+
+def _check_idle(recipe: Recipe) -> None:
+    """Refuse options about a calibration that does not take place."""
+    given = {
+        "calibration": recipe.calibration,
+        "calibration_tokens": recipe.calibration_tokens,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(
+                f"{name} is for solvers that see the model work, and {recipe.solver} rounds "
+                f"without: choose --quant {PREFERRED_SOLVER}:{recipe.grid}, or leave it out"
+            )

@@ -1,0 +1,281 @@
+"""A calibrated conversion block by block: statistics, transforms, solving, writing, journal."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgellm import registry
+from edgellm.calibration.blocks import Block, grids_by_role, heads_among, statistics_of
+from edgellm.calibration.planning import Calibration
+from edgellm.hardware import peak_memory_bytes
+from edgellm.parallel import in_parallel
+from edgellm.progress import Progress, ProgressEvent
+from edgellm.quant import SOLVERS
+from edgellm.quant.factor import DAMPING, factor_of
+from edgellm.quant.rtn import solve as round_plainly
+from edgellm.quant.statistics import Statistics
+from edgellm.slabs import Slab, Solve, Written, slabs_of, write_slab
+from edgellm.tensors import Array
+
+if TYPE_CHECKING:
+    from edgellm.calibration.passes import CalibrationPass
+    from edgellm.export.writer import StagedFolder
+    from edgellm.plan import Plan
+
+SAVE_SECONDS = 60.0
+"""Hidden states that are in memory are saved when the last time is longer ago: what a killed run
+loses at most, beside the layer that it was at."""
+
+
+@dataclass
+class Outcome:
+    """What became of the blocks: ``notes`` for people, ``measured`` for the manifest."""
+
+    notes: list[str] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+
+def round_in_blocks(
+    plan: Plan, calibration: Calibration, staged: StagedFolder, progress: Progress
+) -> Outcome:
+    """Write every tensor of ``plan``: first what has no statistics, then layer by layer, the head.
+
+    Goes on from what the journal of ``staged`` has. Raises what loading, computing and solving
+    raise; errors name the tensor or the layer.
+    """
+    return _Run(plan, calibration, staged, progress).run()
+
+
+class _Run:
+    def __init__(
+        self, plan: Plan, calibration: Calibration, staged: StagedFolder, progress: Progress
+    ) -> None:
+        self.plan, self.calibration, self.staged = plan, calibration, staged
+        self.progress = progress
+        self.tensors = plan.layout.tensors
+        self.solve: Solve = registry.attribute(SOLVERS[plan.recipe.solver].attribute)
+        decoder = plan.source.decoder
+        self.layers = len(decoder.layers)
+        self.heads = heads_among(self.tensors, tied=decoder.tied_head)
+        self.grids = grids_by_role(self.tensors, tied=decoder.tied_head)
+        self.entries = {
+            entry["block"]: entry for entry in staged.journal.entries() if "block" in entry
+        }
+        self.resumed_after = len(self.entries)
+        self.saved_file = ""
+        self.saved_at = time.monotonic()
+        self.spent = {"statistics_s": 0.0, "solving_s": 0.0}
+        self.steps = sum(block.name not in self.entries for block in calibration.blocks)
+        self.steps_done = 0
+
+    def run(self) -> Outcome:
+        blocks = {block.unit: block for block in self.calibration.blocks}
+        if None in blocks and blocks[None].name not in self.entries:
+            self._say(blocks[None], "")
+            written = self._write(blocks[None], {})
+            self._finish(blocks[None], written, {})
+        left = [
+            unit
+            for unit, block in blocks.items()
+            if unit is not None and block.name not in self.entries
+        ]
+        if left:
+            self._read_layers(blocks, max(left))
+        return self._outcome()
+
+    def _read_layers(self, blocks: Mapping[int | None, Block], last: int) -> None:
+        """The layers up to ``last``, which stands for the head where it is one more."""
+        from edgellm.calibration.passes import CalibrationPass  # brings onnx with it
+
+        calibration, folding = self.calibration, self.calibration.folding
+        reading = CalibrationPass(
+            calibration.source,
+            calibration.text.windows,
+            threads=self.plan.threads,
+            spool=self.staged.journal.folder,
+            importance_only=calibration.needs != "hessian",
+        )
+        self._place(reading)
+        for unit in range(last + 1):
+            block = blocks.get(unit)
+            wanted = block is not None and block.name not in self.entries
+            if not wanted:
+                if folding is not None and block is not None:
+                    with np.load(self._factors(unit)) as factors:
+                        folding.restore(unit, dict(factors))
+                if reading.next_layer == unit and unit < self.layers:
+                    reading.pass_by(unit)
+                continue
+            assert block is not None
+            begun = time.perf_counter()
+            found = self._statistics(reading, block, unit)
+            if folding is not None:
+                found = folding.fill_layer(unit, found, self.grids, self.plan.threads)
+                self._keep_factors(unit, folding.factors(unit))
+            read = time.perf_counter()
+            written = self._write(block, found)
+            self.spent["statistics_s"] += read - begun
+            self.spent["solving_s"] += time.perf_counter() - read
+            self._finish(block, written, found, reading)
+
+    def _place(self, reading: CalibrationPass) -> None:
+        """Put the pass where an earlier run saved its hidden states, else at the beginning."""
+        saved = [entry for entry in self.entries.values() if "stream" in entry]
+        if saved:
+            self.saved_file = saved[-1]["stream"]
+            reading.resume(saved[-1]["layer"], self.staged.journal.folder / self.saved_file)
+        else:
+            reading.begin()
+
+    def _statistics(
+        self, reading: CalibrationPass, block: Block, unit: int
+    ) -> dict[str, Statistics]:
+        def watch(share: float) -> None:
+            self._say(block, f"reads the text, {share:.0%}")
+
+        if unit < self.layers:
+            return reading.layer(unit, watch)
+        roles = {
+            part.role
+            for place in self.heads
+            for part in self.tensors[place].parts
+            if self.tensors[place].grid.kind != "float"
+        }
+        return dict.fromkeys(roles, reading.head(watch)) if roles else {}
+
+    def _write(self, block: Block, found: Mapping[str, Statistics]) -> list[Written]:
+        """Solve and write the tensors of ``block``, those that take longest first."""
+        known = {place: self._known(place, found) for place in block.tensors}
+
+        def work(slab: Slab) -> Written:
+            statistics = known[slab.tensor]
+            solve = self.solve if statistics is not None else round_plainly
+            return write_slab(self.tensors[slab.tensor], slab, solve, self.staged, statistics)
+
+        order = sorted(known, key=lambda place: (-self.tensors[place].columns, place))
+        slabs = slabs_of(self.tensors, order)
+        results = []
+        for result in in_parallel(work, slabs, self.plan.threads):
+            results.append(result)
+            if len(slabs) > len(order):  # a large block
+                self._say(block, f"solved {len(results)}/{len(slabs)}")
+        return results
+
+    def _known(self, place: int, found: Mapping[str, Statistics]) -> Statistics | None:
+        tensor = self.tensors[place]
+        is_table = tensor.parts[0].role == "token_embd.weight" and place not in self.heads
+        return None if is_table else statistics_of(tensor, found)
+
+    def _finish(
+        self,
+        block: Block,
+        written: list[Written],
+        found: Mapping[str, Statistics],
+        reading: CalibrationPass | None = None,
+    ) -> None:
+        """Bring the block to the disk, and say so in the journal."""
+        sums: dict[str, list[float]] = {}
+        # Slabs come as they are finished; their sums must not depend on that.
+        for each in sorted(written, key=lambda each: (each.slab.tensor, each.slab.start)):
+            if each.power:
+                total = sums.setdefault(self.tensors[each.slab.tensor].name, [0.0, 0.0])
+                total[0] += each.error
+                total[1] += each.power
+        entry: dict[str, Any] = {
+            "block": block.name,
+            "errors": sums,
+            "notes": self._damped(found),
+        }
+        self.staged.flush()
+        outdated = self.saved_file
+        if reading is not None and reading.next_layer < self.layers:
+            entry |= self._save(reading)
+        self.staged.note(entry)
+        if outdated != self.saved_file and outdated and reading and reading.stream.file is None:
+            (self.staged.journal.folder / outdated).unlink(missing_ok=True)
+        self.entries[block.name] = entry
+        self.steps_done += 1
+        off = relative_error(sums.values())
+        said = "" if off is None else f"output error {off:.1%}, "
+        self._say(block, f"{said}memory {peak_memory_bytes() / 1e6:.0f} MB")
+
+    def _save(self, reading: CalibrationPass) -> dict[str, Any]:
+        """Keep the hidden states before the next layer, if it is time; what the journal says."""
+        stream = reading.stream
+        if stream.file is None:
+            if time.monotonic() - self.saved_at < SAVE_SECONDS:
+                return {}
+            self.saved_at = time.monotonic()
+            file = self.staged.journal.folder / f"stream-before-{reading.next_layer}"
+        else:
+            file = stream.file
+        stream.save(file)
+        self.saved_file = file.name
+        return {"stream": file.name, "layer": reading.next_layer}
+
+    def _damped(self, found: Mapping[str, Statistics]) -> list[str]:
+        """A line for each input whose Hessian took more damping than usual."""
+        if SOLVERS[self.plan.recipe.solver].needs != "hessian":
+            return []
+        notes = []
+        for statistics in {id(each): each for each in found.values()}.values():
+            roles = [role for role, each in found.items() if each is statistics]
+            if not any(self.grids[role].kind != "float" for role in roles if role in self.grids):
+                continue
+            factor = factor_of(statistics)
+            if factor.damping > DAMPING[0]:
+                notes.append(
+                    f"the Hessian of the input of {', '.join(roles)} is singular with "
+                    f"{DAMPING[0]:g} of its mean diagonal added, so {factor.damping:g} was"
+                )
+        return notes
+
+    def _factors(self, unit: int) -> Path:
+        return self.staged.journal.folder / f"factors-{unit}.npz"
+
+    def _keep_factors(self, unit: int, factors: Mapping[str, Array]) -> None:
+        """What a resumed run gives its transforms back."""
+        arrays: dict[str, Any] = dict(factors)
+        with self._factors(unit).open("wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _say(self, block: Block, what: str) -> None:
+        """Tell who watches; of blocks those that this run has to do are counted."""
+        item = f"{block.name}: {what}" if what else block.name
+        self.progress(ProgressEvent("calibrate", item, 0, 0, self.steps_done, self.steps))
+
+    def _outcome(self) -> Outcome:
+        outcome = Outcome()
+        errors: dict[str, float | None] = {}
+        by_block: dict[str, float | None] = {}
+        for block in self.calibration.blocks:
+            entry = self.entries[block.name]
+            outcome.notes += entry["notes"]
+            if entry["errors"]:
+                by_block[block.name] = relative_error(entry["errors"].values())
+                errors |= {name: relative_error([sums]) for name, sums in entry["errors"].items()}
+        outcome.measured = {
+            "output_error_by_block": by_block,
+            "output_error_by_tensor": errors,
+            "resumed_after_blocks": self.resumed_after,
+            **{name: round(seconds, 3) for name, seconds in self.spent.items()},
+        }
+        return outcome
+
+
+def relative_error(sums: Iterable[Sequence[float]]) -> float | None:
+    """The norm of what outputs are off by, by that of the outputs, of ``[error, power]`` sums."""
+    pairs = list(sums)
+    error = math.fsum(each[0] for each in pairs)
+    power = math.fsum(each[1] for each in pairs)
+    return math.sqrt(error / power) if power > 0 else None

@@ -1,0 +1,117 @@
+"""Slabs of rows: what a worker loads, rounds, packs and writes at once, cut by shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgellm.errors import TensorError
+from edgellm.export.layout import OutputTensor
+from edgellm.export.packing import PACKERS
+from edgellm.export.writer import StagedFolder
+from edgellm.quant.dequantize import dequantize
+from edgellm.quant.ggml_types import NAMED
+from edgellm.quant.grid import Grid, QTensor
+from edgellm.quant.statistics import Statistics
+from edgellm.tensors import SLAB_BYTES, Array, rows_within, stacked_rows
+
+Solve = Callable[[Array, Grid, Statistics | None], QTensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """Rows ``start:stop`` of one output tensor: the unit of work of a conversion."""
+
+    tensor: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A slab that was written: its bytes on disk, and where there are statistics the error.
+
+    ``error`` is ``trace(e @ H @ e.T)`` of what rounding changed, ``power`` the same of the weights:
+    squares of what the output is off by, and of the output, up to a factor.
+    """
+
+    slab: Slab
+    nbytes: int
+    error: float = 0.0
+    power: float = 0.0
+
+
+def slab_rows(tensor: OutputTensor) -> int:
+    """Rows of ``tensor`` that fit into a slab, at least those that are packed together.
+
+    All of one whose rows cannot be rounded apart.
+    """
+    if tensor.in_one_piece:
+        return tensor.rows
+    together = tensor.rows_together
+    rows = rows_within(SLAB_BYTES, tensor.columns)
+    return max(together, rows - rows % together)
+
+
+def slab_bytes(tensor: OutputTensor) -> int:
+    """Float32 bytes of the largest slab of ``tensor``."""
+    return 4 * min(tensor.rows, slab_rows(tensor)) * tensor.columns
+
+
+def slabs_of(tensors: Sequence[OutputTensor], places: Iterable[int]) -> list[Slab]:
+    """The slabs of the tensors at ``places``, in that order; the same for any number of threads."""
+    return [
+        Slab(place, start, min(start + step, tensors[place].rows))
+        for place in places
+        for step in (slab_rows(tensors[place]),)
+        for start in range(0, tensors[place].rows, step)
+    ]
+
+
+def write_slab(
+    tensor: OutputTensor,
+    slab: Slab,
+    solve: Solve,
+    staged: StagedFolder,
+    statistics: Statistics | None = None,
+) -> Written:
+    """Load, solve, pack and write one slab.
+
+    Raises ``TensorError`` naming a tensor that holds NaN, Inf, or more than its grid reaches, or
+    whose statistics the solver cannot use.
+    """
+    rows = stacked_rows(tensor.parts, slab.start, slab.stop)
+    try:
+        rounded = solve(rows, tensor.grid, statistics)
+        packed = PACKERS[tensor.packer].pack(rounded)
+    except TensorError as error:  # a solver knows values alone
+        names = ", ".join(part.name for part in tensor.parts)
+        raise TensorError(f"tensor {names}: {error}") from error
+    for array in tensor.arrays:
+        for offset, content in array.places(slab.start, packed[array.component]):
+            staged.write_at(array.file, offset, content)
+    nbytes = sum(packed[array.component].size for array in tensor.arrays)
+    if statistics is None:
+        return Written(slab, nbytes)
+    off = values_of(rounded)
+    off -= rows
+    return Written(slab, nbytes, output_power(off, statistics), output_power(rows, statistics))
+
+
+def values_of(rounded: QTensor) -> Array:
+    """The values that ``rounded`` stands for, codes or finished blocks of ggml's."""
+    if rounded.codes is not None or rounded.packed is None:
+        return dequantize(rounded)
+    from edgellm.quant import ggml  # loads a shared library
+
+    return ggml.dequantize(rounded.packed, NAMED[rounded.grid.name])
+
+
+def output_power(rows: Array, statistics: Statistics) -> float:
+    """``trace(rows @ H @ rows.T)``: the mean square of ``rows @ x``, summed over the rows."""
+    hessian = statistics.hessian
+    weighed = rows * hessian if hessian.ndim == 1 else rows @ hessian
+    by_row: Array = np.einsum("ij,ij->i", weighed, rows)
+    return float(by_row.sum(dtype=np.float64))
