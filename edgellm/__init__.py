@@ -56,6 +56,9 @@ def convert(
     allow_untrained: bool = False,
     min_survival: float | None = None,
     check_text: str | PathLike[str] | None = None,
+    check_tokens: int | None = None,
+    max_kld: float | None = None,
+    max_ppl_increase: float | None = None,
     threads: int | None = None,
     force: bool = False,
     check: bool = True,
@@ -96,6 +99,9 @@ def convert(
             "allow_untrained": allow_untrained,
             "min_survival": min_survival,
             "check_text": None if check_text is None else str(check_text),
+            "check_tokens": check_tokens,
+            "max_kld": max_kld,
+            "max_ppl_increase": max_ppl_increase,
         }
     )
     return carry_out_recipe(

@@ -8,13 +8,14 @@ Hugging Face folders, Hub ids and GGUF files, quantized ones too.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgellm.errors import UnsupportedTarget
 from edgellm.evaluation import Logits, session_logits
 from edgellm.manifest import MANIFEST, Artifact, open_artifact
-from edgellm.progress import Progress, unwatched
+from edgellm.progress import Progress, ProgressEvent, unwatched
 
 if TYPE_CHECKING:
     from edgellm.chat import ChatSession
@@ -115,10 +116,13 @@ class FloatAnswers:
         for group in _groups(passages, HIDDEN_BYTES // (4 * self._source.decoder.hidden_size)):
             windows = [passage.ids for passage in group]
             hidden = hidden_states(
-                self._source, windows, threads=self._threads, progress=self._progress
+                self._source, windows, threads=self._threads, progress=self._layer_done
             )
             for passage, states in zip(group, hidden, strict=True):
                 yield logits_of(self._source, states[passage.first :])
+
+    def _layer_done(self, event: ProgressEvent) -> None:
+        self._progress(replace(event, stage="reference"))
 
     def close(self) -> None:
         """Nothing is held between windows."""

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 Stage = Literal[
-    "download", "quantize", "merge", "checksum", "check", "evaluate", "tune", "calibrate"
+    "download",
+    "quantize",
+    "merge",
+    "checksum",
+    "check",
+    "reference",
+    "evaluate",
+    "tune",
+    "calibrate",
 ]
 
 

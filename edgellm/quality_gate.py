@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -22,6 +23,7 @@ from edgellm.errors import (
     VerificationError,
 )
 from edgellm.evaluation import Comparison, Figures
+from edgellm.export.writer import aside_of, check_output
 from edgellm.progress import Progress, unwatched
 
 if TYPE_CHECKING:
@@ -63,8 +65,20 @@ class Quality(Figures, frozen=True, kw_only=True):
 
 def asked_for(recipe: Recipe) -> bool:
     """Whether ``recipe`` wants the comparison whatever it takes."""
-    limits = (recipe.check_tokens, recipe.max_kld, recipe.max_ppl_increase)
+    limits = (recipe.check_text, recipe.check_tokens, recipe.max_kld, recipe.max_ppl_increase)
     return any(limit is not None for limit in limits)
+
+
+def check_ready(plan: Plan, out: Path, *, check: bool) -> None:
+    """Raise before any work what a comparison would raise after it.
+
+    ``UsageError`` for a text that cannot be read and ``OutputError`` where a rejected artifact
+    could not be put aside.
+    """
+    if check_tokens(plan) and (check or asked_for(plan.recipe)):
+        text_of(plan, check_tokens(plan))
+    if plan.recipe.max_kld is not None or plan.recipe.max_ppl_increase is not None:
+        check_output(aside_of(out), force=True)
 
 
 def check_tokens(plan: Plan) -> int:
@@ -84,6 +98,30 @@ def check_tokens(plan: Plan) -> int:
     return tokens if tokens >= LEAST_TOKENS else 0
 
 
+def compare(
+    plan: Plan, artifact: Artifact, *, check: bool = True, progress: Progress = unwatched
+) -> dict[str, dict[str, Any]]:
+    """``survival`` and ``quality`` of ``artifact``, made by ``plan``, for the manifest.
+
+    Each where it has something to say; without ``check`` where a limit was set. One pass over the
+    text serves both. Raises what ``check_survival`` and ``check_quality`` do.
+    """
+    from edgellm.lora.check.survival import Shared
+    from edgellm.lora.check.surviving import check_survival
+
+    found: dict[str, dict[str, Any]] = {}
+    shared, runtime = Shared(), ""
+    if plan.source.merge is not None and (check or plan.recipe.min_survival):
+        found["survival"] = check_survival(plan, artifact, shared=shared, progress=progress)
+        runtime = found["survival"].get("runtime", "")
+    if check or asked_for(plan.recipe):
+        known = None if shared.text is None else (shared.text, shared.to_quantized, runtime)
+        quality = check_quality(plan, artifact, known=known, progress=progress)
+        if quality:
+            found["quality"] = quality
+    return found
+
+
 def check_quality(
     plan: Plan,
     artifact: Artifact,
@@ -93,7 +131,7 @@ def check_quality(
 ) -> dict[str, Any]:
     """The quality of ``artifact``, made by ``plan``, as plain values for the manifest.
 
-    ``known``: what another check has already compared of them, on which runtime. ``skipped`` says
+    ``known``: what another check has compared of them already, on which runtime. ``skipped`` says
     why nothing was compared; the dict is empty where there was nothing to compare. ``rejected``
     says which limit is exceeded. Raises ``VerificationError`` for an artifact that does not run,
     and ``RuntimeMissing`` or ``UnsupportedTarget`` where a limit cannot be checked.
@@ -155,6 +193,12 @@ def rejection(found: Figures, recipe: Recipe) -> str:
             f"{limit:g} %"
         )
     return ""
+
+
+def verdict(measured: dict[str, Any]) -> str:
+    """Why a manifest's ``measured`` part says that the artifact is not to be kept, or nothing."""
+    rejected: str = measured.get("quality", {}).get("rejected", "")
+    return rejected
 
 
 def quality_line(measured: dict[str, Any], out: str, source: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,14 +35,22 @@ OF_ADAPTERS = (
     "keep_adapters",
     "allow_untrained",
     "min_survival",
-    "check_text",
 )
 """Fields that say something about ``adapters`` and mean nothing without."""
+
+LEAST_CHECK_TOKENS = 16
 
 OF_CALIBRATION = ("calibration", "calibration_tokens")
 """Fields that say something about calibration, and mean nothing to a solver that needs none."""
 
-ONLY_CHECKED = ("allow_untrained", "min_survival", "check_text")
+ONLY_CHECKED = (
+    "allow_untrained",
+    "min_survival",
+    "check_text",
+    "check_tokens",
+    "max_kld",
+    "max_ppl_increase",
+)
 """Fields that change no byte: they say what is refused."""
 
 
@@ -61,7 +70,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     without adapters takes a model that is quantized already.
     ``keep_adapters``: write them beside the base instead of merging. ``allow_untrained``: take
     adapters that change nothing. ``min_survival``: the least share of the fine-tune that must be
-    left after rounding, measured on ``check_text``, a file or ``builtin``.
+    left after rounding.
+
+    ``check_text``: what the result is compared with the source on, a file or ``builtin``, up to
+    ``check_tokens`` of it. ``max_kld``: the most that its answers may be from the source's, in nats
+    a token; ``max_ppl_increase``: by how many percent its perplexity may exceed the source's.
 
     ``calibration`` is the text that solvers and transforms see the model work on, a file or
     ``builtin``, of which ``calibration_tokens`` are drawn by ``seed``
@@ -88,6 +101,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     allow_untrained: bool = False
     min_survival: float | None = None
     check_text: str | None = None
+    check_tokens: int | None = None
+    max_kld: float | None = None
+    max_ppl_increase: float | None = None
     calibration: str | None = None
     calibration_tokens: int | None = None
 
@@ -253,6 +269,7 @@ def make_recipe(fields: Mapping[str, Any], origin: str = "the options") -> Recip
             f"{origin}: calibration_tokens must be at least 1, got {recipe.calibration_tokens}"
         )
     _check_adapters(recipe, origin)
+    _check_limits(recipe, origin)
     if split_quant(recipe.quant or "").solver is not None:
         check_calibration(recipe, origin)
     return recipe
@@ -290,6 +307,19 @@ def _check_adapters(recipe: Recipe, origin: str) -> None:
             f"{origin}: min_survival is a share, from 0 to 1, got {recipe.min_survival:g}"
         )
     check_combination(recipe.combination(), [spec.weight for spec in recipe.adapter_specs()])
+
+
+def _check_limits(recipe: Recipe, origin: str) -> None:
+    """Refuse limits of the quality that nothing could keep, or that say nothing."""
+    if recipe.check_tokens is not None and recipe.check_tokens < LEAST_CHECK_TOKENS:
+        raise UsageError(
+            f"{origin}: check_tokens must be at least {LEAST_CHECK_TOKENS}, got "
+            f"{recipe.check_tokens}: fewer say nothing (--no-check compares none)"
+        )
+    for name in ("max_kld", "max_ppl_increase"):
+        limit = getattr(recipe, name)
+        if limit is not None and not 0 <= limit < math.inf:
+            raise UsageError(f"{origin}: {name} must be 0 or more, got {limit:g}")
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

@@ -49,7 +49,7 @@ class Evaluation(Figures, frozen=True, kw_only=True):
     tokenizer_sha256: str
     windows_sha256: str
     scored: str
-    windows: int
+    window_count: int
     window_tokens: int
     vocab_size: int
     evaluate_s: float
@@ -119,7 +119,7 @@ def evaluate(
             tokenizer_sha256=opened[0].tokenizer_sha256,
             windows_sha256=pieces.sha256(),
             scored=pieces.description,
-            windows=len(pieces.passages),
+            window_count=len(pieces.passages),
             window_tokens=pieces.window_tokens,
             vocab_size=vocab_size,
             evaluate_s=round(time.perf_counter() - started, 3),

@@ -49,7 +49,26 @@ CalibrationTokens: TypeAlias = Annotated[
 CheckText: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        metavar="FILE", help="Text that survival is measured on. Default: builtin, a short one."
+        metavar="FILE", help="Text that answers are compared on. Default: builtin, a short one."
+    ),
+]
+CheckTokens: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        metavar="NUMBER",
+        help="Tokens of it. Default: 1024, fewer of a large model, none of a very large one.",
+    ),
+]
+MaxKld: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NATS", help="Reject a result whose answers are further (KL) from the source's."
+    ),
+]
+MaxPplIncrease: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PERCENT", help="Reject a result whose perplexity is higher by more, such as 5%."
     ),
 ]
 AllowUntrained: TypeAlias = Annotated[

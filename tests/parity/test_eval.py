@@ -181,7 +181,7 @@ def test_two_gguf_files_as_llama_perplexity(made: Made) -> None:
             for file in (made.gguf_file, made.float_file)
         )
         sums.add(chunk, ours, base)
-    assert found.windows == len(pieces) >= 4
+    assert found.window_count == len(pieces) >= 4
     assert found.runtime == found.reference_runtime == "llamacpp"
     assert "as llama-perplexity does" in found.scored
     assert_equal(found, sums, rel=0.05, flips=2)
@@ -252,7 +252,7 @@ def test_words_and_bytes_of_the_whole_text(made: Made) -> None:
     assert found.word_perplexity == pytest.approx(math.exp(nll / found.words), rel=1e-9)
     assert found.byte_perplexity == pytest.approx(math.exp(nll / found.text_bytes), rel=1e-9)
     assert found.bits_per_byte == pytest.approx(nll / found.text_bytes / math.log(2), rel=1e-9)
-    unscored = found.windows  # the first token of each, where no begin token comes before it
+    unscored = found.window_count  # the first token of each, where no begin token comes before it
     assert found.text_bytes <= len(TEXT.encode())
     assert found.text_bytes >= len(TEXT.encode()) - 16 * unscored
     assert len(TEXT.split()) - unscored <= found.words <= len(TEXT.split())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING
@@ -90,6 +91,17 @@ class Survival(msgspec.Struct, frozen=True, kw_only=True):
         return median(weight.cosine for weight in self.weights) if self.weights else None
 
 
+@dataclass
+class Shared:
+    """What the pass over the text found beside survival; ``text`` is None where it did not run.
+
+    ``to_quantized`` compares what was rounded with the merged model.
+    """
+
+    text: TextWindows | None = None
+    to_quantized: Comparison = field(default_factory=Comparison)
+
+
 def measure(
     merged: ModelSource,
     layout: Layout,
@@ -97,6 +109,8 @@ def measure(
     artifact: Artifact,
     *,
     text: str | None = None,
+    tokens: int = texts.MEASURED_TOKENS,
+    shared: Shared | None = None,
     threads: int | None = None,
     progress: Progress = unwatched,
 ) -> Survival:
@@ -107,7 +121,7 @@ def measure(
     loading and computing raise.
     """
     weights = weight_survivals(merged, layout, solver, threads=threads)
-    read = _windows(merged, layout.context_length, text)
+    read = _windows(merged, layout.context_length, text, tokens)
     windows = read.windows
     unmeasured = partial(Survival, survival=None, text=read.name, weights=weights)
     from edgellm.chat import open as open_model  # a backend takes long to import
@@ -117,12 +131,15 @@ def measure(
         chat = open_model(artifact.path, verify=False, context_tokens=room, threads=threads)
     except (RuntimeMissing, UnsupportedTarget) as error:
         return unmeasured(reason=f"nothing here runs it: {error}")
+    if shared is not None:
+        shared.text = read
     with chat:
         return divergences(
             merged,
             session_logits(chat.session, windows),
             windows,
             unmeasured(reason="", runtime=chat.choice.runtime),
+            to_quantized=None if shared is None else shared.to_quantized,
             threads=threads,
             progress=progress,
         )
@@ -134,14 +151,18 @@ def divergences(
     windows: Windows,
     known: Survival,
     *,
+    to_quantized: Comparison | None = None,
     threads: int | None = None,
     progress: Progress = unwatched,
 ) -> Survival:
-    """``known`` with the survival by answers; ``quantized`` gives logits window by window."""
+    """``known`` with the survival by answers; ``quantized`` gives logits window by window.
+
+    ``to_quantized``, where given, adds up what rounding did.
+    """
     from edgellm.forward import window_logits  # onnx takes long to import
 
     assert merged.merge is not None, "nothing was merged into this source"
-    to_base, to_quantized = Comparison(), Comparison()
+    to_base, to_quantized = Comparison(), to_quantized or Comparison()
     base = window_logits(merged.merge.base, windows, threads=threads, progress=progress)
     ours = window_logits(merged, windows, threads=threads, progress=progress)
     for window, of_base, of_merged, of_quantized in zip(
@@ -242,15 +263,17 @@ def _grids(layout: Layout) -> Mapping[str, Grid]:
     return grids
 
 
-def _windows(merged: ModelSource, context: int, text: str | None) -> TextWindows:
+def _windows(
+    merged: ModelSource, context: int, text: str | None, tokens: int = texts.MEASURED_TOKENS
+) -> TextWindows:
     """The text as tokens that base and merged model both have."""
     assert merged.merge is not None
     base = merged.merge.base
     room = min(context, base.decoder.context_length)
-    found = texts.evaluation_windows(merged.tokenizer, text, context=room)
+    found = texts.evaluation_windows(merged.tokenizer, text, tokens=tokens, context=room)
     if max(max(window) for window in found.windows) < base.decoder.vocab_size:
         return found
-    return texts.evaluation_windows(base.tokenizer, text, context=room)
+    return texts.evaluation_windows(base.tokenizer, text, tokens=tokens, context=room)
 
 
 def _values(tensor: QTensor) -> Array:

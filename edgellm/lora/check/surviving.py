@@ -9,6 +9,7 @@ import msgspec
 from edgellm.progress import Progress, unwatched
 
 if TYPE_CHECKING:
+    from edgellm.lora.check.survival import Shared
     from edgellm.manifest import Artifact
     from edgellm.plan import Plan
 
@@ -19,14 +20,19 @@ TOO_LARGE = (
 
 
 def check_survival(
-    plan: Plan, artifact: Artifact, *, progress: Progress = unwatched
+    plan: Plan,
+    artifact: Artifact,
+    *,
+    shared: Shared | None = None,
+    progress: Progress = unwatched,
 ) -> dict[str, Any]:
     """The survival of the adapters of ``plan`` in ``artifact``, as plain values for the manifest.
 
     Measured where it was asked for (``min_survival``, ``check_text``), and unasked where that
     is quick; else ``skipped`` says why not. Raises ``VerificationError`` where less is left than
-    was asked for, by default ``survival.MIN_SURVIVAL``.
+    was asked for, by default ``survival.MIN_SURVIVAL``. ``shared`` takes up what the pass compared.
     """
+    from edgellm.calibration.texts import MEASURED_TOKENS
     from edgellm.lora.check.survival import affordable, measure, require
 
     recipe = plan.recipe
@@ -38,6 +44,8 @@ def check_survival(
         recipe.solver,
         artifact,
         text=recipe.check_text,
+        tokens=recipe.check_tokens or MEASURED_TOKENS,
+        shared=shared,
         threads=plan.threads,
         progress=progress,
     )
