@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 import edgellm
-from edgellm import registry
+from edgellm import quality_gate, registry
 from edgellm.calibration.running import Outcome, round_in_blocks
 from edgellm.digests import file_sha256, ranges_sha256
 from edgellm.errors import (
@@ -31,9 +31,8 @@ from edgellm.errors import (
 )
 from edgellm.export import container_named
 from edgellm.export.layout import Container, OutputTensor
-from edgellm.export.writer import StagedFolder, check_output
+from edgellm.export.writer import StagedFolder, begun_before, check_output
 from edgellm.hardware import peak_memory_bytes
-from edgellm.lora.check.surviving import check_survival
 from edgellm.lora.lineage import kept_entries, merge_entry
 from edgellm.lora.record import MergeRecord
 from edgellm.manifest import (
@@ -82,9 +81,10 @@ def convert(
 ) -> Artifact:
     """The artifact that ``recipe`` asks for, written to the folder ``out``.
 
-    ``check`` loads the result, generates a few tokens with it, and measures what is left of the
-    adapters that were merged. Raises any ``EdgeError``; then
-    nothing is left at ``out``, and an older artifact there is untouched.
+    ``check`` loads the result, generates a few tokens with it, compares its answers with the
+    source's, and measures what is left of the adapters that were merged. Raises any ``EdgeError``;
+    then nothing is left at ``out``, and an older artifact there is untouched. What exceeds the
+    recipe's ``max_kld`` or ``max_ppl_increase`` lies beside it, as ``OUT.rejected``.
     """
     check_output(out, force=force)
     plan = make_plan(recipe, threads=threads, progress=progress)
@@ -103,6 +103,7 @@ def carry_out(
     check_output(out, force=force)
     check_apart(plan.source, out)
     check_disk(plan, out)
+    quality_gate.check_ready(plan, out, check=check)
     started = time.perf_counter()
     with StagedFolder(out, force=force, resume_key=resume_key(plan)) as staged:
         for name, nbytes in plan.layout.data_files.items():
@@ -115,7 +116,6 @@ def carry_out(
         with one_blas_thread():
             outcome = quantize_tensors(plan, staged, progress)
         staged.sync()
-        staged.forget()
         digested, parity = describe(plan, staged.path, progress, notes=outcome.notes)
         measured = {
             "created_unix_s": round(time.time()),
@@ -133,11 +133,11 @@ def carry_out(
         if check:
             progress(ProgressEvent("check", CHECK_PROMPT, 0, 0))
             measured["check"] = check_artifact(open_artifact(staged.path))
-        if plan.source.merge is not None and (check or plan.recipe.min_survival):
-            made = open_artifact(staged.path)
-            measured["survival"] = check_survival(plan, made, progress=progress)
-        if {"check", "survival"} & measured.keys():
-            staged.write_file(MANIFEST, Manifest.of(digested, measured).to_json())
+        made = open_artifact(staged.path)
+        measured |= quality_gate.compare(plan, made, check=check, progress=progress)
+        staged.write_file(MANIFEST, Manifest.of(digested, measured).to_json())
+        if rejected := quality_gate.verdict(measured):
+            raise quality_gate.refusal(rejected, staged.put_aside(), plan.recipe)
         staged.commit()
     return open_artifact(out)
 
@@ -206,6 +206,12 @@ def resume_key(plan: Plan) -> str:
         "versions": _tool_versions(container_named(layout.container), calibrated=True),
     }
     return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
+
+
+def begun_blocks(plan: Plan, out: Path) -> list[str]:
+    """The blocks that a stopped run of the same plan to ``out`` has done."""
+    key = resume_key(plan)
+    return [entry["block"] for entry in begun_before(out, key)] if key else []
 
 
 def measured_changes(record: MergeRecord) -> dict[str, Any]:

@@ -153,7 +153,7 @@ class StagedFolder:
         with _translated(self.out):
             self.journal.append(entry)
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """Remove the journal and what lies with it: all is done that it was for."""
         if self.journal.folder.exists():
             with _translated(self.out):
@@ -170,6 +170,7 @@ class StagedFolder:
 
     def commit(self) -> None:
         """Put the folder in place, in the stead of an older artifact when forced."""
+        self._forget()
         retired = _beside(self.out, f"{os.getpid()}.retired")
         with _translated(self.out):
             if self.out.exists():
@@ -190,6 +191,7 @@ class StagedFolder:
 
         An artifact that was put aside earlier makes way.
         """
+        self._forget()
         aside = aside_of(self.out)
         check_output(aside, force=True)
         with _translated(aside):
@@ -258,11 +260,12 @@ def _beside(out: Path, ending: str) -> Path:
     return out.with_name(f".{out.name}.{ending}")
 
 
-def begun_before(out: Path) -> Path | None:
-    """The folder of a run to ``out`` that was stopped and can be gone on with; None without."""
+def begun_before(out: Path, resume_key: str) -> list[dict[str, Any]]:
+    """The journal of the furthest run with ``resume_key`` that was stopped; empty without."""
     with _translated(out):
-        found = [each for each, kind in _abandoned(out) if kind == "partial"]
-        return next((each for each in found if Journal(each).entries()), None)
+        journals = [Journal(each) for each, kind in _abandoned(out) if kind == "partial"]
+        found = [each.entries() for each in journals if each.key() == resume_key]
+        return max(found, key=len, default=[])
 
 
 def _abandoned(out: Path) -> Iterator[tuple[Path, str]]:

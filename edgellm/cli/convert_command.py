@@ -12,6 +12,7 @@ from edgellm.cli.progress_bar import progress_shown
 from edgellm.errors import UsageError
 
 if TYPE_CHECKING:
+    from edgellm.calibration.planning import Calibration
     from edgellm.lora.merging import Merge
     from edgellm.manifest import Artifact, KeptEntry
     from edgellm.plan import Plan
@@ -91,6 +92,9 @@ def convert(
     ] = False,
     min_survival: options.MinSurvival = None,
     check_text: options.CheckText = None,
+    check_tokens: options.CheckTokens = None,
+    max_kld: options.MaxKld = None,
+    max_ppl_increase: options.MaxPplIncrease = None,
     allow_untrained: options.AllowUntrained = False,
     recipe: Annotated[
         Path | None,
@@ -103,7 +107,8 @@ def convert(
     ignore_config_key: options.IgnoreConfigKey = None,
     threads: options.Workers = None,
     check: Annotated[
-        bool, typer.Option(help="Afterwards load the artifact and generate a few tokens.")
+        bool,
+        typer.Option(help="Afterwards run it, and compare its answers with the source's."),
     ] = True,
     force: options.Force = False,
     dry_run: options.DryRun = False,
@@ -132,6 +137,7 @@ def convert(
       edgellm convert ./my-model --quant int4-g64 --format onnx --dry-run
       edgellm convert ./my-model --out small --format onnx --kv-cache int8
       edgellm convert ./my-model --out small --format hf --layout awq
+      edgellm convert ./my-model --out small --max-kld 0.1 --max-ppl-increase 5%
       edgellm convert --recipe recipe.toml --out small --json | jq .path
 
     \b
@@ -167,36 +173,58 @@ def convert(
             "calibration": calibration,
             "calibration_tokens": calibration_tokens,
             "check_text": check_text,
+            "check_tokens": check_tokens,
+            "max_kld": max_kld,
+            "max_ppl_increase": _percent(max_ppl_increase),
         },
     )
     if out is None and not dry_run:
         raise UsageError("convert needs --out FOLDER (or --dry-run, to see the plan only)")
-    from edgellm.plan import resolve
+    from edgellm.export.writer import check_output
+    from edgellm.plan import check_disk, make_plan
 
-    resolved, reasons = resolve(asked)
+    if out is not None and not dry_run:
+        check_output(out, force=force)
+    with progress_shown(quiet=as_json) as progress:
+        plan = make_plan(asked, threads=threads, progress=progress)
+    resolved = plan.recipe
     if not as_json:
         render.say(f"{resolved.source} to {resolved.format}, {resolved.quant}")
-        render.say_notes(reasons)
-    with progress_shown(quiet=as_json) as progress:
-        if dry_run:
-            from edgellm.plan import check_disk, make_plan
-
-            plan = make_plan(asked, threads=threads, progress=progress)
-            if out is not None:
-                check_disk(plan, out)
-        else:
-            from edgellm.conversion import convert as convert_model
-
-            assert out is not None
-            artifact = convert_model(
-                asked, out, threads=threads, force=force, check=check, progress=progress
-            )
-    if save_recipe is not None:
-        _save(resolved, save_recipe, quiet=as_json)
+        render.say_notes(plan.reasons)
     if dry_run:
+        if out is not None:
+            check_disk(plan, out)
         render.show_json(_plan_facts(plan)) if as_json else _show_plan(plan)
     else:
-        _show_artifact(artifact, as_json=as_json)
+        assert out is not None
+        artifact = _carried_out(plan, out, force=force, check=check, quiet=as_json)
+        _show_artifact(artifact, resolved.source, as_json=as_json)
+    if save_recipe is not None:
+        _save(resolved, save_recipe, quiet=as_json)
+
+
+def _carried_out(plan: Plan, out: Path, *, force: bool, check: bool, quiet: bool) -> Artifact:
+    """Carry the plan out; says what an earlier run left, and what this one leaves when stopped."""
+    from edgellm.conversion import begun_blocks, carry_out
+
+    if begun := begun_blocks(plan, out):
+        _say(f"goes on with what an earlier run began: {len(begun)} blocks are done", quiet)
+    try:
+        with progress_shown(quiet=quiet) as progress:
+            return carry_out(plan, out, force=force, check=check, progress=progress)
+    except KeyboardInterrupt:
+        if begun := begun_blocks(plan, out):
+            _say(
+                f"{len(begun)} blocks are done and kept: the same command goes on from there, "
+                f"another one with --out {out} discards them",
+                quiet,
+            )
+        raise
+
+
+def _say(note: str, quiet: bool) -> None:
+    if not quiet:
+        render.say_notes([note])
 
 
 def _asked(recipe_file: Path | None, options: dict[str, Any]) -> Recipe:
@@ -207,6 +235,18 @@ def _asked(recipe_file: Path | None, options: dict[str, Any]) -> Recipe:
     if options["source"] is None:
         raise UsageError("convert needs a SOURCE (or --recipe FILE.toml that names one)")
     return make_recipe(options)
+
+
+def _percent(text: str | None) -> float | None:
+    """``5%`` or ``5`` as 5.0."""
+    if text is None:
+        return None
+    try:
+        return float(text.strip().removesuffix("%"))
+    except ValueError as error:
+        raise UsageError(
+            f"--max-ppl-increase is a percentage, such as 5%, and {text!r} is none"
+        ) from error
 
 
 def _save(recipe: Recipe, path: Path, *, quiet: bool) -> None:
@@ -230,6 +270,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
         "convert_s": plan.seconds,
         "threads": plan.threads,
         "notes": plan.notes,
+        "calibration": _calibration_facts(plan.calibration) if plan.calibration else None,
         "merge": _merge_facts(plan.source.merge) if plan.source.merge else None,
         "merged_before": plan.source.merged_before,
         "kept_adapters": _kept(plan),
@@ -244,6 +285,22 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
             }
             for tensor in plan.layout.tensors
         ],
+    }
+
+
+def _calibration_facts(calibration: Calibration) -> dict[str, Any]:
+    text, cost = calibration.text, calibration.cost
+    return {
+        "text": text.name,
+        "text_sha256": text.text_sha256,
+        "ids_sha256": text.sha256,
+        "tokens": text.tokens,
+        "windows": len(text.windows),
+        "seed": text.seed,
+        "gathered": calibration.needs,
+        "calibrate_s": cost.seconds,
+        "memory_bytes": cost.memory_bytes,
+        "spool_bytes": cost.disk_bytes,
     }
 
 
@@ -291,11 +348,23 @@ def _show_plan(plan: Plan) -> None:
             ("disk needed", render.size(plan.disk_bytes)),
             ("time", f"about {render.duration(plan.seconds)}"),
             ("threads", str(plan.threads)),
+            *(_calibration_lines(plan.calibration) if plan.calibration else ()),
             *(_merge_lines(plan) if plan.source.merge else ()),
             *(("kept beside", f"{each.file}: {described(each)}") for each in _kept(plan)),
         ]
     )
     render.show_notes(plan.notes)
+
+
+def _calibration_lines(calibration: Calibration) -> list[tuple[str, str]]:
+    text, cost = calibration.text, calibration.cost
+    return [
+        ("calibration", f"{text.name}: {text.tokens} tokens in {len(text.windows)} windows"),
+        (
+            "",
+            f"about {render.duration(cost.seconds)}, {render.size(cost.disk_bytes)} to resume from",
+        ),
+    ]
 
 
 def _merge_lines(plan: Plan) -> list[tuple[str, str]]:
@@ -313,7 +382,7 @@ def _merge_lines(plan: Plan) -> list[tuple[str, str]]:
     return [*lines, ("adapters change", changed)]
 
 
-def _show_artifact(artifact: Artifact, *, as_json: bool) -> None:
+def _show_artifact(artifact: Artifact, source: str, *, as_json: bool) -> None:
     assert artifact.manifest is not None
     if as_json:
         render.show_json({"path": artifact.path, "manifest": artifact.manifest})
@@ -329,6 +398,10 @@ def _show_artifact(artifact: Artifact, *, as_json: bool) -> None:
     render.say_notes(f"kept beside: {each.file}, {described(each)}" for each in made.kept_adapters)
     if "text" in check:
         render.say_notes([f'it runs: "{" ".join((check["prompt"] + check["text"]).split())} ..."'])
+    from edgellm.quality_gate import quality_line
+
+    if answers := quality_line(artifact.manifest.measured, str(artifact.path), source):
+        render.say_notes([f"answers: {answers}"])
     from edgellm.lora.check.surviving import survival_line
 
     if survival := survival_line(artifact.manifest.measured):

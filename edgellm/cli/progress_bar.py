@@ -75,6 +75,7 @@ def _lines() -> Progress:
         if event.stage not in started:
             started[event.stage] = last[event.stage] = now
         whole = 0 < event.total_bytes <= event.done_bytes
+        whole = whole or (not event.total_bytes and 0 < event.total_items <= event.done_items)
         due = whole or now - last[event.stage] >= SECONDS_BETWEEN_LINES
         if due and event.stage not in finished:
             last[event.stage] = now

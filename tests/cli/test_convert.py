@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def test_converts_and_says_what_it_chose_and_why(command: Command, model: Path, 
     container = read_manifest(out).artifact.container
     assert f"format {container}: " in done.err
     assert "grid " in done.err
-    assert "100%" in done.err  # plain progress lines: this is no terminal
+    assert "solver gptq: " in done.err
+    assert re.search(r"calibrate +head: output error .*, memory \d+ MB, 5/5", done.err)
     assert str(out) in done.out
     assert len(done.out.splitlines()) == 1
 
