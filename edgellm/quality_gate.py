@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from edgellm.calibration import BUILT_IN
 from edgellm.calibration.texts import MEASURED_TOKENS, MEASURED_WINDOW, evaluation_windows
 from edgellm.errors import (
     GenerationError,
@@ -43,6 +44,8 @@ LEAST_TOKENS = 128
 
 READ_BACK = ("gguf", "hf")
 """Containers whose weights the float network reads."""
+
+BEST_SOLVER = "gptq"
 
 NO_RUNTIME = "float"
 """What computed an artifact that no runtime here opens: the values that its weights stand for."""
@@ -199,6 +202,18 @@ def verdict(measured: dict[str, Any]) -> str:
     """Why a manifest's ``measured`` part says that the artifact is not to be kept, or nothing."""
     rejected: str = measured.get("quality", {}).get("rejected", "")
     return rejected
+
+
+def refusal(rejected: str, aside: Path, recipe: Recipe) -> VerificationError:
+    """The error of an artifact that is rejected, and was put ``aside``, with the next step."""
+    better = ["more bits (--quant q5_k_m, q6_k, q8_0 or int8)", "or another limit"]
+    if recipe.solver != BEST_SOLVER:
+        grid = recipe.grid or "GRID"
+        better.insert(1, f"a solver that makes good its errors (--quant {BEST_SOLVER}:{grid})")
+    return VerificationError(
+        f"{rejected} (text: {recipe.check_text or BUILT_IN}). It does not take its place and is "
+        f"kept apart, in {aside}: choose {', '.join(better)}"
+    )
 
 
 def quality_line(measured: dict[str, Any], out: str, source: str) -> str:
