@@ -283,9 +283,8 @@ def check_calibration(recipe: Recipe, origin: str = "the options") -> None:
     for name in names:
         if getattr(recipe, name) is not None:
             raise UsageError(
-                f"{origin}: {name} is about calibration, and {recipe.solver} rounds to "
-                f"{recipe.grid or 'its grid'} without any: choose a solver that calibrates "
-                f"(--quant gptq:{recipe.grid or 'GRID'}), or leave it out"
+                f"{origin}: {name} is for solvers that see the model work, and {recipe.solver} "
+                f"rounds without: choose --quant gptq:{recipe.grid or 'GRID'}, or leave it out"
             )
 
 

@@ -21,7 +21,7 @@ from edgellm.errors import UsageError
 from edgellm.export.layout import Layout
 from edgellm.quant import SOLVERS, Needs
 from edgellm.quant.grid import Grid
-from edgellm.recipe import DEFAULT_SOLVER, Recipe, split_quant
+from edgellm.recipe import DEFAULT_SOLVER, Recipe, check_calibration, split_quant
 from edgellm.source.model import ModelSource
 
 PREFERRED_SOLVER = "gptq"
@@ -106,7 +106,7 @@ def plan_calibration(
     """
     needs = SOLVERS[recipe.solver].needs
     if needs == "nothing" and not recipe.transforms:
-        _check_idle(recipe)
+        check_calibration(recipe)
         return layout, None
     grids = linear_grids(layout, source)
     if all(grid.kind == "float" for grid in grids.values()):
@@ -170,17 +170,3 @@ def cost_of(
 
 def _is_product(role: str, shape: tuple[int, ...]) -> bool:
     return role.startswith("blk.") and role.endswith(".weight") and len(shape) == 2
-
-
-def _check_idle(recipe: Recipe) -> None:
-    """Refuse options about a calibration that does not take place."""
-    given = {
-        "calibration": recipe.calibration,
-        "calibration_tokens": recipe.calibration_tokens,
-    }
-    for name, value in given.items():
-        if value is not None:
-            raise UsageError(
-                f"{name} is for solvers that see the model work, and {recipe.solver} rounds "
-                f"without: choose --quant {PREFERRED_SOLVER}:{recipe.grid}, or leave it out"
-            )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SPEAKERS = {"user": "Question: ", "assistant": "Answer: "}
 """How the built-in conversations name who speaks, for a model without a chat template."""
 
-TODAY = datetime(2026, 1, 1)
+TODAY = datetime(2025, 1, 1)
 """The day that templates are told: some write it, and the same text must give the same ids."""
 
 

@@ -123,7 +123,7 @@ def test_chats_go_through_the_template(chatty: Tokenizer, tmp_path: Path) -> Non
     lines += [json.dumps({"prompt": CHATS[0][:1], "completion": CHATS[0][1:]}), ""]
     file.write_text("\n".join(lines))
     rendered = [
-        "<s>" + "".join(f"<{m['role']}>{m['content']}\n" for m in chat) + "2026" for chat in CHATS
+        "<s>" + "".join(f"<{m['role']}>{m['content']}\n" for m in chat) + "2025" for chat in CHATS
     ]
     small, large = (by_hand(chatty, text, special=True) for text in rendered)
     assert small.count(BOS) == 1

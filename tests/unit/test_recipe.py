@@ -163,7 +163,7 @@ def test_a_saved_recipe_keeps_its_adapters(tmp_path: Path) -> None:
     ("fields", "says"),
     [
         ({"combine": "ties"}, "combine is about adapters"),
-        ({"check_text": "a.txt"}, "check_text is about adapters"),
+        ({"min_survival": 0.5}, "min_survival is about adapters"),
         ({"keep_adapters": True}, "keep_adapters is about adapters"),
         ({"adapters": ["a"], "seed": -1}, "seed must be 0 or more, got -1"),
         ({"adapters": ["a"], "min_survival": 1.5}, "min_survival is a share"),
@@ -180,9 +180,12 @@ def test_what_is_wrong_with_adapters_is_named(fields: dict[str, object], says: s
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"quant": "rtn:q4_0", "calibration": "a.txt"}, "calibration is about .* gptq:q4_0"),
-        ({"quant": "rtn", "calibration_tokens": 4096}, "calibration_tokens is about"),
-        ({"quant": "rtn:q4_0", "seed": 0}, "seed is about calibration, and rtn rounds to q4_0"),
+        ({"quant": "rtn:q4_0", "calibration": "a.txt"}, r"calibration is for solvers .* gptq:q4_0"),
+        ({"quant": "rtn", "calibration_tokens": 4096}, "calibration_tokens is for"),
+        (
+            {"quant": "rtn:q4_0", "seed": 0},
+            "seed is for solvers that see the model work, and rtn rounds",
+        ),
         ({"quant": "gptq:q4_0", "calibration_tokens": 0}, "must be at least 1, got 0"),
         ({"quant": "gptq:q4_0", "calibration_tokens": "many"}, "calibration_tokens"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),
@@ -233,3 +236,4 @@ def test_the_digest_follows_the_draw_and_not_the_place_of_the_text() -> None:
     assert here.sha256() == there.sha256() == make_recipe(asked).sha256()
     more, other = (make_recipe({**asked, name: 9}) for name in ("calibration_tokens", "seed"))
     assert len({here.sha256(), more.sha256(), other.sha256()}) == 3
+    assert not {"calibration", "calibration_tokens", "seed"} & make_recipe(asked).choices().keys()
