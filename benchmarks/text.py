@@ -30,16 +30,16 @@ class Text:
     sha256: str
 
 
-def tokens(model: Path) -> Text:
+def tokens(model: Path, windows: int = WINDOWS) -> Text:
     """The ids for the tokenizer of ``model``, made in a process of its own when missing."""
-    path = WORK / f"{model.name}-tokens.json"
+    path = WORK / f"{model.name}-tokens{'' if windows == WINDOWS else f'-{windows}'}.json"
     if not path.exists():
-        run([sys.executable, "-m", "benchmarks.text", str(model), str(path)])
+        run([sys.executable, "-m", "benchmarks.text", str(model), str(path), str(windows)])
     digest: str = json.loads(path.read_text())["sha256"]
     return Text(path, digest)
 
 
-def write_tokens(model: Path, path: Path) -> None:
+def write_tokens(model: Path, path: Path, windows: int) -> None:
     """Write the ids of the text for the tokenizer of the folder ``model``."""
     from pydoc_data.topics import topics
 
@@ -47,7 +47,7 @@ def write_tokens(model: Path, path: Path) -> None:
 
     text = "\n\n".join(topics[name] for name in sorted(topics))[SKIPPED_CHARACTERS:]
     ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(text).ids
-    held_out = ids[PROMPT_TOKENS : PROMPT_TOKENS + WINDOWS * WINDOW_TOKENS]
+    held_out = ids[PROMPT_TOKENS : PROMPT_TOKENS + windows * WINDOW_TOKENS]
     document = {
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "prompt": ids[:PROMPT_TOKENS],
@@ -60,4 +60,4 @@ def write_tokens(model: Path, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_tokens(Path(sys.argv[1]), Path(sys.argv[2]))
+    write_tokens(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

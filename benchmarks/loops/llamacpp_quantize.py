@@ -1,6 +1,6 @@
 """Quantize a GGUF file with llama.cpp's own quantizer, at its default of all cores.
 
-Arguments: IN.gguf OUT.gguf TYPE, where TYPE is q8_0 or q4_k_m.
+Arguments: IN.gguf OUT.gguf TYPE [IMATRIX.gguf], where TYPE is llama.cpp's name, such as q4_k_m.
 """
 
 from __future__ import annotations
@@ -8,15 +8,23 @@ from __future__ import annotations
 import ctypes
 import sys
 
+import libgguf
 import llama_cpp
+import numpy as np
 
-FILE_TYPES = {
-    "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
-    "q4_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
-}
-
-source, target, file_type = sys.argv[1:]
+source, target, file_type, *imatrix = sys.argv[1:]
 settings = llama_cpp.llama_model_quantize_default_params()
-settings.ftype = FILE_TYPES[file_type]
+settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{file_type.upper()}")
+if imatrix:
+    importance = {
+        name: np.ascontiguousarray(values, np.float32).reshape(-1)
+        for name, values in libgguf.load_imatrix(imatrix[0]).items()
+    }
+    entries = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
+    for entry, (name, values) in zip(entries, importance.items(), strict=False):
+        entry.name = name.encode()
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        entry.size = values.size
+    settings.imatrix = entries
 failed = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(settings))
 raise SystemExit(failed)

@@ -1,0 +1,107 @@
+"""Answers per byte in stock llama.cpp: our calibrated GGUF files against `llama_model_quantize`'s.
+
+Both calibrate on the same tokens: the peer's importance matrix is made of the text that our solver
+sees. Files of one type have the same tensors in the same types, so they are of one size. KL
+divergence is from the unquantized model (float32) over 16,384 tokens of text that calibration does
+not see, every file run by the same build of llama.cpp.
+
+`python -m benchmarks.quality q4_0 iq4_xs` tries these types only and changes no result.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from benchmarks import results, tables
+from benchmarks.measure import fresh, output_of, run
+from benchmarks.models import SMOLLM2, smollm2
+from benchmarks.places import LOOPS, WORK, edgellm, shown
+from benchmarks.results import Comparison, Result
+from benchmarks.text import tokens
+
+TARGETS = {
+    "q4_0": 0.6,
+    "q4_k_m": 0.75,
+    "q3_k_m": 0.75,
+    "iq4_xs": 0.75,
+    "q4_1": 0.95,
+    "q4_k_s": 0.95,
+    "q5_0": 0.95,
+    "q5_k_m": 0.95,
+    "q6_k": 0.95,
+    "q2_k": 0.95,
+    "iq4_nl": 0.95,
+}
+"""At most this part of the peer's KL, by type of file."""
+
+CALIBRATION_TOKENS = 32768
+WINDOWS = 32
+QUICK_TYPES = ("q4_0",)
+
+
+def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
+    """KL of both for each type; quick: one type, few tokens."""
+    model = smollm2()
+    text = tokens(model, 8 if quick else WINDOWS)
+    seen = str(4096 if quick else CALIBRATION_TOKENS)
+    names = types or (QUICK_TYPES if quick else tuple(TARGETS))
+    fresh("float")
+    source = [*edgellm(), "convert", model.name, "--format", "gguf", "--quant", "bf16"]
+    run([*source, "--out", "float", "--no-check"])
+    weigh = [sys.executable, str(LOOPS / "importance.py"), model.name, "imatrix.gguf", seen]
+    run(weigh)
+    commands = {"peer, importance": shown(weigh)}
+    files: dict[str, tuple[str, str]] = {}
+    for name in names:
+        ours, theirs = f"ours-{name}", f"peer-{name}.gguf"
+        fresh(ours, theirs)
+        convert = [*edgellm(), "convert", model.name, "--format", "gguf", "--quant", f"gptq:{name}"]
+        convert += ["--calibration-tokens", seen, "--out", ours, "--no-check"]
+        run(convert)
+        quantize = [sys.executable, str(LOOPS / "llamacpp_quantize.py"), "float/model.gguf"]
+        quantize += [theirs, name, "imatrix.gguf"]
+        run(quantize)
+        files[name] = (f"{ours}/model.gguf", theirs)
+        commands |= {f"edgellm, {name}": shown(convert), f"peer, {name}": shown(quantize)}
+    judge = [sys.executable, str(LOOPS / "divergences.py"), model.name, text.path.name]
+    judge += [file for pair in files.values() for file in pair]
+    figures = output_of(judge)
+    commands["KL"] = shown(judge)
+    fresh("float", *(f"peer-{name}.gguf" for name in names))
+    return Result(
+        benchmark="quality",
+        peer="llama_model_quantize with an imatrix",
+        setting=(
+            f"{SMOLLM2}; mean KL to it in nats over {figures[files[names[0]][0]]['tokens']:,} "
+            f"tokens of held-out text in llama.cpp, {int(seen):,} tokens of calibration. Standard "
+            f"errors are at most {_largest_error(figures):.1%} of the figure."
+        ),
+        comparisons=[
+            Comparison(
+                name,
+                "nats",
+                [figures[ours]["kld_mean"]],
+                [figures[theirs]["kld_mean"]],
+                at_most=TARGETS.get(name),
+            )
+            for name, (ours, theirs) in files.items()
+        ],
+        commands=commands,
+        facts={
+            "figures": figures,
+            "sizes": {file: (WORK / file).stat().st_size for file, _ in files.values()},
+            "text_sha256": text.sha256,
+            "packages": ["llama-cpp-python", "libgguf", "numpy"],
+        },
+    )
+
+
+def _largest_error(figures: dict[str, dict[str, float]]) -> float:
+    return max(each["kld_mean_stderr"] / each["kld_mean"] for each in figures.values())
+
+
+if __name__ == "__main__":
+    kept = WORK / "trial.json"
+    results.save(measure(quick=False, types=sys.argv[1:]), kept)
+    print(tables.render(results.load(kept)))
