@@ -1,4 +1,4 @@
-"""GPTQ of SmolLM2 to int4 by edgellm and by gptqmodel: wall, peak memory, and what the answers lost.
+"""GPTQ of SmolLM2 to int4 by edgellm and by gptqmodel: wall, peak memory, KL divergence.
 
 Both see the same 128 x 512 tokens, write a GPTQ folder of the same layout, and start from the same
 float weights. KL divergence is of the folders' weights, dequantized and computed in float32.
