@@ -62,6 +62,9 @@ NEEDS = {
     "bitsandbytes": "bitsandbytes",
 }
 
+DEQUANTIZED_FIRST = ("compressed-tensors", "int4-g32")
+"""transformers 5.23 loads zeros of this layout no other way, whoever wrote them: in f16."""
+
 OURS = ("gptq", "gptq_v2", "awq", "bitsandbytes")
 """Layouts that edgellm reads."""
 
@@ -148,9 +151,8 @@ def loaded(path: Path, layout: str, dtype: str = "float32") -> Any:
 
     settings: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "eager"}
     if layout == "compressed-tensors":
-        # transformers 5.23 loads zeros of this layout no other way, whoever wrote them.
         settings["quantization_config"] = transformers.CompressedTensorsConfig(
-            dequantize="int4-g32" in path.name
+            dequantize=path.name == "-".join(DEQUANTIZED_FIRST)
         )
     transformers.logging.set_verbosity_error()
     with warnings.catch_warnings():
@@ -184,10 +186,15 @@ def test_the_libraries_answer_as_the_values_do(
     model = loaded(folder(layout, grid), layout, "float16" if library == "gptqmodel" else "float32")
     source = tiny_model("llama-256")
     reference = float_model(source, layout, grid)
+    if (layout, grid) == DEQUANTIZED_FIRST:
+        for module in reference.model.layers.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data = module.weight.data.half().float()
     wanted = logits_of(reference)
     bound = DYNAMIC_BOUND if grid == "int8-dynamic" else BOUNDS[library]
     assert distance(logits_of(model), wanted) < bound
-    assert distance(logits_of(tiny_models.load(source)), wanted) > bound / 2
+    if grid != "int8-dynamic":  # the bound tells these values from the original's
+        assert distance(logits_of(tiny_models.load(source)), wanted) > 2 * bound
 
 
 @pytest.mark.parametrize(("layout", "grid"), [cell for cell in CELLS if cell[0] in OURS])
