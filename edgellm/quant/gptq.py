@@ -1,0 +1,89 @@
+"""GPTQ on any grid: scales first, then codes column by column, each making good the errors before.
+
+Frantar et al., arXiv 2210.17323, with the columns in the order of falling activations while the
+groups stay where they are (``static groups`` of the authors' code), so that any container can hold
+the result. Scales come from the search of ``imatrix``, weighted by the diagonal of the Hessian.
+``factor`` has the mathematics. Afterwards ``refine`` goes over codes and scales again.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgellm.errors import TensorError, UnsupportedTarget, UsageError
+from edgellm.quant import imatrix
+from edgellm.quant.factor import Factor, factor_of
+from edgellm.quant.grid import Grid, QTensor
+from edgellm.quant.group_scales import GroupScales
+from edgellm.quant.levels import VECTOR_CODEBOOKS
+from edgellm.quant.refine import refine
+from edgellm.quant.row_tiles import to_tiles
+from edgellm.quant.statistics import Statistics
+from edgellm.tensors import Array
+
+BLOCK_COLUMNS = 128
+"""Columns whose errors are fed to all later ones at once, by one product (section 3.3, step 2)."""
+
+SWEEPS = 2
+"""Times that ``refine`` goes over all columns."""
+
+
+def solve(rows: Array, grid: Grid, statistics: Statistics | None) -> QTensor:
+    """``rows`` ``[rows, columns]`` rounded to ``grid`` for the least error of ``rows @ inputs``.
+
+    Rows are solved apart, in float32, to the same codes however they are grouped. Scales are as the
+    container stores them. Vector codebooks, which have no code for one value, are rounded by
+    importance alone. Raises ``UsageError`` without statistics, ``UnsupportedTarget`` for floats,
+    ``TensorError`` for rows or statistics that do not fit or are not finite.
+    """
+    if statistics is None:
+        raise UsageError(
+            f"gptq:{grid.name} needs statistics of the layer's inputs: calibrate first"
+        )
+    if grid.kind == "float":
+        raise UnsupportedTarget(f"gptq has nothing to solve on {grid.name}: choose rtn:{grid.name}")
+    if grid.name in VECTOR_CODEBOOKS:
+        return imatrix.solve(rows, grid, statistics)
+    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    if len(statistics.hessian) != rows.shape[1]:
+        raise TensorError(
+            f"statistics of {len(statistics.hessian)} inputs are given for rows of "
+            f"{rows.shape[1]} weights: they were made for another tensor or model"
+        )
+    factor = factor_of(statistics)
+    scales = GroupScales(imatrix.fitted(rows, grid, imatrix.lifted(statistics.importance)))
+    weights = to_tiles(rows)
+    levels, errors = feed_forward(weights, scales, factor)
+    refine(weights, levels, errors, scales, statistics.hessian, SWEEPS)
+    return scales.finished(levels, len(rows))
+
+
+def feed_forward(weights: Array, scales: GroupScales, factor: Factor) -> tuple[Array, Array]:
+    """Levels and errors of ``weights``, all ``[tiles, columns, rows]``, by the given scales.
+
+    The error of each column is fed to the later ones of its block at once, to all other later ones
+    when the block is done.
+    """
+    order, feedback = factor.order, factor.feedback
+    columns = weights.shape[1]
+    ordered = weights[:, order]
+    targets, errors = ordered.copy(), np.empty_like(ordered)
+    levels = np.empty_like(weights)
+    for block_start in range(0, columns, BLOCK_COLUMNS):
+        block_end = min(block_start + BLOCK_COLUMNS, columns)
+        for column in range(block_start, block_end):
+            target = targets[:, column]
+            if column > block_start:
+                before = slice(block_start, column)
+                target -= np.matmul(feedback[column, before], errors[:, before])
+            number = order[column]
+            group = int(number) // scales.group
+            found = scales.nearest(target, group)
+            levels[:, number] = found
+            np.subtract(scales.values(found, group), ordered[:, column], out=errors[:, column])
+        if block_end < columns:
+            fed = feedback[block_end:, block_start:block_end]
+            targets[:, block_end:] -= np.matmul(fed, errors[:, block_start:block_end])
+    unordered = np.empty_like(errors)
+    unordered[:, order] = errors
+    return levels, unordered
