@@ -96,7 +96,9 @@ def error_of(source: Path, out: Path, wanted: np.ndarray, **choices: Any) -> flo
 
 def test_no_name_is_missing_or_untried() -> None:
     tried = {"gguf": set(GGUF), "onnx": set(ONNX)}
-    assert {name: set(container_named(name).grids) for name in CONTAINERS} == tried
+    # What nothing here runs is loaded by other libraries, in test_hf_folder and test_hf_packing.
+    runnable = [name for name in CONTAINERS if name != "hf"]
+    assert {name: set(container_named(name).grids) for name in runnable} == tried
 
 
 @pytest.mark.parametrize(

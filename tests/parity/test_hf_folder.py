@@ -399,7 +399,7 @@ def test_layouts_go_by_the_grid_where_none_is_named(tiny_model: TinyModel) -> No
         "f16": None,
     }
     plan = make_plan(Recipe(source=source, layout="gptq"))
-    assert (plan.recipe.format, plan.recipe.grid) == ("hf", "int4-g128-sym")
+    assert (plan.recipe.format, plan.recipe.grid) == ("hf", "int4-g64-sym")
 
 
 def test_every_cell_is_one_of_the_table() -> None:
