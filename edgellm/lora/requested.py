@@ -97,7 +97,6 @@ def kept_apart(
         "seed",
         "merge_base",
         "min_survival",
-        "check_text",
     )
     given = [name for name in merging if getattr(recipe, name) is not None]
     if recipe.combine not in (None, "cat"):
