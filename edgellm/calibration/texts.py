@@ -28,30 +28,14 @@ T = TypeVar("T")
 
 DATA = Path(__file__).parent / "data"
 
+LANGUAGES = ("ar", "de", "es", "fr", "hi", "it", "ja", "ko", "pl", "pt", "ru", "tr", "uk", "zh")
+
 PARTS: tuple[tuple[str, ...], ...] = (
     ("chat",),
     ("prose",),
     ("code",),
     ("notes",),
-    tuple(
-        f"languages/{name}"
-        for name in (
-            "ar",
-            "de",
-            "es",
-            "fr",
-            "hi",
-            "it",
-            "ja",
-            "ko",
-            "pl",
-            "pt",
-            "ru",
-            "tr",
-            "uk",
-            "zh",
-        )
-    ),
+    tuple(f"languages/{name}" for name in LANGUAGES),
 )
 """Files of the built-in calibration set. Windows are taken from each row in turn, and of a row from
 each file in turn."""
@@ -68,7 +52,7 @@ LEAST_WINDOWS = 4
 windows have tokens."""
 
 BYTES_PER_TOKEN = 16
-"""More than a token takes in any text: what a file must hold for the tokens that are asked for."""
+"""More than a token takes in nearly all texts, to know how much of a file is enough."""
 
 MEASURED_TOKENS = 1024
 MEASURED_WINDOW = 256
@@ -123,17 +107,18 @@ def calibration_windows(
             f"{tokens} tokens of calibration are too few: ask for at least "
             f"{LEAST_WINDOWS * length} ({LEAST_WINDOWS} windows of {length})"
         )
-    text = _Text(asked, PARTS, tokens)
+    text = _Text(asked, PARTS, max(MOST_BYTES, tokens * BYTES_PER_TOKEN))
+    prefix = tokenizer.settings.prefix_ids
     rows = []
     for row in text.rows:
-        files = []
-        for file in row:
-            found = packed(text.encoded(file, tokenizer), tokenizer.settings.prefix_ids, length)
-            files.append(_shuffled(found, f"{seed}:{file.stem}"))
-        rows.append(_in_turn(_shuffled(files, f"{seed}")))
+        parts = [
+            _shuffled(packed(text.encoded(part, tokenizer), prefix, length), f"{seed}:{part}")
+            for part in row
+        ]
+        rows.append(_in_turn(_shuffled(parts, f"{seed}")))
     drawn = _in_turn(rows)
     if len(drawn) < LEAST_WINDOWS:
-        has = sum(len(each.ids) for file in text.files for each in text.encoded(file, tokenizer))
+        has = sum(len(each.ids) for part in text.files for each in text.encoded(part, tokenizer))
         raise UsageError(
             f"the calibration text {text.name} is too short: it has {has} tokens and {tokens} are "
             f"wanted; {LEAST_WINDOWS} windows of {length} are the least: name a longer text, or "
@@ -178,8 +163,8 @@ def evaluation_windows(
     text without tokens, and what ``read_documents`` raises.
     """
     length = _length(tokenizer, window_tokens, context)
-    text = _Text(asked, ((EVALUATION,),), tokens)
-    encoded = chain.from_iterable(text.encoded(file, tokenizer) for file in text.files)
+    text = _Text(asked, ((EVALUATION,),), (tokens + length) * BYTES_PER_TOKEN)
+    encoded = chain.from_iterable(text.encoded(part, tokenizer) for part in text.files)
     found: list[tuple[int, ...]] = []
     left = tokens
     for window in apart(encoded, tokenizer.settings.prefix_ids, length):
@@ -201,8 +186,8 @@ def evaluation_windows(
 
 def check_readable(asked: str | None) -> None:
     """Raise what reading the text ``asked`` raises, before a model is opened."""
-    text = _Text(asked, (), 0)
-    for file in text.files:
+    text = _Text(asked, (), MOST_BYTES)
+    for file in text.files.values():
         for _ in read_documents(file, text.most_bytes):
             pass
 
@@ -216,34 +201,44 @@ def ids_sha256(windows: Iterable[Sequence[int]]) -> str:
 
 
 class _Text:
-    """What was asked for: a file, or the files of a built-in set in their rows."""
+    """What was asked for: a file, or the files of a built-in set by part, parts in rows."""
 
-    def __init__(self, asked: str | None, built_in: Sequence[Sequence[str]], tokens: int) -> None:
+    def __init__(
+        self, asked: str | None, built_in: Sequence[Sequence[str]], most_bytes: int
+    ) -> None:
+        self.most_bytes = most_bytes
+        self.refusal = ""
         self.is_built_in = asked is None or asked.lower() == BUILT_IN
-        self.most_bytes = max(MOST_BYTES, tokens * BYTES_PER_TOKEN)
-        if self.is_built_in:
+        if asked is None or self.is_built_in:
             self.name = BUILT_IN
-            self.rows = [[DATA / f"{name}.jsonl" for name in row] for row in built_in]
+            self.rows = built_in
+            self.files = {part: DATA / f"{part}.jsonl" for row in built_in for part in row}
         else:
-            assert asked is not None
-            self.rows = [[Path(asked)]]
             self.name = Path(asked).name
-        self.files = [file for row in self.rows for file in row]
+            self.rows = (("",),)  # one part, and its draw does not depend on the file's name
+            self.files = {"": Path(asked)}
 
-    def encoded(self, file: Path, tokenizer: Tokenizer) -> Iterator[Encoded]:
-        """The documents of ``file`` as token ids."""
-        for document in read_documents(file, self.most_bytes):
-            yield encode(tokenizer, document, plain_words=self.is_built_in)
+    def encoded(self, part: str, tokenizer: Tokenizer) -> Iterator[Encoded]:
+        """The documents of a part as token ids."""
+        for document in read_documents(self.files[part], self.most_bytes):
+            found = encode(tokenizer, document, plain_words=self.is_built_in)
+            self.refusal = self.refusal or found.refusal
+            yield found
 
     def sha256(self) -> str:
         """Digest of the file, or of all files of a built-in set."""
-        return combined_sha256({file.name: file_sha256(file) for file in self.files})
+        return combined_sha256({file.name: file_sha256(file) for file in self.files.values()})
 
     def notes(self) -> Iterator[str]:
-        """What was left unread."""
-        for file in self.files:
+        """What was left unread, and what was not written by the model's template."""
+        for file in self.files.values():
             if file.stat().st_size > self.most_bytes:
                 yield f"of {file.name} the first {self.most_bytes:,} bytes were read"
+        if self.refusal:
+            yield (
+                "the conversations of the built-in text are written in plain words, since the "
+                f"model's chat template does not take them: {self.refusal}"
+            )
 
 
 def _length(tokenizer: Tokenizer, window_tokens: int, context: int | None) -> int:

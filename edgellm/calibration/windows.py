@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from edgellm.calibration.documents import Document
-from edgellm.errors import UsageError
+from edgellm.errors import SourceError, UsageError
 
 if TYPE_CHECKING:
     from edgellm.tokenization import Tokenizer
@@ -22,26 +22,39 @@ TODAY = datetime(2025, 1, 1)
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The token ids of a document; ``whole``: they begin as they should, with no prefix needed."""
+    """The token ids of a document; ``whole``: they begin as they should, with no prefix needed.
+
+    ``refusal``: why a conversation was not written by the model's template, where it has one.
+    """
 
     ids: list[int]
     whole: bool
+    refusal: str = ""
 
 
 def encode(tokenizer: Tokenizer, document: Document, *, plain_words: bool = False) -> Encoded:
     """The token ids of ``document``, without the tokenizer's prefix.
 
     A conversation goes through the model's chat template, which writes the begin token itself;
-    special tokens written in a text are plain characters. ``plain_words``: without a template a
-    conversation is written as questions and answers. Raises ``UsageError`` where there is no
-    template, or it refuses the conversation.
+    special tokens written in a text are plain characters. Raises ``UsageError`` where there is no
+    template or it refuses the conversation, ``SourceError`` where it is damaged; with
+    ``plain_words`` the conversation is then written as questions and answers.
     """
     if not document.messages:
         return Encoded(tokenizer.encode(document.text, parse_special=False), whole=False)
+    try:
+        return _by_template(tokenizer, document)
+    except (SourceError, UsageError) as error:
+        if not plain_words:
+            raise
+        lines = "\n".join(_spoken(message) for message in document.messages)
+        ids = tokenizer.encode(lines, parse_special=False)
+        refusal = "" if tokenizer.chat_template is None else str(error)
+        return Encoded(ids, whole=False, refusal=refusal)
+
+
+def _by_template(tokenizer: Tokenizer, document: Document) -> Encoded:
     if tokenizer.chat_template is None:
-        if plain_words:
-            lines = [_spoken(message) for message in document.messages]
-            return Encoded(tokenizer.encode("\n".join(lines), parse_special=False), whole=False)
         raise UsageError(
             f"{document.place}: a conversation, and this model has no chat template that says how "
             "to write it: give a text file (or objects with text), or add a chat_template.jinja to "

@@ -68,7 +68,7 @@ def test_a_text_is_cut_whole_and_drawn_by_digest(plain: Tokenizer, tmp_path: Pat
     file.write_bytes(content.encode())
     ids = by_hand(plain, content)
     cut = [tuple(ids[at : at + 16]) for at in range(0, len(ids) - 15, 16)]
-    order = sorted(range(len(cut)), key=lambda n: hashlib.sha256(f"7:text:{n}".encode()).digest())
+    order = sorted(range(len(cut)), key=lambda n: hashlib.sha256(f"7::{n}".encode()).digest())
     found = drawn(plain, file, seed=7)
     assert found.windows == tuple(cut[n] for n in order)
     assert found.name == "text.txt"
@@ -304,6 +304,20 @@ def test_a_refusing_template_names_the_line(chatty: Tokenizer, tmp_path: Path) -
     (file := tmp_path / "x.jsonl").write_text(json.dumps({"messages": CHATS[0]}))
     with pytest.raises(UsageError, match=r"x\.jsonl, line 1: .*no system"):
         drawn(chatty, file)
+
+
+def test_a_template_that_refuses_does_not_stop_the_built_in_text(chatty: Tokenizer) -> None:
+    """It is the default, so nothing that a user could mend may be in its way."""
+    refusing, damaged = "{{ raise_exception('no chats') }}", "{% if %}"
+    for template, why in ((refusing, "no chats"), (damaged, "not valid Jinja")):
+        chatty.settings = replace(chatty.settings, chat_templates={"default": template})
+        found = calibration_windows(chatty, tokens=4096)
+        (note,) = found.notes
+        assert "in plain words" in note
+        assert why in note
+        spoken = [w for w in found.windows if "\nAnswer: " in bytes_of(chatty, w)]
+        assert spoken
+        assert {window[0] for window in spoken} == {BOS}
 
 
 def test_a_byte_order_mark_is_no_text(plain: Tokenizer, tmp_path: Path) -> None:
