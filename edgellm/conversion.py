@@ -27,6 +27,7 @@ from edgellm.errors import (
     GenerationError,
     RuntimeMissing,
     UnsupportedTarget,
+    UsageError,
     VerificationError,
 )
 from edgellm.export import container_named
@@ -56,6 +57,7 @@ from edgellm.quant import SOLVERS
 from edgellm.recipe import Recipe
 from edgellm.slabs import Slab, Solve, Written, write_slab
 from edgellm.tokenization import artifact_parity
+from edgellm.tune.settings import Tuned
 
 RECORDED_PACKAGES = ("libgguf", "numpy", "tokenizers")
 """Packages whose version can change the bytes of any artifact (libgguf reads GGUF sources); a
@@ -77,6 +79,7 @@ def convert(
     threads: int | None = None,
     force: bool = False,
     check: bool = True,
+    save_imatrix: Path | None = None,
     progress: Progress = unwatched,
 ) -> Artifact:
     """The artifact that ``recipe`` asks for, written to the folder ``out``.
@@ -88,7 +91,9 @@ def convert(
     """
     check_output(out, force=force)
     plan = make_plan(recipe, threads=threads, progress=progress)
-    return carry_out(plan, out, force=force, check=check, progress=progress)
+    return carry_out(
+        plan, out, force=force, check=check, save_imatrix=save_imatrix, progress=progress
+    )
 
 
 def carry_out(
@@ -97,12 +102,18 @@ def carry_out(
     *,
     force: bool = False,
     check: bool = True,
+    save_imatrix: Path | None = None,
     progress: Progress = unwatched,
 ) -> Artifact:
     """The artifact of a plan that was made before; see ``convert``."""
     check_output(out, force=force)
     check_apart(plan.source, out)
     check_disk(plan, out)
+    if save_imatrix is not None and (plan.calibration is None or plan.calibration.text is None):
+        raise UsageError(
+            f"there is no importance to save in {save_imatrix}: {plan.recipe.quant} is rounded "
+            f"without a calibration text; choose --quant gptq:{plan.recipe.grid}"
+        )
     quality_gate.check_ready(plan, out, check=check)
     started = time.perf_counter()
     with StagedFolder(out, force=force, resume_key=resume_key(plan)) as staged:
@@ -115,8 +126,11 @@ def carry_out(
                 staged.write_file(name, content)
         with one_blas_thread():
             outcome = quantize_tensors(plan, staged, progress)
+        if save_imatrix is not None:
+            write_importance(plan, outcome, save_imatrix)
+        tuned = tune_tensors(plan, staged, progress)
         staged.sync()
-        digested, parity = describe(plan, staged.path, progress, notes=outcome.notes)
+        digested, parity = describe(plan, staged.path, progress, notes=outcome.notes, tuned=tuned)
         measured = {
             "created_unix_s": round(time.time()),
             "convert_s": round(time.perf_counter() - started, 3),
@@ -127,6 +141,8 @@ def carry_out(
         }
         if outcome.measured:
             measured["calibration"] = outcome.measured
+        if tuned is not None:
+            measured["tuning"] = tuned.figures()
         if plan.source.merge is not None:
             measured["merge"] = measured_changes(plan.source.merge.record)
         staged.write_file(MANIFEST, Manifest.of(digested, measured).to_json())
@@ -177,6 +193,33 @@ def quantize_tensors(plan: Plan, staged: StagedFolder, progress: Progress = unwa
     return Outcome()
 
 
+def write_importance(plan: Plan, outcome: Outcome, path: Path) -> None:
+    """Write what was found of the weights' inputs as llama.cpp reads it."""
+    from edgellm.quant.imatrix_file import HEAD, write_imatrix
+
+    assert plan.calibration is not None
+    text = plan.calibration.text
+    assert text is not None
+    # llama.cpp calls the head so whether it is tied or not.
+    names = {"token_embd.weight": HEAD}
+    write_imatrix(
+        path,
+        {names.get(role, role): values for role, values in outcome.importance.items()},
+        tokens=text.tokens,
+        chunk_tokens=len(text.windows[0]),
+        datasets=[text.name],
+    )
+
+
+def tune_tensors(plan: Plan, staged: StagedFolder, progress: Progress = unwatched) -> Tuned | None:
+    """Train what the codes that were written are scaled by, where the plan says so."""
+    if plan.tuning is None:
+        return None
+    from edgellm.tune.tuning import tune  # brings torch with it
+
+    return tune(plan.layout, plan.source, staged, plan.tuning, plan.threads, progress)
+
+
 def resume_key(plan: Plan) -> str:
     """Digest of all that the bytes of a calibrated conversion follow from; empty without.
 
@@ -190,7 +233,7 @@ def resume_key(plan: Plan) -> str:
         "recipe": plan.recipe.choices(),
         "source": source.digest(),
         "adapters": [adapter.digest() for adapter in source.merge.adapters] if source.merge else [],
-        "text": calibration.text.sha256,
+        "calibrated_with": calibration.sha256,
         "files": {
             name: hashlib.sha256(content).hexdigest() for name, content in layout.files.items()
         },
@@ -211,7 +254,8 @@ def resume_key(plan: Plan) -> str:
 def begun_blocks(plan: Plan, out: Path) -> list[str]:
     """The blocks that a stopped run of the same plan to ``out`` has done."""
     key = resume_key(plan)
-    return [entry["block"] for entry in begun_before(out, key)] if key else []
+    entries = begun_before(out, key) if key else []
+    return [entry["block"] for entry in entries if "block" in entry]
 
 
 def measured_changes(record: MergeRecord) -> dict[str, Any]:
@@ -248,7 +292,12 @@ def prove_parity(plan: Plan, folder: Path) -> Parity:
 
 
 def describe(
-    plan: Plan, folder: Path, progress: Progress = unwatched, *, notes: Sequence[str] = ()
+    plan: Plan,
+    folder: Path,
+    progress: Progress = unwatched,
+    *,
+    notes: Sequence[str] = (),
+    tuned: Tuned | None = None,
 ) -> tuple[Digested, Parity]:
     """What stands in ``folder``, by digests, and where it came from; and the tokenizers' verdict.
 
@@ -299,6 +348,7 @@ def describe(
             merged_before=source.merged_before,
             kept_adapters=kept_entries(layout),
             calibration=calibration_entry(plan) if plan.calibration else None,
+            tuning=tuned.entry(plan.tuning.text) if tuned and plan.tuning else None,
         )
         return digested, parity
 
@@ -307,7 +357,17 @@ def calibration_entry(plan: Plan) -> CalibrationEntry:
     """What was seen of the model before its weights were rounded, and what by."""
     calibration = plan.calibration
     assert calibration is not None
-    text = calibration.text
+    text, given = calibration.text, calibration.given
+    common: dict[str, Any] = {
+        "gathered": calibration.needs,
+        "solver": plan.recipe.solver,
+        "transforms": plan.recipe.transforms,
+    }
+    if given is not None:
+        return CalibrationEntry(
+            imatrix=given.name, imatrix_sha256=given.sha256, tokens=given.tokens, **common
+        )
+    assert text is not None
     return CalibrationEntry(
         text=text.name,
         text_sha256=text.text_sha256,
@@ -315,9 +375,7 @@ def calibration_entry(plan: Plan) -> CalibrationEntry:
         tokens=text.tokens,
         windows=len(text.windows),
         seed=text.seed,
-        gathered=calibration.needs,
-        solver=plan.recipe.solver,
-        transforms=plan.recipe.transforms,
+        **common,
     )
 
 

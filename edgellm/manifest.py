@@ -104,23 +104,43 @@ class MergeEntry(msgspec.Struct, frozen=True, kw_only=True):
     base_reason: str = ""
 
 
-class CalibrationEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """The text that the model was seen to work on before its weights were rounded.
+class CalibrationEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the model was seen to work on before its weights were rounded.
 
     ``text`` is ``builtin`` or a file's name, ``text_sha256`` the digest of its bytes and
     ``ids_sha256`` of the token ids (``calibration.texts.ids_sha256``). ``gathered``: of the inputs
-    of the weights, ``hessian`` or ``importance``.
+    of the weights, ``hessian`` or ``importance``. With ``imatrix``, a file of importance by its
+    name and digest, there is no text.
     """
 
-    text: str
-    text_sha256: str
-    ids_sha256: str
-    tokens: int
-    windows: int
-    seed: int
     gathered: str
     solver: str
     transforms: tuple[str, ...] = ()
+    text: str = ""
+    text_sha256: str = ""
+    ids_sha256: str = ""
+    tokens: int = 0
+    windows: int = 0
+    seed: int = 0
+    imatrix: str = ""
+    imatrix_sha256: str = ""
+
+
+class TuningEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """How scales, minima, norms and biases were trained after rounding, while codes stayed.
+
+    ``settings`` are those of ``tune.settings.Settings``, ``ids_sha256`` the digest of the text's
+    ids, a part of which was held out. The bytes depend on ``threads`` and the version of torch too.
+    """
+
+    settings: dict[str, Any]
+    text: str
+    text_sha256: str
+    ids_sha256: str
+    training_tokens: int
+    held_out_tokens: int
+    threads: int
+    torch: str
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -181,6 +201,7 @@ class Digested(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     merged_before: tuple[AdapterEntry, ...] = ()
     kept_adapters: tuple[KeptEntry, ...] = ()
     calibration: CalibrationEntry | None = None
+    tuning: TuningEntry | None = None
 
     def sha256(self) -> str:
         """Digest over the canonical JSON (sorted keys, no spaces) of this part."""

@@ -21,7 +21,10 @@ Stage = Literal[
 
 @dataclass(frozen=True, slots=True)
 class ProgressEvent:
-    """One step forward: bytes of output (or of the download) and whole tensors done so far."""
+    """One step forward: bytes of output (or of the download) and whole tensors done so far.
+
+    ``seconds_left``: where whoever works knows better than what is done and the clock say.
+    """
 
     stage: Stage
     item: str
@@ -29,6 +32,7 @@ class ProgressEvent:
     total_bytes: int
     done_items: int = 0
     total_items: int = 0
+    seconds_left: float | None = None
 
 
 Progress = Callable[[ProgressEvent], None]

@@ -40,7 +40,7 @@ OF_ADAPTERS = (
 
 LEAST_CHECK_TOKENS = 16
 
-OF_CALIBRATION = ("calibration", "calibration_tokens")
+OF_CALIBRATION = ("calibration", "calibration_tokens", "imatrix")
 """Fields that say something about calibration, and mean nothing to a solver that needs none."""
 
 ONLY_CHECKED = (
@@ -78,7 +78,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     ``calibration`` is the text that solvers and transforms see the model work on, a file or
     ``builtin``, of which ``calibration_tokens`` are drawn by ``seed``
-    (``calibration.texts.calibration_windows``).
+    (``calibration.texts.calibration_windows``). ``tune``: steps of training on it after rounding,
+    which move scales and norms while codes stay.
     """
 
     source: str
@@ -106,6 +107,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     max_ppl_increase: float | None = None
     calibration: str | None = None
     calibration_tokens: int | None = None
+    imatrix: str | None = None
+    tune: int | None = None
 
     @property
     def takes_quantized(self) -> bool:
@@ -120,8 +123,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @property
     def calibrates(self) -> bool:
-        """Whether the solver or a transform must see the model work."""
-        return bool(self.transforms) or SOLVERS[self.solver].needs != "nothing"
+        """Whether the solver, a transform or tuning must see the model work."""
+        by_solver = SOLVERS[self.solver].needs != "nothing"
+        return by_solver or bool(self.transforms) or self.tune is not None
 
     @property
     def transforms(self) -> tuple[str, ...]:
@@ -144,9 +148,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         that are about them. What only decides whether the result is kept is left out.
         """
         fields: dict[str, Any] = msgspec.to_builtins(self)
-        for name in ("source", "adapters", "calibration", *ONLY_CHECKED):
+        for name in ("source", "adapters", "calibration", "imatrix", *ONLY_CHECKED):
             del fields[name]
-        for name in ("layout", "seed", *OF_CALIBRATION, *OF_ADAPTERS):
+        for name in ("layout", "seed", "tune", *OF_CALIBRATION, *OF_ADAPTERS):
             if not fields.get(name):
                 fields.pop(name, None)
         if self.adapters:
@@ -224,6 +228,7 @@ def load_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"the recipe {path} is not TOML: {error}") from error
     fields["source"] = _beside(path, fields.get("source"))
+    fields["imatrix"] = _beside(path, fields.get("imatrix"))
     for name in ("calibration", "check_text"):
         if fields.get(name) != BUILT_IN:
             fields[name] = _beside(path, fields.get(name))
@@ -267,6 +272,11 @@ def make_recipe(fields: Mapping[str, Any], origin: str = "the options") -> Recip
     if recipe.calibration_tokens is not None and recipe.calibration_tokens < 1:
         raise UsageError(
             f"{origin}: calibration_tokens must be at least 1, got {recipe.calibration_tokens}"
+        )
+    if recipe.tune is not None and recipe.tune < 1:
+        raise UsageError(
+            f"{origin}: tune is a number of steps, at least 1, got {recipe.tune}: leave it out to "
+            "keep what rounding chose"
         )
     _check_adapters(recipe, origin)
     _check_limits(recipe, origin)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import msgspec
 
-from edgellm.calibration.blocks import Block, blocks_of, grids_by_role, heads_among
+from edgellm.calibration.blocks import HEAD, Block, blocks_of, grids_by_role, heads_among
 from edgellm.calibration.cost import Cost, pass_cost, runtime_bytes, solve_cost, sums_bytes
 from edgellm.calibration.folding import Folding, plan_transforms
+from edgellm.calibration.given import GivenImportance, given_importance
 from edgellm.calibration.stream import BUDGET_BYTES
 from edgellm.calibration.texts import (
     CALIBRATION_TOKENS,
@@ -39,15 +41,25 @@ class Calibration:
 
     ``source`` is the model before any transform; ``folding`` scales what the layout loads.
     ``needs``: what is gathered of each input. ``notes``: facts that the user should be shown.
+    With ``given`` importance there is no ``text``, and nothing is run.
     """
 
-    text: CalibrationText
+    text: CalibrationText | None
     source: ModelSource
     folding: Folding | None
     blocks: tuple[Block, ...]
     needs: Needs
     cost: Cost
     notes: tuple[str, ...] = ()
+    given: GivenImportance | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Digest of what is calibrated with: of the token ids, or of the given file."""
+        if self.given is not None:
+            return self.given.sha256
+        assert self.text is not None
+        return self.text.sha256
 
 
 def linear_grids(layout: Layout, source: ModelSource) -> dict[str, Grid]:
@@ -72,9 +84,12 @@ def choose_solver(
     bits = min((grid.bits for role, grid in grids.items() if role.startswith("blk.")), default=32)
     if quant.solver is not None or quant.transforms or bits >= ENOUGH_BITS:
         return recipe, ""
+    if recipe.imatrix is not None:
+        chosen = msgspec.structs.replace(recipe, quant=str(quant._replace(solver="imatrix")))
+        return chosen, "solver imatrix: importance was given"
     preferred = str(quant._replace(solver=PREFERRED_SOLVER))
     cost = cost_of(layout, source, recipe.calibration_tokens or CALIBRATION_TOKENS, threads)
-    minutes = f"{max(1, round(cost.seconds / 60))} min"
+    minutes = f"{cost.seconds / 60:.0f} min" if cost.seconds >= 90 else f"{cost.seconds:.0f} s"
     if cost.seconds >= PATIENCE_S or cost.memory_bytes > memory_bytes:
         why = f"{PREFERRED_SOLVER} would take about {minutes}"
         if cost.memory_bytes > memory_bytes:
@@ -124,6 +139,20 @@ def plan_calibration(
     folded, folding = plan_transforms(source, recipe.transforms, set(grids.values()), recipe.solver)
     if folding is not None:
         layout = lay_out(folded)
+    tensors, decoder = layout.tensors, source.decoder
+    blocks = tuple(blocks_of(tensors, len(decoder.layers), tied=decoder.tied_head))
+    if recipe.imatrix is not None:
+        given = _given(recipe, source, grids)
+        return layout, Calibration(
+            text=None,
+            source=source,
+            folding=None,
+            blocks=blocks,
+            needs="importance",
+            cost=Cost(0, 0.0, 0),
+            notes=given.notes,
+            given=given,
+        )
     text = calibration_windows(
         source.tokenizer,
         recipe.calibration,
@@ -131,17 +160,35 @@ def plan_calibration(
         seed=recipe.seed or 0,
         context=source.decoder.context_length,
     )
-    tensors, decoder = layout.tensors, source.decoder
-    blocks = blocks_of(tensors, len(decoder.layers), tied=decoder.tied_head)
     return layout, Calibration(
         text=text,
         source=source,
         folding=folding,
-        blocks=tuple(blocks),
+        blocks=blocks,
         needs=needs,
         cost=cost_of(layout, source, text.tokens, threads, needs),
         notes=(*text.notes, *folded.notes[len(source.notes) :]),
     )
+
+
+def _given(recipe: Recipe, source: ModelSource, grids: Mapping[str, Grid]) -> GivenImportance:
+    """The importance that the recipe names a file of; refuses what contradicts it."""
+    if SOLVERS[recipe.solver].needs == "hessian" or recipe.transforms:
+        method = (*recipe.transforms, recipe.solver)[0]
+        raise UsageError(
+            f"an importance matrix says how strong each channel is, and {method} must know how "
+            f"they go together: choose --quant imatrix:{recipe.grid}, or leave --imatrix out"
+        )
+    for name in ("calibration", "calibration_tokens", "seed"):
+        if getattr(recipe, name) is not None and not (name == "seed" and recipe.adapters):
+            raise UsageError(
+                f"{name} is about a text to calibrate on, and --imatrix takes its place: leave one "
+                "of them out"
+            )
+    assert recipe.imatrix is not None
+    widths = {role: source.tensors[role].columns for role in grids}
+    head = "token_embd.weight" if source.decoder.tied_head else HEAD
+    return given_importance(Path(recipe.imatrix), widths, head)
 
 
 def cost_of(

@@ -35,12 +35,20 @@ SAVE_SECONDS = 60.0
 loses at most, beside the layer that it was at."""
 
 
+READING_SHARE = 0.6
+"""Of the time that a layer takes, roughly, for the text to be read."""
+
+
 @dataclass
 class Outcome:
-    """What became of the blocks: ``notes`` for people, ``measured`` for the manifest."""
+    """What became of the blocks: ``notes`` for people, ``measured`` for the manifest.
+
+    ``importance`` is by role what was found of the weights' inputs, before any transform.
+    """
 
     notes: list[str] = field(default_factory=list)
     measured: dict[str, Any] = field(default_factory=dict)
+    importance: dict[str, Array] = field(default_factory=dict)
 
 
 def round_in_blocks(
@@ -75,6 +83,7 @@ class _Run:
         self.spent = {"statistics_s": 0.0, "solving_s": 0.0}
         self.steps = sum(block.name not in self.entries for block in calibration.blocks)
         self.steps_done = 0
+        self.started = time.monotonic()
 
     def run(self) -> Outcome:
         blocks = {block.unit: block for block in self.calibration.blocks}
@@ -82,6 +91,9 @@ class _Run:
             self._say(blocks[None], "")
             written = self._write(blocks[None], {})
             self._finish(blocks[None], written, {})
+        if self.calibration.given is not None:
+            self._round_by_given(blocks, self.calibration.given.statistics)
+            return self._outcome()
         left = [
             unit
             for unit, block in blocks.items()
@@ -91,11 +103,20 @@ class _Run:
             self._read_layers(blocks, max(left))
         return self._outcome()
 
+    def _round_by_given(
+        self, blocks: Mapping[int | None, Block], found: Mapping[str, Statistics]
+    ) -> None:
+        for unit, block in blocks.items():
+            if unit is not None and block.name not in self.entries:
+                self._say(block, "")
+                self._finish(block, self._write(block, found), found)
+
     def _read_layers(self, blocks: Mapping[int | None, Block], last: int) -> None:
         """The layers up to ``last``, which stands for the head where it is one more."""
         from edgellm.calibration.passes import CalibrationPass  # brings onnx with it
 
         calibration, folding = self.calibration, self.calibration.folding
+        assert calibration.text is not None
         reading = CalibrationPass(
             calibration.source,
             calibration.text.windows,
@@ -117,9 +138,11 @@ class _Run:
             assert block is not None
             begun = time.perf_counter()
             found = self._statistics(reading, block, unit)
+            importance = {role: statistics.importance for role, statistics in found.items()}
+            self._keep(self._importance(unit), importance)
             if folding is not None:
                 found = folding.fill_layer(unit, found, self.grids, self.plan.threads)
-                self._keep_factors(unit, folding.factors(unit))
+                self._keep(self._factors(unit), folding.factors(unit))
             read = time.perf_counter()
             written = self._write(block, found)
             self.spent["statistics_s"] += read - begun
@@ -139,7 +162,7 @@ class _Run:
         self, reading: CalibrationPass, block: Block, unit: int
     ) -> dict[str, Statistics]:
         def watch(share: float) -> None:
-            self._say(block, f"reads the text, {share:.0%}")
+            self._say(block, f"reads the text, {share:.0%}", share * READING_SHARE)
 
         if unit < self.layers:
             return reading.layer(unit, watch)
@@ -166,7 +189,8 @@ class _Run:
         for result in in_parallel(work, slabs, self.plan.threads):
             results.append(result)
             if len(slabs) > len(order):  # a large block
-                self._say(block, f"solved {len(results)}/{len(slabs)}")
+                share = READING_SHARE + (1 - READING_SHARE) * len(results) / len(slabs)
+                self._say(block, f"solved {len(results)}/{len(slabs)}", share)
         return results
 
     def _known(self, place: int, found: Mapping[str, Statistics]) -> Statistics | None:
@@ -241,21 +265,35 @@ class _Run:
     def _factors(self, unit: int) -> Path:
         return self.staged.journal.folder / f"factors-{unit}.npz"
 
-    def _keep_factors(self, unit: int, factors: Mapping[str, Array]) -> None:
-        """What a resumed run gives its transforms back."""
-        arrays: dict[str, Any] = dict(factors)
-        with self._factors(unit).open("wb") as file:
+    def _importance(self, unit: int) -> Path:
+        return self.staged.journal.folder / f"importance-{unit}.npz"
+
+    def _keep(self, path: Path, values: Mapping[str, Array]) -> None:
+        """Bring ``values`` to the disk, for a run that goes on after this one."""
+        arrays: dict[str, Any] = dict(values)
+        with path.open("wb") as file:
             np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
 
-    def _say(self, block: Block, what: str) -> None:
-        """Tell who watches; of blocks those that this run has to do are counted."""
+    def _say(self, block: Block, what: str, share: float = 0.0) -> None:
+        """Tell who watches; of blocks those that this run has to do are counted.
+
+        ``share`` of this one is done.
+        """
         item = f"{block.name}: {what}" if what else block.name
-        self.progress(ProgressEvent("calibrate", item, 0, 0, self.steps_done, self.steps))
+        done = self.steps_done + share
+        left = (time.monotonic() - self.started) * (self.steps / done - 1) if done >= 1 else None
+        self.progress(
+            ProgressEvent("calibrate", item, 0, 0, self.steps_done, self.steps, seconds_left=left)
+        )
 
     def _outcome(self) -> Outcome:
         outcome = Outcome()
+        for unit in range(self.layers + 1):
+            if self._importance(unit).exists():
+                with np.load(self._importance(unit)) as kept:
+                    outcome.importance |= dict(kept)
         errors: dict[str, float | None] = {}
         by_block: dict[str, float | None] = {}
         for block in self.calibration.blocks:

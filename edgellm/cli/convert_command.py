@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edgellm.manifest import Artifact, KeptEntry
     from edgellm.plan import Plan
     from edgellm.recipe import Recipe
+    from edgellm.tune.planning import Tuning
 
 
 def convert(
@@ -68,6 +69,23 @@ def convert(
     ] = None,
     calibration: options.Calibration = None,
     calibration_tokens: options.CalibrationTokens = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="llama.cpp's importance matrix, in place of a calibration text."
+        ),
+    ] = None,
+    save_imatrix: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what was found out for llama.cpp (.gguf, .dat)."),
+    ] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEPS",
+            help="Afterwards train scales and norms, not codes, for so many steps (needs torch).",
+        ),
+    ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -172,6 +190,8 @@ def convert(
             "min_survival": min_survival,
             "calibration": calibration,
             "calibration_tokens": calibration_tokens,
+            "imatrix": None if imatrix is None else str(imatrix),
+            "tune": tune,
             "check_text": check_text,
             "check_tokens": check_tokens,
             "max_kld": max_kld,
@@ -197,13 +217,15 @@ def convert(
         render.show_json(_plan_facts(plan)) if as_json else _show_plan(plan)
     else:
         assert out is not None
-        artifact = _carried_out(plan, out, force=force, check=check, quiet=as_json)
+        artifact = _carried_out(
+            plan, out, quiet=as_json, force=force, check=check, save_imatrix=save_imatrix
+        )
         _show_artifact(artifact, resolved.source, as_json=as_json)
     if save_recipe is not None:
         _save(resolved, save_recipe, quiet=as_json)
 
 
-def _carried_out(plan: Plan, out: Path, *, force: bool, check: bool, quiet: bool) -> Artifact:
+def _carried_out(plan: Plan, out: Path, *, quiet: bool, **choices: Any) -> Artifact:
     """Carry the plan out; says what an earlier run left, and what this one leaves when stopped."""
     from edgellm.conversion import begun_blocks, carry_out
 
@@ -211,7 +233,7 @@ def _carried_out(plan: Plan, out: Path, *, force: bool, check: bool, quiet: bool
         _say(f"goes on with what an earlier run began: {len(begun)} blocks are done", quiet)
     try:
         with progress_shown(quiet=quiet) as progress:
-            return carry_out(plan, out, force=force, check=check, progress=progress)
+            return carry_out(plan, out, progress=progress, **choices)
     except KeyboardInterrupt:
         if begun := begun_blocks(plan, out):
             _say(
@@ -271,6 +293,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
         "threads": plan.threads,
         "notes": plan.notes,
         "calibration": _calibration_facts(plan.calibration) if plan.calibration else None,
+        "tuning": _tuning_facts(plan.tuning) if plan.tuning else None,
         "merge": _merge_facts(plan.source.merge) if plan.source.merge else None,
         "merged_before": plan.source.merged_before,
         "kept_adapters": _kept(plan),
@@ -289,7 +312,13 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
 
 
 def _calibration_facts(calibration: Calibration) -> dict[str, Any]:
-    text, cost = calibration.text, calibration.cost
+    text, given, cost = calibration.text, calibration.given, calibration.cost
+    if text is None:
+        return {
+            "imatrix": given and given.name,
+            "imatrix_sha256": given and given.sha256,
+            "gathered": calibration.needs,
+        }
     return {
         "text": text.name,
         "text_sha256": text.text_sha256,
@@ -301,6 +330,18 @@ def _calibration_facts(calibration: Calibration) -> dict[str, Any]:
         "calibrate_s": cost.seconds,
         "memory_bytes": cost.memory_bytes,
         "spool_bytes": cost.disk_bytes,
+    }
+
+
+def _tuning_facts(tuning: Tuning) -> dict[str, Any]:
+    return {
+        "settings": tuning.settings,
+        "text": tuning.text.name,
+        "ids_sha256": tuning.text.sha256,
+        "whole": tuning.whole,
+        "recompute": tuning.recompute,
+        "memory_bytes": tuning.memory_bytes,
+        "tune_s": tuning.seconds,
     }
 
 
@@ -349,6 +390,7 @@ def _show_plan(plan: Plan) -> None:
             ("time", f"about {render.duration(plan.seconds)}"),
             ("threads", str(plan.threads)),
             *(_calibration_lines(plan.calibration) if plan.calibration else ()),
+            *(_tuning_lines(plan.tuning) if plan.tuning else ()),
             *(_merge_lines(plan) if plan.source.merge else ()),
             *(("kept beside", f"{each.file}: {described(each)}") for each in _kept(plan)),
         ]
@@ -357,7 +399,9 @@ def _show_plan(plan: Plan) -> None:
 
 
 def _calibration_lines(calibration: Calibration) -> list[tuple[str, str]]:
-    text, cost = calibration.text, calibration.cost
+    text, given, cost = calibration.text, calibration.given, calibration.cost
+    if text is None:
+        return [("importance", f"of {given.name}")] if given else []
     return [
         ("calibration", f"{text.name}: {text.tokens} tokens in {len(text.windows)} windows"),
         (
@@ -365,6 +409,27 @@ def _calibration_lines(calibration: Calibration) -> list[tuple[str, str]]:
             f"about {render.duration(cost.seconds)}, {render.size(cost.disk_bytes)} to resume from",
         ),
     ]
+
+
+def _tuning_lines(tuning: Tuning) -> list[tuple[str, str]]:
+    settings, text = tuning.settings, tuning.text
+    steps = f"{settings.steps} steps end to end" if tuning.whole else ""
+    blocks = f"{settings.block_steps} steps for each block" if settings.block_steps else ""
+    what = ", then ".join(each for each in (blocks, steps) if each)
+    return [
+        ("tuning", f"{what}, on {text.name}: {text.tokens} tokens"),
+        ("", f"about {render.duration(tuning.seconds)}, {render.size(tuning.memory_bytes)} memory"),
+    ]
+
+
+def _tuned(tuned: dict[str, Any]) -> str:
+    """What tuning gained, in a line."""
+    if tuned["kl_before"] is None:
+        return f"{tuned['blocks']} blocks kept as trained"
+    before, after = tuned["kl_before"], tuned["kl_after"]
+    if not tuned["kept_step"] and not tuned["blocks"]:
+        return f"nothing kept, held-out KL {before:.4g} was not bettered"
+    return f"held-out KL {before:.4g} to {after:.4g}"
 
 
 def _merge_lines(plan: Plan) -> list[tuple[str, str]]:
@@ -402,6 +467,8 @@ def _show_artifact(artifact: Artifact, source: str, *, as_json: bool) -> None:
 
     if answers := quality_line(artifact.manifest.measured, str(artifact.path), source):
         render.say_notes([f"answers: {answers}"])
+    if tuned := artifact.manifest.measured.get("tuning"):
+        render.say_notes([f"tuned: {_tuned(tuned)}"])
     from edgellm.lora.check.surviving import survival_line
 
     if survival := survival_line(artifact.manifest.measured):

@@ -93,7 +93,9 @@ def _facts(event: ProgressEvent, seconds: float) -> str:
         facts = [event.item]
         if event.total_items:
             facts.append(f"{event.done_items}/{event.total_items}")
-        if 0 < event.done_items < event.total_items and seconds > 0:
+        if event.seconds_left is not None:
+            facts.append(f"{event.seconds_left:.0f} s left")
+        elif 0 < event.done_items < event.total_items and seconds > 0:
             facts.append(f"{seconds * (event.total_items / event.done_items - 1):.0f} s left")
         return ", ".join(facts)
     facts = [f"{event.done_bytes / 1e6:.0f} MB"]
