@@ -39,6 +39,7 @@ class GroupScales:
         """``start`` must hold codes; its scales (zeros, mins, super-blocks) are where to begin."""
         assert start.scales is not None
         self.grid: Grid = start.grid
+        self._doubled = start.doubled
         self.scales = to_tiles(start.scales)
         self.group = start.columns // self.scales.shape[1]
         self.mins = None if start.mins is None else to_tiles(start.mins)
@@ -150,6 +151,7 @@ class GroupScales:
             zeros=None if self.zeros is None else from_tiles(self.zeros.astype(np.uint8), count),
             mins=None if self.mins is None else from_tiles(self.mins, count),
             supers=self._supers(count),
+            doubled=self._doubled,
         )
 
     def _supers(self, count: int) -> SuperBlocks | None:
