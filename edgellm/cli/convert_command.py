@@ -155,6 +155,7 @@ def convert(
       edgellm convert ./my-model --quant int4-g64 --format onnx --dry-run
       edgellm convert ./my-model --out small --format onnx --kv-cache int8
       edgellm convert ./my-model --out small --format hf --layout awq
+      edgellm convert ./my-model -o small -q gptq:q4_0 --calibration chats.jsonl
       edgellm convert ./my-model --out small --max-kld 0.1 --max-ppl-increase 5%
       edgellm convert --recipe recipe.toml --out small --json | jq .path
 
