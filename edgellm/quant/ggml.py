@@ -10,6 +10,7 @@ from edgellm.errors import TensorError, UnsupportedTarget
 from edgellm.quant.floats import LARGEST_F16
 from edgellm.quant.ggml_types import GgmlType
 from edgellm.quant.grid import Grid, QTensor
+from edgellm.quant.importance import checked
 from edgellm.tensors import Array
 
 ROWS_PER_CALL = 32
@@ -37,7 +38,7 @@ def quantize(rows: Array, grid: Grid, importance: Array | None = None) -> QTenso
             f"of at most {LARGEST_F16:g}: choose bf16 or f32, or --format onnx"
         )
     if importance is not None:
-        importance = checked_importance(importance, columns)
+        importance = checked(importance, columns)
     elif libgguf.quantize_requires_imatrix(grid.ggml_type):
         raise UnsupportedTarget(f"{grid.name} is garbage without an importance matrix")
     packed = np.empty((count, libgguf.row_size(grid.ggml_type, columns)), np.uint8)
@@ -45,22 +46,6 @@ def quantize(rows: Array, grid: Grid, importance: Array | None = None) -> QTenso
         some, into = rows[start : start + ROWS_PER_CALL], packed[start : start + ROWS_PER_CALL]
         libgguf.quantize_rows_into_raw(grid.ggml_type, some, into, len(some), columns, importance)
     return QTensor(grid, columns, packed=packed)
-
-
-def checked_importance(importance: Array, columns: int) -> Array:
-    """``importance`` as float32 ``[columns]``; raises ``TensorError`` where it cannot be one."""
-    if importance.shape != (columns,):
-        raise TensorError(
-            f"importance of shape {list(importance.shape)} is given for rows of {columns}: it was "
-            "made for another tensor or model"
-        )
-    values = np.ascontiguousarray(importance, dtype=np.float32)
-    if not np.isfinite(values).all() or values.min(initial=0) < 0:
-        raise TensorError(
-            "importance must be finite numbers of 0 or more, got "
-            f"{values[~(np.isfinite(values) & (values >= 0))][0]:g}: collect it again"
-        )
-    return values
 
 
 def dequantize(blocks: npt.NDArray[np.uint8], kind: GgmlType) -> Array:
