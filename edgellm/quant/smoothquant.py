@@ -80,5 +80,6 @@ def _at_least(sizes: Array) -> Array:
 
 def _normalized(factors: Array) -> Array:
     """``factors`` around one: their common size changes nothing but how far numbers reach."""
-    middle = np.exp(np.log(factors).mean(dtype=np.float64))
-    return (factors / middle).astype(np.float32)
+    middle = float(np.exp(np.log(factors).mean(dtype=np.float64)))
+    scaled: Array = (factors / middle).astype(np.float32)
+    return scaled
