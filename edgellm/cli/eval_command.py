@@ -144,10 +144,10 @@ def _perplexity_facts(found: Evaluation) -> list[tuple[str, str]]:
 
 def _divergence_facts(found: Evaluation) -> list[tuple[str, str]]:
     return [
-        ("KL mean", _with_error(found.kld_mean, found.kld_mean_stderr) + " nats"),
-        ("median", _with_error(found.kld_median)),
-        ("99 %", _with_error(found.kld_p99)),
-        ("largest", _with_error(found.kld_max)),
+        ("KL divergence", _with_error(found.kld_mean, found.kld_mean_stderr) + " nats"),
+        ("its median", _with_error(found.kld_median)),
+        ("99th percentile", _with_error(found.kld_p99)),
+        ("its largest", _with_error(found.kld_max)),
         (
             "same likeliest token",
             _with_error(found.top1_agreement, found.top1_agreement_stderr, share=True),
