@@ -40,7 +40,6 @@ class Levels:
 
     def __init__(self, values: Array) -> None:
         self.lowest, self.highest = np.float32(values[0]), np.float32(values[-1])
-        self._values = values
         self._table: Array | None = None
         if np.all(np.diff(values) == 1):
             return
