@@ -23,14 +23,13 @@ READERS = {
     "bitsandbytes": "edgellm.source.quantized.bnb:read",
     "gptq": "edgellm.source.quantized.gptq:read",
     "awq": "edgellm.source.quantized.awq:read",
+    "compressed-tensors": "edgellm.source.quantized.compressed:read",
 }
 """transformers' ``quant_method`` to the function that reads it."""
 
 ORIGINAL = "convert the model in bf16, f16 or f32 that it was made from"
 
 UNREAD = {
-    "compressed-tensors": "load it with transformers' CompressedTensorsConfig(dequantize=True)"
-    " and save it",
     "fp8": "load it with transformers' FineGrainedFP8Config(dequantize=True) and save it",
     "mxfp4": "load it with transformers' Mxfp4Config(dequantize=True) and save it",
     "fbgemm_fp8": "",
