@@ -166,9 +166,9 @@ def plan_transforms(
 ) -> tuple[ModelSource, Folding | None]:
     """``source`` with its coupled tensors scaled by what a transform will find, and its factors.
 
-    ``grids`` are those of the linear layers, ``solver`` what rounds them. Without transforms, ``source`` and None. Raises
-    ``UsageError`` for two transforms, which would both choose the same factors, and for one that
-    has nothing to do on the grids.
+    ``grids`` are those of the linear layers, ``solver`` is what rounds them. Without transforms,
+    ``source`` and None. Raises ``UsageError`` for two transforms, which would both choose the same
+    factors, and for one that has nothing to do on the grids.
     """
     if not transforms:
         return source, None
