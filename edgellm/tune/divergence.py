@@ -9,10 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from edgellm.tune.settings import POSITIONS
 from edgellm.tune.weights import Matrix, dequantized, group_gradients
-
-POSITIONS = 128
-"""Positions whose logits are alive at once: enough for products to run at full speed."""
 
 
 class HeadDivergence(torch.autograd.Function):

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from edgellm.errors import UsageError
+from edgellm.manifest import TuningEntry
+
+if TYPE_CHECKING:
+    from edgellm.calibration.texts import CalibrationText
 
 Window = TypeVar("Window")
 
 HELD_OUT = 8
 """One window in so many is never trained on: by it is decided what is kept."""
 
-MOST_HELD_OUT = 8
-"""Windows that are held out at the most; the error of their mean is small by then."""
+MOST_HELD_OUT = 4
+"""Windows that are held out at the most: what is compared are answers to the same tokens, so few
+are enough, and every look at them takes the time of two steps."""
+
+
+STEP_TOKENS = 512
+"""Tokens that a step sees, in one window or several."""
+
+POSITIONS = 128
+"""Positions whose logits are alive at once: enough for products to run at full speed."""
+
+FIXED_GRIDS = ("nf4-dq",)
+"""Grids whose scales are rounded together, so that none of them can move alone."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,7 +44,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     steps: int
     block_steps: int = 0
-    step_tokens: int = 512
+    step_tokens: int = STEP_TOKENS
     rate: float = 1e-3
     norm_rate: float = 1e-3
     block_rate: float = 1e-3
@@ -39,8 +55,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 class Tuned(msgspec.Struct, frozen=True, kw_only=True):
     """What was done and what it gained; divergences are means in nats over the held-out tokens.
 
-    ``kl_before`` is None where the network was not trained end to end. ``kept_step``: the step
-    whose numbers were kept, 0 for none. ``blocks``: how many blocks of all were kept trained.
+    ``kl_before``, ``kl_blocks`` (after the blocks) and ``kl_after`` are None where the network was
+    not in memory whole. ``blocks``: how many blocks were kept trained. ``kept_step``: the step of
+    training end to end whose numbers were kept, 0 for none.
     """
 
     settings: Settings
@@ -49,10 +66,28 @@ class Tuned(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     torch: str
     kl_before: float | None = None
+    kl_blocks: float | None = None
     kl_after: float | None = None
     kept_step: int = 0
     blocks: int = 0
-    note: str = ""
+
+    def figures(self) -> dict[str, Any]:
+        """What was measured, for the manifest."""
+        names = ("kl_before", "kl_blocks", "kl_after", "kept_step", "blocks")
+        return {name: getattr(self, name) for name in names}
+
+    def entry(self, text: CalibrationText) -> TuningEntry:
+        """What was done, on ``text``, for the manifest's digested part."""
+        return TuningEntry(
+            settings=msgspec.to_builtins(self.settings),
+            text=text.name,
+            text_sha256=text.text_sha256,
+            ids_sha256=text.sha256,
+            training_tokens=self.training_tokens,
+            held_out_tokens=self.held_out_tokens,
+            threads=self.threads,
+            torch=self.torch,
+        )
 
 
 Tell = Callable[[str, int, int], None]
@@ -78,8 +113,6 @@ def split(windows: Sequence[Window]) -> tuple[list[Window], list[Window]]:
 
 def rate_share(step: int, steps: int, warm_up: int) -> float:
     """Share of the peak rate at ``step`` (from 0) of ``steps``: a rise, then a cosine to zero."""
-    import math
-
     rise = min(warm_up, max(1, steps // 4))
     if step < rise:
         return (step + 1) / rise

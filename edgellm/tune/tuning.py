@@ -3,52 +3,82 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import msgspec
+import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
-from edgellm.export.layout import Layout, OutputTensor
+from edgellm.architectures.decoder import Decoder
+from edgellm.export.layout import Layout
 from edgellm.export.writer import StagedFolder
-from edgellm.forward import Windows
 from edgellm.progress import Progress, ProgressEvent, unwatched
 from edgellm.source.model import ModelSource
+from edgellm.tensors import Array
 from edgellm.tune import torch_decoder
 from edgellm.tune.blocks import BlockExample, train_block
-from edgellm.tune.settings import Settings, Tuned, split
+from edgellm.tune.planning import Tuning
+from edgellm.tune.settings import Tuned, split
 from edgellm.tune.stored import StoredModel
 from edgellm.tune.weights import SourceWeights, StudentWeights
 from edgellm.tune.whole import Example, Network, train_whole
+
+FOUND_FILE = "tuned.npz"
 
 
 def tune(
     layout: Layout,
     source: ModelSource,
     staged: StagedFolder,
-    windows: Windows,
-    settings: Settings,
-    *,
+    tuning: Tuning,
     threads: int,
-    recompute: bool = False,
-    whole: bool = True,
     progress: Progress = unwatched,
 ) -> Tuned:
-    """Train the artifact in ``staged`` towards ``source`` on ``windows`` of token ids.
+    """Train the artifact in ``staged`` towards ``source``, as ``tuning`` says.
 
-    ``whole``: end to end too, which needs all codes in memory; ``recompute`` saves memory there.
+    Where ``staged`` can be resumed, what was found is put into its journal before anything is
+    overwritten, and a run that finds it there writes it. Raises what reading weights raises.
     """
-    training, held_out = (batches(part, settings.step_tokens) for part in split(windows))
+    stored = StoredModel(layout, source, staged.path)
+    earlier = next((entry for entry in staged.journal.entries() if "tuned" in entry), None)
+    file = staged.journal.folder / FOUND_FILE
+    if earlier is not None:
+        result = msgspec.convert(earlier["tuned"], Tuned)
+        with np.load(file) as found:
+            _write(stored, dict(found), source.decoder, staged)
+        return result
     with _threads(threads):
-        tuner = _Tuner(layout, source, staged, settings, progress)
+        training, held_out = (
+            batches(part, tuning.settings.step_tokens) for part in split(tuning.text.windows)
+        )
         result = Tuned(
-            settings=settings,
+            settings=tuning.settings,
             training_tokens=sum(ids.numel() for ids in training),
             held_out_tokens=sum(ids.numel() for ids in held_out),
             threads=threads,
-            torch=torch.__version__,
+            torch=str(torch.__version__),
         )
-        return tuner.run(training, held_out, result, whole=whole, recompute=recompute)
+        tuner = _Tuner(stored, source, tuning, progress)
+        result, values = tuner.run(training, held_out, result)
+        if values and staged.resume_key:
+            np.savez(file, allow_pickle=False, **values)
+            staged.note({"tuned": msgspec.to_builtins(result)})
+        if values:
+            _write(stored, values, source.decoder, staged)
+    return result
+
+
+def _write(
+    stored: StoredModel, values: Mapping[str, Array], decoder: Decoder, staged: StagedFolder
+) -> None:
+    """Put ``values`` in the stead of what is stored, one tensor at a time."""
+    for tensor, by_role in stored.under(""):
+        weights = StudentWeights(by_role, decoder, norms_offset=stored.norms_offset)
+        if weights.set_known(values):
+            stored.write(tensor, {role: weights.stored(role) for role in by_role}, staged)
 
 
 def batches(windows: Sequence[Sequence[int]], tokens: int) -> list[Tensor]:
@@ -66,95 +96,91 @@ def batches(windows: Sequence[Sequence[int]], tokens: int) -> list[Tensor]:
 
 class _Tuner:
     def __init__(
-        self,
-        layout: Layout,
-        source: ModelSource,
-        staged: StagedFolder,
-        settings: Settings,
-        progress: Progress,
+        self, stored: StoredModel, source: ModelSource, tuning: Tuning, progress: Progress
     ) -> None:
         self.source, self.decoder = source, source.decoder
-        self.staged, self.settings, self.progress = staged, settings, progress
-        self.stored = StoredModel(layout, source, staged.path)
+        self.stored, self.tuning, self.progress = stored, tuning, progress
+        self.settings = tuning.settings
 
     def run(
-        self,
-        training: list[Tensor],
-        held_out: list[Tensor],
-        result: Tuned,
-        *,
-        whole: bool,
-        recompute: bool,
-    ) -> Tuned:
-        import msgspec
-
+        self, training: list[Tensor], held_out: list[Tensor], result: Tuned
+    ) -> tuple[Tuned, dict[str, Array]]:
+        """``result`` with what came of it, and the numbers to store: none where nothing is kept."""
         count, batches = len(training), [*training, *held_out]
-        wanted, blocks = self._blocks(batches, count)
-        result = msgspec.structs.replace(result, blocks=blocks)
-        if not whole:
-            return result
+        if not self.tuning.whole:
+            _, kept, values = self._through_layers(batches, count, None)
+            return replace(result, blocks=kept), values
+        weights = self._student("")
+        untrained = weights.snapshot()
+        wanted, kept, _ = self._through_layers(batches, count, weights)
         examples = [Example(ids, states) for ids, states in zip(batches, wanted, strict=True)]
-        weights, outputs = self._student("")
-        network = Network(self.decoder, weights, self._teacher_head(), recompute)
+        network = Network(self.decoder, weights, self._teacher_head(), self.tuning.recompute)
+        by_blocks = weights.snapshot()
+        weights.restore(untrained)
+        before = after = by_blocks_alone = network.mean_divergence(examples[count:])
+        if kept:
+            weights.restore(by_blocks)
+            after = by_blocks_alone = network.mean_divergence(examples[count:])
+            if after >= before:  # better blocks need not make a better network
+                weights.restore(untrained)
+                after, kept = before, 0
         outcome = train_whole(
-            network, examples[:count], examples[count:], self.settings, self._tell
+            network, examples[:count], examples[count:], after, self.settings, self._tell
         )
-        if outcome.kept_step:
-            self._write(weights, outputs)
-        return msgspec.structs.replace(
+        result = replace(
             result,
-            kl_before=outcome.before,
+            kl_before=before,
+            kl_blocks=by_blocks_alone if self.settings.block_steps else None,
             kl_after=outcome.after,
             kept_step=outcome.kept_step,
+            blocks=kept,
         )
+        return result, weights.values() if kept or outcome.kept_step else {}
 
-    def _blocks(self, batches: list[Tensor], count: int) -> tuple[list[Tensor], int]:
-        """What the source's head is given for ``batches``, and the number of blocks trained."""
+    def _through_layers(
+        self, batches: list[Tensor], count: int, student: StudentWeights | None
+    ) -> tuple[list[Tensor], int, dict[str, Array]]:
+        """What the source's head is given for ``batches``, and the number of blocks trained.
+
+        The first ``count`` of them are trained on. Blocks are trained in ``student``; where there
+        is none they are read one at a time, and what was trained is returned.
+        """
         decoder, settings = self.decoder, self.settings
-        tables = self._source(["token_embd.weight", "position_embd.weight"])
+        source = self._source(["token_embd.weight", "position_embd.weight"])
         with torch.no_grad():
-            floats = [torch_decoder.embedded(decoder, tables, ids) for ids in batches]
-        del tables
-        streams: list[Tensor] = []
+            wanted = [torch_decoder.embedded(decoder, source, ids) for ids in batches]
+        given: list[Tensor] = []
         if settings.block_steps:
-            tables_of_student, _ = self._student(("token_embd", "position_embd"))
+            tables = student or self._student(("token_embd", "position_embd"))
             with torch.no_grad():
-                streams = [
-                    torch_decoder.embedded(decoder, tables_of_student, ids) for ids in batches
-                ]
+                given = [torch_decoder.embedded(decoder, tables, ids) for ids in batches]
+        values: dict[str, Array] = {}
         kept, layers, started = 0, len(decoder.layers), time.perf_counter()
         for index in range(layers):
             prefix = f"blk.{index}."
-            teacher = self._source(
-                [role for role in self.source.tensors if role.startswith(prefix)]
-            )
+            source = self._source([role for role in self.source.tensors if role.startswith(prefix)])
             with torch.no_grad():
-                floats = [torch_decoder.layer(decoder, index, teacher, each) for each in floats]
+                wanted = [torch_decoder.layer(decoder, index, source, each) for each in wanted]
+            said = f"layer {index} of the source"
             if settings.block_steps:
-                weights, outputs = self._student(prefix)
-                examples = [
-                    BlockExample(given, wanted)
-                    for given, wanted in zip(streams, floats, strict=True)
-                ]
+                weights = student.under(prefix) if student else self._student(prefix)
+                examples = [BlockExample(*each) for each in zip(given, wanted, strict=True)]
                 before, after = train_block(
                     decoder, index, weights, examples[:count], examples[count:], settings
                 )
                 if after < before:
                     kept += 1
-                    self._write(weights, outputs)
+                    values |= {} if student else weights.values()
                 with torch.no_grad():
-                    streams = [torch_decoder.layer(decoder, index, weights, x) for x in streams]
-                left = (time.perf_counter() - started) / (index + 1) * (layers - index - 1)
-                self._tell(
-                    f"block {index}, error {before:.2e} to {after:.2e}, {left:.0f} s left",
-                    index + 1,
-                    layers,
-                )
-        final = self._source(
-            [role for role in self.source.tensors if role.startswith("output_norm")]
-        )
+                    given = [torch_decoder.layer(decoder, index, weights, each) for each in given]
+                said = f"block {index}, error {before:.2e} to {after:.2e}"
+            left = (time.perf_counter() - started) / (index + 1) * (layers - index - 1)
+            self._tell(f"{said}, {left:.0f} s left", index + 1, layers)
+        roles = [role for role in self.source.tensors if role.startswith("output_norm")]
+        last = self._source(roles)
         with torch.no_grad():
-            return [torch_decoder.norm(decoder, final, "output_norm", x) for x in floats], kept
+            wanted = [torch_decoder.norm(decoder, last, "output_norm", each) for each in wanted]
+        return wanted, kept, values
 
     def _source(self, roles: Sequence[str]) -> SourceWeights:
         tensors = self.source.tensors
@@ -162,16 +188,13 @@ class _Tuner:
             (tensors[role] for role in roles if role in tensors), self.decoder
         )
 
-    def _student(self, prefix: str | tuple[str, ...]) -> tuple[StudentWeights, list[OutputTensor]]:
-        found = list(self.stored.under(prefix))
-        weights = {role: weight for _, by_role in found for role, weight in by_role.items()}
-        student = StudentWeights(weights, self.decoder, norms_offset=self.stored.norms_offset)
-        return student, [tensor for tensor, _ in found]
-
-    def _write(self, weights: StudentWeights, outputs: list[OutputTensor]) -> None:
-        for tensor in outputs:
-            roles = self.stored.roles_of(tensor)
-            self.stored.write(tensor, {role: weights.stored(role) for role in roles}, self.staged)
+    def _student(self, prefix: str | tuple[str, ...]) -> StudentWeights:
+        weights = {
+            role: weight
+            for _, by_role in self.stored.under(prefix)
+            for role, weight in by_role.items()
+        }
+        return StudentWeights(weights, self.decoder, norms_offset=self.stored.norms_offset)
 
     def _teacher_head(self) -> Tensor:
         """The source's head ``[vocab, hidden]``, in 16 bits where they hold it exactly."""

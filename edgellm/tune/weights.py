@@ -7,7 +7,7 @@ is the one that will be read back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,12 +23,9 @@ from edgellm.quant.ggml_types import NAMED
 from edgellm.quant.grid import Grid, QTensor
 from edgellm.quant.levels import CODEBOOKS, VECTOR_CODEBOOKS, levels_of
 from edgellm.tensors import Array, TensorRef
-from edgellm.tune.settings import Settings
+from edgellm.tune.settings import FIXED_GRIDS, Settings
 
 STORED_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-
-FIXED = ("nf4-dq",)
-"""Grids whose scales are rounded together, so that none of them can move alone."""
 
 
 class Trained(torch.nn.Module):
@@ -49,6 +46,12 @@ class Trained(torch.nn.Module):
             return value
         return value + (value.to(self.dtype).float() - value).detach()
 
+    def set_values(self, values: Array) -> None:
+        """Begin anew from ``values``, as ``values()`` gave them."""
+        self.base = torch.from_numpy(values)
+        with torch.no_grad():
+            self.z.zero_()
+
     def values(self) -> Array:
         """What would be stored now."""
         with torch.no_grad():
@@ -59,8 +62,8 @@ class Trained(torch.nn.Module):
 class Matrix(torch.nn.Module):
     """A weight ``[out, in]``: codes that stay, and scales and minima by group that are trained.
 
-    Floats, vector codebooks and grids whose scales are rounded as a whole (``FIXED``) stay as they
-    are: their ``scales`` and ``mins`` are None.
+    Floats, vector codebooks and grids whose scales are rounded as a whole (``FIXED_GRIDS``) stay as
+    they are: their ``scales`` and ``mins`` are None.
     """
 
     def __init__(self, tensor: QTensor) -> None:
@@ -72,7 +75,7 @@ class Matrix(torch.nn.Module):
         if tensor.codes is None or tensor.scales is None:
             self.levels = _finished(tensor)
             return
-        if tensor.grid.name in FIXED:
+        if tensor.grid.name in FIXED_GRIDS:
             self.levels = torch.from_numpy(dequantize(tensor))
             return
         self.levels, self.table = _levels(tensor)
@@ -183,6 +186,7 @@ class StudentWeights(torch.nn.Module):
     ) -> None:
         """``norms_offset``: the norms among them hold the family's offset already."""
         super().__init__()
+        self.decoder = decoder
         offset = float(decoder.norm.offset and not norms_offset)
         self.parts = torch.nn.ModuleDict()
         for role, tensor in weights.items():
@@ -192,6 +196,14 @@ class StudentWeights(torch.nn.Module):
             else:
                 part = Matrix(tensor)
             self.parts[_key(role)] = part
+
+    def under(self, prefix: str) -> StudentWeights:
+        """The same weights, but only those whose role begins with ``prefix``."""
+        some = StudentWeights({}, self.decoder, norms_offset=True)
+        some.parts.update(
+            {key: part for key, part in self.parts.items() if key.startswith(_key(prefix))}
+        )
+        return some
 
     def matrix(self, role: str) -> Matrix:
         """The weight ``role``."""
@@ -224,6 +236,22 @@ class StudentWeights(torch.nn.Module):
         part = self.parts[_key(role)]
         assert isinstance(part, Matrix | Vector)
         return part.stored()
+
+    def values(self) -> dict[str, Array]:
+        """All numbers that are trained, as they would be stored now."""
+        return {name: part.values() for name, part in self._trained()}
+
+    def set_known(self, values: Mapping[str, Array]) -> bool:
+        """Take from ``values`` what is trained here; whether there was any."""
+        known = [(values[name], part) for name, part in self._trained() if name in values]
+        for numbers, part in known:
+            part.set_values(numbers)
+        return bool(known)
+
+    def _trained(self) -> Iterator[tuple[str, Trained]]:
+        for name, part in self.named_modules():
+            if isinstance(part, Trained):
+                yield name, part
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copies of all that is trained."""

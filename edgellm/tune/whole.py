@@ -16,7 +16,7 @@ from edgellm.tune.divergence import head_divergence
 from edgellm.tune.settings import Settings, Tell, rate_share
 from edgellm.tune.weights import StudentWeights, parameter_groups
 
-CHECKS = (0.5, 0.7, 0.8, 0.9, 1.0)
+CHECKS = (0.6, 0.8, 1.0)
 """Shares of the steps after which the held-out text is looked at: while the rate is high, what is
 trained is worse than what was, so nothing of the first half is kept."""
 
@@ -36,9 +36,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Mean divergences in nats on the held-out text, and the step that was kept (0: none)."""
+    """The mean divergence in nats on the held-out text, and the step that was kept (0: none)."""
 
-    before: float
     after: float
     kept_step: int
 
@@ -81,20 +80,21 @@ def train_whole(
     network: Network,
     training: Sequence[Example],
     held_out: Sequence[Example],
+    before: float,
     settings: Settings,
     tell: Tell,
 ) -> Outcome:
     """Train the weights of ``network`` in place; at the end they are the best that were found.
 
-    Judged by the held-out examples; where nothing was better, they are what they were before.
+    Judged by the held-out examples, whose divergence is ``before`` now; where nothing was better,
+    the weights are what they were.
     """
     steps = settings.steps
     optimizer = torch.optim.Adam(parameter_groups(network.weights, settings), betas=BETAS)
     rates = [group["lr"] for group in optimizer.param_groups]
     order = example_order(len(training), steps, settings.seed)
     checks = {round(share * steps) for share in CHECKS}
-    before = best = network.mean_divergence(held_out)
-    kept, kept_step = network.weights.snapshot(), 0
+    best, kept, kept_step = before, network.weights.snapshot(), 0
     started = time.perf_counter()
     for step, place in enumerate(order):
         share = rate_share(step, steps, settings.warm_up)
@@ -112,7 +112,7 @@ def train_whole(
         left = (time.perf_counter() - started) / (step + 1) * (steps - step - 1)
         tell(f"KL {best:.4f} held out (from {before:.4f}), {left:.0f} s left", step + 1, steps)
     network.weights.restore(kept)
-    return Outcome(before, best, kept_step)
+    return Outcome(best, kept_step)
 
 
 def example_order(count: int, steps: int, seed: int) -> list[int]:

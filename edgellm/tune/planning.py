@@ -1,0 +1,195 @@
+"""What tuning will do and take, known before a weight is read; needs no torch itself."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+from edgellm.architectures.decoder import Decoder
+from edgellm.calibration.cost import layer_weights
+from edgellm.calibration.texts import CALIBRATION_TOKENS, CalibrationText, calibration_windows
+from edgellm.errors import RuntimeMissing, UsageError
+from edgellm.export.layout import Layout, OutputTensor
+from edgellm.quant.levels import VECTOR_CODEBOOKS
+from edgellm.recipe import Recipe
+from edgellm.source.model import ModelSource
+from edgellm.tune.settings import FIXED_GRIDS, POSITIONS, STEP_TOKENS, Settings, split
+
+FLOPS_PER_SECOND = 40e9
+"""Float32 operations that one thread of a 2023 server core does in a second over a whole step, of
+which products are four fifths; a guide, not a promise."""
+
+PASSES = 3
+"""Products of a step by those of one forward pass: the gradients of inputs and of weights too."""
+
+TRAINED_COPIES = 8
+"""Float32 copies of all that is trained: base, unit, change, gradient, two moments of Adam, the
+best so far, and what is made of them in a step."""
+
+RUNTIME_BYTES = 350 << 20
+"""torch, as it stands in memory."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How an artifact will be tuned, and on what.
+
+    ``whole``: end to end after the blocks. ``recompute``: layers are computed twice to save memory;
+    the result is the same. ``memory_bytes`` beside the process as it is.
+    """
+
+    settings: Settings
+    text: CalibrationText
+    whole: bool
+    recompute: bool
+    memory_bytes: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+def plan_tuning(
+    recipe: Recipe,
+    layout: Layout,
+    source: ModelSource,
+    text: CalibrationText | None,
+    threads: int,
+    free_bytes: int,
+) -> Tuning | None:
+    """How ``recipe`` will tune what it makes, None where it does not.
+
+    ``text``: what calibration sees, where there is one. ``free_bytes``: memory that may be taken.
+    Raises ``RuntimeMissing`` without torch, and ``UsageError`` where nothing can be trained, for
+    a text that is too short, and where not even one block fits.
+    """
+    if recipe.tune is None:
+        return None
+    if importlib.util.find_spec("torch") is None:
+        raise RuntimeMissing(
+            "--tune trains with torch, which is not installed: pip install 'edgellm[calibrate]', "
+            "or leave --tune out"
+        )
+    trained = [tensor for tensor in layout.model_tensors if trains_scales(tensor)]
+    if not trained:
+        names = ", ".join(sorted({tensor.grid.name for tensor in layout.model_tensors}))
+        raise UsageError(
+            f"--tune moves scales while codes stay, and no tensor has scales that can move: the "
+            f"grids are {names}; leave --tune out, or choose another --quant"
+        )
+    drawn = text or calibration_windows(
+        source.tokenizer,
+        recipe.calibration,
+        tokens=recipe.calibration_tokens or CALIBRATION_TOKENS,
+        seed=recipe.seed or 0,
+        context=source.decoder.context_length,
+    )
+    split(drawn.windows)
+    settings = Settings(steps=recipe.tune, seed=recipe.seed or 0)
+    decoder = source.decoder
+    ways = [
+        (True, False, whole_bytes(decoder, layout, drawn.tokens, recompute=False)),
+        (True, True, whole_bytes(decoder, layout, drawn.tokens, recompute=True)),
+        (False, False, blocks_bytes(decoder, layout, drawn.tokens)),
+    ]
+    fitting = [way for way in ways if way[2] <= free_bytes]
+    if not fitting:
+        raise UsageError(
+            f"--tune takes about {ways[-1][2] / 1e9:.1f} GB of memory even block by block, and "
+            f"{free_bytes / 1e9:.1f} GB are free: use less text (--calibration-tokens), or leave "
+            "--tune out"
+        )
+    whole, recompute, nbytes = fitting[0]
+    notes: tuple[str, ...] = ()
+    if not whole:
+        settings = Settings(steps=0, block_steps=recipe.tune, seed=recipe.seed or 0)
+        notes = (
+            f"tuned block by block alone: end to end would take about {ways[1][2] / 1e9:.1f} GB of "
+            f"memory, and {free_bytes / 1e9:.1f} GB are free",
+        )
+    return Tuning(
+        settings=settings,
+        text=drawn,
+        whole=whole,
+        recompute=recompute,
+        memory_bytes=nbytes,
+        seconds=seconds_of(decoder, settings, drawn, threads, recompute=recompute),
+        notes=notes,
+    )
+
+
+def trains_scales(tensor: OutputTensor) -> bool:
+    """Whether ``tensor`` has codes that stay and scales that may move."""
+    grid = tensor.grid
+    return grid.kind != "float" and grid.name not in (*VECTOR_CODEBOOKS, *FIXED_GRIDS)
+
+
+def whole_bytes(decoder: Decoder, layout: Layout, tokens: int, *, recompute: bool) -> int:
+    """What training end to end takes: all codes, what is trained, one step's activations."""
+    tensors = layout.model_tensors
+    codes = sum(_code_bytes(tensor) for tensor in tensors)
+    trained = 4 * TRAINED_COPIES * sum(map(_trained_numbers, tensors))
+    by_layer = STEP_TOKENS * layer_activation_bytes(decoder)
+    streams = STEP_TOKENS * 4 * decoder.hidden_size * len(decoder.layers)
+    activations = by_layer + streams if recompute else by_layer * len(decoder.layers)
+    table = 4 * decoder.vocab_size * decoder.hidden_size
+    # The source's head, the student's, their levels and the gradient; logits of a slab.
+    head = 4.5 * table + 16 * POSITIONS * decoder.vocab_size
+    largest = max(4 * tensor.rows * tensor.columns for tensor in tensors)
+    states = 4 * tokens * decoder.hidden_size
+    return int(RUNTIME_BYTES + codes + trained + activations + head + largest + states)
+
+
+def blocks_bytes(decoder: Decoder, layout: Layout, tokens: int) -> int:
+    """What training one block after another takes: both streams, one block, its activations."""
+    layers: dict[str, list[OutputTensor]] = {}
+    for tensor in layout.model_tensors:
+        if tensor.role.startswith("blk."):
+            layers.setdefault(tensor.role.split(".")[1], []).append(tensor)
+    weights = max(sum(tensor.rows * tensor.columns for tensor in each) for each in layers.values())
+    trained = 4 * sum(map(_trained_numbers, layout.model_tensors))
+    # The source's block, the codes and what is made of one of them; the tables of both at first.
+    block = (4 + 1 + 3) * weights
+    tables = 9 * decoder.vocab_size * decoder.hidden_size
+    streams = 2 * 4 * tokens * decoder.hidden_size
+    activations = STEP_TOKENS * layer_activation_bytes(decoder)
+    return RUNTIME_BYTES + trained + max(block + activations, tables) + streams
+
+
+def layer_activation_bytes(decoder: Decoder) -> int:
+    """What one layer keeps of a token for the way back, as measured on Llama-shaped layers."""
+    hidden, ffn = decoder.hidden_size, decoder.ffn_size
+    heads = 4 * decoder.query_size + 2 * decoder.kv_size
+    return 4 * (8 * hidden + heads + (5 if decoder.gated_mlp else 3) * ffn)
+
+
+def seconds_of(
+    decoder: Decoder, settings: Settings, text: CalibrationText, threads: int, *, recompute: bool
+) -> float:
+    """A guess of the time: the source's pass over the text, blocks, and steps end to end."""
+    layers = len(decoder.layers)
+    layer = 2 * layer_weights(decoder)
+    head = 2 * decoder.vocab_size * decoder.hidden_size
+    passes = 2 if settings.block_steps else 1
+    step = settings.step_tokens
+    operations = passes * text.tokens * layers * layer
+    operations += settings.block_steps * step * layers * PASSES * layer
+    whole = (PASSES + recompute) * layers * layer + (PASSES + 1) * head
+    operations += settings.steps * step * whole
+    return operations / FLOPS_PER_SECOND / threads
+
+
+def _code_bytes(tensor: OutputTensor) -> int:
+    """A byte a code; floats as they are stored."""
+    values = tensor.rows * tensor.columns
+    if tensor.grid.kind == "float":
+        return values * int(tensor.grid.bits) // 8
+    return values if trains_scales(tensor) else 4 * values
+
+
+def _trained_numbers(tensor: OutputTensor) -> int:
+    """Scales and minima of a matrix, all of a vector."""
+    if len(tensor.parts[0].shape) == 1:
+        return tensor.columns
+    if not trains_scales(tensor):
+        return 0
+    groups = tensor.rows * (tensor.columns // tensor.grid.block if tensor.grid.block else 1)
+    return groups if tensor.grid.symmetric or tensor.grid.kind == "affine" else 2 * groups

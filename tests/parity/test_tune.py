@@ -1,0 +1,332 @@
+"""Tuning: gradients as torch's own, numbers read back as they were trained, better answers.
+
+The files are read by code that knows nothing of tuning: gguf's for GGUF, the packers' for ONNX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+import tiny_models
+import torch
+from torch.nn import functional
+
+from edgellm import forward
+from edgellm.calibration.texts import CalibrationText
+from edgellm.conversion import quantize_tensors
+from edgellm.evaluation import compare
+from edgellm.export.packing import PACKERS
+from edgellm.export.writer import StagedFolder
+from edgellm.plan import Plan, make_plan
+from edgellm.quant.dequantize import dequantize
+from edgellm.quant.grid import GRIDS, Grid, QTensor
+from edgellm.quant.rtn import solve
+from edgellm.recipe import make_recipe
+from edgellm.source import ModelSource, open_source
+from edgellm.tune.divergence import head_divergence
+from edgellm.tune.planning import Tuning
+from edgellm.tune.settings import Settings, split
+from edgellm.tune.stored import StoredModel, rows_of, stacked
+from edgellm.tune.tuning import tune
+from edgellm.tune.weights import Matrix, StudentWeights
+
+TinyModel = Callable[[str], Path]
+
+SCALAR = (
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
+    "iq4_nl", "iq4_xs", "int4-g32", "int4-g64-sym", "int8", "int8-dynamic", "nf4",
+)  # fmt: skip
+
+
+def rounded(grid: Grid, rows: int = 6, columns: int = 512, seed: int = 0) -> QTensor:
+    """Random rows on ``grid``, codes and scales apart, as they come out of a file."""
+    values = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
+    packer = PACKERS[
+        {"ggml": "ggml", "affine": "nbits", "per_channel": "dynamic", "codebook": "bnb4"}[grid.kind]
+    ]
+    return packer.unpack(packer.pack(solve(values, grid)), grid, columns)
+
+
+@pytest.mark.parametrize("name", SCALAR)
+def test_a_matrix_stands_for_the_values_that_were_stored(name: str) -> None:
+    tensor = rounded(GRIDS[name])
+    matrix = Matrix(tensor)
+    identity = torch.eye(tensor.columns)
+    weights = {"blk.0.ffn_up.weight": tensor}
+    decoder = open_decoder()
+    student = StudentWeights(weights, decoder, norms_offset=False)
+    with torch.no_grad():
+        found = student.product("blk.0.ffn_up", identity).T.numpy()
+        some = matrix.lookup(torch.tensor([[4, 0], [5, 5]])).numpy()
+    wanted = dequantize(tensor)
+    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(some, wanted[[[4, 0], [5, 5]]])
+
+
+@pytest.mark.parametrize("name", SCALAR)
+def test_what_is_trained_survives_the_container(name: str) -> None:
+    """Scales and minima that moved are packed and read back to the very values trained with."""
+    matrix = Matrix(rounded(GRIDS[name]))
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for z in matrix.parameters():
+            z.copy_(0.05 * torch.randn(z.shape, generator=draw))
+        student = matrix.lookup(torch.arange(matrix.rows)).numpy()
+    moved = matrix.stored()
+    packer = PACKERS[
+        {"ggml": "ggml", "affine": "nbits", "per_channel": "dynamic", "codebook": "bnb4"}[
+            moved.grid.kind
+        ]
+    ]
+    read = packer.unpack(packer.pack(moved), moved.grid, moved.columns)
+    np.testing.assert_array_equal(dequantize(read), student)
+    assert (student != dequantize(matrix.tensor)).mean() > 0.5
+    np.testing.assert_array_equal(read.codes, matrix.tensor.codes)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q4_k", "int4-g32", "nf4"])
+def test_gradients_are_those_of_the_plain_product(name: str) -> None:
+    """Against autograd through ``levels * scale + min``, all of it kept."""
+    tensor = rounded(GRIDS[name])
+    matrix = Matrix(tensor)
+    x = torch.randn(9, tensor.columns, generator=torch.Generator().manual_seed(2))
+    role = "blk.0.ffn_up"
+    student = StudentWeights({f"{role}.weight": tensor}, open_decoder(), norms_offset=False)
+    ours, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    student.product(role, ours).square().sum().backward()
+    weight = matrix.lookup(torch.arange(matrix.rows))
+    functional.linear(plain, weight).square().sum().backward()
+    assert plain.grad is not None
+    torch.testing.assert_close(ours.grad, plain.grad)
+    wanted = [z.grad for z in matrix.parameters()]
+    assert len(wanted) == (2 if name in ("q4_1", "q4_k") else 1)
+    for z, gradient in zip(student.parameters(), wanted, strict=True):
+        torch.testing.assert_close(z.grad, gradient, rtol=2e-4, atol=1e-3)
+
+
+def test_divergence_is_torchs_with_its_gradients() -> None:
+    """Over more positions than a slab holds; the head's scales get gradients too."""
+    draw = torch.Generator().manual_seed(3)
+    matrix = Matrix(rounded(GRIDS["q8_0"], rows=50, columns=64))
+    hidden = torch.randn(3, 100, 64, generator=draw)
+    wanted = hidden + 0.1 * torch.randn(hidden.shape, generator=draw)
+    teacher = torch.randn(50, 64, generator=draw)
+    ours, plain = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    loss = head_divergence(ours, matrix, wanted, teacher)
+    (3 * loss).backward()
+    found = [z.grad for z in matrix.parameters()]
+    matrix.zero_grad()
+    weight = matrix.lookup(torch.arange(matrix.rows))
+    reference = functional.kl_div(
+        torch.log_softmax(plain @ weight.T, -1),
+        torch.log_softmax(wanted @ teacher.T, -1),
+        reduction="sum",
+        log_target=True,
+    )
+    (3 * reference).backward()
+    torch.testing.assert_close(loss, reference)
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-4, atol=1e-5)
+    for got, z in zip(found, matrix.parameters(), strict=True):
+        torch.testing.assert_close(got, z.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_parted_and_stacked_with_all_that_belongs_to_them() -> None:
+    whole = rounded(GRIDS["q4_k"])
+    parts = [rows_of(whole, slice(0, 2)), rows_of(whole, np.asarray([5, 4, 3, 2]))]
+    back = stacked([parts[0], rows_of(parts[1], np.asarray([3, 2, 1, 0]))])
+    np.testing.assert_array_equal(
+        PACKERS["ggml"].pack(back)["data"], PACKERS["ggml"].pack(whole)["data"]
+    )
+    np.testing.assert_array_equal(dequantize(parts[1]), dequantize(whole)[5:1:-1])
+
+
+def open_decoder():
+    from edgellm.architectures.decoder import Decoder, Layer, Norm
+
+    return Decoder("llama", 50, 64, 64, 64, 1, 1, 64, (Layer(),), Norm("rms", 1e-5), "silu")
+
+
+# --- whole artifacts -----------------------------------------------------------------------------
+
+
+WINDOWS = [tiny_models.some_token_ids(48, seed=seed) for seed in range(48)]
+TEST_WINDOWS = [tiny_models.some_token_ids(48, seed=100 + seed) for seed in range(4)]
+
+
+def plan_of(folder: Path, quant: str, format: str = "gguf") -> Plan:
+    return make_plan(make_recipe({"source": str(folder), "quant": quant, "format": format}))
+
+
+@contextmanager
+def staged_artifact(plan: Plan, out: Path, key: str = "") -> Iterator[StagedFolder]:
+    with StagedFolder(out, resume_key=key) as staged:
+        for name, nbytes in plan.layout.data_files.items():
+            staged.create_data_file(name, nbytes)
+            staged.write_at(name, 0, plan.layout.files.get(name, b""))
+        quantize_tensors(plan, staged)
+        yield staged
+
+
+def data_of(plan: Plan, staged: StagedFolder) -> bytes:
+    (name,) = plan.layout.data_files
+    return (staged.path / name).read_bytes()
+
+
+def read_back(plan: Plan, staged: StagedFolder) -> ModelSource:
+    """The network in the file: read by gguf's own code, or from ONNX by the packers."""
+    source = plan.source
+    if plan.layout.container == "gguf":
+        return open_source(str(staged.path / plan.layout.main_file), quantized=True)
+    stored = StoredModel(plan.layout, source, staged.path)
+    found = {
+        role: dequantize(weight)
+        for tensor, by_role in stored.under("")
+        for role, weight in by_role.items()
+        if tensor.grid.kind != "float"
+    }
+    tensors = {
+        role: replace(ref, load_rows=lambda a, b, role=role: found[role][a:b].copy())
+        if role in found
+        else ref
+        for role, ref in source.tensors.items()
+    }
+    return replace(source, tensors=tensors)
+
+
+def kl(plan: Plan, staged: StagedFolder) -> float:
+    """Of what lies in the file, on text that tuning does not see."""
+    reference = forward.window_logits(plan.source, TEST_WINDOWS, threads=1)
+    found = forward.window_logits(read_back(plan, staged), TEST_WINDOWS, threads=1)
+    return compare(reference, found, TEST_WINDOWS).kl
+
+
+def tuning(whole: bool = True, recompute: bool = False, **settings: float) -> Tuning:
+    """What the plan would say, without its text and memory."""
+    defaults = {"steps": 60, "step_tokens": 96, "rate": 4e-3, "norm_rate": 4e-3}
+    text = CalibrationText(
+        name="ids",
+        windows=tuple(map(tuple, WINDOWS)),
+        sha256="",
+        text_sha256="",
+        tokens=sum(map(len, WINDOWS)),
+        seed=0,
+    )
+    return Tuning(Settings(**{**defaults, **settings}), text, whole, recompute, 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "quant", "format"),
+    [
+        ("llama", "rtn:q4_0", "gguf"),
+        ("llama-256", "rtn:q3_k_s", "gguf"),
+        ("llama-biased", "rtn:int4-g32", "onnx"),
+        ("gpt2", "rtn:q4_0", "gguf"),
+    ],
+)
+def test_tuning_brings_answers_closer_on_other_text(
+    name: str, quant: str, format: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Random models answer at random: that scales fit them better shows on any text."""
+    plan = plan_of(tiny_model(name), quant, format)
+    with staged_artifact(plan, tmp_path / "out") as staged:
+        before = kl(plan, staged)
+        tuned = tune(plan.layout, plan.source, staged, tuning(), 1)
+        assert tuned.kl_before is not None
+        assert tuned.kl_after is not None
+        assert tuned.kl_after < 0.95 * tuned.kl_before
+        assert kl(plan, staged) < 0.95 * before
+
+
+def test_what_is_trained_end_to_end_is_what_lies_in_the_file(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """The divergence that was measured while training is that of the file, read by others."""
+    plan = plan_of(tiny_model("llama"), "rtn:q4_0")
+    with staged_artifact(plan, tmp_path / "out") as staged:
+        tuned = tune(plan.layout, plan.source, staged, tuning(steps=10), 1)
+        assert tuned.kept_step
+        _, held_out = split(WINDOWS)
+        reference = forward.window_logits(plan.source, held_out, threads=1)
+        found = forward.window_logits(read_back(plan, staged), held_out, threads=1)
+        wanted = compare(reference, found, held_out).kl
+    assert tuned.kl_after == pytest.approx(wanted, rel=1e-4)
+
+
+def test_blocks_alone_fall_in_error_and_are_written(tiny_model: TinyModel, tmp_path: Path) -> None:
+    plan = plan_of(tiny_model("llama"), "rtn:q4_0")
+    with staged_artifact(plan, tmp_path / "out") as staged:
+        before, untouched = kl(plan, staged), data_of(plan, staged)
+        tuned = tune(plan.layout, plan.source, staged, tuning(False, steps=0, block_steps=30), 1)
+        assert tuned.blocks == 3
+        assert tuned.kl_before is None
+        assert data_of(plan, staged) != untouched
+        assert kl(plan, staged) < before
+
+
+def test_what_does_not_help_is_not_kept(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """At a rate at which everything breaks, every byte stays."""
+    plan = plan_of(tiny_model("llama"), "rtn:q4_0")
+    with staged_artifact(plan, tmp_path / "out") as staged:
+        untouched = data_of(plan, staged)
+        wild = tuning(steps=10, block_steps=4, rate=3.0, norm_rate=3.0, block_rate=3.0)
+        tuned = tune(plan.layout, plan.source, staged, wild, 1)
+        assert (tuned.kept_step, tuned.blocks) == (0, 0)
+        assert tuned.kl_after == tuned.kl_before
+        assert data_of(plan, staged) == untouched
+
+
+def test_recomputing_and_repeating_give_the_same_bytes(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    plan = plan_of(tiny_model("gemma3"), "rtn:q4_0")
+    contents = []
+    for place, recompute in enumerate((False, True)):
+        with staged_artifact(plan, tmp_path / str(place)) as staged:
+            wanted = tuning(recompute=recompute, steps=6, block_steps=2)
+            tune(plan.layout, plan.source, staged, wanted, 1)
+            contents.append(data_of(plan, staged))
+    assert contents[0] == contents[1]
+
+
+def test_a_run_that_was_killed_while_writing_writes_what_it_had_found(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the file holds tuned scales then, so training again would begin elsewhere."""
+    plan = plan_of(tiny_model("llama"), "rtn:q4_0")
+    with staged_artifact(plan, tmp_path / "whole") as staged:
+        wanted = tune(plan.layout, plan.source, staged, tuning(steps=6), 1)
+        content = data_of(plan, staged)
+    write, left = StoredModel.write, [7]
+
+    def dies(stored: StoredModel, *arguments: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        write(stored, *arguments)
+
+    monkeypatch.setattr(StoredModel, "write", dies)
+    out = tmp_path / "out"
+
+    def run() -> None:
+        with staged_artifact(plan, out, "key") as staged:
+            tune(plan.layout, plan.source, staged, tuning(steps=6), 1)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.setattr(StoredModel, "write", write)
+    with StagedFolder(out, resume_key="key") as staged:
+        assert data_of(plan, staged) != content
+        for name, nbytes in plan.layout.data_files.items():
+            staged.create_data_file(name, nbytes)
+        assert tune(plan.layout, plan.source, staged, tuning(steps=6), 1) == wanted
+        assert data_of(plan, staged) == content
