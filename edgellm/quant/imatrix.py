@@ -33,7 +33,7 @@ __all__ = ["Importance", "fitted", "lifted", "solve"]
 
 Codes = npt.NDArray[np.uint8]
 
-CHUNK_VALUES = 1 << 16
+CHUNK_VALUES = 1 << 17
 """Weights worked on at once, so that the copies of them stay in the cache."""
 
 
