@@ -25,6 +25,7 @@ from edgellm.tensors import COLUMN_CHUNK_BYTES
 
 if TYPE_CHECKING:
     from edgellm.calibration.planning import Calibration
+    from edgellm.tune.planning import Tuning
 
 COPIES = 4.0
 """Float32 slabs alive at once in a worker at the most: as read, in float32, its rows reordered, and
@@ -79,12 +80,14 @@ class Plan:
     disk_bytes: int
     seconds: float
     calibration: Calibration | None = None
+    tuning: Tuning | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Facts that the user should be shown: of source, adapters, layout and calibration."""
+        """Facts to be shown: of source, adapters, layout, calibration and tuning."""
         of_calibration = self.calibration.notes if self.calibration else ()
-        return (*self.source.notes, *self.layout.notes, *of_calibration)
+        of_tuning = self.tuning.notes if self.tuning else ()
+        return (*self.source.notes, *self.layout.notes, *of_calibration, *of_tuning)
 
     @property
     def weights(self) -> int:
@@ -195,7 +198,9 @@ def make_plan(
     output = sum(sizes.values())
     slabs = workers * COPIES * max(map(slab_bytes, layout.tensors), default=0)
     cost = calibration.cost if calibration else None
-    working = max(slabs, cost.memory_bytes if cost else 0) + _merge_memory(source, workers)
+    tuning = _tuned(recipe, source, layout, calibration, workers)
+    needs = [slabs, cost.memory_bytes if cost else 0, tuning.memory_bytes if tuning else 0]
+    working = max(needs) + _merge_memory(source, workers)
     seconds = _seconds(layout, workers) + _merge_seconds(source, workers)
     plan = Plan(
         recipe=recipe,
@@ -206,8 +211,9 @@ def make_plan(
         output_bytes=output,
         peak_memory_bytes=int(psutil.Process().memory_info().rss + working),
         disk_bytes=output + (1 << 20) + (cost.disk_bytes if cost else 0),
-        seconds=seconds + (cost.seconds if cost else 0),
+        seconds=seconds + (cost.seconds if cost else 0) + (tuning.seconds if tuning else 0),
         calibration=calibration,
+        tuning=tuning,
     )
     _check_memory(plan, hardware.memory_bytes.value)
     return plan
@@ -229,6 +235,22 @@ def _calibrated(
         recipe, layout, source, lambda folded: container.lay_out(folded, recipe), workers
     )
     return recipe, layout, calibration, reason
+
+
+def _tuned(
+    recipe: Recipe,
+    source: ModelSource,
+    layout: Layout,
+    calibration: Calibration | None,
+    workers: int,
+) -> Tuning | None:
+    """How what was rounded will be tuned; costs nothing where it is not."""
+    if recipe.tune is None:
+        return None
+    from edgellm.tune.planning import plan_tuning
+
+    text = calibration.text if calibration else None
+    return plan_tuning(recipe, layout, source, text, workers, psutil.virtual_memory().available)
 
 
 def _check_memory(plan: Plan, memory_bytes: int) -> None:
