@@ -25,13 +25,13 @@ SOLVED_PER_SECOND = {"hessian": 4e9, "importance": 0.0}
 FACTORED_PER_SECOND = 8e9
 """Cubed columns of a Hessian that one such thread factors in a second."""
 
-RUNTIME_BYTES = 90 << 20
+RUNTIME_BYTES = 60 << 20
 """onnxruntime, its sessions and its arenas' first pages."""
 
-SOLVER_COPIES = 9.0
+SOLVER_COPIES = 10.0
 """Float32 copies of a slab's rows alive at once in a worker that solves them."""
 
-FACTOR_COPIES = 8.0
+FACTOR_COPIES = 6.0
 """Copies of a Hessian in float32 that its factorization takes for a moment (float64 counts two)."""
 
 
@@ -107,11 +107,15 @@ def solve_cost(tensors: Sequence[OutputTensor], threads: int, needs: str) -> Cos
     rate = SOLVED_PER_SECOND[needs]
     columns = {tensor.columns for tensor in solved}
     seconds = sum(_work_of(tensor) for tensor in solved) / rate / threads if rate else 0.0
-    memory = threads * SOLVER_COPIES * max(slab_bytes(tensor) for tensor in solved)
+    busy = [SOLVER_COPIES * max(slab_bytes(tensor) for tensor in solved)] * threads
+    memory = 0.0
     if needs == "hessian":
         seconds += sum(width**3 for width in columns) / FACTORED_PER_SECOND / threads
-        factors = sorted((4 * width * width for width in columns), reverse=True)
-        memory += sum(factors) + FACTOR_COPIES * sum(factors[:threads])
+        factors = [4 * width * width for width in columns]
+        memory = sum(factors)
+        busy += [FACTOR_COPIES * factor for factor in factors]
+    # A thread factors or solves; the others wait for a factor that they need too.
+    memory += sum(sorted(busy, reverse=True)[:threads])
     return Cost(int(memory), seconds, 0)
 
 
