@@ -31,8 +31,10 @@ class Factor:
     ``order``: columns in the order of solving, the largest diagonal first; dead ones, whose input
     is always 0, come last, and nothing is fed to or from them. ``feedback`` float32 ``[in, in]``,
     in that order, is lower triangular without the diagonal: ``feedback[j, i]`` of the error of
-    column ``i`` is taken off column ``j``. ``damping`` is the part of ``DAMPING`` that was needed, 0
-    where all columns are dead; ``dead`` counts those.
+    column ``i`` is taken off column ``j``. ``left`` float32 ``[in]``, by column: the square of
+    ``R[j, j]``, what is left of the column's diagonal once later columns make its error good.
+    ``damping`` is the part of ``DAMPING`` that was needed, 0 where all columns are dead; ``dead``
+    counts those.
     """
 
     order: npt.NDArray[np.intp]

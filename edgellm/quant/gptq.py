@@ -17,7 +17,7 @@ from edgellm.quant.grid import Grid, QTensor
 from edgellm.quant.group_scales import GroupScales
 from edgellm.quant.levels import VECTOR_CODEBOOKS
 from edgellm.quant.refine import refine
-from edgellm.quant.row_tiles import to_tiles
+from edgellm.quant.row_tiles import product, to_tiles
 from edgellm.quant.statistics import Statistics
 from edgellm.tensors import Array
 
@@ -83,7 +83,7 @@ def feed_forward(weights: Array, scales: GroupScales, factor: Factor) -> tuple[A
             np.subtract(scales.values(found, group), ordered[:, column], out=errors[:, column])
         if block_end < columns:
             fed = feedback[block_end:, block_start:block_end]
-            targets[:, block_end:] -= np.matmul(fed, errors[:, block_start:block_end])
+            targets[:, block_end:] -= product(fed, errors[:, block_start:block_end])
     unordered = np.empty_like(errors)
     unordered[:, order] = errors
     return levels, unordered

@@ -15,6 +15,7 @@ import numpy as np
 
 from edgellm.quant.group_scales import FIXED_SCALES, GroupScales
 from edgellm.quant.refit import refit_group, refit_super
+from edgellm.quant.row_tiles import product
 from edgellm.tensors import Array
 
 SPAN_COLUMNS = 128
@@ -37,7 +38,7 @@ def refine(
     refits = scales.grid.name not in FIXED_SCALES
     inside = group <= SPAN_COLUMNS
     width = max(SPAN_COLUMNS, group * scales.groups_per_block) if inside else SPAN_COLUMNS
-    gradient = np.matmul(hessian, errors)
+    gradient = product(hessian, errors)
     for _ in range(sweeps):
         for start in range(0, columns, width):
             part = slice(start, min(start + width, columns))
@@ -47,14 +48,14 @@ def refine(
                 np.zeros_like(errors[:, part]), errors[:, part].copy(),
             )  # fmt: skip
             span.sweep(refits and inside)
-            gradient += np.matmul(hessian[:, part], span.change)
+            gradient += product(hessian[:, part], span.change)
         if refits and not inside:
             for number in range(columns // group):
                 part = slice(number * group, (number + 1) * group)
                 own = hessian[part, part]
                 refit_group(scales, number, levels[:, part], gradient[:, part], own)
                 renewed = scales.values(levels[:, part], number) - weights[:, part]
-                gradient += np.matmul(hessian[:, part], renewed - errors[:, part])
+                gradient += product(hessian[:, part], renewed - errors[:, part])
                 errors[:, part] = renewed
 
 
@@ -108,7 +109,7 @@ class _Span:
 
     def _slopes(self, part: slice) -> Array:
         """The gradient of ``part``, up to date."""
-        slopes: Array = np.matmul(self.hessian[part], self.change)
+        slopes = product(self.hessian[part], self.change)
         slopes += self.gradient[:, part]
         return slopes
 

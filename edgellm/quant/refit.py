@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm.quant.group_scales import GroupScales
+from edgellm.quant.row_tiles import product
 from edgellm.tensors import Array
 
 Mask = npt.NDArray[np.bool_]
@@ -39,21 +40,25 @@ class Forms:
     d_slope: Array
 
     @classmethod
-    def along(cls, c: Array, d: Array | None, slopes: Array, hessian: Array) -> Forms:
-        """``c`` is ``[tiles, columns, rows]``, ``d`` as well or ``[1, columns, 1]``, or None."""
-        c_c = (c * np.matmul(hessian, c)).sum(axis=1)
-        c_slope = (c * slopes).sum(axis=1)
-        if d is None:
-            none = np.zeros_like(c_c)
-            return cls(c_c, c_slope, none, none, none)
-        hessian_d = np.matmul(hessian, d)
-        return cls(
-            c_c,
-            c_slope,
-            (c * hessian_d).sum(axis=1),
-            (d * hessian_d).sum(axis=1),
-            (d * slopes).sum(axis=1),
-        )
+    def of_one(cls, c: Array, slopes: Array, hessian: Array) -> Forms:
+        """Along ``c`` ``[tiles, columns, rows]`` alone."""
+        none = np.zeros((1, 1), np.float32)
+        c_c = (c * product(hessian, c)).sum(axis=1)
+        return cls(c_c, (c * slopes).sum(axis=1), none, none, none)
+
+    @classmethod
+    def of_two(cls, c: Array, d: Array, slopes: Array, hessian: Array) -> Forms:
+        """Along ``c`` and ``d``, both ``[tiles, columns, rows]``."""
+        one, hessian_d = cls.of_one(c, slopes, hessian), product(hessian, d)
+        c_d, d_d = (c * hessian_d).sum(axis=1), (d * hessian_d).sum(axis=1)
+        return cls(one.c_c, one.c_slope, c_d, d_d, (d * slopes).sum(axis=1))
+
+    @classmethod
+    def with_ones(cls, c: Array, slopes: Array, hessian: Array) -> Forms:
+        """Along ``c`` and a column of ones."""
+        one, sums = cls.of_one(c, slopes, hessian), hessian.sum(axis=1)[:, None]
+        c_d, d_d = (c * sums).sum(axis=1), sums.sum(keepdims=True)
+        return cls(one.c_c, one.c_slope, c_d, d_d, slopes.sum(axis=1))
 
     def growth(self, step_c: Array, step_d: Array) -> Array:
         """How much the error grows when values move by ``step_c * c + step_d * d``."""
@@ -91,15 +96,14 @@ def refit_group(
     if scales.zeros is not None:
         _refit_zero(scales, number, levels, slopes, hessian)
     elif scales.mins is not None:
-        ones = np.ones((1, len(hessian), 1), np.float32)
-        forms = Forms.along(levels, ones, slopes, hessian)
+        forms = Forms.with_ones(levels, slopes, hessian)
         new, scales.mins[:, number] = _best_pair(
             forms, old, scales.mins[:, number], store,
             lambda wanted: scales.storable_mins(wanted, number), any_sign,
         )  # fmt: skip
         scales.set_scales(number, new)
     else:
-        forms = Forms.along(levels, None, slopes, hessian)
+        forms = Forms.of_one(levels, slopes, hessian)
         scales.set_scales(number, _best_scale(forms, old, store, any_sign))
 
 
@@ -114,11 +118,11 @@ def refit_super(
     c = levels * np.repeat(codes, group, axis=1)
     old = scales.outer[:, number]
     if scales.outer_mins is None or scales.mins is None:
-        forms = Forms.along(c, None, slopes, hessian)
+        forms = Forms.of_one(c, slopes, hessian)
         new = _best_scale(forms, old, scales.storable_outer, False)
     else:
         min_codes = scales.min_codes(groups)
-        forms = Forms.along(c, -np.repeat(min_codes, group, axis=1), slopes, hessian)
+        forms = Forms.of_two(c, -np.repeat(min_codes, group, axis=1), slopes, hessian)
         old_min = scales.outer_mins[:, number]
         new, new_min = _best_pair(
             forms, old, old_min, scales.storable_outer, scales.storable_outer, False
@@ -159,8 +163,7 @@ def _refit_zero(
     times the scale.
     """
     assert scales.zeros is not None
-    ones = np.ones((1, len(hessian), 1), np.float32)
-    forms = Forms.along(levels, ones, slopes, hessian)
+    forms = Forms.with_ones(levels, slopes, hessian)
     old, zeros = scales.scales[:, number], scales.zeros[:, number]
     step, step_ones, both = forms.best()
     wanted = old + step
