@@ -403,7 +403,7 @@ def cannot_hold(grid: Grid) -> str:
     if grid.symmetric and grid.kind == "affine":
         reason, instead = {
             4: ("keeps 4-bit weights in blocks of 32", "q4_0"),
-            8: ("calls 8-bit blocks of 32 q8_0", "q8_0"),
+            8: ("has 8-bit weights in blocks of 32 alone, q8_0", "q8_0"),
         }[int(grid.bits)]
     other = "hf" if grid.name == "nf4-dq" else "onnx"
     return f"{reason}, so it cannot hold {grid.name}: choose {instead}, or --format {other}"

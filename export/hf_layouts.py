@@ -223,6 +223,7 @@ def _bnb_config(grid: Grid, dtype: str, ignored: list[str]) -> dict[str, Any]:
 
 INT4 = tuple(f"int4-g{group}" for group in (32, 64, 128))
 INT4_SYM = tuple(f"{name}-sym" for name in INT4)
+INT8 = ("int8", "int8-g64", "int8-g128")
 FLOATS = ("f16", "bf16", "f32")
 
 GPTQ_READERS = "optimum and gptqmodel (or gptqmodel alone, or vLLM)"
@@ -255,7 +256,7 @@ LAYOUTS: Mapping[str, Mapping[str, Storage]] = {
     "gptq": dict.fromkeys(INT4_SYM, GPTQ),
     "awq": dict.fromkeys((*INT4, *INT4_SYM), AWQ),
     "compressed-tensors": {
-        **dict.fromkeys((*INT4, *INT4_SYM, "int8"), CT_PACKED),
+        **dict.fromkeys((*INT4, *INT4_SYM, *INT8), CT_PACKED),
         "int8-dynamic": CT_INT,
     },
     "bitsandbytes": {"nf4": NF4, "nf4-dq": NF4_DQ, "int8-dynamic": BNB_INT8},

@@ -36,7 +36,7 @@ FLOATS = ("f16", "bf16", "f32")
 
 GRID_NAMES = (
     "int4-g32-sym", "int4-g64-sym", "int4-g128-sym", "int4-g32", "int4-g64", "int4-g128",
-    "int8", "int8-dynamic", "nf4", "nf4-dq", *FLOATS,
+    "int8", "int8-g64", "int8-g128", "int8-dynamic", "nf4", "nf4-dq", *FLOATS,
 )  # fmt: skip
 
 DEFAULT_GRID = "int4-g64-sym"

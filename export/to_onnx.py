@@ -30,7 +30,7 @@ MODEL_FILE = "model.onnx"
 
 GRID_NAMES = (
     "int4-g32", "int4-g64", "int4-g128", "int4-g32-sym", "int4-g64-sym", "int4-g128-sym",
-    "int8", "int8-dynamic", "nf4", "f16", "f32",
+    "int8", "int8-g64", "int8-g128", "int8-dynamic", "nf4", "f16", "f32",
 )  # fmt: skip
 
 DEFAULT_GRID = "int4-g32"

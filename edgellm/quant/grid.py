@@ -112,6 +112,7 @@ GRIDS: dict[str, Grid] = {
         _float("f16", 16),
         _float("bf16", 16),
         Grid("int8", "affine", 8, 32, symmetric=True),
+        *(Grid(f"int8-g{group}", "affine", 8, group, symmetric=True) for group in (64, 128)),
         Grid("int8-dynamic", "per_channel", 8, 0, symmetric=True),
         *(Grid(f"int4-g{group}", "affine", 4, group) for group in (32, 64, 128)),
         *(

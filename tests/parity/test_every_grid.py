@@ -24,8 +24,8 @@ GGUF = (
     "iq3_xs", "iq3_xxs", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
 )  # fmt: skip
 ONNX = (
-    "f32", "f16", "int8", "int8-dynamic", "int4-g32", "int4-g64", "int4-g128", "int4-g32-sym",
-    "int4-g64-sym", "int4-g128-sym", "nf4",
+    "f32", "f16", "int8", "int8-g64", "int8-g128", "int8-dynamic", "int4-g32", "int4-g64",
+    "int4-g128", "int4-g32-sym", "int4-g64-sym", "int4-g128-sym", "nf4",
 )  # fmt: skip
 
 NEEDS_IMPORTANCE = ("iq3_xs", "iq3_xxs", *GGUF[GGUF.index("q2_k_s") :])
