@@ -1,8 +1,9 @@
 """What a model answers to windows of text, whoever computes it: a runtime, or the float network.
 
-A runtime runs artifacts and GGUF files as ``run`` does. The float network
-(``edgellm.forward``) computes with the values that the weights stand for, layer by layer, and takes
-Hugging Face folders, Hub ids and GGUF files, quantized ones too.
+A runtime runs artifacts and GGUF files as ``run`` does; ONNX folders of other exporters are
+computed by onnxruntime (``edgellm.plain_onnx``). The float network (``edgellm.forward``) computes
+with the values that the weights stand for, layer by layer, and takes Hugging Face folders, Hub ids
+and GGUF files, quantized ones too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from edgellm.errors import UnsupportedTarget
 from edgellm.evaluation import Logits, session_logits
 from edgellm.manifest import MANIFEST, Artifact, open_artifact
+from edgellm.plain_onnx import PlainOnnxAnswers, onnx_file
 from edgellm.progress import Progress, ProgressEvent, unwatched
 
 if TYPE_CHECKING:
@@ -137,7 +139,7 @@ def open_answers(
     ignore_config_keys: Collection[str] = (),
     progress: Progress = unwatched,
 ) -> Answers:
-    """The model at ``path``: an artifact, a GGUF file, a Hugging Face folder or a Hub id.
+    """The model at ``path``: an artifact, a GGUF file, an ONNX or Hugging Face folder or a Hub id.
 
     What a runtime runs is run by the one that ``run`` would pick, or by ``runtime``; ``float`` is
     the float network, which everything else is computed with. ``context_tokens``: what a runtime
@@ -145,6 +147,11 @@ def open_answers(
     """
     artifact = None if runtime == FLOAT else runnable(path)
     if artifact is None:
+        folder = Path(path)
+        plain = onnx_file(folder)
+        has_weights = any(folder.glob("*.safetensors"))  # as repositories with both have
+        if plain is not None and runtime != FLOAT and (runtime or not has_weights):
+            return PlainOnnxAnswers(folder, plain, threads)
         if runtime not in (None, FLOAT):
             raise UnsupportedTarget(
                 f"{path} is no artifact or GGUF file, so no runtime runs it: leave the runtime "

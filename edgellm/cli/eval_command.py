@@ -18,7 +18,7 @@ def eval_(
     path: Annotated[
         str,
         typer.Argument(
-            metavar="PATH", help="An artifact, a GGUF file, a Hugging Face folder or a Hub id."
+            metavar="PATH", help="An artifact, a GGUF, an ONNX or Hugging Face folder or a Hub id."
         ),
     ],
     text: Annotated[
@@ -59,8 +59,8 @@ def eval_(
     Perplexity by token, word and byte, and with --reference the KL divergence from it, how often
     both find the same token likeliest, and how the probability of the text's own tokens changed,
     with standard errors. Both models compute one window after another, side by side; no logits
-    are stored. An artifact or GGUF file runs as run would run it; a Hugging Face folder is
-    computed in float32, layer by layer, in the memory of a layer.
+    are stored. An artifact or GGUF file runs as run would run it, other exporters' ONNX folders
+    on onnxruntime; a Hugging Face folder is computed in float32, in the memory of a layer.
 
     Figures are defined as llama-perplexity's. WHICH half scores the tokens behind the middle of
     each window, as it does; all scores every token but a window's first. Perplexities of models

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,3 +160,49 @@ def test_many_windows_of_hidden_states_are_computed_in_groups(
     assert seen.count("layer 0") == -(-parts.window_count // 2) > 1
     assert parts.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
     assert math.isfinite(parts.perplexity)
+
+
+def test_an_onnx_folder_without_a_manifest(
+    command: Command, onnx_artifact: Path, model: Path, text: Path, tmp_path: Path
+) -> None:
+    """Computed at once from empty caches, it answers as the artifact does step by step."""
+    plain = tmp_path / "plain"
+    shutil.copytree(onnx_artifact, plain)
+    (plain / "manifest.json").unlink()
+    asked = ("--reference", model, "--text", text, "--json")
+    found, wanted = (command("eval", path, *asked).json() for path in (plain, onnx_artifact))
+    assert found["runtime"] == "onnxruntime"
+    assert "unverified" in found["notes"][0]
+    assert found["windows_sha256"] == wanted["windows_sha256"]
+    assert found["kld_mean"] == pytest.approx(wanted["kld_mean"], rel=1e-3)
+    assert found["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-4)
+
+
+def test_a_folder_with_weights_and_onnx_is_taken_by_its_weights(
+    command: Command, onnx_artifact: Path, model: Path, text: Path, tmp_path: Path
+) -> None:
+    both = shutil.copytree(model, tmp_path / "both")
+    for name in ("model.onnx", "model.onnx.data"):
+        shutil.copy(onnx_artifact / name, both / name)
+    asked = ("eval", both, "--text", text, "--json")
+    assert command(*asked).json()["runtime"] == "float"
+    assert command(*asked, "--runtime", "onnxruntime").json()["runtime"] == "onnxruntime"
+
+
+def test_a_graph_that_asks_for_more_is_refused(
+    command: Command, model: Path, tmp_path: Path
+) -> None:
+    import onnx
+
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    shape = ["batch", "tokens", 8]
+    values = [helper.make_tensor_value_info(name, kind, shape) for name in ("pixels", "logits")]
+    node = helper.make_node("Identity", ["pixels"], ["logits"])
+    graph = helper.make_graph([node], "other", values[:1], values[1:])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    folder = shutil.copytree(model, tmp_path / "other")
+    (folder / "model.safetensors").unlink()
+    onnx.save(made, folder / "model.onnx")
+    done = command("eval", folder)
+    assert done.code == 5
+    assert "asks for pixels, which is not known" in done.err
