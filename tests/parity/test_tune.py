@@ -210,6 +210,55 @@ def kl(plan: Plan, staged: StagedFolder) -> float:
     return compare(reference, found, TEST_WINDOWS).kl
 
 
+HF = [
+    ("gptq", "int4-g32-sym"),
+    ("gptq_v2", "int4-g64"),
+    ("awq", "int4-g64"),
+    ("compressed-tensors", "int4-g32"),
+    ("compressed-tensors", "int8"),
+    ("compressed-tensors", "int8-dynamic"),
+    ("bitsandbytes", "nf4"),
+    ("bitsandbytes", "nf4-dq"),
+    ("bitsandbytes", "int8-dynamic"),
+]
+
+
+@pytest.mark.parametrize(("layout", "grid"), HF)
+def test_a_hugging_face_folder_is_read_moved_and_written_alike(
+    layout: str, grid: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """What moved comes back as it was trained; where nothing moved, every byte stays."""
+    choice = {"source": str(tiny_model("llama-256")), "format": "hf"}
+    plan = make_plan(make_recipe({**choice, "quant": f"rtn:{grid}", "layout": layout}))
+    with staged_artifact(plan, tmp_path / "out") as staged:
+        stored = StoredModel(plan.layout, plan.source, staged.path)
+        untouched = data_of(plan, staged)
+        for tensor, by_role in stored.under(""):
+            stored.write(tensor, by_role, staged)
+        assert data_of(plan, staged) == untouched
+        found = {role: each for _, by_role in stored.under("") for role, each in by_role.items()}
+        assert found.keys() == plan.source.tensors.keys()
+        student = StudentWeights(found, plan.source.decoder, norms_offset=stored.norms_offset)
+        with torch.no_grad():
+            for z in student.parameters():
+                z.fill_(0.1)
+        for tensor, by_role in stored.under("blk.1."):
+            stored.write(tensor, {role: student.stored(role) for role in by_role}, staged)
+        moved = data_of(plan, staged)
+        again = {role: each for _, by_role in stored.under("") for role, each in by_role.items()}
+        back = StudentWeights(again, plan.source.decoder, norms_offset=stored.norms_offset)
+    assert moved != untouched
+    for name in ("attn_q", "ffn_down"):
+        wanted, got = (each.matrix(f"blk.1.{name}.weight") for each in (student, back))
+        rows = torch.arange(wanted.rows)
+        # bitsandbytes stores 127 times the scale of int8, which rounds once more.
+        exact = (layout, grid) != ("bitsandbytes", "int8-dynamic")
+        with torch.no_grad():
+            torch.testing.assert_close(
+                got.lookup(rows), wanted.lookup(rows), rtol=0 if exact else 2e-7, atol=0
+            )
+
+
 def tuning(whole: bool = True, recompute: bool = False, **settings: float) -> Tuning:
     """What the plan would say, without its text and memory."""
     defaults = {"steps": 60, "step_tokens": 96, "rate": 4e-3, "norm_rate": 4e-3}
