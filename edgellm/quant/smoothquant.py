@@ -52,6 +52,8 @@ def search(
     inputs = _at_least(coupling.by_channel(statistics.largest).max(axis=0))
     columns = _at_least(coupling.by_channel(np.abs(rows).max(axis=0)).max(axis=0))
     plain = predicted_error(rows, statistics, np.ones(coupling.columns, np.float32))
+    if plain == 0:
+        return unscaled(coupling, "its output is always zero in the calibration")
     best = unscaled(coupling)
     for alpha in ALPHAS:
         factors = _normalized(inputs**alpha / columns ** (1 - alpha))
