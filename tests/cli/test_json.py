@@ -38,6 +38,7 @@ def documents(
         "verify": ("verify", onnx_artifact),
         "run": ("run", onnx_artifact, "hello", "--max-tokens", 4),
         "doctor": ("doctor",),
+        "eval": ("eval", onnx_artifact, "--reference", model, "--tokens", 50),
     }
     return {name: command(*line, "--json").json() for name, line in lines.items()}
 
