@@ -14,6 +14,7 @@ from edgellm.export import CONTAINERS, container_named
 from edgellm.export.layout import Container, Layout
 from edgellm.export.writer import check_free, check_no_overlap
 from edgellm.hardware import detect
+from edgellm.keeping import holding_grid, keep_codes
 from edgellm.progress import Progress, unwatched
 from edgellm.quant.grid import Grid
 from edgellm.recipe import DEFAULT_SOLVER, Recipe, split_quant
@@ -109,10 +110,11 @@ class Plan:
         return slabs_of(self.layout.tensors, range(len(self.layout.tensors)))
 
 
-def resolve(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+def resolve(recipe: Recipe, grid: tuple[str, str] | None = None) -> tuple[Recipe, tuple[str, ...]]:
     """``recipe`` with the defaults filled in that no model decides, and a line for each with why.
 
-    Which solver is the default follows from the model: ``make_plan`` chooses it.
+    ``grid``: what takes the place of the container's default, and why. Which solver is the default
+    follows from the model: ``make_plan`` chooses it.
 
     Raises ``UsageError`` for a container that does not exist.
     """
@@ -123,8 +125,9 @@ def resolve(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
         reasons.append(f"format {chosen_format}: {why}")
     container = container_named(chosen_format)
     if not recipe.grid:
-        chosen_quant = str(split_quant(recipe.quant or "")._replace(grid=container.default_grid))
-        reasons.append(f"grid {container.default_grid}: the default of {chosen_format}")
+        name, why = grid or (container.default_grid, f"the default of {chosen_format}")
+        chosen_quant = str(split_quant(recipe.quant or "")._replace(grid=name))
+        reasons.append(f"grid {name}: {why}")
     recipe = msgspec.structs.replace(recipe, format=chosen_format, quant=chosen_quant)
     return _with_layout(recipe, container, reasons), tuple(reasons)
 
@@ -164,23 +167,28 @@ def _container_for(recipe: Recipe) -> tuple[str, str]:
 def make_plan(
     recipe: Recipe, *, threads: int | None = None, progress: Progress = unwatched
 ) -> Plan:
-    """Everything that converting by ``recipe`` will do; reads headers and the tokenizer only.
+    """Everything that converting by ``recipe`` will do.
 
-    Raises every error that can be known beforehand: a damaged or unsupported source, a grid that
+    Reads headers and the tokenizer, and of a quantized source what its codes are scaled by. Raises
+    every error that can be known beforehand: a damaged or unsupported source, a grid that
     the container cannot hold, a group that does not divide a row.
     """
-    recipe, reasons = resolve(recipe)
+    asked = recipe
+    recipe, reasons = resolve(asked)
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be at least 1, got {threads}")
     base = open_source(
         recipe.source,
         ignore_config_keys=recipe.ignore_config_keys,
         context=recipe.context,
-        quantized=recipe.takes_quantized,
+        quantized=True,
         progress=progress,
     )
     assert recipe.format is not None
     container = container_named(recipe.format)
+    holding = holding_grid(asked, container.name, base)
+    if holding is not None:
+        recipe, reasons = resolve(asked, holding)
     if recipe.keep_adapters:
         from edgellm.lora.requested import kept_apart
 
@@ -189,6 +197,7 @@ def make_plan(
     else:
         source = _with_adapters(base, recipe, progress)
         layout = container.lay_out(source, recipe)
+    layout = keep_codes(layout, recipe, source)
     hardware = detect()
     workers = threads or hardware.physical_cores.value
     recipe, layout, calibration, chosen = _calibrated(

@@ -67,7 +67,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ``lora.combine.METHODS``, with its ``density``, ``sign``, ``combine_rank`` and ``seed``
     (``lora.binding.Combination``). ``merge_base``: which base they are merged into
     (``lora.base.bases.CHOICES``), by default the one that they were trained on; ``dequantized``
-    without adapters takes a model that is quantized already.
+    without adapters rounds a model that is quantized already again, though its codes could be kept.
     ``keep_adapters``: write them beside the base instead of merging. ``allow_untrained``: take
     adapters that change nothing. ``min_survival``: the least share of the fine-tune that must be
     left after rounding.
@@ -109,12 +109,6 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     calibration_tokens: int | None = None
     imatrix: str | None = None
     tune: int | None = None
-
-    @property
-    def takes_quantized(self) -> bool:
-        """Whether a base that is quantized already is wanted as the values that it stands for."""
-        merged = bool(self.adapters) and not self.keep_adapters
-        return merged or self.merge_base == DEQUANTIZED
 
     @property
     def solver(self) -> str:

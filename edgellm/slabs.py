@@ -15,6 +15,7 @@ from edgellm.quant.dequantize import dequantize
 from edgellm.quant.ggml_types import NAMED
 from edgellm.quant.grid import Grid, QTensor
 from edgellm.quant.statistics import Statistics
+from edgellm.quant.stored import take_over_stacked
 from edgellm.tensors import SLAB_BYTES, Array, rows_within, stacked_rows
 
 Solve = Callable[[Array, Grid, Statistics | None], QTensor]
@@ -77,14 +78,20 @@ def write_slab(
     staged: StagedFolder,
     statistics: Statistics | None = None,
 ) -> Written:
-    """Load, solve, pack and write one slab.
+    """Load, solve, pack and write one slab; codes that are kept need no solver.
 
     Raises ``TensorError`` naming a tensor that holds NaN, Inf, or more than its grid reaches, or
     whose statistics the solver cannot use.
     """
-    rows = stacked_rows(tensor.parts, slab.start, slab.stop)
+    rows = None
+    if statistics is not None or not tensor.keeps_codes:
+        rows = stacked_rows(tensor.parts, slab.start, slab.stop)
     try:
-        rounded = solve(rows, tensor.grid, statistics)
+        if tensor.keeps_codes:
+            rounded = take_over_stacked(tensor.parts, tensor.grid, slab.start, slab.stop)
+        else:
+            assert rows is not None
+            rounded = solve(rows, tensor.grid, statistics)
         packed = PACKERS[tensor.packer].pack(rounded)
     except TensorError as error:  # a solver knows values alone
         names = ", ".join(part.name for part in tensor.parts)
@@ -93,7 +100,7 @@ def write_slab(
         for offset, content in array.places(slab.start, packed[array.component]):
             staged.write_at(array.file, offset, content)
     nbytes = sum(packed[array.component].size for array in tensor.arrays)
-    if statistics is None:
+    if statistics is None or rows is None:
         return Written(slab, nbytes)
     off = values_of(rounded)
     off -= rows

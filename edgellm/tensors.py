@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ from edgellm.errors import TensorError
 
 Array = npt.NDArray[np.float32]
 LoadRows = Callable[[int, int], Array]
+Item = TypeVar("Item", bound=np.generic)
 
 SLAB_BYTES = 8 << 20
 """Float32 bytes that a worker loads at once: small enough to stay in the cache's reach."""
@@ -147,15 +149,26 @@ def reordered(ref: TensorRef, order: npt.NDArray[np.intp]) -> TensorRef:
 
     Loads the span of source rows that a slab touches, so keep ``order`` local (within a head).
     """
+    # One that knows more than values (quant.stored) takes that along.
+    in_order: Callable[[npt.NDArray[np.intp]], LoadRows] | None
+    in_order = getattr(ref.load_rows, "in_order", None)
+    load_rows = in_order(order) if in_order else rows_in_order(ref.load_rows, order)
+    return replace(ref, load_rows=load_rows, column_loader=None)
 
-    def load_rows(start: int, stop: int) -> Array:
+
+def rows_in_order(
+    load: Callable[[int, int], npt.NDArray[Item]], order: npt.NDArray[np.intp]
+) -> Callable[[int, int], npt.NDArray[Item]]:
+    """A loader of the rows of ``load`` in ``order``; it loads the span that a slab touches."""
+
+    def load_rows(start: int, stop: int) -> npt.NDArray[Item]:
         wanted = order[start:stop]
         if wanted.size == 0:
-            return ref.load_rows(0, 0)
+            return load(0, 0)
         low, high = int(wanted.min()), int(wanted.max()) + 1
-        return np.ascontiguousarray(ref.load_rows(low, high)[wanted - low])
+        return np.ascontiguousarray(load(low, high)[wanted - low])
 
-    return replace(ref, load_rows=load_rows, column_loader=None)
+    return load_rows
 
 
 def stacked_rows(parts: Sequence[TensorRef], start: int, stop: int) -> Array:
@@ -164,15 +177,23 @@ def stacked_rows(parts: Sequence[TensorRef], start: int, stop: int) -> Array:
     Raises ``TensorError`` where a part holds NaN or Inf, which a grid would make finite garbage.
     """
     pieces: list[Array] = []
+    for part, low, high in spans_of(parts, start, stop):
+        piece = part.load_rows(low, high)
+        check_finite(piece, part.name, first_row=low)
+        pieces.append(piece)
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def spans_of(
+    parts: Sequence[TensorRef], start: int, stop: int
+) -> Iterator[tuple[TensorRef, int, int]]:
+    """The rows of each part that lie between ``start`` and ``stop`` of the stack of all."""
     first = 0
     for part in parts:
         low, high = max(start - first, 0), min(stop - first, part.rows)
         if low < high:
-            piece = part.load_rows(low, high)
-            check_finite(piece, part.name, first_row=low)
-            pieces.append(piece)
+            yield part, low, high
         first += part.rows
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def check_finite(rows: Array, name: str, *, first_row: int = 0) -> None:

@@ -66,7 +66,8 @@ class OutputTensor:
 
     ``packer`` names the row of ``export.packing.PACKERS`` that lays its rows out. ``note`` says
     what the user should know (a fallback type, a cap), or is empty. ``in_one_piece``: its rows
-    cannot be rounded apart.
+    cannot be rounded apart. ``keeps_codes``: no solver rounds it, the codes that its parts
+    are stored as are taken over (``quant.stored``).
     """
 
     name: str
@@ -77,6 +78,7 @@ class OutputTensor:
     arrays: tuple[StoredArray, ...]
     note: str = ""
     in_one_piece: bool = False
+    keeps_codes: bool = False
 
     @property
     def rows_together(self) -> int:

@@ -77,11 +77,13 @@ def choose_solver(
     """``recipe`` with a solver where none was named and one matters, and a line that says why.
 
     The line is empty where there is nothing to say: a solver or transform was named, or the body's
-    codes have so many bits that rounding is as good as exact.
+    codes have so many bits that rounding is as good as exact, or are kept as they are stored.
     """
     quant = split_quant(recipe.quant or "")
     grids = linear_grids(layout, source)
-    bits = min((grid.bits for role, grid in grids.items() if role.startswith("blk.")), default=32)
+    kept = {part.role for tensor in layout.tensors if tensor.keeps_codes for part in tensor.parts}
+    body = [grid for role, grid in grids.items() if role.startswith("blk.") and role not in kept]
+    bits = min((grid.bits for grid in body), default=32)
     if quant.solver is not None or quant.transforms or bits >= ENOUGH_BITS:
         return recipe, ""
     if recipe.imatrix is not None:

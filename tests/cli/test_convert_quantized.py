@@ -59,24 +59,41 @@ def lora(tmp_path: Path) -> Path:
     return write_adapter(tmp_path / "lora")
 
 
-def test_a_quantized_base_alone_is_refused_and_says_the_ways(
-    command: Command, quantized: Path, tmp_path: Path
+def test_a_quantized_model_keeps_its_codes_where_the_container_has_them(
+    command: Command, model: Path, tmp_path: Path
 ) -> None:
-    done = command("convert", quantized, "-o", tmp_path / "out")
-    assert done.code == 4
-    assert "is quantized already (bitsandbytes)" in done.err
-    assert "bf16, f16 or f32 that it was made from" in done.err
-    assert "--merge-base dequantized" in done.err
+    folder, out = tmp_path / "gptq", tmp_path / "out"
+    done = command("convert", model, "--format", "hf", "-q", "rtn:int4-g32-sym", "-o", folder)
+    assert done.code == 0, done.err
+    (folder / "manifest.json").unlink()  # as a folder that somebody else made
+    done = command("convert", folder, "--format", "gguf", "--no-check", "-o", out)
+    assert done.code == 0, done.err
+    said = " ".join(done.err.split())
+    assert "grid q4_0: keeps the source's codes of 4 bits as they are" in said
+    made = read_manifest(out).artifact
+    assert (made.recipe["quant"], made.calibration) == ("q4_0", None)
+    kept = "the codes of 21 stored weights are kept as they are, as q4_0"
+    assert kept in said
+    assert kept in made.notes
+    asked = ("--merge-base", "dequantized", "-q", "q4_0", "--dry-run")
+    done = command("convert", folder, *asked, "-o", tmp_path / "again")
+    assert done.code == 0, done.err
+    said = " ".join((done.out + done.err).split())
+    assert "rounded again" in said
+    assert "--merge-base dequantized asks for it" in said
 
 
-def test_a_quantized_base_is_rounded_again_where_that_is_asked_for(
+def test_a_quantized_model_is_dequantized_where_nothing_holds_its_codes(
     command: Command, quantized: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    asked = ("--merge-base", "dequantized", "--format", "gguf", "-q", "q8_0", "--no-check")
+    asked = ("--format", "gguf", "-q", "q8_0", "--no-check")
     done = command("convert", quantized, *asked, "-o", out)
     assert done.code == 0, done.err
-    assert "weights are stored as nf4-dq" in done.err
+    said = " ".join(done.err.split())
+    assert "weights are stored as nf4-dq" in said
+    assert "stored weights are dequantized and rounded again" in said
+    assert "their codes do not lie along rows" in said
     assert any("stored as nf4-dq" in note for note in read_manifest(out).artifact.notes)
 
 
@@ -105,14 +122,12 @@ def test_an_adapter_is_merged_into_the_quantized_base_that_is_given(
     assert merge.base == "dequantized nf4-dq"
 
 
-def test_an_adapter_stays_apart_from_a_quantized_base_that_is_rounded_again(
+def test_an_adapter_stays_apart_from_a_quantized_base(
     command: Command, quantized: Path, model: Path, lora: Path, tmp_path: Path
 ) -> None:
     asked = ("--adapter", lora, "--keep-adapters", "--quant", "q8_0", "--no-check")
     again = ("--merge-base", "dequantized")
     done = command("convert", quantized, *asked, "-o", tmp_path / "out")
-    assert (done.code, "--merge-base dequantized" in done.err) == (4, True), done.err
-    done = command("convert", quantized, *asked, *again, "-o", tmp_path / "out")
     assert done.code == 0, done.err
     made = read_manifest(tmp_path / "out").artifact
     assert [entry.file for entry in made.kept_adapters] == ["adapter-lora.gguf"]

@@ -53,7 +53,7 @@ def check_up(
         recipe.source,
         ignore_config_keys=recipe.ignore_config_keys,
         context=recipe.context,
-        quantized=recipe.takes_quantized,
+        quantized=True,
         progress=progress,
     )
     # An untrained adapter is a fault among others here, to be reported with them.

@@ -88,10 +88,7 @@ def note_on(tensors: Mapping[str, TensorRef], where: str) -> str:
             "weights belong to different models; fetch both again, or take quantization_config out "
             "of config.json"
         )
-    return (
-        f"the weights are stored as {' and '.join(types)}: their dequantized values are what is "
-        "converted"
-    )
+    return f"the weights are stored as {' and '.join(types)}: quantized already"
 
 
 def stored_as(tensors: Mapping[str, TensorRef]) -> tuple[str, ...]:

@@ -67,10 +67,10 @@ def _weight(raw: Mapping[str, RawTensor], module: str, where: str) -> TensorRef:
     def group() -> npt.NDArray[np.intp]:
         return np.arange(inputs) // (inputs // groups)
 
-    grouped = Grouped(codes, zeros, scales, group)
+    grouped = Grouped(BITS, codes, zeros, scales, group)
     name = f"{module}.weight"
     return TensorRef(
-        name, name, (outputs, inputs), "awq-4bit", qweight.stored.nbytes, grouped.load_rows
+        name, name, (outputs, inputs), "awq-4bit", qweight.stored.nbytes, grouped.rows()
     )
 
 

@@ -24,8 +24,9 @@ import numpy as np
 from edgellm.errors import SourceError, UnsupportedModel
 from edgellm.quant import bnb_4bit, bnb_absmax, bnb_int8
 from edgellm.quant.floats import rounded
+from edgellm.quant.stored import StoredCodes
 from edgellm.source.safetensors_file import ITEM_BYTES, RawTensor
-from edgellm.tensors import Array, TensorRef
+from edgellm.tensors import Array, LoadRows, TensorRef
 
 STATE = ".quant_state.bitsandbytes__"
 STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -74,19 +75,44 @@ class FourBit:
     absmax: RawTensor
     nested: Nested | None
 
+    def rows(self) -> LoadRows:
+        """What loads the values, with the codes where no block runs on into the next row."""
+        rows, columns = self.shape
+        if columns % self.block:
+            return self.load_rows
+        blocks = columns // self.block
+
+        def codes(start: int, stop: int) -> bnb_4bit.Codes:
+            return self._codes(start * blocks, stop * blocks).reshape(-1, columns)
+
+        def scales(start: int, stop: int) -> Array:
+            return self._scales(start * blocks, stop * blocks).reshape(-1, blocks)
+
+        return StoredCodes(
+            values=self.load_rows,
+            rows=rows,
+            bits=4,
+            codes=codes,
+            scales=scales,
+            groups=lambda: np.arange(columns) // self.block,
+            codebook=self.kind,
+        )
+
     def load_rows(self, start: int, stop: int) -> Array:
         columns = math.prod(self.shape[1:])
         first, last = start * columns, stop * columns
         low, high = first // self.block, -(-last // self.block)
-        size = math.prod(self.shape)
-        codes = bnb_4bit.unpack(
-            self.packed.read(low * self.block // 2, -(-min(high * self.block, size) // 2))
-        )
+        codes = self._codes(low, high)
         values = bnb_4bit.dequantize(
             codes[: last - low * self.block], self._scales(low, high), self.kind, self.block
         )
         part = values[first - low * self.block :].reshape(stop - start, columns)
         return np.ascontiguousarray(rounded(part, self.dtype))
+
+    def _codes(self, low: int, high: int) -> bnb_4bit.Codes:
+        """Those of the blocks ``low:high``, uint8 ``[values]``."""
+        last = min(high * self.block, math.prod(self.shape))
+        return bnb_4bit.unpack(self.packed.read(low * self.block // 2, -(-last // 2)))
 
     def _scales(self, low: int, high: int) -> Array:
         if self.nested is None:
@@ -147,9 +173,7 @@ def _four_bit(raw: Mapping[str, RawTensor], weight: str, kind: str, where: str) 
     )
     _check_table(_part(raw, f"{weight}.quant_map", 4 * 16, what), bnb_4bit.LEVELS[kind], what)
     stored = kind + ("-dq" if nested else "")
-    return TensorRef(
-        weight, weight, shape, stored, four_bit.packed.stored.nbytes, four_bit.load_rows
-    )
+    return TensorRef(weight, weight, shape, stored, four_bit.packed.stored.nbytes, four_bit.rows())
 
 
 def _nested(
@@ -231,9 +255,22 @@ def _int8(raw: Mapping[str, RawTensor], module: str, where: str) -> TensorRef:
     rows, columns = weight.shape
     scales = _part(raw, f"{module}.SCB", rows * ITEM_BYTES["F32"], what)
 
-    def load_rows(start: int, stop: int) -> Array:
-        codes = weight.read(start * columns, stop * columns).view(np.int8)
-        absmax = scales.read(4 * start, 4 * stop).view("<f4")
-        return bnb_int8.dequantize(codes.reshape(stop - start, columns), absmax)
+    def codes(start: int, stop: int) -> bnb_4bit.Codes:
+        return weight.read(start * columns, stop * columns).reshape(stop - start, columns)
 
-    return TensorRef(name, name, weight.shape, "int8", weight.stored.nbytes, load_rows)
+    def sizes(start: int, stop: int) -> Array:
+        return scales.read(4 * start, 4 * stop).view("<f4")
+
+    def load_rows(start: int, stop: int) -> Array:
+        return bnb_int8.dequantize(codes(start, stop).view(np.int8), sizes(start, stop))
+
+    stored = StoredCodes(
+        values=load_rows,
+        rows=rows,
+        bits=8,
+        codes=lambda start, stop: codes(start, stop) ^ np.uint8(128),
+        # bitsandbytes multiplies by the size first: its values differ in the last bits.
+        scales=lambda start, stop: sizes(start, stop)[:, None] * bnb_int8.STEP,
+        groups=lambda: np.zeros(columns, np.intp),
+    )
+    return TensorRef(name, name, weight.shape, "int8", weight.stored.nbytes, stored)

@@ -21,9 +21,11 @@ import numpy.typing as npt
 
 from edgellm.errors import SourceError, UnsupportedModel
 from edgellm.quant import floats
+from edgellm.quant.stored import StoredCodes
 from edgellm.source.quantized.groups import (
     SCALE_DTYPES,
     WORD_BITS,
+    Codes,
     misfit,
     part,
     unpack_columns,
@@ -43,6 +45,9 @@ PARTS = (
 
 FOREIGN = ("weight_global_scale", "input_scale", "input_global_scale", "input_zero_point")
 """Parts that say that more is done than a weight's integers can tell."""
+
+SIGN = np.uint8(128)
+"""Flipped, a signed byte counts from 0: as packed codes do."""
 
 Steps = npt.NDArray[np.int16]
 
@@ -76,17 +81,31 @@ def read(
 class Weight:
     """``scale[group[i]] * (code[i] - zero[group[i]])``, rounded to the dtype of the scales.
 
-    ``codes(start, stop)`` are int16 ``[stop - start, in]``, ``zeros(start, stop)`` int16
+    ``codes(start, stop)`` are uint8 ``[stop - start, in]``, ``zeros(start, stop)`` int16
     ``[stop - start, groups]``; ``order`` gives each input's group where they are not in order.
     """
 
     name: str
+    bits: int
+    rows: int
     columns: int
     groups: int
-    codes: Callable[[int, int], Steps]
+    codes: Callable[[int, int], Codes]
     zeros: Callable[[int, int], Steps]
     scales: RawTensor
     order: RawTensor | None
+
+    def stored(self) -> StoredCodes:
+        """The codes, and what loads the values."""
+        return StoredCodes(
+            values=self.load_rows,
+            rows=self.rows,
+            bits=self.bits,
+            codes=self.codes,
+            scales=self._scales,
+            zeros=self.zeros,
+            groups=self._group,
+        )
 
     def load_rows(self, start: int, stop: int) -> Array:
         group = self._group()
@@ -151,26 +170,26 @@ def _weight(raw: Mapping[str, RawTensor], module: str, where: str) -> TensorRef:
     ):
         raise misfit(where, module, shape=(rows, columns), **shapes)
 
-    def codes(start: int, stop: int) -> Steps:
+    def codes(start: int, stop: int) -> Codes:
         row_bytes = stored.shape[1] * ITEM_BYTES[stored.dtype]
         content = stored.read(start * row_bytes, stop * row_bytes).reshape(stop - start, -1)
-        if not packed:
-            return content.view(np.int8).astype(np.int16)
-        return unpack_columns(content.view("<u4"), bits).astype(np.int16)
+        return unpack_columns(content.view("<u4"), bits) if packed else content ^ SIGN
 
     def zeros_of(start: int, stop: int) -> Steps:
         if zeros is None:
-            return np.full((stop - start, groups), 2 ** (bits - 1) if packed else 0, np.int16)
+            return np.full((stop - start, groups), 2 ** (bits - 1), np.int16)
         if not packed:
-            return zeros.read().view(np.int8).reshape(zeros.shape)[start:stop].astype(np.int16)
+            return (zeros.read().reshape(zeros.shape)[start:stop] ^ SIGN).astype(np.int16)
         words = zeros.read().view("<u4").reshape(zeros.shape)
         return unpack_rows(words, bits)[start:stop].astype(np.int16)
 
     name = f"{module}.weight"
     order = raw.get(f"{module}.weight_g_idx")
-    weight = Weight(f"{where}: {module}", columns, groups, codes, zeros_of, scales, order)
+    weight = Weight(
+        f"{where}: {module}", bits, rows, columns, groups, codes, zeros_of, scales, order
+    )
     return TensorRef(
-        name, name, (rows, columns), f"ct-{bits}bit", stored.stored.nbytes, weight.load_rows
+        name, name, (rows, columns), f"ct-{bits}bit", stored.stored.nbytes, weight.stored()
     )
 
 

@@ -80,7 +80,7 @@ def _weight(
     weight = Weight(
         f"{where}: {module}", qweight, qzeros, order, bits, inputs, groups, layout == "gptq"
     )
-    grouped = Grouped(weight.codes, weight.zeros, scales, weight.group)
+    grouped = Grouped(bits, weight.codes, weight.zeros, scales, weight.group)
     name = f"{module}.weight"
     return TensorRef(
         name,
@@ -88,7 +88,7 @@ def _weight(
         (outputs, inputs),
         f"gptq-{bits}bit",
         qweight.stored.nbytes,
-        grouped.load_rows,
+        grouped.rows(),
     )
 
 

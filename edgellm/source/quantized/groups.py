@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from edgellm.errors import SourceError
 from edgellm.quant import floats
+from edgellm.quant.stored import StoredCodes
 from edgellm.source.safetensors_file import RawTensor
-from edgellm.tensors import Array, TensorRef
+from edgellm.tensors import Array, Item, TensorRef
 
 Words = npt.NDArray[np.uint32]
 Codes = npt.NDArray[np.uint8]
@@ -34,8 +35,10 @@ class Grouped:
 
     ``codes(start, stop)`` and ``zeros(start, stop)`` are uint8 ``[in, stop - start]`` and
     ``[groups, stop - start]`` of the outputs ``start:stop``; ``group`` gives each input's group.
+    A code has ``bits``.
     """
 
+    bits: int
     codes: Callable[[int, int], Codes]
     zeros: Callable[[int, int], npt.NDArray[np.int16]]
     scales: RawTensor
@@ -44,7 +47,7 @@ class Grouped:
     def load_rows(self, start: int, stop: int) -> Array:
         codes, zeros = self.codes(start, stop), self.zeros(start, stop)
         dtype = SCALE_DTYPES[self.scales.dtype]
-        scales = floats.decode(self.scales.read_columns(start, stop), dtype)
+        scales = self._scales(start, stop)
         group = self.group()
         result = np.empty((stop - start, len(group)), np.float32)
         for first in range(0, stop - start, STRIP):
@@ -54,6 +57,29 @@ class Grouped:
             values *= scales[group, part]
             result[part] = floats.rounded(values, dtype).T
         return result
+
+    def rows(self) -> StoredCodes:
+        """The codes as rows ``[out, in]``, and what loads the values."""
+
+        def turned(
+            load: Callable[[int, int], npt.NDArray[Item]],
+        ) -> Callable[[int, int], npt.NDArray[Item]]:
+            return lambda start, stop: np.ascontiguousarray(load(start, stop).T)
+
+        return StoredCodes(
+            values=self.load_rows,
+            rows=self.scales.shape[1],
+            bits=self.bits,
+            codes=turned(self.codes),
+            scales=turned(self._scales),
+            zeros=turned(self.zeros),
+            groups=self.group,
+        )
+
+    def _scales(self, start: int, stop: int) -> Array:
+        """float32 ``[groups, stop - start]``."""
+        dtype = SCALE_DTYPES[self.scales.dtype]
+        return floats.decode(self.scales.read_columns(start, stop), dtype)
 
 
 def read_modules(

@@ -1,0 +1,216 @@
+"""Codes that a source holds already: taken over onto a grid that can hold them exactly.
+
+The solver of weights that need none. A value is ``(code - zero) * scale`` of its group, or
+``level(code) * scale`` of a codebook; readers of the source may round the product to the dtype of
+the scales, readers of a container do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from edgellm.quant import floats
+from edgellm.quant.grid import Grid, QTensor
+from edgellm.tensors import Array, Item, LoadRows, TensorRef, check_finite, rows_in_order, spans_of
+
+Codes = npt.NDArray[np.uint8]
+Zeros = npt.NDArray[np.int16]
+Order = npt.NDArray[np.intp]
+
+WITH_MINIMA = ("q4_1", "q5_1")
+"""ggml's blocks of a scale and a minimum, which is ``-zero * scale``."""
+
+WITH_A_SCALE = ("q4_0", "q5_0", "q8_0")
+"""ggml's blocks of integers around zero and a scale."""
+
+
+class Spread(NamedTuple):
+    """What the zeros and scales of a whole tensor have in common."""
+
+    least_zero: int
+    largest_zero: int
+    exact_scales: frozenset[str]
+    exact_minima: bool
+
+
+@dataclass(frozen=True, eq=False)
+class StoredCodes:
+    """The codes of one quantized matrix, and a ``LoadRows`` of the values that they stand for.
+
+    It is the ``load_rows`` of its ``TensorRef``, so that whatever changes the values has no codes.
+    ``codes(start, stop)`` are uint8 ``[stop - start, columns]``, ``scales(start, stop)`` float32
+    and ``zeros(start, stop)`` int16 ``[stop - start, groups]``; without ``zeros`` the zero is
+    ``2 ** (bits - 1)``, or there is none with a ``codebook`` (``nf4``). ``groups()`` gives the
+    group of each column.
+    """
+
+    values: LoadRows
+    rows: int
+    bits: int
+    codes: Callable[[int, int], Codes]
+    scales: Callable[[int, int], Array]
+    groups: Callable[[], Order]
+    zeros: Callable[[int, int], Zeros] | None = None
+    codebook: str = ""
+
+    def __call__(self, start: int, stop: int) -> Array:
+        return self.values(start, stop)
+
+    def in_order(self, order: Order) -> StoredCodes:
+        """The same with its rows taken in ``order``; ``values`` too."""
+        return replace(
+            self,
+            values=rows_in_order(self.values, order),
+            codes=rows_in_order(self.codes, order),
+            scales=rows_in_order(self.scales, order),
+            zeros=None if self.zeros is None else rows_in_order(self.zeros, order),
+        )
+
+    @cached_property
+    def order(self) -> Order:
+        """The group of each column. Raises ``SourceError`` where it cannot be known."""
+        return self.groups()
+
+    @cached_property
+    def spread(self) -> Spread:
+        """Reads scales and zeros, which are a small part of a tensor, whole."""
+        scales = self.scales(0, self.rows)
+        middle = np.int16(2 ** (self.bits - 1))
+        zeros = np.full(1, middle) if self.zeros is None else self.zeros(0, self.rows)
+        with np.errstate(over="ignore", invalid="ignore"):
+            minima = scales * zeros
+            exact = frozenset(dtype for dtype in floats.ENCODERS if _is_exact(scales, dtype))
+        return Spread(int(zeros.min()), int(zeros.max()), exact, _is_exact(minima, "f16"))
+
+
+def codes_of(ref: TensorRef) -> StoredCodes | None:
+    """The codes that ``ref`` is stored as, None where it is not or its values were changed."""
+    return ref.load_rows if isinstance(ref.load_rows, StoredCodes) else None
+
+
+def why_not(stored: StoredCodes, grid: Grid) -> str:
+    """Why ``grid`` cannot hold the codes exactly; empty where it can.
+
+    Reads the order of the groups, and scales and zeros where they decide.
+    """
+    if stored.codebook:
+        if grid.kind == "codebook" and grid.name == stored.codebook:
+            return _why_not_groups(stored, grid)
+        return f"{grid.name} does not have the levels of {stored.codebook}"
+    if not _has_steps(grid):
+        return f"{grid.name} is not made of integers with one scale"
+    return (
+        _why_not_groups(stored, grid)
+        or _why_not_range(stored, grid)
+        or _why_not_scales(stored, grid)
+    )
+
+
+def take_over(stored: StoredCodes, grid: Grid, start: int, stop: int) -> QTensor:
+    """Rows ``start:stop`` of ``stored`` on ``grid``, which must be able to hold them (``why_not``).
+
+    A longer group repeats its scale. Raises ``TensorError`` for a scale that is NaN or Inf.
+    """
+    codes, scales = stored.codes(start, stop), stored.scales(start, stop)
+    check_finite(scales, "scales", first_row=start)
+    columns = codes.shape[1]
+    first = stored.order[:: grid.block or columns]
+    by_block = np.ascontiguousarray(scales[:, first])
+    if stored.codebook:
+        return QTensor(grid, columns, codes=codes, scales=by_block)
+    middle = np.int16(2 ** (stored.bits - 1))
+    zeros = np.full_like(scales, middle, np.int16)
+    if stored.zeros is not None:
+        zeros = stored.zeros(start, stop)
+    if grid.name in WITH_MINIMA:
+        mins = np.ascontiguousarray(-(scales * zeros)[:, first])
+        return QTensor(grid, columns, codes=codes, scales=by_block, mins=mins)
+    if not grid.symmetric:
+        by_block_zeros = np.ascontiguousarray(zeros[:, first], np.uint8)
+        return QTensor(grid, columns, codes=codes, scales=by_block, zeros=by_block_zeros)
+    shift = np.int16(2 ** (int(grid.bits) - 1)) - zeros
+    if (shift == shift.flat[0]).all():
+        steps = codes.astype(np.int16) + shift.flat[0]
+    else:
+        steps = codes + shift[:, stored.order]
+    return QTensor(grid, columns, codes=steps.astype(np.uint8), scales=by_block)
+
+
+def take_over_stacked(parts: Sequence[TensorRef], grid: Grid, start: int, stop: int) -> QTensor:
+    """``take_over`` of rows ``start:stop`` of ``parts`` laid one below the other."""
+    pieces = []
+    for part, low, high in spans_of(parts, start, stop):
+        codes = codes_of(part)
+        assert codes is not None, part.name
+        pieces.append(take_over(codes, grid, low, high))
+    return pieces[0] if len(pieces) == 1 else _stacked(pieces)
+
+
+def _stacked(pieces: Sequence[QTensor]) -> QTensor:
+    def joined(values: Sequence[npt.NDArray[Item] | None]) -> npt.NDArray[Item] | None:
+        present = [each for each in values if each is not None]
+        return np.concatenate(present) if present else None
+
+    return replace(
+        pieces[0],
+        codes=joined([piece.codes for piece in pieces]),
+        scales=joined([piece.scales for piece in pieces]),
+        zeros=joined([piece.zeros for piece in pieces]),
+        mins=joined([piece.mins for piece in pieces]),
+    )
+
+
+def _has_steps(grid: Grid) -> bool:
+    if grid.kind == "ggml":
+        return grid.name in (*WITH_A_SCALE, *WITH_MINIMA)
+    return grid.kind in ("affine", "per_channel")
+
+
+def _why_not_groups(stored: StoredCodes, grid: Grid) -> str:
+    columns = len(stored.order)
+    block = grid.block or columns
+    if columns % block:
+        return f"groups of {block} do not divide rows of {columns}"
+    blocks = stored.order.reshape(-1, block)
+    if (blocks == blocks[:, :1]).all():
+        return ""
+    if np.diff(stored.order).min() < 0:
+        return "the groups are permuted (g_idx)"
+    return f"their groups are shorter than {grid.name}'s"
+
+
+def _why_not_range(stored: StoredCodes, grid: Grid) -> str:
+    spread, last = stored.spread, 2**stored.bits - 1
+    half = 2 ** (int(grid.bits) - 1)
+    if not grid.symmetric:
+        fits = last < 2 * half and (grid.name in WITH_MINIMA or spread.largest_zero < 2 * half)
+        return "" if fits else f"codes of {stored.bits} bits are too many for {grid.name}"
+    if spread.largest_zero <= half and last - spread.least_zero < half:
+        return ""
+    if spread.least_zero == spread.largest_zero == 2 ** (stored.bits - 1):
+        return f"codes of {stored.bits} bits are too many for {grid.name}"
+    return f"they have zeros, and {grid.name} has no room for them"
+
+
+def _why_not_scales(stored: StoredCodes, grid: Grid) -> str:
+    dtype = "f16" if grid.kind == "ggml" else grid.scale_dtype
+    if dtype not in stored.spread.exact_scales:
+        return f"their scales are not {dtype} numbers, as {grid.name}'s are"
+    if grid.name in WITH_MINIMA and not stored.spread.exact_minima:
+        return f"their zeros times their scales are not f16 numbers, as {grid.name}'s minima are"
+    return ""
+
+
+def _is_exact(values: Array, dtype: str) -> bool:
+    """Whether all of ``values`` are numbers of ``dtype``; what is not finite is none."""
+    largest = {"f16": floats.LARGEST_F16, "bf16": floats.LARGEST_BF16}.get(dtype, np.inf)
+    flat = np.ascontiguousarray(values, np.float32)
+    if not np.isfinite(flat).all() or np.abs(flat).max(initial=0) > largest:
+        return False
+    return bool(np.array_equal(floats.rounded(flat, dtype), flat))
