@@ -19,7 +19,7 @@ from edgellm.hardware import peak_memory_bytes
 from edgellm.parallel import in_parallel
 from edgellm.progress import Progress, ProgressEvent
 from edgellm.quant import SOLVERS
-from edgellm.quant.factor import DAMPING, factor_of
+from edgellm.quant.factor import factor_of
 from edgellm.quant.rtn import solve as round_plainly
 from edgellm.quant.statistics import Statistics
 from edgellm.slabs import Slab, Solve, Written, slabs_of, write_slab
@@ -255,10 +255,10 @@ class _Run:
             if not any(self.grids[role].kind != "float" for role in roles if role in self.grids):
                 continue
             factor = factor_of(statistics)
-            if factor.damping > DAMPING[0]:
+            if factor.raised:
                 notes.append(
-                    f"the Hessian of the input of {', '.join(roles)} is singular with "
-                    f"{DAMPING[0]:g} of its mean diagonal added, so {factor.damping:g} was"
+                    f"the Hessian of the input of {', '.join(roles)} is singular: "
+                    f"{factor.damping:g} of its mean diagonal was added"
                 )
         return notes
 

@@ -54,7 +54,7 @@ def solve(rows: Array, grid: Grid, statistics: Statistics | None) -> QTensor:
     scales = GroupScales(imatrix.fitted(rows, grid, imatrix.lifted(statistics.importance)))
     weights = to_tiles(rows)
     levels, errors = feed_forward(weights, scales, factor)
-    refine(weights, levels, errors, scales, statistics.hessian, SWEEPS)
+    refine(weights, levels, errors, scales, statistics.hessian, factor.ridge, SWEEPS)
     return scales.finished(levels, len(rows))
 
 

@@ -23,40 +23,65 @@ SPAN_COLUMNS = 128
 
 
 def refine(
-    weights: Array, levels: Array, errors: Array, scales: GroupScales, hessian: Array, sweeps: int
+    weights: Array,
+    levels: Array,
+    errors: Array,
+    scales: GroupScales,
+    hessian: Array,
+    ridge: float,
+    sweeps: int,
 ) -> None:
     """Better ``levels``, ``errors`` and ``scales`` in place, ``sweeps`` times over all columns.
 
     Arrays are tiles ``[tiles, columns, rows]``. ``errors`` are the values of ``levels`` less
-    ``weights``, before and after.
+    ``weights``, before and after. ``ridge`` is added to the diagonal of ``hessian``, as it was for
+    the codes to begin with.
     """
     if not sweeps:
         return
     columns, group = weights.shape[1], scales.group
-    diagonal = hessian.diagonal()
-    inverse = np.where(diagonal > 0, 1 / np.where(diagonal > 0, diagonal, 1), 0)
+    alive = hessian.diagonal() > 0
+    # Dead columns take no part: in the end they get the values nearest to their weights.
+    added = np.where(alive, np.float32(ridge), np.float32(0.0))
+    inverse = np.where(alive, 1 / np.where(alive, hessian.diagonal() + added, 1), 0)
+    added = added[:, None]
     refits = scales.grid.name not in FIXED_SCALES
     inside = group <= SPAN_COLUMNS
     width = max(SPAN_COLUMNS, group * scales.groups_per_block) if inside else SPAN_COLUMNS
     gradient = product(hessian, errors)
+    gradient += added * errors
     for _ in range(sweeps):
         for start in range(0, columns, width):
             part = slice(start, min(start + width, columns))
             span = _Span(
                 start, weights[:, part], levels[:, part], errors[:, part], gradient[:, part],
-                np.ascontiguousarray(hessian[part, part]), inverse[part], scales,
+                _part(hessian, part, added), inverse[part], scales,
                 np.zeros_like(errors[:, part]), errors[:, part].copy(),
             )  # fmt: skip
             span.sweep(refits and inside)
             gradient += product(hessian[:, part], span.change)
+            gradient[:, part] += added[part] * span.change
         if refits and not inside:
             for number in range(columns // group):
                 part = slice(number * group, (number + 1) * group)
-                own = hessian[part, part]
+                own = _part(hessian, part, added)
                 refit_group(scales, number, levels[:, part], gradient[:, part], own)
                 renewed = scales.values(levels[:, part], number) - weights[:, part]
-                gradient += product(hessian[:, part], renewed - errors[:, part])
+                change = renewed - errors[:, part]
+                gradient += product(hessian[:, part], change)
+                gradient[:, part] += added[part] * change
                 errors[:, part] = renewed
+    for column in np.flatnonzero(~alive):
+        found = scales.nearest(weights[:, column], column // group)
+        levels[:, column] = found
+        errors[:, column] = scales.values(found, column // group) - weights[:, column]
+
+
+def _part(hessian: Array, part: slice, added: Array) -> Array:
+    """A copy of the part of ``hessian`` on its diagonal, with what is added there."""
+    own = hessian[part, part].copy()
+    own[np.diag_indices(len(own))] += added[part, 0]
+    return own
 
 
 @dataclass(frozen=True, slots=True)
