@@ -63,17 +63,15 @@ def holding_grid(asked: Recipe, container: str, source: ModelSource) -> tuple[st
 def keep_codes(layout: Layout, recipe: Recipe, source: ModelSource) -> Layout:
     """``layout`` with what is kept as it is stored marked, and notes on that and on the rest.
 
-    Itself for a GGUF file, whose blocks are always dequantized.
+    A solver has nothing to do where codes are kept. Itself for a GGUF file, whose blocks are always
+    dequantized.
     """
     if source.kind == "gguf":
         return layout
     quant = split_quant(recipe.quant or "")
     asked = ""
-    if quant.transforms or quant.solver:
-        asked = (
-            f"--quant {recipe.quant} names what chooses new codes (--quant {recipe.grid} keeps "
-            "those that it can hold)"
-        )
+    if quant.transforms:
+        asked = f"{quant.transforms[0]} scales weights before they are rounded"
     elif recipe.merge_base == DEQUANTIZED and source.merge is None:
         asked = f"--merge-base {DEQUANTIZED} asks for it"
     changed = source.merge.changed if source.merge else ()

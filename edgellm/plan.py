@@ -241,7 +241,11 @@ def _calibrated(
 
     recipe, reason = choose_solver(recipe, layout, source, workers, memory_bytes)
     layout, calibration = plan_calibration(
-        recipe, layout, source, lambda folded: container.lay_out(folded, recipe), workers
+        recipe,
+        layout,
+        source,
+        lambda folded: keep_codes(container.lay_out(folded, recipe), recipe, folded),
+        workers,
     )
     return recipe, layout, calibration, reason
 

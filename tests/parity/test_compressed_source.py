@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from edgellm.errors import SourceError, UnsupportedModel
+from edgellm.quant.dequantize import dequantize
+from edgellm.quant.grid import GRIDS
+from edgellm.quant.stored import codes_of, take_over, why_not
 from edgellm.source.quantized import compressed
 from edgellm.source.safetensors_file import RawTensor, read_safetensors
 
@@ -90,6 +93,38 @@ def test_values_are_those_of_the_library(
     np.testing.assert_array_equal(weight.load(), expected)
     slabs = [weight.load(start, min(start + 3, ROWS)) for start in range(0, ROWS, 3)]
     np.testing.assert_array_equal(np.concatenate(slabs), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "grids"),
+    [
+        ("pack-quantized int4 in groups", "bfloat16", ("int4-g32-sym", "int4-g32", "int8", "q4_0")),
+        ("pack-quantized int4 with zeros", "float16", ("int4-g32", "int4-g64", "q5_0", "q8_0")),
+        ("pack-quantized int4 by rows", "float16", ("int4-g128-sym", "q4_0", "int8-dynamic")),
+        ("pack-quantized int8 in groups", "float32", ("int8",)),
+        ("int-quantized int8 by rows", "float16", ("int8", "int8-dynamic", "q8_0")),
+        ("int-quantized int8 in one", "float16", ("int8", "int8-dynamic", "q8_0")),
+        ("pack-quantized int8 with zeros", "float16", ()),
+        ("int-quantized int8 with zeros", "float16", ()),
+    ],
+)
+def test_codes_are_taken_over_with_the_librarys_values(
+    name: str,
+    dtype: str,
+    grids: tuple[str, ...],
+    stored: Callable[..., tuple[dict[str, RawTensor], Any]],
+) -> None:
+    raw, expected = stored(name, dtype)
+    weight = compressed.read(raw, {"format": name.split()[0]}, "here")["m.weight"]
+    codes = codes_of(weight)
+    assert codes is not None
+    for grid in grids:
+        assert why_not(codes, GRIDS[grid]) == ""
+        found = dequantize(take_over(codes, GRIDS[grid], 0, ROWS))
+        rounded = torch.from_numpy(found).to(getattr(torch, dtype)).float().numpy()
+        np.testing.assert_array_equal(rounded, expected, grid)
+    if not grids:
+        assert "they have zeros" in why_not(codes, GRIDS["int8"])
 
 
 @pytest.mark.parametrize(

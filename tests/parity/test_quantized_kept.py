@@ -47,7 +47,7 @@ KEPT = [
 
 ASKED = [
     # the same with --quant
-    ("gptq", "int4-g128-sym", "onnx", "int4-g32-sym"),
+    ("gptq", "int4-g128-sym", "onnx", "rtn:int4-g32-sym"),
     ("gptq", "int4-g128-sym", "gguf", "q8_0"),
     ("gptq", "int4-g128-sym", "gguf", "q4_1"),
     ("awq", "int4-g128", "gguf", "q8_0"),
@@ -62,7 +62,7 @@ AGAIN = [
     ("awq", "int4-g128", "onnx", "int4-g64-sym", "they have zeros"),
     ("bitsandbytes", "nf4", "gguf", "iq4_nl", "iq4_nl does not have the levels of nf4"),
     ("bitsandbytes", "int8-dynamic", "gguf", "q8_0", "scales are not f16 numbers"),
-    ("gptq", "int4-g128-sym", "gguf", "rtn:q4_0", "names what chooses new codes"),
+    ("gptq", "int4-g128-sym", "gguf", "awq:q4_0", "awq scales weights before they are rounded"),
 ]
 
 
