@@ -2,7 +2,11 @@
 
 Each is loaded by transformers with the library that the layout belongs to, and answers as the
 original does with the values that the codes stand for. GPTQ and AWQ need gptqmodel for that, which
-wants a newer torch than the other tests: those skip where it is missing.
+asks for a newer torch than the other tests: those skip where it is missing. To run them::
+
+    pip install optimum==2.3.0 pypcre logbar tokenicer device-smi defuser datasets dill pillow
+    pip install --no-deps gptqmodel==7.7.0 torchao
+    GPTQMODEL_CPU_WORKERS=2 pytest tests/parity/test_hf_folder.py -W default
 """
 
 from __future__ import annotations
