@@ -22,9 +22,9 @@ which products are four fifths; a guide, not a promise."""
 PASSES = 3
 """Products of a step by those of one forward pass: the gradients of inputs and of weights too."""
 
-TRAINED_COPIES = 8
+TRAINED_COPIES = 9
 """Float32 copies of all that is trained: base, unit, change, gradient, two moments of Adam, the
-best so far, and what is made of them in a step."""
+best so far, and two of what is made of them in a step."""
 
 RUNTIME_BYTES = 350 << 20
 """torch, as it stands in memory."""
@@ -131,8 +131,9 @@ def whole_bytes(decoder: Decoder, layout: Layout, tokens: int, *, recompute: boo
     streams = STEP_TOKENS * 4 * decoder.hidden_size * len(decoder.layers)
     activations = by_layer + streams if recompute else by_layer * len(decoder.layers)
     table = 4 * decoder.vocab_size * decoder.hidden_size
-    # The source's head, the student's, their levels and the gradient; logits of a slab.
-    head = 4.5 * table + 16 * POSITIONS * decoder.vocab_size
+    # The source's head as it is kept and in float32, the student's and its levels, the gradient and
+    # what it is multiplied out to; logits of a slab.
+    head = 6.5 * table + 16 * POSITIONS * decoder.vocab_size
     largest = max(4 * tensor.rows * tensor.columns for tensor in tensors)
     states = 4 * tokens * decoder.hidden_size
     return int(RUNTIME_BYTES + codes + trained + activations + head + largest + states)

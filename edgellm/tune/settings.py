@@ -90,8 +90,8 @@ class Tuned(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-Tell = Callable[[str, int, int], None]
-"""Called with what happens, and the work done and to be done in steps."""
+Tell = Callable[[str, int, float], None]
+"""Called with what happens, the steps done, and the seconds left."""
 
 
 def split(windows: Sequence[Window]) -> tuple[list[Window], list[Window]]:

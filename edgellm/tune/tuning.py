@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -111,21 +110,21 @@ class _Tuner:
             _, kept, values = self._through_layers(batches, count, None)
             return replace(result, blocks=kept), values
         weights = self._student("")
-        untrained = weights.snapshot()
         wanted, kept, _ = self._through_layers(batches, count, weights)
         examples = [Example(ids, states) for ids, states in zip(batches, wanted, strict=True)]
         network = Network(self.decoder, weights, self._teacher_head(), self.tuning.recompute)
-        by_blocks = weights.snapshot()
-        weights.restore(untrained)
+        by_blocks = weights.snapshot() if kept else None
+        weights.restore(None)
         before = after = by_blocks_alone = network.mean_divergence(examples[count:])
         if kept:
             weights.restore(by_blocks)
             after = by_blocks_alone = network.mean_divergence(examples[count:])
             if after >= before:  # better blocks need not make a better network
-                weights.restore(untrained)
+                weights.restore(None)
                 after, kept = before, 0
+        del by_blocks
         outcome = train_whole(
-            network, examples[:count], examples[count:], after, self.settings, self._tell
+            network, examples[:count], examples[count:], after, self.settings, self._tell_step
         )
         result = replace(
             result,
@@ -155,8 +154,8 @@ class _Tuner:
             with torch.no_grad():
                 given = [torch_decoder.embedded(decoder, tables, ids) for ids in batches]
         values: dict[str, Array] = {}
-        kept, layers, started = 0, len(decoder.layers), time.perf_counter()
-        for index in range(layers):
+        kept = 0
+        for index in range(len(decoder.layers)):
             prefix = f"blk.{index}."
             source = self._source([role for role in self.source.tensors if role.startswith(prefix)])
             with torch.no_grad():
@@ -174,8 +173,7 @@ class _Tuner:
                 with torch.no_grad():
                     given = [torch_decoder.layer(decoder, index, weights, each) for each in given]
                 said = f"block {index}, error {before:.2e} to {after:.2e}"
-            left = (time.perf_counter() - started) / (index + 1) * (layers - index - 1)
-            self._tell(f"{said}, {left:.0f} s left", index + 1, layers)
+            self._tell(said, index + 1, None)
         roles = [role for role in self.source.tensors if role.startswith("output_norm")]
         last = self._source(roles)
         with torch.no_grad():
@@ -194,7 +192,9 @@ class _Tuner:
             for _, by_role in self.stored.under(prefix)
             for role, weight in by_role.items()
         }
-        return StudentWeights(weights, self.decoder, norms_offset=self.stored.norms_offset)
+        student = StudentWeights(weights, self.decoder, norms_offset=self.stored.norms_offset)
+        student.forget_codes()
+        return student
 
     def _teacher_head(self) -> Tensor:
         """The source's head ``[vocab, hidden]``, in 16 bits where they hold it exactly."""
@@ -203,8 +203,13 @@ class _Tuner:
         half = head.bfloat16()
         return half if bool((half.float() == head).all()) else head
 
-    def _tell(self, item: str, done: int, total: int) -> None:
-        self.progress(ProgressEvent("tune", item, 0, 0, done, total))
+    def _tell_step(self, item: str, done: int, seconds_left: float) -> None:
+        self._tell(item, len(self.decoder.layers) + done, seconds_left)
+
+    def _tell(self, item: str, done: int, seconds_left: float | None) -> None:
+        """Layers and steps are counted as one."""
+        total = len(self.decoder.layers) + self.settings.steps
+        self.progress(ProgressEvent("tune", item, 0, 0, done, total, seconds_left))
 
 
 @contextmanager

