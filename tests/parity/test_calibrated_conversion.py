@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+import edgellm
 from edgellm import registry, slabs
 from edgellm.calibration import running
 from edgellm.calibration.blocks import statistics_of
@@ -24,8 +28,10 @@ from edgellm.errors import UsageError
 from edgellm.export.layout import OutputTensor
 from edgellm.export.packing import PACKERS
 from edgellm.manifest import Artifact, read_manifest
+from edgellm.parallel import one_blas_thread
 from edgellm.plan import Plan, make_plan
-from edgellm.quant import SOLVERS
+from edgellm.quant import SOLVERS, imatrix
+from edgellm.quant.imatrix_file import HEAD, read_imatrix
 from edgellm.quant.statistics import Statistics
 from edgellm.recipe import Recipe
 from edgellm.slabs import output_power, values_of
@@ -49,7 +55,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def statistics_by_role(plan: Plan) -> dict[str, Statistics]:
     assert plan.calibration is not None
-    run = CalibrationPass(plan.source, plan.calibration.text.windows, threads=1)
+    assert plan.calibration.text is not None
+    run = CalibrationPass(
+        plan.source,
+        plan.calibration.text.windows,
+        threads=1,
+        importance_only=plan.calibration.needs != "hessian",
+    )
     run.begin()
     found: dict[str, Statistics] = {}
     for index in range(len(plan.source.decoder.layers)):
@@ -95,12 +107,14 @@ def test_the_file_holds_what_the_solver_gave_and_it_beats_rounding(
             continue
         rows = stacked_rows(tensor.parts, 0, tensor.rows)
         values = stored(artifact, tensor)
-        np.testing.assert_array_equal(values, values_of(solve(rows, tensor.grid, statistics)))
+        with one_blas_thread():
+            wanted = values_of(solve(rows, tensor.grid, statistics))
+        np.testing.assert_array_equal(values, wanted)
         ours = output_power(values - rows, statistics)
         theirs = output_power(values_of(plain(rows, tensor.grid, None)) - rows, statistics)
         assert ours <= theirs, tensor.name
-        error = np.sqrt(ours / output_power(rows, statistics))
-        assert noted[tensor.name] == pytest.approx(error, rel=1e-3)
+        error = output_power(values - rows, statistics) / output_power(rows, statistics)
+        assert noted[tensor.name] == pytest.approx(error**0.5, rel=1e-3)
         solved += 1
     assert solved >= 4 * len(plan.source.decoder.layers)
     entry = artifact.manifest.artifact.calibration
@@ -227,3 +241,125 @@ def test_the_default_solver_follows_bits_and_time(
     assert slow.recipe.quant == "rtn:q4_0"
     assert slow.calibration is None
     assert any("--quant gptq:q4_0" in reason for reason in slow.reasons)
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+from edgellm.conversion import carry_out
+from edgellm.hardware import peak_memory_bytes
+from edgellm.plan import make_plan
+from edgellm.recipe import Recipe
+recipe = Recipe(source=sys.argv[1], format="gguf", quant=sys.argv[3], calibration_tokens=2048)
+plan = make_plan(recipe, threads=2)
+carry_out(plan, Path(sys.argv[2]), check=False)
+print(plan.peak_memory_bytes, peak_memory_bytes())
+"""
+
+
+@pytest.fixture(scope="module")
+def wide_model(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer whose Hessians outweigh the program, with the tiny model's tokenizer."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    shutil.copytree(tiny_model("llama-256"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    hidden, ffn = 512, 3072
+    config |= {
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    random = np.random.default_rng(0)
+
+    def matrix(rows: int, columns: int) -> np.ndarray:
+        return random.standard_normal((rows, columns), np.float32) / np.float32(columns**0.5)
+
+    layer, vocab = "model.layers.0", config["vocab_size"]
+    weights = {
+        "model.embed_tokens.weight": matrix(vocab, hidden),
+        "lm_head.weight": matrix(vocab, hidden),
+        "model.norm.weight": np.ones(hidden, np.float32),
+        **{f"{layer}.self_attn.{part}_proj.weight": matrix(hidden, hidden) for part in "qkvo"},
+        f"{layer}.mlp.gate_proj.weight": matrix(ffn, hidden),
+        f"{layer}.mlp.up_proj.weight": matrix(ffn, hidden),
+        f"{layer}.mlp.down_proj.weight": matrix(hidden, ffn),
+        f"{layer}.input_layernorm.weight": np.ones(hidden, np.float32),
+        f"{layer}.post_attention_layernorm.weight": np.ones(hidden, np.float32),
+    }
+    if config["tie_word_embeddings"]:
+        del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.slow
+def test_memory_is_what_the_plan_says(wide_model: Path, tmp_path: Path) -> None:
+    """Measured at 768 x 3072 and 1024 x 4096 too: 0.96 and 1.04 of the plan."""
+    command = [sys.executable, "-c", MEASURED, str(wide_model), str(tmp_path / "out"), "gptq:q4_0"]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True)
+    planned, measured = map(int, answer.stdout.split())
+    assert 0.85 * planned <= measured <= 1.15 * planned
+
+
+def test_adapters_are_calibrated_as_merged(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """The same bytes as of the model that they were merged into before."""
+    peft = pytest.importorskip("peft")
+    import peft_adapters
+
+    source = tiny_model("llama")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    adapter = peft_adapters.make_adapter(source, config, tmp_path / "adapter")
+    merged = edgellm.merge(source, tmp_path / "merged", [adapter.folder])
+    digests = []
+    for folder, adapters in ((source, (str(adapter.folder),)), (merged.path, ())):
+        recipe = recipe_of(folder, "gptq:q4_0", adapters=adapters)
+        made = convert(recipe, tmp_path / f"made-{len(digests)}", check=False)
+        assert made.manifest is not None
+        digests.append({each.name: each.sha256 for each in made.manifest.artifact.tensors})
+    assert digests[0] == digests[1]
+
+
+def test_importance_is_saved_and_taken_in_place_of_a_text(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    file = tmp_path / "importance.gguf"
+    recipe = recipe_of(tiny_model("gemma3"), "gptq:q4_0")
+    convert(recipe, tmp_path / "solved", check=False, save_imatrix=file)
+    given = read_imatrix(file)
+    plan = make_plan(Recipe(source=recipe.source, format="gguf", quant="q4_0", imatrix=str(file)))
+    assert plan.recipe.quant == "imatrix:q4_0"
+    found = statistics_by_role(make_plan(recipe))
+    artifact = carry_out(plan, tmp_path / "weighed", check=False)
+    names = {role: HEAD if role == "token_embd.weight" else role for role in found}
+    assert given.importance.keys() == set(names.values())
+    for tensor in plan.layout.tensors:
+        if (statistics := statistics_of(tensor, found)) is None:
+            continue
+        importance = given.importance[names[tensor.role]]
+        np.testing.assert_allclose(importance, statistics.importance, rtol=1e-5)
+        rows = stacked_rows(tensor.parts, 0, tensor.rows)
+        wanted = imatrix.solve(rows, tensor.grid, imatrix.Importance(importance))
+        np.testing.assert_array_equal(stored(artifact, tensor), values_of(wanted))
+    assert artifact.manifest is not None
+    entry = artifact.manifest.artifact.calibration
+    assert entry is not None
+    assert (entry.imatrix, entry.text) == (file.name, "")
+    for quant, more, message in (
+        ("gptq:q4_0", {}, "imatrix:q4_0"),
+        ("imatrix:q4_0", {"calibration": "builtin"}, "leave one"),
+        ("rtn:q4_0", {}, "imatrix"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            make_plan(
+                Recipe(source=recipe.source, format="gguf", quant=quant, imatrix=str(file), **more)
+            )
+    with pytest.raises(UsageError, match="no importance to save"):
+        convert(
+            Recipe(source=recipe.source, format="gguf", quant="rtn:q4_0"),
+            tmp_path / "plain",
+            save_imatrix=file,
+        )
