@@ -101,6 +101,7 @@ def test_a_refitted_minimum_is_the_best_beside_its_scale(name) -> None:
 
 def test_a_refitted_zero_takes_its_levels_along() -> None:
     case = Case("int4-g32")
+    fitting = case.error()
     # Zeros one too high, so that all values of the group are too low by a step.
     group = slice(32, 64)
     case.scales.zeros[:, 1] += 1
@@ -111,8 +112,8 @@ def test_a_refitted_zero_takes_its_levels_along() -> None:
         case.scales, 1, case.levels[:, group], case.slopes()[:, group], case.hessian[group, group]
     )
     np.testing.assert_array_equal(case.levels[:, group] + case.scales.zeros[:, 1:2], codes)
-    assert np.all(case.error() <= begun * (1 + 1e-6))
     assert case.error().sum() < 0.9 * begun.sum()
+    assert np.all(case.error() <= fitting * (1 + 1e-5))
 
 
 @pytest.mark.parametrize("name", ["q3_k", "q4_k", "q6_k"])
