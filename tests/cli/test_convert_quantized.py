@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import edgellm
 from edgellm.manifest import read_manifest
 
 from .conftest import Command
@@ -54,19 +55,27 @@ def quantized(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def gptq(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny llama as a GPTQ folder that somebody else made."""
+    folder = tmp_path_factory.mktemp("quantized") / "llama-gptq"
+    edgellm.convert(
+        model, folder, format="hf", layout="gptq", quant="rtn:int4-g32-sym", check=False
+    )
+    (folder / "manifest.json").unlink()
+    return folder
+
+
 @pytest.fixture
 def lora(tmp_path: Path) -> Path:
     return write_adapter(tmp_path / "lora")
 
 
 def test_a_quantized_model_keeps_its_codes_where_the_container_has_them(
-    command: Command, model: Path, tmp_path: Path
+    command: Command, gptq: Path, tmp_path: Path
 ) -> None:
-    folder, out = tmp_path / "gptq", tmp_path / "out"
-    done = command("convert", model, "--format", "hf", "-q", "rtn:int4-g32-sym", "-o", folder)
-    assert done.code == 0, done.err
-    (folder / "manifest.json").unlink()  # as a folder that somebody else made
-    done = command("convert", folder, "--format", "gguf", "--no-check", "-o", out)
+    out = tmp_path / "out"
+    done = command("convert", gptq, "--format", "gguf", "--no-check", "-o", out)
     assert done.code == 0, done.err
     said = " ".join(done.err.split())
     assert "grid q4_0: keeps the source's codes of 4 bits as they are" in said
@@ -76,11 +85,30 @@ def test_a_quantized_model_keeps_its_codes_where_the_container_has_them(
     assert kept in said
     assert kept in made.notes
     asked = ("--merge-base", "dequantized", "-q", "q4_0", "--dry-run")
-    done = command("convert", folder, *asked, "-o", tmp_path / "again")
+    done = command("convert", gptq, *asked, "-o", tmp_path / "again")
     assert done.code == 0, done.err
     said = " ".join((done.out + done.err).split())
     assert "rounded again" in said
     assert "--merge-base dequantized asks for it" in said
+
+
+def test_an_adapter_leaves_the_codes_of_other_weights(
+    command: Command, gptq: Path, lora: Path, tmp_path: Path
+) -> None:
+    """It changes q and v of three layers; the other fifteen weights are as they were."""
+    asked = ("--format", "gguf", "-q", "rtn:q4_0", "--no-check")
+    done = command("convert", gptq, *asked, "-o", tmp_path / "bare")
+    assert done.code == 0, done.err
+    done = command("convert", gptq, "--adapter", lora, *asked, "-o", tmp_path / "merged")
+    assert done.code == 0, done.err
+    assert "the codes of 15 stored weights are kept as they are" in " ".join(done.err.split())
+    bare, merged = (
+        {tensor.name: tensor.sha256 for tensor in read_manifest(tmp_path / out).artifact.tensors}
+        for out in ("bare", "merged")
+    )
+    assert {name for name in bare if bare[name] != merged[name]} == {
+        f"blk.{layer}.attn_{each}.weight" for layer in range(3) for each in "qv"
+    }
 
 
 def test_a_quantized_model_is_dequantized_where_nothing_holds_its_codes(
