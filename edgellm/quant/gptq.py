@@ -25,14 +25,20 @@ BLOCK_COLUMNS = 128
 """Columns whose errors are fed to all later ones at once, by one product (section 3.3, step 2)."""
 
 SWEEPS = 2
-"""Times that ``refine`` goes over all columns."""
+"""Times that ``refine`` goes over all columns.
+
+Output error of Q4_0 in two layers of SmolLM2, relative to no sweep: two make it 0.94 on text that
+was not solved on; on that which was, one makes it 0.95, two 0.93, four 0.92, and as much where GPTQ
+is repeated between the sweeps with the refitted scales. Beginning with scales 4% larger or smaller
+than those of the search weighted by the diagonal ends 1.07 and 1.04 times as high.
+"""
 
 
 def solve(rows: Array, grid: Grid, statistics: Statistics | None) -> QTensor:
     """``rows`` ``[rows, columns]`` rounded to ``grid`` for the least error of ``rows @ inputs``.
 
-    Rows are solved apart, in float32, to the same codes however they are grouped. Scales are as the
-    container stores them. Vector codebooks, which have no code for one value, are rounded by
+    Rows are solved apart, in float32, to the same codes however they are grouped (but for nf4-dq,
+    which rounds the scales of all rows together). Scales are as the container stores them. Vector codebooks, which have no code for one value, are rounded by
     importance alone. Raises ``UsageError`` without statistics, ``UnsupportedTarget`` for floats,
     ``TensorError`` for rows or statistics that do not fit or are not finite.
     """
