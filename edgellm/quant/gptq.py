@@ -38,9 +38,10 @@ def solve(rows: Array, grid: Grid, statistics: Statistics | None) -> QTensor:
     """``rows`` ``[rows, columns]`` rounded to ``grid`` for the least error of ``rows @ inputs``.
 
     Rows are solved apart, in float32, to the same codes however they are grouped (but for nf4-dq,
-    which rounds the scales of all rows together). Scales are as the container stores them. Vector codebooks, which have no code for one value, are rounded by
-    importance alone. Raises ``UsageError`` without statistics, ``UnsupportedTarget`` for floats,
-    ``TensorError`` for rows or statistics that do not fit or are not finite.
+    which rounds the scales of all rows together). Scales are as the container stores them. Vector
+    codebooks, which have no code for one value, are rounded by importance alone. Raises
+    ``UsageError`` without statistics, ``UnsupportedTarget`` for floats, ``TensorError`` for rows or
+    statistics that do not fit or are not finite.
     """
     if statistics is None:
         raise UsageError(
