@@ -5,6 +5,11 @@ largest(w_j) ** (1 - alpha)``. For products that round activations too, with one
 a step brings (``DynamicQuantizeLinear``: unsigned bytes between the smallest and the largest
 value). The paper takes one ``alpha`` for a model; here each coupling has the one whose predicted
 error is least.
+
+LLM.int8()'s other way (arXiv 2208.07339), the largest columns multiplied as floats, takes three
+operators more for each product. Predicted error on SmolLM2 by that of plain rounding: smoothed
+0.072; 8 float columns of each product 0.153, 32 of them 0.071; smoothed with 8 float columns 0.047.
+onnxruntime is given smoothed weights alone; bitsandbytes' layout is LLM.int8()'s own.
 """
 
 from __future__ import annotations
