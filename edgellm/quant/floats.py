@@ -86,3 +86,13 @@ NUMPY_TYPES = {"f32": "<f4", "f16": "<f2", "f64": "<f8"}
 
 READABLE = (*NUMPY_TYPES, "bf16")
 """Types that ``decode`` reads."""
+
+
+def check_reach(rows: Array, grid: str) -> None:
+    """Raise ``TensorError`` for values that f16 scales may not reach: they would become Inf."""
+    largest = max(rows.max(initial=0), -rows.min(initial=0))
+    if largest > LARGEST_F16:
+        raise TensorError(
+            f"a value of size {largest:g} does not fit {grid}, whose blocks have f16 scales of at "
+            f"most {LARGEST_F16:g}: choose bf16 or f32, or --format onnx"
+        )

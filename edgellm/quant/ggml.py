@@ -6,8 +6,8 @@ import libgguf
 import numpy as np
 import numpy.typing as npt
 
-from edgellm.errors import TensorError, UnsupportedTarget
-from edgellm.quant.floats import LARGEST_F16
+from edgellm.errors import UnsupportedTarget
+from edgellm.quant.floats import check_reach
 from edgellm.quant.ggml_types import GgmlType
 from edgellm.quant.grid import Grid, QTensor
 from edgellm.quant.importance import checked
@@ -31,12 +31,7 @@ def quantize(rows: Array, grid: Grid, importance: Array | None = None) -> QTenso
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     count, columns = rows.shape
-    largest = max(rows.max(initial=0), -rows.min(initial=0))
-    if largest > LARGEST_F16:
-        raise TensorError(
-            f"a value of size {largest:g} does not fit {grid.name}, whose blocks have f16 scales "
-            f"of at most {LARGEST_F16:g}: choose bf16 or f32, or --format onnx"
-        )
+    check_reach(rows, grid.name)
     if importance is not None:
         importance = checked(importance, columns)
     elif libgguf.quantize_requires_imatrix(grid.ggml_type):

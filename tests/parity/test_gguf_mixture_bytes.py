@@ -149,9 +149,7 @@ def our_bytes(rows: Array, grid: Grid, importance: Array | None = None) -> QTens
     rows = rows.reshape(-1, rows.shape[-1])
     if grid.kind == "float":
         return floats.encode(rows, grid)
-    if importance is None:
-        return ggml.quantize(rows, grid)
-    return imatrix.solve(rows, grid, imatrix.Importance(importance))
+    return ggml.quantize(rows, grid, None if importance is None else imatrix.lifted(importance))
 
 
 def assert_equal_to_ours(

@@ -124,9 +124,8 @@ def test_a_blocks_of_channels_that_were_always_zero_is_rounded_too() -> None:
     rows, importance = rows_and_importance()
     importance[:256] = 0
     for name in ("q4_0", "q4_k", "q3_k", "iq4_xs"):
-        solved = imatrix.solve(rows, GRIDS[name], imatrix.Importance(importance)).packed
-        assert solved is not None
-        off = ggml.dequantize(solved, NAMED[name])[:, :256] - rows[:, :256]
+        solved = imatrix.solve(rows, GRIDS[name], imatrix.Importance(importance))
+        off = dequantize(solved)[:, :256] - rows[:, :256]
         assert (off**2).mean() < 0.05 * (rows[:, :256] ** 2).mean()
     assert imatrix.lifted(np.zeros(3, np.float32)).tolist() == [1, 1, 1]
     assert imatrix.lifted(np.asarray([0, 4, 2], np.float32)).tolist() == [2, 4, 2]
@@ -150,3 +149,11 @@ def test_what_it_cannot_do_is_refused() -> None:
             imatrix.fitted(rows, GRIDS[name], importance[:256])
         with pytest.raises(TensorError, match="got nan"):
             imatrix.fitted(rows, GRIDS[name], np.where(importance > 1, np.nan, importance))
+
+
+@pytest.mark.parametrize("name", GGML)
+def test_a_value_beyond_f16_scales_is_refused(name: str) -> None:
+    rows, importance = rows_and_importance()
+    rows[2, 5] = 1e6
+    with pytest.raises(TensorError, match=f"1e\\+06 does not fit {name}"):
+        imatrix.fitted(rows, GRIDS[name], importance)
