@@ -7,7 +7,7 @@ imported when they are called.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ def convert(
     layout: str | None = None,
     embed: str | None = None,
     head: str | None = None,
+    tensor_grids: Mapping[str, str] | None = None,
     kv_cache: str | None = None,
     context: int | None = None,
     calibration: str | PathLike[str] | None = None,
@@ -84,6 +85,7 @@ def convert(
             "layout": layout,
             "embed": embed,
             "head": head,
+            "tensor_grids": dict(tensor_grids or {}),
             "kv_cache": kv_cache,
             "context": context,
             "calibration": None if calibration is None else str(calibration),

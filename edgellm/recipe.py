@@ -61,6 +61,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     embedding and the output head. ``layout``: how codes are laid out, where the container has
     several ways (``export.hf_layouts.LAYOUTS``). ``kv_cache``: what keys and values are cached in,
     where the container fixes it. ``context``: cap on the context length in tokens.
+    ``tensor_grids``: the grids of tensors that are named one by one, by role or by a pattern of
+    roles (``export.tensor_grids.grids_by_role``), which go before ``quant``.
     ``ignore_config_keys``: config keys that edgellm does not know and the user vouches for.
 
     ``adapters`` are ``PATH`` or ``PATH=WEIGHT``, in order. ``combine`` names a row of
@@ -88,6 +90,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     layout: str | None = None
     embed: str | None = None
     head: str | None = None
+    tensor_grids: dict[str, str] = {}
     kv_cache: str | None = None
     context: int | None = None
     ignore_config_keys: tuple[str, ...] = ()
@@ -144,7 +147,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         fields: dict[str, Any] = msgspec.to_builtins(self)
         for name in ("source", "adapters", "calibration", "imatrix", *ONLY_CHECKED):
             del fields[name]
-        for name in ("layout", "seed", "tune", *OF_CALIBRATION, *OF_ADAPTERS):
+        for name in ("layout", "seed", "tune", "tensor_grids", *OF_CALIBRATION, *OF_ADAPTERS):
             if not fields.get(name):
                 fields.pop(name, None)
         if self.adapters:
@@ -261,6 +264,9 @@ def make_recipe(fields: Mapping[str, Any], origin: str = "the options") -> Recip
     recipe = msgspec.structs.replace(
         recipe, **{name: text.strip().lower() for name, text in names.items() if text is not None}
     )
+    recipe = msgspec.structs.replace(
+        recipe, tensor_grids={k.strip(): v.strip().lower() for k, v in recipe.tensor_grids.items()}
+    )
     if recipe.seed is not None and not 0 <= recipe.seed < 2**63:
         raise UsageError(f"{origin}: seed must be 0 or more, got {recipe.seed}")
     if recipe.calibration_tokens is not None and recipe.calibration_tokens < 1:
@@ -333,7 +339,7 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     fields = {
         name: value
         for name, value in _given(msgspec.to_builtins(recipe)).items()
-        if value not in ([], ()) and value is not False
+        if value not in ([], (), {}) and value is not False
     }
     try:
         path.write_bytes(msgspec.toml.encode(fields))

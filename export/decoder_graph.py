@@ -14,7 +14,7 @@ cut down to the wanted positions before the last attention output and feed-forwa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 from onnx import TensorProto
 
 from edgellm.architectures.decoder import Decoder, Feature, Rope
+from edgellm.errors import UnsupportedTarget
 from edgellm.export.kv_scales import CacheScales
 from edgellm.export.onnx_graph import GraphBuilder
 from edgellm.export.onnx_operators import operators_of
@@ -42,11 +43,30 @@ INT64_MAX = np.iinfo(np.int64).max
 
 @dataclass(frozen=True, slots=True)
 class Grids:
-    """On which grid the linear layers, the embedding and the head stand."""
+    """On which grid the linear layers, the embedding and the head stand.
+
+    ``by_role``: those linear layers whose grid is not the body's.
+    """
 
     body: Grid
     embed: Grid
     head: Grid
+    by_role: Mapping[str, Grid] = field(default_factory=dict)
+
+    def of(self, roles: Sequence[str]) -> Grid:
+        """The grid of the weights of ``roles``, which are stacked into one product.
+
+        Raises ``UnsupportedTarget`` where they were given different ones.
+        """
+        names = {role: self.by_role.get(role, self.body) for role in roles}
+        grid = names[roles[0]]
+        if any(other != grid for other in names.values()):
+            apart = ", ".join(f"{role} {other.name}" for role, other in names.items())
+            raise UnsupportedTarget(
+                f"tensor_grids: ONNX computes {' and '.join(roles)} as one product, which has one "
+                f"grid, and they were given {apart}: give all of them the same, or --format gguf"
+            )
+        return grid
 
 
 @dataclass
@@ -283,9 +303,11 @@ class DecoderGraph:
     def _linear(self, name: str, roles: list[str], x: str, index: int) -> str:
         """One product with the weights of ``roles`` stacked, and the biases that there are."""
         weights = [self.tensors[f"blk.{index}.{role}.weight"] for role in roles]
-        self.inputs.setdefault(x, []).extend(f"blk.{index}.{role}.weight" for role in roles)
-        operators = operators_of(self.grids.body)
-        tensor = self.graph.store(f"{name}.weight", weights, self.grids.body, operators.packer)
+        whole_roles = [f"blk.{index}.{role}.weight" for role in roles]
+        self.inputs.setdefault(x, []).extend(whole_roles)
+        grid = self.grids.of(whole_roles)
+        operators = operators_of(grid)
+        tensor = self.graph.store(f"{name}.weight", weights, grid, operators.packer)
         biases = [self.tensors.get(f"blk.{index}.{role}.bias") for role in roles]
         present = [bias for bias in biases if bias is not None]
         bias = self._stacked_bias(f"{name}.bias", present) if present else None

@@ -8,11 +8,12 @@ where the solver weighs by importance and without one else (llama.cpp, src/llama
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
 from edgellm.architectures.decoder import Decoder
 from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
+from edgellm.export.tensor_grids import grids_by_role
 from edgellm.quant import SOLVERS
 from edgellm.quant.grid import GRIDS, Grid, grid_named, unknown_grid
 from edgellm.quant.levels import VECTOR_CODEBOOKS
@@ -258,6 +259,7 @@ class Choice:
 class Chooser:
     """Chooses the grids of one model; ``embed`` and ``head`` are what the user asked for apart.
 
+    ``by_role``: the grids that the user named for single tensors, which go before the mixture's.
     ``solver`` is a name of ``quant.SOLVERS``: whether it weighs columns decides some types.
     """
 
@@ -268,6 +270,7 @@ class Chooser:
     embed: Grid | None = None
     head: Grid | None = None
     solver: str = DEFAULT_SOLVER
+    by_role: Mapping[str, Grid] = field(default_factory=dict)
 
     @property
     def weighed(self) -> bool:
@@ -286,7 +289,10 @@ class Chooser:
         if asked is not None:
             if shape[-1] % asked.block:
                 raise UnsupportedTarget(_does_not_divide(role, shape[-1], asked))
-            if asked.name in NO_GUESS and not (self.weighed and role == HEAD):
+            table = role in (EMBEDDING, HEAD)
+            if asked.name in (NO_GUESS if table else NEED_IMPORTANCE) and (
+                role == EMBEDDING or not self.weighed
+            ):
                 raise UnsupportedTarget(
                     f"{role} cannot be {asked.name}, which ggml rounds to by importance alone, "
                     f"{'and an embedding has none' if role == EMBEDDING else 'and there is none'}: "
@@ -313,11 +319,13 @@ class Chooser:
         return f"a code of {grid.name} stands for several values: rounded by imatrix, not gptq"
 
     def _asked(self, role: str) -> Grid | None:
+        """What the user asked for: of a table by its own option, or by the name of a tensor."""
+        option = None
         if role == HEAD:
-            return self.head
-        if role == EMBEDDING:
-            return self.embed or (self.head if self.decoder.tied_head else None)
-        return None
+            option = self.head
+        elif role == EMBEDDING:
+            option = self.embed or (self.head if self.decoder.tied_head else None)
+        return option or self.by_role.get(role)
 
     def _by_rule(self, role: str, columns: int) -> str:
         layer, kind = self._kind(role)
@@ -343,11 +351,12 @@ class Chooser:
         return layer, "head" if kind == "embedding" and self.decoder.tied_head else kind
 
 
-def chooser(recipe: Recipe, decoder: Decoder, arch: str) -> Chooser:
+def chooser(recipe: Recipe, decoder: Decoder, arch: str, roles: Collection[str] = ()) -> Chooser:
     """The chooser for a recipe; ``arch`` is llama.cpp's name of the family.
 
-    Raises ``UnknownGrid``, ``UnsupportedTarget`` for a grid of another container, and
-    ``UsageError`` for two grids of one tensor.
+    ``roles``: the tensors that ``recipe.tensor_grids`` may name. Raises ``UnknownGrid``,
+    ``UnsupportedTarget`` for a grid of another container, and ``UsageError`` for two grids of one
+    tensor and for names that match nothing.
     """
     embed = grid_asked(recipe.embed, "--embed") if recipe.embed else None
     head = grid_asked(recipe.head, "--head") if recipe.head else None
@@ -357,7 +366,18 @@ def chooser(recipe: Recipe, decoder: Decoder, arch: str) -> Chooser:
             f"{embed.name} and {head.name}: give --embed or --head alone"
         )
     mixture = mixture_named(recipe.grid)
-    return Chooser(recipe.grid, mixture, decoder, arch, embed, head, recipe.solver)
+    named = grids_by_role(recipe.tensor_grids, roles)
+    by_role = {role: grid_asked(name, f"tensor_grids, {role}:") for role, name in named.items()}
+    made = Chooser(recipe.grid, mixture, decoder, arch, embed, head, recipe.solver, by_role)
+    for role in (EMBEDDING, HEAD):
+        option, grid = made._asked(role), by_role.get(role)
+        if role in recipe.tensor_grids and grid is not None and option != grid:
+            assert option is not None
+            raise UsageError(
+                f"{role} cannot be both {option.name} (--embed, --head) and {grid.name} "
+                "(tensor_grids): leave one of them out"
+            )
+    return made
 
 
 def mixture_named(name: str) -> Mixture:

@@ -15,7 +15,7 @@ from edgellm.architectures.gguf_rows import as_llamacpp_stores
 from edgellm.errors import UnsupportedTarget
 from edgellm.export.gguf_graphs import check_expressible, context_of
 from edgellm.export.gguf_head import ARCHITECTURE, StoredTensor, gguf_head
-from edgellm.export.gguf_mixture import MIXTURES, Choice, chooser
+from edgellm.export.gguf_mixture import MIXTURES, Choice, chooser, quantizable
 from edgellm.export.layout import Container, Layout, OutputTensor, StoredArray
 from edgellm.export.packing import PACKERS
 from edgellm.lora.lineage import BASE_MODEL, gguf_lineage
@@ -68,8 +68,10 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     check_expressible(decoder, family.gguf.arch)
     context, notes = context_of(decoder, family.gguf, recipe.context)
     stated = dataclasses.replace(decoder, context_length=context)
-    types = chooser(recipe, decoder, family.gguf.arch)
-    stored = [(ref, types.choose(ref.role, ref.shape)) for ref in stored_tensors(source, context)]
+    refs = list(stored_tensors(source, context))
+    roles = [ref.role for ref in refs if quantizable(ref.role, ref.shape)]
+    types = chooser(recipe, decoder, family.gguf.arch, roles)
+    stored = [(ref, types.choose(ref.role, ref.shape)) for ref in refs]
     metadata = {
         ARCHITECTURE: family.gguf.arch,
         **general_keys(source),

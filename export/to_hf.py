@@ -165,6 +165,11 @@ class Shard:
 
 
 def _check_options(recipe: Recipe) -> None:
+    if recipe.tensor_grids:
+        raise UnsupportedTarget(
+            f"--tensor-grid {next(iter(recipe.tensor_grids))}: the weights of a Hugging Face folder "
+            "stand on one grid; leave it out, or choose --format gguf or onnx"
+        )
     if recipe.kv_cache is not None:
         raise UnsupportedTarget(
             f"--kv-cache {recipe.kv_cache}: a Hugging Face folder does not say how keys and values "

@@ -7,18 +7,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import edgellm
 from edgellm.architectures.decoder import Decoder
-from edgellm.errors import UnknownGrid, UnsupportedTarget
+from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
 from edgellm.export.context import capped_context
 from edgellm.export.decoder_graph import EXPRESSIBLE, DecoderGraph, Grids
 from edgellm.export.genai_config import genai_config
-from edgellm.export.gguf_mixture import MIXTURES
+from edgellm.export.gguf_mixture import EMBEDDING, HEAD, MIXTURES
 from edgellm.export.layout import Container, Layout, OutputTensor
 from edgellm.export.onnx_graph import DATA_FILE, GraphBuilder
 from edgellm.export.onnx_operators import operators_of
+from edgellm.export.tensor_grids import grids_by_role
 from edgellm.quant.grid import GRIDS, Grid
 from edgellm.registry import suggestion
 
@@ -75,7 +77,7 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     """
     decoder = source.decoder
     _check_features(decoder)
-    grids = choose_grids(recipe, decoder)
+    grids = choose_grids(recipe, decoder, roles_of(source))
     context_length, context_notes = capped_context(decoder.context_length, recipe.context)
     int8_cache = _cache(recipe.kv_cache) == "int8"
     graph = GraphBuilder(edgellm.__version__)
@@ -125,22 +127,54 @@ def _cache(asked: str | None) -> str:
     return asked or "f32"
 
 
-def choose_grids(recipe: Recipe, decoder: Decoder) -> Grids:
+def roles_of(source: ModelSource) -> list[str]:
+    """The weights that can stand on a grid: those of products, the embedding and the head."""
+    linear = [
+        row.role
+        for row in source.family.tensors(source.decoder)
+        if row.kind == "linear" and row.role.startswith("blk.") and row.role in source.tensors
+    ]
+    return [EMBEDDING, *linear, HEAD]
+
+
+def choose_grids(recipe: Recipe, decoder: Decoder, roles: Collection[str] = ()) -> Grids:
     """The grids of linear layers, embedding and head: as asked, or what suits the body's.
 
-    Raises ``UnknownGrid`` and ``UnsupportedTarget`` as ``lay_out`` does.
+    ``roles``: the tensors that ``recipe.tensor_grids`` may name. Raises ``UnknownGrid`` and
+    ``UnsupportedTarget`` as ``lay_out`` does, and ``UsageError`` for two grids of one tensor and
+    for names that match nothing.
     """
     body = _grid(recipe.grid or DEFAULT_GRID, "--quant")
+    named = grids_by_role(recipe.tensor_grids, roles)
+    asked_head = _table(recipe.head, HEAD, "--head", recipe, named)
+    asked_embed = _table(recipe.embed, EMBEDDING, "--embed", recipe, named)
     usual = TABLE_GRIDS.get(body.name, "int8")
-    tied_to_head = recipe.head if decoder.tied_head and _can_gather(recipe.head) else None
-    embed = _grid(recipe.embed or tied_to_head or usual, "--embed")
+    tied_to_head = asked_head if decoder.tied_head and _can_gather(asked_head) else None
+    embed = _grid(asked_embed or tied_to_head or usual, "--embed")
     if not _can_gather(embed.name):
         raise UnsupportedTarget(
             f"--embed {embed.name}: onnxruntime cannot look rows up from {embed.name}; choose "
             f"{', '.join(filter(_can_gather, GRID_NAMES))}"
         )
-    head = _grid(recipe.head or (embed.name if decoder.tied_head else usual), "--head")
-    return Grids(body=body, embed=embed, head=head)
+    head = _grid(asked_head or (embed.name if decoder.tied_head else usual), "--head")
+    by_role = {
+        role: _grid(name, f"tensor_grids, {role}:")
+        for role, name in named.items()
+        if role not in (EMBEDDING, HEAD)
+    }
+    return Grids(body=body, embed=embed, head=head, by_role=by_role)
+
+
+def _table(
+    option: str | None, role: str, flag: str, recipe: Recipe, named: Mapping[str, str]
+) -> str | None:
+    """The grid that was asked for a table, by its own option or by the name of its tensor."""
+    if option is not None and role in recipe.tensor_grids and named[role] != option:
+        raise UsageError(
+            f"{role} cannot be both {option} ({flag}) and {named[role]} (tensor_grids): leave one "
+            "of them out"
+        )
+    return option or named.get(role)
 
 
 def _can_gather(name: str | None) -> bool:
@@ -204,8 +238,9 @@ def _check_groups(tensors: list[OutputTensor]) -> None:
 SHOWN_MISFITS = 4
 
 
-def _names(grids: Grids) -> tuple[str, str, str]:
-    return grids.body.name, grids.embed.name, grids.head.name
+def _names(grids: Grids) -> list[str]:
+    every = (grids.body, grids.embed, grids.head, *grids.by_role.values())
+    return [grid.name for grid in every]
 
 
 def _json(fields: object) -> bytes:

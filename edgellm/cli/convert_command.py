@@ -56,6 +56,13 @@ def convert(
     head: Annotated[
         str | None, typer.Option(metavar="GRID", help="Another grid for the output head.")
     ] = None,
+    tensor_grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=GRID",
+            help="Another grid for tensors by name or pattern (blk.*.attn_v.weight). Repeatable.",
+        ),
+    ] = None,
     kv_cache: Annotated[
         str | None,
         typer.Option(
@@ -177,6 +184,7 @@ def convert(
             "layout": layout,
             "embed": embed,
             "head": head,
+            "tensor_grids": _tensor_grids(tensor_grid),
             "kv_cache": kv_cache,
             "context": context,
             "ignore_config_keys": ignore_config_key or None,
@@ -259,6 +267,19 @@ def _asked(recipe_file: Path | None, options: dict[str, Any]) -> Recipe:
     if options["source"] is None:
         raise UsageError("convert needs a SOURCE (or --recipe FILE.toml that names one)")
     return make_recipe(options)
+
+
+def _tensor_grids(entries: list[str] | None) -> dict[str, str] | None:
+    """``NAME=GRID``, each, as a table; the last of equal names counts."""
+    found = {}
+    for entry in entries or ():
+        name, _, grid = entry.rpartition("=")
+        if not name.strip() or not grid.strip():
+            raise UsageError(
+                f"--tensor-grid reads NAME=GRID, such as blk.*.attn_v.weight=q6_k, and not {entry}"
+            )
+        found[name] = grid
+    return found or None
 
 
 def _percent(text: str | None) -> float | None:
