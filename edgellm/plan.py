@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -189,19 +190,20 @@ def make_plan(
     holding = holding_grid(asked, container.name, base)
     if holding is not None:
         recipe, reasons = resolve(asked, holding)
-    if recipe.keep_adapters:
-        from edgellm.lora.requested import kept_apart
+    source = base if recipe.keep_adapters else _with_adapters(base, recipe, progress)
 
-        source = base
-        layout = kept_apart(container.lay_out(base, recipe), base, container, recipe, progress)
-    else:
-        source = _with_adapters(base, recipe, progress)
-        layout = container.lay_out(source, recipe)
-    layout = keep_codes(layout, recipe, source)
+    def lay_out(model: ModelSource, recipe: Recipe) -> Layout:
+        layout = container.lay_out(model, recipe)
+        if recipe.keep_adapters:
+            from edgellm.lora.requested import kept_apart
+
+            layout = kept_apart(layout, model, container, recipe, progress)
+        return keep_codes(layout, recipe, model)
+
     hardware = detect()
     workers = threads or hardware.physical_cores.value
     recipe, layout, calibration, chosen = _calibrated(
-        recipe, source, layout, container, workers, hardware.memory_bytes.value
+        recipe, source, lay_out, workers, hardware.memory_bytes.value
     )
     sizes = {name: len(content) for name, content in layout.files.items()} | layout.data_files
     output = sum(sizes.values())
@@ -231,21 +233,21 @@ def make_plan(
 def _calibrated(
     recipe: Recipe,
     source: ModelSource,
-    layout: Layout,
-    container: Container,
+    lay_out: Callable[[ModelSource, Recipe], Layout],
     workers: int,
     memory_bytes: int,
 ) -> tuple[Recipe, Layout, Calibration | None, str]:
-    """``recipe`` with its solver, the layout that transforms lead to, the calibration, and why."""
-    from edgellm.calibration.planning import choose_solver, plan_calibration
+    """``recipe`` with its solver, the layout that it leads to, the calibration, and why."""
+    from edgellm.calibration.planning import choose_solver, plan_calibration, with_likely_solver
 
+    # Some containers choose other types where a solver weighs columns.
+    likely = with_likely_solver(recipe)
+    layout = lay_out(source, likely)
     recipe, reason = choose_solver(recipe, layout, source, workers, memory_bytes)
+    if recipe.solver != likely.solver:
+        layout = lay_out(source, recipe)
     layout, calibration = plan_calibration(
-        recipe,
-        layout,
-        source,
-        lambda folded: keep_codes(container.lay_out(folded, recipe), recipe, folded),
-        workers,
+        recipe, layout, source, lambda folded: lay_out(folded, recipe), workers
     )
     return recipe, layout, calibration, reason
 

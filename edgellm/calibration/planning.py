@@ -22,7 +22,7 @@ from edgellm.calibration.texts import (
 from edgellm.errors import UsageError
 from edgellm.export.layout import Layout
 from edgellm.quant import SOLVERS, Needs
-from edgellm.quant.grid import Grid
+from edgellm.quant.grid import GRIDS, Grid
 from edgellm.recipe import DEFAULT_SOLVER, Recipe, check_calibration, split_quant
 from edgellm.source.model import ModelSource
 
@@ -69,6 +69,19 @@ def linear_grids(layout: Layout, source: ModelSource) -> dict[str, Grid]:
     layers = [tensor for tensor in tensors if _is_product(tensor.parts[0].role, tensor.shape)]
     heads = [tensors[place] for place in heads_among(tensors, tied=tied)]
     return grids_by_role([*layers, *heads], tied=tied)
+
+
+def with_likely_solver(recipe: Recipe) -> Recipe:
+    """``recipe`` with the solver that ``choose_solver`` will most likely choose.
+
+    The grid alone says, before anything is laid out.
+    """
+    quant = split_quant(recipe.quant or "")
+    grid = GRIDS.get(quant.grid)
+    if quant.solver is not None or quant.transforms or (grid and grid.bits >= ENOUGH_BITS):
+        return recipe
+    solver = PREFERRED_SOLVER if recipe.imatrix is None else "imatrix"
+    return msgspec.structs.replace(recipe, quant=str(quant._replace(solver=solver)))
 
 
 def choose_solver(
