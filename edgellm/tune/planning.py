@@ -7,13 +7,25 @@ from dataclasses import dataclass
 
 from edgellm.architectures.decoder import Decoder
 from edgellm.calibration.cost import layer_weights
-from edgellm.calibration.texts import CALIBRATION_TOKENS, CalibrationText, calibration_windows
+from edgellm.calibration.texts import (
+    CALIBRATION_TOKENS,
+    WINDOW_TOKENS,
+    CalibrationText,
+    calibration_windows,
+)
 from edgellm.errors import RuntimeMissing, UsageError
 from edgellm.export.layout import Layout, OutputTensor
 from edgellm.quant.levels import VECTOR_CODEBOOKS
 from edgellm.recipe import Recipe
 from edgellm.source.model import ModelSource
-from edgellm.tune.settings import FIXED_GRIDS, POSITIONS, STEP_TOKENS, Settings, split
+from edgellm.tune.settings import (
+    FIXED_GRIDS,
+    MOST_HELD_OUT,
+    POSITIONS,
+    STEP_TOKENS,
+    Settings,
+    split,
+)
 
 FLOPS_PER_SECOND = 40e9
 """Float32 operations that one thread of a 2023 server core does in a second over a whole step, of
@@ -171,7 +183,8 @@ def seconds_of(
     head = 2 * decoder.vocab_size * decoder.hidden_size
     passes = 2 if settings.block_steps else 1
     step = settings.step_tokens
-    operations = passes * text.tokens * layers * layer
+    seen = max(settings.steps, settings.block_steps) * step + MOST_HELD_OUT * WINDOW_TOKENS
+    operations = passes * min(text.tokens, seen) * layers * layer
     operations += settings.block_steps * step * layers * PASSES * layer
     whole = (PASSES + recompute) * layers * layer + (PASSES + 1) * head
     operations += settings.steps * step * whole

@@ -23,7 +23,6 @@ MOST_HELD_OUT = 4
 """Windows that are held out at the most: what is compared are answers to the same tokens, so few
 are enough, and every look at them takes the time of two steps."""
 
-
 STEP_TOKENS = 512
 """Tokens that a step sees, in one window or several."""
 

@@ -53,6 +53,8 @@ def tune(
         training, held_out = (
             batches(part, tuning.settings.step_tokens) for part in split(tuning.text.windows)
         )
+        # What no step would see needs no answers of the source; windows come in a random order.
+        training = training[: max(tuning.settings.steps, tuning.settings.block_steps)]
         result = Tuned(
             settings=tuning.settings,
             training_tokens=sum(ids.numel() for ids in training),

@@ -216,6 +216,11 @@ class StudentWeights(torch.nn.Module):
         assert isinstance(part, Matrix)
         return part
 
+    def head(self) -> Matrix:
+        """The output head: the embedding where the artifact has no other, tied or not."""
+        has_own = _key("output.weight") in self.parts
+        return self.matrix("output.weight" if has_own else "token_embd.weight")
+
     def product(self, role: str, x: Tensor) -> Tensor:
         matrix = self.matrix(f"{role}.weight")
         y = QuantizedProduct.apply(  # type: ignore[no-untyped-call]

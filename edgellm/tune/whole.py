@@ -66,8 +66,7 @@ class Network:
             else:
                 stream = torch_decoder.layer(decoder, index, weights, stream)
         normed = torch_decoder.norm(decoder, weights, "output_norm", stream)
-        head = weights.matrix("token_embd.weight" if decoder.tied_head else "output.weight")
-        return head_divergence(normed, head, example.wanted, self.teacher_head)
+        return head_divergence(normed, weights.head(), example.wanted, self.teacher_head)
 
     def mean_divergence(self, examples: Sequence[Example]) -> float:
         """By token, over all ``examples``."""

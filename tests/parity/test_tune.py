@@ -310,6 +310,22 @@ def test_what_is_trained_end_to_end_is_what_lies_in_the_file(
     assert tuned.kl_after == pytest.approx(wanted, rel=1e-4)
 
 
+def test_a_head_stored_apart_from_its_embedding_is_the_one_that_answers(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Tied in the source; in the artifact 4 bits answer and 8 are looked up."""
+    source = str(tiny_model("llama-biased"))
+    choice = {"source": source, "format": "onnx", "quant": "rtn:f32", "embed": "f32"}
+    divergences = {}
+    for head in ("f32", "int4-g32"):
+        plan = make_plan(make_recipe({**choice, "head": head}))
+        with staged_artifact(plan, tmp_path / head) as staged:
+            tuned = tune(plan.layout, plan.source, staged, tuning(steps=4), 1)
+            divergences[head] = tuned.kl_before
+    assert divergences["f32"] == pytest.approx(0, abs=1e-6)
+    assert divergences["int4-g32"] > 1e-3
+
+
 def test_blocks_alone_fall_in_error_and_are_written(tiny_model: TinyModel, tmp_path: Path) -> None:
     plan = plan_of(tiny_model("llama"), "rtn:q4_0")
     with staged_artifact(plan, tmp_path / "out") as staged:
