@@ -32,8 +32,8 @@ HOLDERS = {
 def holding_grid(asked: Recipe, container: str, source: ModelSource) -> tuple[str, str] | None:
     """The grid of ``container`` that keeps most of the codes of ``source``, and why it is taken.
 
-    None where there are no codes, where no grid keeps any, and where what was ``asked``
-    for calls for other values or another grid.
+    None where there are no codes, where no grid keeps any, and where what was ``asked`` for calls
+    for other values or another grid.
     """
     quant = split_quant(asked.quant or "")
     merged = bool(asked.adapters) and not asked.keep_adapters
@@ -99,7 +99,7 @@ def _why_not(tensor: OutputTensor, codes: Sequence[StoredCodes]) -> str:
     if not codes:
         return "their codes do not lie along rows"
     if len(codes) < len(tensor.parts):
-        return "they are stacked with weights that have no codes"
+        return "they are stacked with weights that have no codes, or that an adapter changes"
     return next((why for each in codes if (why := why_not(each, tensor.grid))), "")
 
 
@@ -108,10 +108,9 @@ def _notes(kept: Sequence[OutputTensor], again: dict[str, list[str]]) -> list[st
     if kept:
         count = sum(len(tensor.parts) for tensor in kept)
         grids = " and ".join(dict.fromkeys(tensor.grid.name for tensor in kept))
-        notes.append(f"the codes of {count} stored weights are kept as they are, as {grids}")
+        weights = "weight" if count == 1 else "weights"
+        notes.append(f"the codes of {count} stored {weights} are kept as they are, as {grids}")
     for why, names in again.items():
-        notes.append(
-            f"{len(names)} stored weights are dequantized and rounded again ({listed(names)}): "
-            f"{why}"
-        )
+        some = "1 stored weight is" if len(names) == 1 else f"{len(names)} stored weights are"
+        notes.append(f"{some} dequantized and rounded again ({listed(names)}): {why}")
     return notes

@@ -147,7 +147,7 @@ def test_what_cannot_be_kept_is_dequantized_first_and_said(
 ) -> None:
     plan = plan_of(folder(layout, grid), container, to)
     assert not any(tensor.keeps_codes for tensor in plan.layout.tensors)
-    said = [note for note in plan.notes if "stored weights are dequantized and rounded" in note]
+    said = [note for note in plan.notes if "dequantized and rounded again" in note]
     assert sum(int(note.split()[0]) for note in said) == 14
     assert any(why in note for note in said)
 
@@ -182,7 +182,7 @@ def test_a_permuted_order_of_groups_is_dequantized(folder: Folder, tmp_path: Pat
         "blk.0.ffn_gate.weight"
     ]
     assert any(
-        note.startswith("1 stored weights are dequantized") and "permuted (g_idx)" in note
+        note.startswith("1 stored weight is dequantized") and "permuted (g_idx)" in note
         for note in plan.notes
     )
 
