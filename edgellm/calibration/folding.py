@@ -211,7 +211,9 @@ def folded_statistics(statistics: Statistics, columns: Array) -> Statistics:
     inverse = np.float32(1) / columns
     hessian = statistics.hessian * inverse
     hessian *= inverse if hessian.ndim == 1 else inverse[:, None]
-    return replace(statistics, hessian=hessian, largest=statistics.largest * inverse)
+    squares = statistics.mean_squares * np.square(inverse)
+    largest = statistics.largest * inverse
+    return replace(statistics, hessian=hessian, largest=largest, squares=squares)
 
 
 def roles_of(coupling: Coupling) -> tuple[str, ...]:

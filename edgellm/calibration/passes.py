@@ -32,9 +32,22 @@ from edgellm.hardware import detect
 from edgellm.parallel import in_parallel, one_blas_thread
 from edgellm.quant.statistics import Statistics
 from edgellm.source.model import ModelSource
+from edgellm.tensors import Array
 
 Share = Callable[[float], None]
 """Hears which part of a layer's tokens is done, from 0 to 1."""
+
+
+TOKEN_POWER = 0.5
+"""Tokens count by this power of their mean square in the stream after the layer.
+
+Those that all others attend to, the first of a text above all, have a thousand times the ordinary
+mean square: what is wrong with them is wrong everywhere. KL to the original of SmolLM2 off its grid
+in q4_0, 8,192 tokens of calibration, codes not refined: power -1 0.171, -0.5 0.133, 0 (plain GPTQ)
+0.120, 0.1 0.110, 0.25 0.101, 0.5 0.097, 0.75 0.099; all tokens alike without the first 0.754.
+"""
+
+SMALLEST_SQUARE = np.float32(1e-12)
 
 
 class CalibrationPass:
@@ -162,10 +175,13 @@ class CalibrationPass:
                 outputs = {name: rows[np.newaxis, first:last] for name, rows in values.items()}
                 self._sessions.run_into(session, inputs, outputs)
                 first = last
+            counts = None
             if into_stream:
-                self.stream.write(chunk.start, values.pop(into_stream))
+                after = values.pop(into_stream)
+                self.stream.write(chunk.start, after)
+                counts = None if self.importance_only else weights_of(after)
             for name, total in sums.items():
-                total.add(chunk.number, values.pop(name))
+                total.add(chunk.number, values.pop(name), counts)
             return len(before)
 
         def stop() -> None:
@@ -206,6 +222,14 @@ def chunks_of(windows: Windows) -> list[Chunk]:
         chunks[-1].windows.append(place)
         chunks[-1].stop += len(window)
     return chunks
+
+
+def weights_of(stream: Array) -> Array:
+    """How much each token counts in the Hessians of a layer that gives ``stream``, ``[tokens]``."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.einsum("ij,ij->i", stream, stream) / np.float32(stream.shape[1])
+    weights: Array = np.maximum(squares, SMALLEST_SQUARE) ** np.float32(TOKEN_POWER)
+    return weights
 
 
 def _finite(found: Statistics, what: str) -> Statistics:

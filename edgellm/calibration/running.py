@@ -138,7 +138,7 @@ class _Run:
             assert block is not None
             begun = time.perf_counter()
             found = self._statistics(reading, block, unit)
-            importance = {role: statistics.importance for role, statistics in found.items()}
+            importance = {role: statistics.mean_squares for role, statistics in found.items()}
             self._keep(self._importance(unit), importance)
             if folding is not None:
                 found = folding.fill_layer(unit, found, self.grids, self.plan.threads)

@@ -29,15 +29,26 @@ class InputSums:
         shape = (columns,) if diagonal_only else (columns, columns)
         self._sums = np.zeros(shape, np.float32)
         self._largest = np.zeros(columns, np.float32)
+        self._squares = np.zeros(columns, np.float32)
         self._tokens = 0
+        self._weight = 0.0
         self.columns = columns
         self._diagonal_only = diagonal_only
         self._turns = dict.fromkeys(range(0, columns, STRIP_COLUMNS), 0)
         self._changed = Condition()
         self._stopped = False
 
-    def add(self, number: int, x: Array) -> None:
-        """Count piece ``number``."""
+    def add(self, number: int, x: Array, weights: Array | None = None) -> None:
+        """Count piece ``number``, its tokens by ``weights`` ``[tokens]`` in the Hessian.
+
+        Where there are weights, ``x`` is changed.
+        """
+        largest = np.maximum(x.max(axis=0), -x.min(axis=0))
+        squares = None
+        if weights is not None:
+            with np.errstate(over="ignore", invalid="ignore"):
+                squares = np.einsum("ij,ij->j", x, x)
+                x *= np.sqrt(weights)[:, None]
         for first in self._turns:
             last = min(first + STRIP_COLUMNS, x.shape[1])
             strip = x[:, first:last]
@@ -48,10 +59,13 @@ class InputSums:
             with np.errstate(over="ignore", invalid="ignore"):
                 for place, values in products:
                     self._sums[first:last][..., place] += values
-            top = np.maximum(strip.max(axis=0), -strip.min(axis=0))
-            np.maximum(self._largest[first:last], top, out=self._largest[first:last])
+            here = slice(first, last)
+            np.maximum(self._largest[here], largest[here], out=self._largest[here])
+            if squares is not None:
+                self._squares[here] += squares[here]
             if last == x.shape[1]:
                 self._tokens += len(x)
+                self._weight += len(x) if weights is None else float(weights.sum(dtype=np.float64))
             with self._changed:
                 self._turns[first] += 1
                 self._changed.notify_all()
@@ -66,8 +80,10 @@ class InputSums:
         """What the pieces come to; the sums must not be added to any more."""
         if not self._diagonal_only:
             self._mirror()
-        self._sums /= np.float32(self._tokens)
-        return Statistics(self._sums, self._largest, self._tokens)
+        self._sums /= np.float32(self._weight)
+        weighed = self._weight != self._tokens
+        squares = self._squares / np.float32(self._tokens) if weighed else None
+        return Statistics(self._sums, self._largest, self._tokens, squares)
 
     def _products(self, x: Array, strip: Array, last: int) -> list[tuple[slice, Array]]:
         """Of the strip with itself and with what lies to its right, by place in the strip's rows.

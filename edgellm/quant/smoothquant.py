@@ -74,7 +74,7 @@ def predicted_error(rows: Array, statistics: Statistics, columns: Array) -> floa
     reach = (statistics.largest / columns).max()
     activations = (reach / ACTIVATION_STEPS) ** 2 * np.square(scaled).sum(dtype=np.float64)
     steps = scaled.max(axis=1) / WEIGHT_STEPS
-    power = statistics.importance / np.square(columns)
+    power = statistics.mean_squares / np.square(columns)
     weights = np.square(steps).sum(dtype=np.float64) * power.sum(dtype=np.float64)
     return float(activations + weights) / 12
 

@@ -21,19 +21,26 @@ class Statistics:
     that was asked for, it is the diagonal alone, ``[in]``. ``largest`` float32 ``[in]`` is the
     largest magnitude of each channel. ``tokens`` counts those that were seen.
 
-    One object is shared by all weights that have the same input.
+    Tokens may have been weighed in the Hessian; ``squares`` ``[in]`` are then the channels' mean
+    squares, all tokens counted alike. One object is shared by all weights that have the same input.
     """
 
     hessian: Array
     largest: Array
     tokens: int
+    squares: Array | None = None
     _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     _lock: RLock = field(default_factory=RLock, init=False, repr=False, compare=False)
 
     @property
     def importance(self) -> Array:
-        """The mean square of each channel, float32 ``[in]``: llama.cpp's importance."""
+        """How much an error in each channel counts, float32 ``[in]``: the Hessian's diagonal."""
         return (self.hessian if self.hessian.ndim == 1 else self.hessian.diagonal()).copy()
+
+    @property
+    def mean_squares(self) -> Array:
+        """The mean square of each channel, float32 ``[in]``: llama.cpp's importance."""
+        return self.importance if self.squares is None else self.squares
 
     def once(self, name: str, make: Callable[[], Made]) -> Made:
         """What ``make`` gave when ``name`` was first asked for; other threads wait meanwhile."""

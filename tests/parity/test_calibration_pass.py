@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,9 @@ TinyModel = Callable[[str], Path]
 
 WINDOWS = [tiny_models.some_token_ids(length, seed=length) for length in (40, 17, 1, 33)]
 
+LAYER = re.compile(r"\.(?:layers|h)\.(\d+)$")
+"""What transformers calls a layer."""
+
 TOLERANCE = 2e-4
 """Of the largest value of a Hessian: twice what logits may be off by, as inputs are squared."""
 
@@ -42,7 +46,10 @@ def gathered(source: ModelSource, threads: int = 1, **options: object) -> dict[s
 
 
 def seen_by_transformers(folder: Path) -> dict[str, np.ndarray]:
-    """The inputs of every product, all windows below each other, by module."""
+    """The inputs of every product, all windows below each other, by module.
+
+    And under ``blk.N`` what each layer gives.
+    """
     import torch
 
     model = tiny_models.load(folder)
@@ -54,9 +61,18 @@ def seen_by_transformers(folder: Path) -> dict[str, np.ndarray]:
 
         return hook
 
+    def watch_layer(name: str) -> Callable[..., None]:
+        def hook(module: object, given: object, out: object) -> None:
+            stream = out[0] if isinstance(out, tuple) else out
+            seen.setdefault(name, []).append(stream[0].numpy().copy())
+
+        return hook
+
     for name, module in model.named_modules():
         if type(module).__name__ in ("Linear", "Conv1D"):
             module.register_forward_hook(watch(name))
+        elif layer := LAYER.search(name):
+            module.register_forward_hook(watch_layer(f"blk.{layer[1]}"))
     with torch.no_grad():
         for window in WINDOWS:
             model(torch.tensor([window]), use_cache=False)
@@ -83,9 +99,16 @@ def test_statistics_are_of_the_inputs_that_transformers_has(
         tied = role == "token_embd.weight"
         module = "lm_head" if tied else source.tensors[role].name.removesuffix(".weight")
         x = inputs[module].astype(np.float64)
-        wanted = x.T @ x / len(x)
+        counts = np.ones(len(x))
+        if role.startswith("blk."):
+            stream = inputs[".".join(role.split(".")[:2])].astype(np.float64)
+            counts = np.square(stream).mean(axis=1) ** passes.TOKEN_POWER
+        wanted = (x * counts[:, None]).T @ x / counts.sum()
         scale = wanted.max()
         np.testing.assert_allclose(statistics.hessian, wanted, rtol=0, atol=TOLERANCE * scale)
+        np.testing.assert_allclose(
+            statistics.mean_squares, np.square(x).mean(axis=0), rtol=0, atol=TOLERANCE * scale
+        )
         np.testing.assert_allclose(statistics.largest, np.abs(x).max(axis=0), rtol=1e-3, atol=1e-5)
         assert statistics.tokens == sum(map(len, WINDOWS))
         np.testing.assert_array_equal(statistics.hessian, statistics.hessian.T)
@@ -112,7 +135,7 @@ def test_importance_alone_is_the_diagonal(tiny_model: TinyModel) -> None:
     whole, diagonal = gathered(source), gathered(source, importance_only=True)
     for role, statistics in diagonal.items():
         assert statistics.hessian.ndim == 1
-        np.testing.assert_allclose(statistics.importance, whole[role].importance, rtol=1e-5)
+        np.testing.assert_allclose(statistics.importance, whole[role].mean_squares, rtol=1e-5)
 
 
 @pytest.mark.parametrize("spooled", [False, True])
