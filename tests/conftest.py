@@ -89,5 +89,7 @@ def pytest_runtest_makereport(
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("--write-figures"):
         import adapter_tables
+        import quantization_cells
 
         adapter_tables.write(session.config.stash[MEASURED])
+        quantization_cells.write()
