@@ -11,7 +11,7 @@ import pytest
 from edgellm.errors import TensorError, UnsupportedTarget, UsageError
 from edgellm.quant import ggml_blocks, gptq, imatrix, rtn
 from edgellm.quant.dequantize import dequantize
-from edgellm.quant.factor import damping_for, factor, factor_of
+from edgellm.quant.factor import factor, factor_of
 from edgellm.quant.grid import GRIDS, QTensor
 from edgellm.quant.group_scales import GroupScales
 from edgellm.quant.levels import VECTOR_CODEBOOKS
@@ -221,26 +221,6 @@ def test_damping_rises_where_the_hessian_is_singular_and_says_so(statistics) -> 
         assert (found.damping, found.raised) == (pytest.approx(damping), True)
     with pytest.raises(TensorError, match="singular even with the mean of its diagonal"):
         factor(hessian - np.float32(least[0] + 5) * away)
-
-
-def test_few_tokens_are_damped_more_and_do_better_on_other_text(rows) -> None:
-    assert damping_for(1000, 10**6) == 0.01
-    assert damping_for(1000, 20_000) == pytest.approx(0.1)
-    assert damping_for(1000, 0) == 1.0
-    rng = np.random.default_rng(12)
-    mix = rng.standard_normal((COLUMNS, COLUMNS)) / COLUMNS**0.5 + np.eye(COLUMNS) * 0.3
-    few, other = (
-        (rng.standard_normal((tokens, COLUMNS)) @ mix).astype(np.float32) for tokens in (1024, 9000)
-    )
-    seen, unseen = statistics_of(few), statistics_of(other)
-    assert factor_of(seen).damping == pytest.approx(0.5)
-    as_usual = statistics_of(few)
-    as_usual.once("factor", lambda: factor(as_usual.hessian))
-    errors = [
-        output_error(gptq.solve(rows, GRIDS["q4_0"], each), rows, unseen).sum()
-        for each in (seen, as_usual)
-    ]
-    assert errors[0] < 0.97 * errors[1]
 
 
 def test_the_factor_is_computed_once_for_weights_that_share_an_input(statistics) -> None:
