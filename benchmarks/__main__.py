@@ -20,6 +20,7 @@ BENCHMARKS = {
     "llamacpp_loop": "prefill and decode through our llama.cpp runtime",
     "adapters": "what rounding leaves of a fine-tune, and rsLoRA by llama.cpp's own way",
     "quality": "answers of calibrated GGUF files in llama.cpp against its importance matrix",
+    "fit": "answers at the size of Q4_K_M: grids chosen by tensor against llama.cpp's mixture",
     "quantize": "GPTQ of SmolLM2: wall, peak memory and KL against gptqmodel",
     "cold_start": "time to help and to the first token",
 }

@@ -141,6 +141,8 @@ def carry_out(
         }
         if outcome.measured:
             measured["calibration"] = outcome.measured
+        if plan.fitted is not None:
+            measured["fit"] = plan.fitted.figures()
         if tuned is not None:
             measured["tuning"] = tuned.figures()
         if plan.source.merge is not None:

@@ -26,6 +26,7 @@ from edgellm.source.quantized import stored_as
 from edgellm.tensors import COLUMN_CHUNK_BYTES
 
 if TYPE_CHECKING:
+    from edgellm.budget.fitting import Fit
     from edgellm.calibration.planning import Calibration
     from edgellm.tune.planning import Tuning
 
@@ -83,6 +84,7 @@ class Plan:
     seconds: float
     calibration: Calibration | None = None
     tuning: Tuning | None = None
+    fitted: Fit | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -170,7 +172,8 @@ def make_plan(
 ) -> Plan:
     """Everything that converting by ``recipe`` will do.
 
-    Reads headers and the tokenizer, and of a quantized source what its codes are scaled by. Raises
+    Reads headers and the tokenizer, and of a quantized source what its codes are scaled by; for a
+    size that grids are to be chosen for, all weights, which takes minutes. Raises
     every error that can be known beforehand: a damaged or unsupported source, a grid that
     the container cannot hold, a group that does not divide a row.
     """
@@ -202,6 +205,12 @@ def make_plan(
 
     hardware = detect()
     workers = threads or hardware.physical_cores.value
+    fitted = None
+    if recipe.fit is not None or recipe.bits is not None:
+        from edgellm.budget.fitting import fit  # brings onnxruntime with it
+
+        recipe, fitted = fit(asked, recipe, source, container, workers, progress)
+        reasons = (*reasons, fitted.reason())
     recipe, layout, calibration, chosen = _calibrated(
         recipe, source, lay_out, workers, hardware.memory_bytes.value
     )
@@ -225,6 +234,7 @@ def make_plan(
         seconds=seconds + (cost.seconds if cost else 0) + (tuning.seconds if tuning else 0),
         calibration=calibration,
         tuning=tuning,
+        fitted=fitted,
     )
     _check_memory(plan, hardware.memory_bytes.value)
     return plan

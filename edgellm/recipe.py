@@ -43,6 +43,9 @@ LEAST_CHECK_TOKENS = 16
 OF_CALIBRATION = ("calibration", "calibration_tokens", "imatrix")
 """Fields that say something about calibration, and mean nothing to a solver that needs none."""
 
+OPTIONAL = ("layout", "seed", "tune", "tensor_grids", "fit", "bits")
+"""Fields that the digest of a recipe without them is not to know of."""
+
 ONLY_CHECKED = (
     "allow_untrained",
     "min_survival",
@@ -62,7 +65,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     several ways (``export.hf_layouts.LAYOUTS``). ``kv_cache``: what keys and values are cached in,
     where the container fixes it. ``context``: cap on the context length in tokens.
     ``tensor_grids``: the grids of tensors that are named one by one, by role or by a pattern of
-    roles (``export.tensor_grids.grids_by_role``), which go before ``quant``.
+    roles (``export.tensor_grids.grids_by_role``), which go before ``quant``. ``fit``: a size of all
+    files (``90MB``), ``bits``: of a weight, for which they are chosen (``budget.fitting.fit``); a
+    resolved recipe has the choice and no budget.
     ``ignore_config_keys``: config keys that edgellm does not know and the user vouches for.
 
     ``adapters`` are ``PATH`` or ``PATH=WEIGHT``, in order. ``combine`` names a row of
@@ -91,6 +96,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     embed: str | None = None
     head: str | None = None
     tensor_grids: dict[str, str] = {}
+    fit: str | None = None
+    bits: float | None = None
     kv_cache: str | None = None
     context: int | None = None
     ignore_config_keys: tuple[str, ...] = ()
@@ -147,7 +154,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         fields: dict[str, Any] = msgspec.to_builtins(self)
         for name in ("source", "adapters", "calibration", "imatrix", *ONLY_CHECKED):
             del fields[name]
-        for name in ("layout", "seed", "tune", "tensor_grids", *OF_CALIBRATION, *OF_ADAPTERS):
+        for name in (*OPTIONAL, *OF_CALIBRATION, *OF_ADAPTERS):
             if not fields.get(name):
                 fields.pop(name, None)
         if self.adapters:
@@ -273,6 +280,8 @@ def make_recipe(fields: Mapping[str, Any], origin: str = "the options") -> Recip
         raise UsageError(
             f"{origin}: calibration_tokens must be at least 1, got {recipe.calibration_tokens}"
         )
+    if recipe.bits is not None and not 0 < recipe.bits < math.inf:
+        raise UsageError(f"{origin}: bits must be above 0, got {recipe.bits:g}")
     if recipe.tune is not None and recipe.tune < 1:
         raise UsageError(
             f"{origin}: tune is a number of steps, at least 1, got {recipe.tune}: leave it out to "
@@ -287,7 +296,7 @@ def make_recipe(fields: Mapping[str, Any], origin: str = "the options") -> Recip
 
 def check_calibration(recipe: Recipe, origin: str = "the options") -> None:
     """Raise ``UsageError`` for calibration options, or a seed, that the solver would not heed."""
-    if recipe.calibrates:
+    if recipe.calibrates or recipe.fit is not None or recipe.bits is not None:
         return
     names = OF_CALIBRATION if recipe.adapters else (*OF_CALIBRATION, "seed")
     for name in names:

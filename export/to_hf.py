@@ -167,8 +167,8 @@ class Shard:
 def _check_options(recipe: Recipe) -> None:
     if recipe.tensor_grids:
         raise UnsupportedTarget(
-            f"--tensor-grid {next(iter(recipe.tensor_grids))}: the weights of a Hugging Face folder "
-            "stand on one grid; leave it out, or choose --format gguf or onnx"
+            f"--tensor-grid {next(iter(recipe.tensor_grids))}: all weights of a Hugging Face "
+            "folder stand on one grid; leave it out, or choose --format gguf or onnx"
         )
     if recipe.kv_cache is not None:
         raise UnsupportedTarget(

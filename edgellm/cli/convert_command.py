@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgellm.cli import options, render
+from edgellm.cli.grids_by_tensor import show_fit, tensor_grids
 from edgellm.cli.progress_bar import progress_shown
 from edgellm.errors import UsageError
 
@@ -62,6 +63,17 @@ def convert(
             metavar="NAME=GRID",
             help="Another grid for tensors by name or pattern (blk.*.attn_v.weight). Repeatable.",
         ),
+    ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Choose each tensor's grid for a size of all files (90MB); measures first.",
+        ),
+    ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(metavar="BITS", help="The same for so many bits a weight (4.3)."),
     ] = None,
     kv_cache: Annotated[
         str | None,
@@ -164,6 +176,7 @@ def convert(
       edgellm convert ./my-model --out small --format onnx --kv-cache int8
       edgellm convert ./my-model --out small --format hf --layout awq
       edgellm convert ./my-model -o small -q gptq:q4_0 --calibration chats.jsonl
+      edgellm convert ./my-model -o small -q gptq --fit 90MB
       edgellm convert ./my-model --out small --max-kld 0.1 --max-ppl-increase 5%
       edgellm convert --recipe recipe.toml --out small --json | jq .path
 
@@ -184,7 +197,9 @@ def convert(
             "layout": layout,
             "embed": embed,
             "head": head,
-            "tensor_grids": _tensor_grids(tensor_grid),
+            "tensor_grids": tensor_grids(tensor_grid),
+            "fit": fit,
+            "bits": bits,
             "kv_cache": kv_cache,
             "context": context,
             "ignore_config_keys": ignore_config_key or None,
@@ -269,19 +284,6 @@ def _asked(recipe_file: Path | None, options: dict[str, Any]) -> Recipe:
     return make_recipe(options)
 
 
-def _tensor_grids(entries: list[str] | None) -> dict[str, str] | None:
-    """``NAME=GRID``, each, as a table; the last of equal names counts."""
-    found = {}
-    for entry in entries or ():
-        name, _, grid = entry.rpartition("=")
-        if not name.strip() or not grid.strip():
-            raise UsageError(
-                f"--tensor-grid reads NAME=GRID, such as blk.*.attn_v.weight=q6_k, and not {entry}"
-            )
-        found[name] = grid
-    return found or None
-
-
 def _percent(text: str | None) -> float | None:
     """``5%`` or ``5`` as 5.0."""
     if text is None:
@@ -317,6 +319,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
         "notes": plan.notes,
         "calibration": _calibration_facts(plan.calibration) if plan.calibration else None,
         "tuning": _tuning_facts(plan.tuning) if plan.tuning else None,
+        "fit": plan.fitted.figures() if plan.fitted else None,
         "merge": _merge_facts(plan.source.merge) if plan.source.merge else None,
         "merged_before": plan.source.merged_before,
         "kept_adapters": _kept(plan),
@@ -419,6 +422,8 @@ def _show_plan(plan: Plan) -> None:
         ]
     )
     render.show_notes(plan.notes)
+    if plan.fitted is not None:
+        show_fit(plan.fitted)
 
 
 def _calibration_lines(calibration: Calibration) -> list[tuple[str, str]]:
