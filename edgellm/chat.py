@@ -126,14 +126,14 @@ def _no_runtime(artifact: Artifact) -> UnsupportedTarget:
     if layout is None:
         return UnsupportedTarget(
             "this is a Hugging Face folder of floats, which transformers loads and no runtime "
-            "here: make it one that runs, `edgellm convert FOLDER --out DIR`"
+            f"here: make one that runs, `edgellm convert {artifact.path} --out DIR`"
         )
     from edgellm.export.hf_layouts import LAYOUTS
 
     return UnsupportedTarget(
         f"this is a Hugging Face folder in the layout {layout}, which no runtime here opens: "
-        f"transformers loads it with {LAYOUTS[layout][grid].readers}. For a runtime here, convert "
-        "the model that it was made from with --format gguf or onnx"
+        f"transformers loads it with {LAYOUTS[layout][grid].readers}. Make one that runs here, its "
+        f"codes kept where they can be: `edgellm convert {artifact.path} --out DIR`"
     )
 
 

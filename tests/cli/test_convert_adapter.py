@@ -221,7 +221,7 @@ def test_what_belongs_elsewhere_is_refused_before_any_work(
         ((model, "--adapter", lora, "--adapter", lora), 3, "the same adapter"),
         ((model, "--adapter", f"{lora}=0"), 2, "other than 0"),
         ((model, "--combine", "ties"), 2, "combine is about adapters"),
-        ((model, "--seed", "0"), 2, "seed is about adapters"),
+        ((model, "--seed", "0", "--quant", "rtn:int4-g32"), 2, "seed"),
         ((model, "--adapter", lora, "--combine", "tise"), 2, "ties"),
         ((model, "--adapter", lora, "--combine", "ties"), 2, "needs a density"),
         ((model, "--adapter", lora, "--density", "0.5"), 2, "prunes nothing"),
