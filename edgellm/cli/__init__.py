@@ -43,6 +43,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "edgellm.cli.eval_command:eval_",
         "Measure a model on a text, and how far it is from another.",
     ),
+    "sweep": (
+        "edgellm.cli.sweep_command:sweep",
+        "Convert a model on several grids and compare each with it.",
+    ),
     "inspect": (
         "edgellm.cli.inspect_command:inspect",
         "Show what is inside an artifact or a model file.",

@@ -1,0 +1,146 @@
+"""One source converted on several grids, each compared with it: what a byte buys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import msgspec
+
+from edgellm.budget.chart import Mark, chart
+from edgellm.conversion import carry_out
+from edgellm.errors import OutputError, UsageError
+from edgellm.export.writer import check_output
+from edgellm.plan import make_plan
+from edgellm.progress import Progress, unwatched
+from edgellm.recipe import Recipe, split_quant
+
+PICTURE = "sweep.svg"
+FIGURES = "sweep.json"
+
+
+class Point(msgspec.Struct, frozen=True, kw_only=True):
+    """One conversion and how far its answers are from the source's (``evaluation.Figures``).
+
+    ``nbytes``: of all its files but the manifest. ``quant`` is what was asked for, ``resolved``
+    with the solver that was chosen. ``folder`` is None where the artifact was not kept.
+    """
+
+    quant: str
+    resolved: str
+    format: str
+    nbytes: int
+    bits_per_weight: float
+    kld_mean: float
+    kld_mean_stderr: float | None
+    perplexity: float
+    reference_perplexity: float
+    top1_agreement: float
+    tokens: int
+    text: str
+    windows_sha256: str
+    runtime: str
+    folder: str | None
+
+
+def quants(grids: Sequence[str], solvers: Sequence[str]) -> list[str]:
+    """Every grid by every solver, as ``--quant`` reads them.
+
+    Raises ``UsageError`` where there is no grid, or one is asked for twice.
+    """
+    found = [f"{solver}:{grid}" if solver else grid for grid in grids for solver in solvers or [""]]
+    if not found or not all(split_quant(each).grid for each in found):
+        raise UsageError("sweep needs the grids to try: --grids q4_0,q4_k_m,q8_0")
+    if len(set(found)) < len(found):
+        raise UsageError("--grids and --solvers name a conversion twice: leave the second out")
+    return found
+
+
+def sweep(
+    recipe: Recipe,
+    wanted: Sequence[str],
+    *,
+    keep: Path | None = None,
+    threads: int | None = None,
+    progress: Progress = unwatched,
+) -> Iterator[Point]:
+    """A point for each ``--quant`` in ``wanted``, as they are done; ``recipe`` says all the rest.
+
+    All are planned before the first is begun. Artifacts go to folders in ``keep``, or are deleted.
+    Raises what planning and converting do, and ``UsageError`` for grids that nothing is compared
+    for.
+    """
+    plans = []
+    for quant in wanted:
+        if recipe.check_tokens is None:
+            raise AssertionError("a sweep compares whatever it takes: check_tokens must be set")
+        plans.append(make_plan(msgspec.structs.replace(recipe, quant=quant), threads=threads))
+        if keep is not None:
+            check_output(keep / folder_of(quant), force=False)
+    with TemporaryDirectory(prefix="edgellm-sweep-") as temporary:
+        for quant, plan in zip(wanted, plans, strict=True):
+            out = (keep or Path(temporary)) / folder_of(quant)
+            artifact = carry_out(plan, out, progress=progress)
+            assert artifact.manifest is not None
+            found = artifact.manifest.measured["quality"]
+            assert plan.recipe.format is not None
+            assert plan.recipe.quant is not None
+            yield Point(
+                quant=quant,
+                resolved=plan.recipe.quant,
+                format=plan.recipe.format,
+                nbytes=sum(file.nbytes for file in artifact.manifest.artifact.files),
+                bits_per_weight=plan.bits_per_weight,
+                folder=None if keep is None else str(out),
+                **{name: found[name] for name in SHOWN},
+            )
+            if keep is None:
+                _delete(out)
+
+
+SHOWN = (
+    "kld_mean",
+    "kld_mean_stderr",
+    "perplexity",
+    "reference_perplexity",
+    "top1_agreement",
+    "tokens",
+    "text",
+    "windows_sha256",
+    "runtime",
+)
+
+
+def folder_of(quant: str) -> str:
+    """The name of the folder of a conversion."""
+    return quant.replace(":", "-").replace("+", "-")
+
+
+def write_sweep(points: Sequence[Point], source: str, out: Path) -> list[Path]:
+    """Write ``sweep.json`` and ``sweep.svg`` to the folder ``out``; returns their paths.
+
+    No picture where all answers are the source's own. Raises ``OutputError``.
+    """
+    written = [out / FIGURES]
+    marks = [
+        Mark(each.quant, each.nbytes, each.kld_mean, each.kld_mean_stderr or 0.0) for each in points
+    ]
+    figures = msgspec.json.format(msgspec.json.encode({"source": source, "points": points}))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / FIGURES).write_bytes(figures + b"\n")
+        if any(mark.kl > 0 for mark in marks):
+            (out / PICTURE).write_text(chart(marks, source), encoding="utf-8")
+            written.append(out / PICTURE)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write the sweep to {out} ({error.strerror}): choose another --out"
+        ) from error
+    return written
+
+
+def _delete(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder)

@@ -1,0 +1,35 @@
+"""``edgellm sweep``: every grid is converted and compared, and what was found is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from edgellm.manifest import open_artifact
+
+from .conftest import Command
+
+
+def test_figures_are_those_of_the_conversions(
+    command: Command, model: Path, tmp_path: Path
+) -> None:
+    options = ["--solvers", "rtn", "--format", "gguf", "--check-tokens", "256", "--json"]
+    places = ["--out", tmp_path / "out", "--keep", tmp_path / "kept"]
+    done = command("sweep", model, "--grids", "q4_0,q8_0", *options, *places)
+    assert done.code == 0, done.err
+    points = done.json()["points"]
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["points"] == points
+    assert "</svg>" in (tmp_path / "out" / "sweep.svg").read_text()
+    assert [point["quant"] for point in points] == ["rtn:q4_0", "rtn:q8_0"]
+    assert points[0]["nbytes"] < points[1]["nbytes"]
+    assert points[0]["kld_mean"] > 5 * points[1]["kld_mean"] > 0
+    for point in points:
+        artifact = open_artifact(Path(point["folder"]))
+        assert artifact.manifest is not None
+        assert artifact.manifest.measured["quality"]["kld_mean"] == point["kld_mean"]
+
+
+def test_a_grid_that_is_not_there_is_refused_before_work(command: Command, model: Path) -> None:
+    done = command("sweep", model, "--grids", "q4_0,q4_9", "--format", "gguf")
+    assert done.code == 5, done.err
+    assert "q4_9" in done.err
