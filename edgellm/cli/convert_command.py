@@ -162,9 +162,9 @@ def convert(
                    q4_0 q4_1 iq4_nl iq4_xs q3_k_l q3_k_m q3_k_s q2_k iq3_m iq3_s
                    iq3_xs iq3_xxs q2_k_s iq2_m iq2_s iq2_xs iq2_xxs iq1_m iq1_s
                    (from iq3_xs on with imatrix: or gptq: before it)
-    GRID for onnx: f32 f16 int8 int8-dynamic nf4 int4-g32 int4-g64 int4-g128
-                   (and -sym of each int4)
-    GRID for hf:   f32 f16 bf16 int8 int8-dynamic nf4 nf4-dq, and int4 as for onnx
+    GRID for onnx: f32 f16 int8 int8-g64 int8-g128 int8-dynamic nf4
+                   int4-g32 int4-g64 int4-g128 (and -sym of each int4)
+    GRID for hf:   f32 f16 bf16 nf4-dq, and int8, int4 and nf4 as for onnx
     LAYOUT for hf: gptq gptq_v2 awq compressed-tensors bitsandbytes
 
     \b

@@ -119,7 +119,7 @@ def test_an_artifact_through_its_runtime(
     artifact = carry_out(plan, tmp_path / "out", check=False)
     text = str(tmp_path / "text.txt")
     Path(text).write_text(tiny_models.TEXT)
-    found = survival.measure(plan.source, plan.layout, "rtn", artifact, text=text)
+    found = survival.measure(plan.source, plan.layout, artifact, text=text)
     assert found.from_quantized is not None
     windows = survival._windows(plan.source, plan.layout.context_length, text).windows
     merged, rounded = (
@@ -150,7 +150,7 @@ def test_the_figures_follow_the_bits(case: Case, tmp_path: Path) -> None:
 
 
 def measured(plan: Plan, artifact: Artifact) -> survival.Survival:
-    return survival.measure(plan.source, plan.layout, plan.recipe.solver, artifact)
+    return survival.measure(plan.source, plan.layout, artifact)
 
 
 def test_sizes_of_changes_equal_peft(case: Case) -> None:
@@ -192,8 +192,8 @@ def test_two_adapters_are_measured_apart_and_together(case: Case) -> None:
     assert report.together_relative == pytest.approx(whole.relative, rel=1e-4)
     plan = case.plan("int4-g32")
     for part, all_of_it in zip(
-        survival.weight_survivals(merged, plan.layout, "rtn"),
-        survival.weight_survivals(plan.source, plan.layout, "rtn"),
+        survival.weight_survivals(merged, plan.layout),
+        survival.weight_survivals(plan.source, plan.layout),
         strict=True,
     ):
         assert part.cosine == pytest.approx(all_of_it.cosine, abs=1e-3)

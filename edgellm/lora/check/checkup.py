@@ -70,7 +70,6 @@ def check_up(
         left = survival.measure(
             merged,
             layout,
-            recipe.solver,
             made,
             text=recipe.check_text,
             threads=threads,

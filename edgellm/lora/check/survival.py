@@ -8,7 +8,7 @@ projected on the adapter's own rows and columns (``lora.check.projection``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edgellm import registry
 from edgellm.calibration import texts
 from edgellm.errors import RuntimeMissing, UnsupportedTarget, VerificationError
 from edgellm.evaluation import Comparison, Divergence, session_logits
@@ -27,7 +26,7 @@ from edgellm.lora.check.projection import low_rank_factors, projected_cosine
 from edgellm.lora.replication import replicated
 from edgellm.parallel import one_blas_thread
 from edgellm.progress import Progress, unwatched
-from edgellm.quant import SOLVERS, floats, ggml
+from edgellm.quant import floats, ggml, rtn
 from edgellm.quant.dequantize import dequantize
 from edgellm.quant.ggml_types import NAMED
 from edgellm.quant.grid import Grid, QTensor
@@ -105,7 +104,6 @@ class Shared:
 def measure(
     merged: ModelSource,
     layout: Layout,
-    solver: str,
     artifact: Artifact,
     *,
     text: str | None = None,
@@ -120,7 +118,7 @@ def measure(
     ``run`` would pick. ``text`` is a file, or None for the built-in one. Raises what reading,
     loading and computing raise.
     """
-    weights = weight_survivals(merged, layout, solver, threads=threads)
+    weights = weight_survivals(merged, layout, threads=threads)
     read = _windows(merged, layout.context_length, text, tokens)
     windows = read.windows
     unmeasured = partial(Survival, survival=None, text=read.name, weights=weights)
@@ -222,17 +220,17 @@ def require(survival: Survival, minimum: float | None) -> None:
 
 
 def weight_survivals(
-    merged: ModelSource, layout: Layout, solver: str, *, threads: int | None = None
+    merged: ModelSource, layout: Layout, *, threads: int | None = None
 ) -> tuple[WeightSurvival, ...]:
     """The projected cosine of every weight that low-rank adapters change, in the layout's order.
 
-    Base and merged rows are rounded by the same ``solver`` to the grid that ``layout`` gives them.
+    Base and merged rows are plainly rounded to the grid that ``layout`` gives them: a solver that
+    corrects its errors moves other weights too. Grids that need importance are left out.
     """
     merge = merged.merge
     assert merge is not None, "nothing was merged into this source"
     base = replicated(merge.base, merge.adapters)
     grids = _grids(layout)
-    solve: Callable[[Array, Grid], QTensor] = registry.attribute(SOLVERS[solver].attribute)
 
     def survive(role: str) -> WeightSurvival | None:
         before, after = base.tensors.get(role), merged.tensors[role]
@@ -243,7 +241,12 @@ def weight_survivals(
         if any(factor.b.shape[0] != after.rows for factor in factors):
             return None
         grid = grids[role]
-        cosine = projected_cosine(before, after, factors, lambda rows: _values(solve(rows, grid)))
+        try:
+            cosine = projected_cosine(
+                before, after, factors, lambda rows: _values(rtn.solve(rows, grid))
+            )
+        except UnsupportedTarget:
+            return None
         if cosine is None:
             return None
         return WeightSurvival(role=role, name=after.name, grid=grid.name, cosine=cosine)

@@ -41,7 +41,6 @@ def check_survival(
     found = measure(
         plan.source,
         plan.layout,
-        recipe.solver,
         artifact,
         text=recipe.check_text,
         tokens=recipe.check_tokens or MEASURED_TOKENS,
