@@ -56,7 +56,8 @@ def sweep(
     \b
     Examples:
       edgellm sweep ./my-model --grids q4_0,q4_k_m,q8_0
-      edgellm sweep ./my-model --grids q4_0,q3_k_m --solvers rtn,gptq --out figures
+      edgellm sweep ./my-model --grids q4_0,q3_k_m --out figures
+      edgellm sweep ./my-model --grids q4_0 --solvers rtn,gptq
       edgellm sweep ./my-model --format onnx --grids int4-g32,int8 --keep tried
       edgellm sweep ./my-model --grids q4_0,q8_0 --json | jq .points
     """

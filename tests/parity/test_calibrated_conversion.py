@@ -340,7 +340,7 @@ def test_importance_is_saved_and_taken_in_place_of_a_text(
         if (statistics := statistics_of(tensor, found)) is None:
             continue
         importance = given.importance[names[tensor.role]]
-        np.testing.assert_allclose(importance, statistics.importance, rtol=1e-5)
+        np.testing.assert_allclose(importance, statistics.mean_squares, rtol=1e-5)
         rows = stacked_rows(tensor.parts, 0, tensor.rows)
         wanted = imatrix.solve(rows, tensor.grid, imatrix.Importance(importance))
         np.testing.assert_array_equal(stored(artifact, tensor), values_of(wanted))
