@@ -124,7 +124,12 @@ def test_source_and_output_may_not_overlap(tiny_model: TinyModel, tmp_path: Path
     source = shutil.copytree(tiny_model("llama"), tmp_path / "source")
     for out in (source / "inside", tmp_path):
         with pytest.raises((UsageError, OutputError)):
-            convert(Recipe(source=str(source), format="gguf", quant="q8_0"), out, force=True, check=False)
+            convert(
+                Recipe(source=str(source), format="gguf", quant="q8_0"),
+                out,
+                force=True,
+                check=False,
+            )
     assert sorted(path.name for path in source.iterdir()) == sorted(
         path.name for path in tiny_model("llama").iterdir()
     )
@@ -207,7 +212,9 @@ def test_an_artifact_replaces_its_elder_only_when_forced(
 
 
 def test_the_container_follows_a_grid_that_only_it_has(tiny_model: TinyModel) -> None:
-    assert make_plan(Recipe(source=str(tiny_model("llama")), quant="rtn:q4_0")).recipe.format == "gguf"
+    assert (
+        make_plan(Recipe(source=str(tiny_model("llama")), quant="rtn:q4_0")).recipe.format == "gguf"
+    )
     plan = make_plan(Recipe(source=str(tiny_model("llama")), quant="rtn:int4-g32"))
     assert plan.recipe.format == "onnx"
     with pytest.raises(UnknownGrid, match="q4_k_m"):
@@ -272,7 +279,13 @@ def large_model(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("container", "quant"),
-    [("gguf", "q8_0"), ("gguf", "rtn:q4_0"), ("gguf", "f16"), ("onnx", "rtn:int4-g32"), ("onnx", "f32")],
+    [
+        ("gguf", "q8_0"),
+        ("gguf", "rtn:q4_0"),
+        ("gguf", "f16"),
+        ("onnx", "rtn:int4-g32"),
+        ("onnx", "f32"),
+    ],
 )
 def test_memory_stays_within_what_the_plan_says(
     large_model: Path, tmp_path: Path, container: str, quant: str

@@ -235,7 +235,9 @@ def test_a_gguf_adapter_merges_as_the_folder_that_it_was_made_from(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         live.save_pretrained(folder)
-    apart = Recipe(source=str(base), adapters=(str(folder),), format="gguf", quant="q8_0", keep_adapters=True)
+    apart = Recipe(
+        source=str(base), adapters=(str(folder),), format="gguf", quant="q8_0", keep_adapters=True
+    )
     kept = convert(apart, tmp_path / "kept", check=False)
     assert kept.manifest is not None
     (beside,) = kept.manifest.artifact.kept_adapters
