@@ -26,7 +26,7 @@ import tiny_models
 import torch
 import transformers
 
-from edgellm import plan as planning
+from edgellm import slabs
 from edgellm.conversion import convert, one_blas_thread
 from edgellm.manifest import Artifact, read_manifest
 from edgellm.recipe import Recipe
@@ -282,7 +282,7 @@ def test_the_same_bytes_whatever_the_threads_and_slabs(
     found = []
     for threads, slab_bytes in ((1, None), (2, None), (2, None), (3, 20_000), (2, 7_000)):
         if slab_bytes is not None:
-            monkeypatch.setattr(planning, "SLAB_BYTES", slab_bytes)
+            monkeypatch.setattr(slabs, "SLAB_BYTES", slab_bytes)
         out = tmp_path / f"{len(found)}"
         found.append(read_manifest(convert(recipe, out, threads=threads, check=False).path))
     assert len({manifest.sha256 for manifest in found}) == 1
