@@ -48,7 +48,7 @@ def test_a_source_beside_the_file_is_found_from_anywhere(tmp_path: Path) -> None
     ("content", "named"),
     [
         ("source = 1\n", "source"),
-        ('source = "m"\nbits = 4\n', "bits"),
+        ('source = "m"\nbit = 4\n', "bit"),
         ('source = "m\n', "not TOML"),
         ('source = "m"\ncontext = 0\n', "context"),
         ('quant = "q4_0"\n', "source"),
