@@ -52,8 +52,8 @@ REFUSED = {
 }
 
 NOTES = {
-    "int8-dynamic": "int8-dynamic quantizes activations too, each token by its own scale: answers "
-    "can move as much as with 4 bits; int8 keeps them",
+    "int8-dynamic": "int8-dynamic quantizes activations too, each token by its own scale: where a "
+    "few channels are much larger than the others, answers are lost without smoothquant: before it",
     "nf4-dq": "scales of nf4-dq are rounded together, so each weight is held in memory whole",
 }
 
