@@ -1,7 +1,8 @@
 """How far GGUF files' answers in llama.cpp are from the unquantized model's, on held-out windows.
 
 Arguments: MODEL TOKENS.json FILE.gguf... Prints JSON: the figures of ``edgellm eval`` by file.
-The float network is computed once, and each window's logits are forgotten when all were compared.
+The float network is computed once up to its head. Files are opened one after the other: the waiting
+threads of several llama.cpp contexts would take the cores from each other.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ model, tokens, *files = sys.argv[1:]
 source = open_source(model)
 windows = json.loads(Path(tokens).read_text())["windows"]
 options = RunOptions(context_tokens=max(map(len, windows)))
-sessions = {
-    file: runtime_named("llamacpp").open(open_artifact(Path(file)), options) for file in files
-}
-found = {file: Comparison() for file in files}
-for window, hidden in zip(windows, hidden_states(source, windows), strict=True):
-    reference = logits_of(source, hidden)
-    for file, session in sessions.items():
+states = hidden_states(source, windows)
+found = {}
+for file in files:
+    comparison = found[file] = Comparison()
+    session = runtime_named("llamacpp").open(open_artifact(Path(file)), options)
+    for window, hidden in zip(windows, states, strict=True):
         session.trim(0)
-        found[file].add(reference, session.prefill(window, all_logits=True), window)
+        logits = session.prefill(window, all_logits=True)
+        comparison.add(logits_of(source, hidden), logits, window)
+    session.close()
 text = "".join(map(source.tokenizer.decode, windows))
 words, nbytes = len(text.split()), len(text.encode())
 figures = {file: msgspec.to_builtins(each.figures(words, nbytes)) for file, each in found.items()}
