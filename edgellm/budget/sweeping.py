@@ -8,7 +8,8 @@ from tempfile import TemporaryDirectory
 
 import msgspec
 
-from edgellm.budget.chart import Mark, chart
+from edgellm.budget.chart import Drawing, Mark, can_be_drawn, chart
+from edgellm.budget.picture import picture
 from edgellm.conversion import carry_out
 from edgellm.errors import OutputError, UsageError
 from edgellm.export.writer import check_output
@@ -117,27 +118,52 @@ def folder_of(quant: str) -> str:
     return quant.replace(":", "-").replace("+", "-")
 
 
-def write_sweep(points: Sequence[Point], source: str, out: Path) -> list[Path]:
-    """Write ``sweep.json`` and ``sweep.svg`` to the folder ``out``; returns their paths.
+def drawing_of(points: Sequence[Point], source: str) -> Drawing | None:
+    """KL against size; None where all answers are the source's own.
 
-    No picture where all answers are the source's own. Raises ``OutputError``.
+    Points have their solver's colour and shape where there is more than one solver.
     """
-    written = [out / FIGURES]
+    named = [(_solver_of(each), split_quant(each.resolved).grid) for each in points]
+    if len({solver for solver, _ in named}) == 1:
+        named = [("", each.quant) for each in points]
     marks = [
-        Mark(each.quant, each.nbytes, each.kld_mean, each.kld_mean_stderr or 0.0) for each in points
+        Mark(label, each.nbytes, each.kld_mean, each.kld_mean_stderr or 0.0, series)
+        for each, (series, label) in zip(points, named, strict=True)
     ]
-    figures = msgspec.json.format(msgspec.json.encode({"source": source, "points": points}))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / FIGURES).write_bytes(figures + b"\n")
-        if any(mark.kl > 0 for mark in marks):
-            (out / PICTURE).write_text(chart(marks, source), encoding="utf-8")
-            written.append(out / PICTURE)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write the sweep to {out} ({error.strerror}): choose another --out"
-        ) from error
-    return written
+    return chart(marks, source) if can_be_drawn(marks) else None
+
+
+def write_sweep(
+    points: Sequence[Point], source: str, out: Path | None, picture_path: Path | None = None
+) -> list[Path]:
+    """Write ``sweep.json`` and ``sweep.svg`` to the folder ``out``, and ``picture_path``.
+
+    Returns what was written: no picture where all answers are the source's own. Raises
+    ``OutputError``, and what ``picture.check_picture`` does.
+    """
+    contents: dict[Path, bytes] = {}
+    if out is not None:
+        figures = msgspec.json.format(msgspec.json.encode({"source": source, "points": points}))
+        contents[out / FIGURES] = figures + b"\n"
+    drawing = drawing_of(points, source)
+    if drawing is not None:
+        paths = [out / PICTURE] if out is not None else []
+        paths += [picture_path] if picture_path is not None else []
+        contents |= {path: picture(drawing, path) for path in paths}
+    for path, content in contents.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write the sweep to {path} ({error.strerror}): choose another place"
+            ) from error
+    return list(contents)
+
+
+def _solver_of(point: Point) -> str:
+    """Transforms and solver, as ``--quant`` has them before the grid."""
+    return point.resolved.rpartition(":")[0]
 
 
 def _delete(folder: Path) -> None:

@@ -37,6 +37,12 @@ def sweep(
         Path | None,
         typer.Option("--out", "-o", help="A folder for sweep.json and sweep.svg, a picture."),
     ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="KL against size, drawn as .svg or .png (with Pillow installed)."
+        ),
+    ] = None,
     keep: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Keep what was converted in here.")
     ] = None,
@@ -57,10 +63,12 @@ def sweep(
     Examples:
       edgellm sweep ./my-model --grids q4_0,q4_k_m,q8_0
       edgellm sweep ./my-model --grids q4_0,q3_k_m --out figures
+      edgellm sweep ./my-model --grids q4_0,q3_k_m --picture size-kl.png
       edgellm sweep ./my-model --grids q4_0 --solvers rtn,gptq
       edgellm sweep ./my-model --format onnx --grids int4-g32,int8 --keep tried
       edgellm sweep ./my-model --grids q4_0,q8_0 --json | jq .points
     """
+    from edgellm.budget.picture import check_picture
     from edgellm.budget.sweeping import quants, write_sweep
     from edgellm.budget.sweeping import sweep as each_of
     from edgellm.calibration.texts import MEASURED_TOKENS
@@ -78,13 +86,15 @@ def sweep(
             "ignore_config_keys": ignore_config_key or None,
         }
     )
+    if picture is not None:
+        check_picture(picture)
     points: list[Point] = []
     with progress_shown(quiet=as_json) as progress:
         for point in each_of(recipe, wanted, keep=keep, threads=threads, progress=progress):
             points.append(point)
             if not as_json:
                 render.say(f"{point.quant}: {render.size(point.nbytes)}, KL {point.kld_mean:.3g}")
-    written = [] if out is None else write_sweep(points, source, out)
+    written = write_sweep(points, source, out, picture)
     if as_json:
         render.show_json({"source": source, "points": points, "written": written})
         return
@@ -108,6 +118,8 @@ def sweep(
         f"the source's own perplexity on these {first.tokens} tokens of {first.text}: "
         f"{first.reference_perplexity:.4g}"
     ]
+    if picture is not None and picture not in written:
+        notes.append(f"{picture} is not drawn: all answers are the source's own, of KL 0")
     render.show_notes([*notes, *(f"written: {path}" for path in written)])
 
 

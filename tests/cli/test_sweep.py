@@ -15,11 +15,14 @@ def test_figures_are_those_of_the_conversions(
 ) -> None:
     options = ["--solvers", "rtn", "--format", "gguf", "--check-tokens", "256", "--json"]
     places = ["--out", tmp_path / "out", "--keep", tmp_path / "kept"]
+    places += ["--picture", tmp_path / "drawn" / "size.svg"]
     done = command("sweep", model, "--grids", "q4_0,q8_0", *options, *places)
     assert done.code == 0, done.err
     points = done.json()["points"]
     assert json.loads((tmp_path / "out" / "sweep.json").read_text())["points"] == points
-    assert "</svg>" in (tmp_path / "out" / "sweep.svg").read_text()
+    drawn = (tmp_path / "out" / "sweep.svg").read_text()
+    assert "rtn:q8_0</text>" in drawn
+    assert (tmp_path / "drawn" / "size.svg").read_text() == drawn
     assert [point["quant"] for point in points] == ["rtn:q4_0", "rtn:q8_0"]
     assert points[0]["nbytes"] < points[1]["nbytes"]
     assert points[0]["kld_mean"] > 5 * points[1]["kld_mean"] > 0
@@ -33,3 +36,11 @@ def test_a_grid_that_is_not_there_is_refused_before_work(command: Command, model
     done = command("sweep", model, "--grids", "q4_0,q4_9", "--format", "gguf")
     assert done.code == 2, done.err
     assert "q4_9" in done.err
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_work(
+    command: Command, model: Path, tmp_path: Path
+) -> None:
+    done = command("sweep", model, "--grids", "q4_0", "--picture", tmp_path / "size.gif")
+    assert done.code == 2, done.err
+    assert ".svg or .png" in done.err
