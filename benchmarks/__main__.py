@@ -22,6 +22,7 @@ BENCHMARKS = {
     "quality": "answers of calibrated GGUF files in llama.cpp against its importance matrix",
     "fit": "answers at the size of Q4_K_M: grids chosen by tensor against llama.cpp's mixture",
     "quantize": "GPTQ of SmolLM2: wall, peak memory and KL against gptqmodel",
+    "int4": "int4 of four kinds: KL against gptqmodel, llm-compressor and auto-round",
     "cold_start": "time to help and to the first token",
 }
 
@@ -58,7 +59,7 @@ def main() -> int:
         print(f"   {time.perf_counter() - started:.0f} s", file=sys.stderr)
         missed += sum(comparison.met is False for comparison in result.comparisons)
     if not arguments.quick:
-        tables.update(places.ROOT / "README.md", places.RESULTS)
+        tables.update()
     if missed:
         print(f"{missed} target(s) missed", file=sys.stderr)
     return 1 if missed and not arguments.quick else 0

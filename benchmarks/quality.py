@@ -5,18 +5,22 @@ sees. Files of one type have the same tensors in the same types, so they are of 
 divergence is from the unquantized model (float32) over 16,384 tokens of text that calibration does
 not see, every file run by the same build of llama.cpp.
 
-`python -m benchmarks.quality q4_0 q6_k` tries these types only and changes no result.
+`python -m benchmarks.quality q4_0 q6_k` tries these types only and changes no result;
+`python -m benchmarks.quality --add-types` reads the types of the tensors of a result that has none.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from benchmarks import results, tables
 from benchmarks.measure import fresh, output_of, run
 from benchmarks.models import SMOLLM2, smollm2
-from benchmarks.places import LOOPS, WORK, edgellm, shown
+from benchmarks.places import LOOPS, RESULTS, WORK, edgellm, shown
 from benchmarks.results import Comparison, Result
 from benchmarks.text import tokens
 
@@ -63,6 +67,8 @@ def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
     judge += [file for pair in files.values() for file in pair]
     figures = output_of(judge)
     commands["KL"] = shown(judge)
+    sizes = {file: (WORK / file).stat().st_size for pair in files.values() for file in pair}
+    types = types_of({name: ours for name, (ours, _) in files.items()})
     fresh("float", *(f"peer-{name}.gguf" for name in names))
     return Result(
         benchmark="quality",
@@ -85,18 +91,45 @@ def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
         commands=commands,
         facts={
             "figures": figures,
-            "sizes": {file: (WORK / file).stat().st_size for file, _ in files.values()},
+            "sizes": sizes,
+            "types": types,
             "text_sha256": text.sha256,
             "packages": ["llama-cpp-python", "libgguf", "numpy"],
         },
     )
 
 
+def types_of(files: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """What the matrices of GGUF files are, by the name of the file's type.
+
+    The peer's are the same ones; tests hold that.
+    """
+    found = output_of([sys.executable, str(LOOPS / "gguf_types.py"), *files.values()])
+    return {name: found[file] for name, file in files.items()}
+
+
+def add_types(path: Path) -> None:
+    """Write the types into a result that was kept without, from the files that it is about."""
+    document = json.loads(path.read_text())
+    names = [comparison["what"] for comparison in document["comparisons"]]
+    document["facts"]["types"] = types_of({name: f"ours-{name}/model.gguf" for name in names})
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
 def _largest_error(figures: dict[str, dict[str, float]]) -> float:
     return max(each["kld_mean_stderr"] / each["kld_mean"] for each in figures.values())
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str]) -> None:
+    """Try some types, or add to the kept result what the tensors of its files are."""
+    if arguments == ["--add-types"]:
+        add_types(RESULTS / "quality.json")
+        tables.update()
+        return
     kept = WORK / "trial.json"
-    results.save(measure(quick=False, types=sys.argv[1:]), kept)
-    print(tables.render(results.load(kept)))
+    results.save(measure(quick=False, types=arguments), kept)
+    print(tables.render(results.load(kept), commands=True))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

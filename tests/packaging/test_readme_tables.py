@@ -1,4 +1,4 @@
-"""README.md's tables are what benchmarks/results holds, and results hold nothing of the machine."""
+"""The documents' tables are what benchmarks/results holds; results hold nothing of the machine."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 if str(ROOT) not in sys.path:  # benchmarks/ is no part of the installed package
     sys.path.append(str(ROOT))
 
-from benchmarks import tables  # noqa: E402
+from benchmarks import picture, tables  # noqa: E402
 from benchmarks.results import Comparison, Result, load  # noqa: E402
 
 SAMPLE = Result(
@@ -44,13 +43,23 @@ SAMPLE = Result(
 )
 
 
-def test_readme_is_up_to_date() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert tables.fill(text, RESULTS) == text, "run `python -m benchmarks.tables`"
+@pytest.mark.parametrize("commands", [False, True])
+def test_documents_are_up_to_date(commands: bool) -> None:
+    document = tables.COMMANDED if commands else tables.README
+    text = document.read_text(encoding="utf-8")
+    found = tables.fill(text, RESULTS, commands=commands)
+    assert found == text, "run `python -m benchmarks.tables`"
+
+
+def test_the_picture_is_up_to_date() -> None:
+    for path, content in picture.contents(RESULTS).items():
+        assert path.read_text(encoding="utf-8") == content, "run `python -m benchmarks.tables`"
 
 
 def test_every_result_is_quoted() -> None:
-    quoted = {name for _, name, _ in tables.MARKED.findall(README.read_text(encoding="utf-8"))}
+    documents = (tables.README, tables.COMMANDED)
+    texts = [document.read_text(encoding="utf-8") for document in documents]
+    quoted = {name for text in texts for _, name, _ in tables.MARKED.findall(text)}
     assert {path.stem for path in RESULTS.glob("*.json")} <= quoted
 
 
@@ -111,3 +120,61 @@ def test_filling_leaves_the_rest_alone(tmp_path: Path) -> None:
     assert tables.fill(filled, tmp_path) == filled
     absent = tables.fill(text.replace("sample", "absent"), tmp_path)
     assert "\nNot measured yet: `python -m benchmarks absent`.\n" in absent
+
+
+def test_commands_and_types_stand_under_their_table() -> None:
+    types = {
+        "q4_k_m": {
+            "q5_0": {"bytes": 600, "tensors": {"attn_q": 30, "ffn_up": 30}},
+            "q4_k": {"bytes": 200, "tensors": {"ffn_down": 15}},
+        }
+    }
+    commands = {"edgellm": "edgellm convert m", "peer": "quantize m"}
+    facts = {**SAMPLE.facts, "types": types}
+    text = tables.render(replace(SAMPLE, commands=commands, facts=facts), commands=True)
+    assert "| q4_k_m | 75% q5_0 (30 attn_q, 30 ffn_up); 25% q4_k (15 ffn_down) |" in text
+    assert "# edgellm\nedgellm convert m\n# peer\nquantize m\n```" in text
+    assert "convert m" not in tables.render(replace(SAMPLE, commands=commands))
+
+
+def test_a_bound_on_both_sides_is_shown_and_judged() -> None:
+    both = Comparison("measured / planned", "", [1.2], at_least=0.85, at_most=1.15)
+    row = tables.render(replace(SAMPLE, comparisons=[both], peer="")).splitlines()[2]
+    assert row == "| measured / planned | 1.20 | 0.85 to 1.15: **missed** |"
+
+
+def test_the_picture_has_each_file_where_it_was_measured(tmp_path: Path) -> None:
+    from benchmarks.results import save
+
+    def figures(kl: float) -> dict[str, float]:
+        return {"kld_mean": kl, "kld_mean_stderr": kl / 50}
+
+    quality = replace(
+        SAMPLE,
+        benchmark="quality",
+        comparisons=[Comparison("q4_0", "nats", [0.1], [0.2])],
+        facts={
+            "figures": {"ours-q4_0/model.gguf": figures(0.1), "peer-q4_0.gguf": figures(0.2)},
+            "sizes": {"ours-q4_0/model.gguf": 90, "peer-q4_0.gguf": 91},
+            "text_sha256": "a",
+        },
+    )
+    assert picture.contents(tmp_path) == {}
+    save(quality, tmp_path / "quality.json")
+    fit = {
+        "figures": {"fitted/model.gguf": figures(0.05)},
+        "sizes": {"fitted": 95},
+        "text_sha256": "a",
+    }
+    save(replace(quality, benchmark="fit", facts=fit), tmp_path / "fit.json")
+    of_another_text = {**quality.facts, "text_sha256": "b"}
+    save(replace(quality, benchmark="tune", facts=of_another_text), tmp_path / "tune.json")
+    found = [(mark.series, mark.label, mark.nbytes, mark.kl) for mark in picture.marks(tmp_path)]
+    assert found == [
+        (picture.PEER, "q4_0", 91, 0.2),
+        (picture.OURS, "q4_0", 90, 0.1),
+        (picture.FITTED, "--fit", 95, 0.05),
+    ]
+    ((path, content),) = picture.contents(tmp_path).items()
+    assert path.name == "size-kl.svg"
+    assert picture.FITTED in content
