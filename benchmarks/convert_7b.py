@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 
 from benchmarks.measure import folder_bytes, fresh, output_of, run
-from benchmarks.models import llama7b
+from benchmarks.models import llama
 from benchmarks.places import WORK, edgellm, shown
 from benchmarks.results import Comparison, Result
 
@@ -20,7 +20,7 @@ HONEST = 1.1
 
 def measure(*, quick: bool) -> Result:
     """Peak memory and wall for each grid; quick: for the last alone, of two layers."""
-    model = llama7b("llama7b-2-layers" if quick else "llama7b")
+    model = llama("llama7b-2-layers" if quick else "llama7b")
     comparisons: list[Comparison] = []
     commands: dict[str, str] = {}
     facts: dict[str, object] = {"source_bytes": folder_bytes(model), "packages": ["libgguf"]}

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.measure import Run, folder_bytes, fresh, interleaved, output_of, run
-from benchmarks.models import llama7b, llama7b_adapter
+from benchmarks.models import llama, llama_adapter
 from benchmarks.places import LOOPS, WORK, edgellm, shown
 from benchmarks.results import Comparison, Result
 
@@ -26,7 +26,7 @@ OURS, THEIRS = "7b-merged", "7b-merged-by-peft"
 def measure(*, quick: bool) -> Result:
     """Wall and peak memory of both, in turn; quick: once, on two layers."""
     name = "llama7b-bf16-2-layers" if quick else "llama7b-bf16"
-    model, adapter = llama7b(name), llama7b_adapter(name)
+    model, adapter = llama(name), llama_adapter(name)
     ours = [*edgellm(), "merge", model.name, "--adapter", adapter.name, "--out", OURS]
     script = str(LOOPS / "peft_merge.py")
     theirs = [sys.executable, script, model.name, adapter.name, THEIRS]

@@ -1,7 +1,7 @@
 """Models to measure with, made from a package or from random numbers; run as a program.
 
-`python -m benchmarks.models smollm2 FOLDER` and `... llama7b FOLDER` write Hugging Face folders.
-edgellm itself has no hand in them.
+`python -m benchmarks.models smollm2 FOLDER` and `... llama7b FOLDER` write Hugging Face folders, as
+do the other names in ``LLAMAS``. edgellm itself has no hand in them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,53 @@ NOISE_STEPS = 0.3
 SHARD_BYTES = 5 << 30
 RANDOM_BYTES = 16 << 20
 
-LLAMA_7B = {"hidden": 4096, "intermediate": 11008, "heads": 32}
-LLAMA_7B_LAYERS = {
-    "llama7b": 32,
-    "llama7b-2-layers": 2,
-    "llama7b-bf16": 32,
-    "llama7b-bf16-2-layers": 2,
+SMOLLM2_TOKENS = 49152
+"""Of its vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A Llama's shape; ``tied``: the head is the embedding. Its vocabulary is SmolLM2's."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    tied: bool = False
+    bf16: bool = True
+
+    @property
+    def key_value(self) -> int:
+        """Rows of the products that make keys, and values."""
+        return self.hidden * self.kv_heads // self.heads
+
+    @property
+    def layer_weights(self) -> int:
+        """Values of one layer's matrices."""
+        return self.hidden * (2 * self.hidden + 2 * self.key_value + 3 * self.intermediate)
+
+    @property
+    def gibibytes(self) -> int:
+        """What the folder takes, to the next GiB."""
+        ends = SMOLLM2_TOKENS * self.hidden * (1 if self.tied else 2)
+        return 1 + (2 * (self.layers * self.layer_weights + ends) >> 30)
+
+
+LLAMA_7B = Shape(32, 4096, 11008, 32, 32)
+LLAMA_1B = Shape(16, 2048, 8192, 32, 8, tied=True)
+LLAMA_3B = Shape(28, 3072, 8192, 24, 8, tied=True)
+"""Llama-2-7B, Llama-3.2-1B and Llama-3.2-3B."""
+
+LLAMAS = {
+    "llama7b": replace(LLAMA_7B, bf16=False),
+    "llama7b-2-layers": replace(LLAMA_7B, layers=2, bf16=False),
+    "llama7b-bf16": LLAMA_7B,
+    "llama7b-bf16-2-layers": replace(LLAMA_7B, layers=2),
+    "llama1b-2-layers": replace(LLAMA_1B, layers=2),
+    "llama1b-4-layers": replace(LLAMA_1B, layers=4),
+    "llama3b-2-layers": replace(LLAMA_3B, layers=2),
 }
-LLAMA_7B_BYTES = {
-    name: (14 if layers == 32 else 2) << 30 for name, layers in LLAMA_7B_LAYERS.items()
-}
-"""What the folder takes, to the next GiB."""
 
 ADAPTER_RANK = 16
 
@@ -47,16 +84,18 @@ def smollm2() -> Path:
     return _made("smollm2")
 
 
-def llama7b(name: str) -> Path:
-    """The 7B-shaped folder, made when missing; raises ``OSError`` when the disk is too small."""
+def llama(name: str) -> Path:
+    """The folder of one of ``LLAMAS``, made when missing; ``OSError`` when the disk is too small.
+
+    Room for what will be made of it is asked for too.
+    """
     if not (WORK / name).exists():
         WORK.mkdir(parents=True, exist_ok=True)
-        free, needed = shutil.disk_usage(WORK).free, 2 * LLAMA_7B_BYTES[name]
+        free, needed = shutil.disk_usage(WORK).free, 2 * LLAMAS[name].gibibytes << 30
         if free < needed:
             raise OSError(
-                f"the 7B-shaped model and its artifacts need {needed >> 30} GiB, and "
-                f"{free >> 30} GiB are free: free some, or set EDGELLM_BENCH_FOLDER to a folder on "
-                "a larger disk"
+                f"{name} and its artifacts need {needed >> 30} GiB, and {free >> 30} GiB are free: "
+                "free some, or set EDGELLM_BENCH_FOLDER to a folder on a larger disk"
             )
     return _made(name)
 
@@ -124,10 +163,8 @@ def write_smollm2(folder: Path) -> None:
     write_tokenizer(metadata, folder)
 
 
-def write_llama7b(folder: Path, layers: int, *, bf16: bool = False) -> None:
-    """Write a random model of Llama-2-7B's shape, SmolLM2's vocabulary, in shards of 5 GiB.
-
-    Its floats are f16, or bf16.
+def write_llama(folder: Path, shape: Shape) -> None:
+    """Write a random model of ``shape``, SmolLM2's vocabulary, in shards of 5 GiB.
 
     Every tensor is cut from one block of random numbers, from another place each, so that making
     it costs little more than writing it.
@@ -135,26 +172,28 @@ def write_llama7b(folder: Path, layers: int, *, bf16: bool = False) -> None:
     import gguf
     import numpy as np
 
-    hidden, intermediate = LLAMA_7B["hidden"], LLAMA_7B["intermediate"]
+    hidden, intermediate = shape.hidden, shape.intermediate
+    key_value = shape.key_value
     reader = gguf.GGUFReader(smollm2_gguf())
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     vocab = len(metadata["tokenizer.ggml.tokens"])
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for layer in range(layers):
+    for layer in range(shape.layers):
         prefix = f"model.layers.{layer}."
-        for part in ("q", "k", "v", "o"):
-            shapes[f"{prefix}self_attn.{part}_proj.weight"] = (hidden, hidden)
+        for part, rows in {"q": hidden, "k": key_value, "v": key_value, "o": hidden}.items():
+            shapes[f"{prefix}self_attn.{part}_proj.weight"] = (rows, hidden)
         shapes[f"{prefix}mlp.gate_proj.weight"] = (intermediate, hidden)
         shapes[f"{prefix}mlp.up_proj.weight"] = (intermediate, hidden)
         shapes[f"{prefix}mlp.down_proj.weight"] = (hidden, intermediate)
         shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
         shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
     shapes["model.norm.weight"] = (hidden,)
-    shapes["lm_head.weight"] = (vocab, hidden)
+    if not shape.tied:
+        shapes["lm_head.weight"] = (vocab, hidden)
 
     random = np.random.default_rng(SEED)
     block = random.standard_normal(RANDOM_BYTES // 2, np.float32) * 0.02
-    stored = _bf16 if bf16 else _f16
+    stored = _bf16 if shape.bf16 else _f16
     ones = stored(np.ones(hidden, np.float32)).tobytes()
     content = memoryview(stored(block).tobytes())
 
@@ -173,8 +212,8 @@ def write_llama7b(folder: Path, layers: int, *, bf16: bool = False) -> None:
 
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, shape in shapes.items():
-        nbytes = 2 * int(np.prod(shape))
+    for name, each in shapes.items():
+        nbytes = 2 * int(np.prod(each))
         if filled + nbytes > SHARD_BYTES:
             shards.append([])
             filled = 0
@@ -184,48 +223,48 @@ def write_llama7b(folder: Path, layers: int, *, bf16: bool = False) -> None:
     index: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        described = {name: ("BF16" if bf16 else "F16", shapes[name]) for name in names}
+        described = {name: ("BF16" if shape.bf16 else "F16", shapes[name]) for name in names}
         write_safetensors(folder / file, described, pieces(names))
         index |= dict.fromkeys(names, file)
-    total = sum(2 * int(np.prod(shape)) for shape in shapes.values())
+    total = sum(2 * int(np.prod(each)) for each in shapes.values())
     document = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(document, indent=2))
     config = _llama_config(
         hidden=hidden,
         intermediate=intermediate,
-        layers=layers,
-        heads=LLAMA_7B["heads"],
-        kv_heads=LLAMA_7B["heads"],
+        layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
         vocab=vocab,
         context=4096,
         theta=10000.0,
-        tied=False,
-        dtype="bfloat16" if bf16 else "float16",
+        tied=shape.tied,
+        dtype="bfloat16" if shape.bf16 else "float16",
     )
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     write_tokenizer(metadata, folder)
 
 
-def llama7b_adapter(name: str) -> Path:
-    """A random PEFT adapter for the 7B-shaped model ``name``, made when missing."""
+def llama_adapter(name: str) -> Path:
+    """A random PEFT adapter for ``name``, whose heads all have keys; made when missing."""
     return _made(f"{name}-adapter")
 
 
-def write_llama7b_adapter(folder: Path, layers: int) -> None:
+def write_llama_adapter(folder: Path, shape: Shape) -> None:
     """Write a LoRA of rank 16 on every linear layer but the head, in bf16, as PEFT lays it out.
 
     Its change is about a hundredth of the weights, as training leaves it.
     """
     import numpy as np
 
-    hidden, intermediate = LLAMA_7B["hidden"], LLAMA_7B["intermediate"]
+    hidden, intermediate = shape.hidden, shape.intermediate
     shapes = dict.fromkeys((f"self_attn.{part}_proj" for part in "qkvo"), (hidden, hidden))
     shapes |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (intermediate, hidden))
     shapes["mlp.down_proj"] = (hidden, intermediate)
     random = np.random.default_rng(SEED)
     described: dict[str, tuple[str, tuple[int, ...]]] = {}
     content = []
-    for layer in range(layers):
+    for layer in range(shape.layers):
         for module, (out, into) in shapes.items():
             prefix = f"base_model.model.model.layers.{layer}.{module}"
             factors = {"lora_A": (ADAPTER_RANK, into), "lora_B": (out, ADAPTER_RANK)}
@@ -424,6 +463,6 @@ if __name__ == "__main__":
     if wanted == "smollm2":
         write_smollm2(target)
     elif wanted.endswith("-adapter"):
-        write_llama7b_adapter(target, LLAMA_7B_LAYERS[wanted.removesuffix("-adapter")])
+        write_llama_adapter(target, LLAMAS[wanted.removesuffix("-adapter")])
     else:
-        write_llama7b(target, LLAMA_7B_LAYERS[wanted], bf16="bf16" in wanted)
+        write_llama(target, LLAMAS[wanted])

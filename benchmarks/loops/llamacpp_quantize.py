@@ -1,6 +1,8 @@
 """Quantize a GGUF file with llama.cpp's own quantizer, at its default of all cores.
 
-Arguments: IN.gguf OUT.gguf TYPE [IMATRIX.gguf], where TYPE is llama.cpp's name, such as q4_k_m.
+Arguments: IN.gguf OUT.gguf TYPE [IMATRIX.gguf [ROLE]], where TYPE is llama.cpp's name, such as
+q4_k_m. With a ROLE such as ffn_down only its matrices are quantized, to the tensor type TYPE, and
+all others are written in bf16.
 """
 
 from __future__ import annotations
@@ -14,7 +16,18 @@ import numpy as np
 
 source, target, file_type, *imatrix = sys.argv[1:]
 settings = llama_cpp.llama_model_quantize_default_params()
-settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{file_type.upper()}")
+imatrix, role = imatrix[:1], imatrix[1:]
+if role:
+    # Types by name are heeded only in a file of a quantized type; the first match wins.
+    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
+    settings.token_embedding_type = settings.output_tensor_type = llama_cpp.GGML_TYPE_BF16
+    overrides = (llama_cpp.llama_model_tensor_override * 3)()
+    overrides[0].pattern = rf"\.{role[0]}\.weight".encode()
+    overrides[0].type = getattr(llama_cpp, f"GGML_TYPE_{file_type.upper()}")
+    overrides[1].pattern, overrides[1].type = rb"^blk\.", llama_cpp.GGML_TYPE_BF16
+    settings.tt_overrides = overrides
+else:
+    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{file_type.upper()}")
 if imatrix:
     importance = {
         name: np.ascontiguousarray(values, np.float32).reshape(-1)
