@@ -45,9 +45,7 @@ def measure(*, quick: bool) -> Result:
         facts[name] = {"calibration": plan["calibration"], "threads": plan["threads"]}
         commands[name] = shown(command)
         comparisons += [
-            Comparison(
-                f"{name}, one layer in float32", "bytes", [4.0 * LLAMAS[name].layer_weights]
-            ),
+            Comparison(f"{name}, one layer in float32", "bytes", [layer]),
             Comparison(f"{name}, peak memory that the plan said", "bytes", [planned]),
             Comparison(f"{name}, peak memory", "bytes", [done.peak_memory_bytes]),
             Comparison(
