@@ -1,11 +1,13 @@
 """The picture of size against KL in docs/, made from benchmarks/results/quality.json.
 
-`python -m benchmarks.tables` writes it; figures of `--tune` and `--fit` stand in it too once there
-are results of the same text.
+`python -m benchmarks.tables` writes it, and shows it in docs/quantization.md between
+``<!-- size-kl -->`` and ``<!-- /size-kl -->``; figures of `--tune` and `--fit` stand in it too once
+there are results of the same text.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +18,28 @@ if TYPE_CHECKING:
     from edgellm.budget.chart import Mark
 
 PICTURE = ROOT / "docs" / "size-kl.svg"
+DOCUMENT = ROOT / "docs" / "quantization.md"
+MARKED = re.compile(r"(<!-- size-kl -->\n).*?(<!-- /size-kl -->)", re.DOTALL)
 PEER, OURS, TUNED = "llama.cpp, importance matrix", "edgellm", "edgellm --tune"
 FITTED = "edgellm --fit"
+ALTERNATIVE = "KL divergence against file size: GGUF files of edgellm and of llama.cpp, by type"
 TITLE = "SmolLM2-135M off its 4-bit grid: GGUF files in stock llama.cpp"
 
 
 def contents(results: Path) -> dict[Path, str]:
-    """What ``PICTURE`` should hold, by its path; nothing where quality was not measured."""
+    """What ``DOCUMENT`` and ``PICTURE`` should hold; no picture where quality was not measured."""
+    text = DOCUMENT.read_text(encoding="utf-8")
     if not (results / "quality.json").exists():
-        return {}
+        unmeasured = "Not measured yet: `python -m benchmarks quality`."
+        return {DOCUMENT: MARKED.sub(rf"\g<1>{unmeasured}\n\g<2>", text)}
     from edgellm.budget.chart import chart
     from edgellm.budget.picture import svg
 
-    return {PICTURE: svg(chart(marks(results), TITLE)).decode()}
+    shown = f"![{ALTERNATIVE}]({PICTURE.name})"
+    return {
+        DOCUMENT: MARKED.sub(rf"\g<1>{shown}\n\g<2>", text),
+        PICTURE: svg(chart(marks(results), TITLE)).decode(),
+    }
 
 
 def marks(results: Path) -> list[Mark]:
