@@ -8,10 +8,14 @@ the result. Scales come from the search of ``imatrix``, weighted by the diagonal
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from edgellm.errors import TensorError, UnsupportedTarget, UsageError
-from edgellm.quant import imatrix
+from edgellm.quant import arrays, imatrix
+from edgellm.quant.arrays import moved
+from edgellm.quant.devices import turn
 from edgellm.quant.factor import Factor, factor_of
 from edgellm.quant.grid import Grid, QTensor
 from edgellm.quant.group_scales import GroupScales
@@ -34,7 +38,9 @@ than those of the search weighted by the diagonal ends 1.07 and 1.04 times as hi
 """
 
 
-def solve(rows: Array, grid: Grid, statistics: Statistics | None) -> QTensor:
+def solve(
+    rows: Array, grid: Grid, statistics: Statistics | None, torch_device: str | None = None
+) -> QTensor:
     """``rows`` ``[rows, columns]`` rounded to ``grid`` for the least error of ``rows @ inputs``.
 
     Rows are solved apart, in float32, to the same codes however they are grouped (but for nf4-dq,
@@ -42,6 +48,10 @@ def solve(rows: Array, grid: Grid, statistics: Statistics | None) -> QTensor:
     codebooks, which have no code for one value, are rounded by importance alone. Raises
     ``UsageError`` without statistics, ``UnsupportedTarget`` for floats, ``TensorError`` for rows or
     statistics that do not fit or are not finite.
+
+    ``torch_device``: where torch solves, in place of numpy; torch must have been imported. Sums
+    are added up in another order there, so that a code here or there is another one. The search
+    for scales and the factorization, which takes 64 bits, stay with numpy.
     """
     if statistics is None:
         raise UsageError(
@@ -58,39 +68,47 @@ def solve(rows: Array, grid: Grid, statistics: Statistics | None) -> QTensor:
             f"{rows.shape[1]} weights: they were made for another tensor or model"
         )
     factor = factor_of(statistics)
-    scales = GroupScales(imatrix.fitted(rows, grid, imatrix.lifted(statistics.importance)))
-    weights = to_tiles(rows)
-    levels, errors = feed_forward(weights, scales, factor)
-    refine(weights, levels, errors, scales, statistics.hessian, factor.ridge, SWEEPS)
-    return scales.finished(levels, len(rows))
+    start = imatrix.fitted(rows, grid, imatrix.lifted(statistics.importance))
+    tiles = to_tiles(rows)
+    with turn(torch_device):
+        hessian, feedback = statistics.once(
+            f"hessian and feedback on {torch_device}",
+            lambda: [moved(each, torch_device) for each in (statistics.hessian, factor.feedback)],
+        )
+        scales, weights = GroupScales(start, torch_device), moved(tiles, torch_device)
+        levels, errors = feed_forward(weights, scales, replace(factor, feedback=feedback))
+        refine(weights, levels, errors, scales, hessian, factor.ridge, SWEEPS)
+        return scales.finished(levels, len(rows))
 
 
 def feed_forward(weights: Array, scales: GroupScales, factor: Factor) -> tuple[Array, Array]:
     """Levels and errors of ``weights``, all ``[tiles, columns, rows]``, by the given scales.
 
+    ``factor.feedback`` must be where ``weights`` and ``scales`` are (``arrays``).
+
     The error of each column is fed to the later ones of its block at once, to all other later ones
     when the block is done.
     """
-    order, feedback = factor.order, factor.feedback
+    order, feedback = factor.order.tolist(), factor.feedback
     columns = weights.shape[1]
     ordered = weights[:, order]
-    targets, errors = ordered.copy(), np.empty_like(ordered)
-    levels = np.empty_like(weights)
+    targets, errors = arrays.copy(ordered), arrays.empty_like(ordered)
+    levels = arrays.empty_like(weights)
     for block_start in range(0, columns, BLOCK_COLUMNS):
         block_end = min(block_start + BLOCK_COLUMNS, columns)
         for column in range(block_start, block_end):
             target = targets[:, column]
             if column > block_start:
                 before = slice(block_start, column)
-                target -= np.matmul(feedback[column, before], errors[:, before])
+                target -= feedback[column, before] @ errors[:, before]
             number = order[column]
-            group = int(number) // scales.group
+            group = number // scales.group
             found = scales.nearest(target, group)
             levels[:, number] = found
-            np.subtract(scales.values(found, group), ordered[:, column], out=errors[:, column])
+            arrays.subtract(scales.values(found, group), ordered[:, column], errors[:, column])
         if block_end < columns:
             fed = feedback[block_end:, block_start:block_end]
             targets[:, block_end:] -= product(fed, errors[:, block_start:block_end])
-    unordered = np.empty_like(errors)
+    unordered = arrays.empty_like(errors)
     unordered[:, order] = errors
     return levels, unordered

@@ -1,15 +1,15 @@
 """The scales of a rounded tensor while its codes are solved: read column by column, refitted.
 
-Arrays are tiles (``row_tiles``), ``[tiles, groups, rows]``. A *level* is what the scale of its
-group is multiplied by, ``value = level * scale`` and then ``+ min``; with integer zeros it is the
-code less its zero.
+Arrays are tiles (``row_tiles``), ``[tiles, groups, rows]``, numpy's or torch's (``arrays``). A
+*level* is what the scale of its group is multiplied by, ``value = level * scale`` and then
+``+ min``; with integer zeros it is the code less its zero.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from edgellm.quant import floats
+from edgellm.quant import arrays
 from edgellm.quant.grid import Grid, QTensor, SuperBlocks
 from edgellm.quant.levels import CODEBOOKS, levels_of
 from edgellm.quant.row_tiles import from_tiles, to_tiles
@@ -35,30 +35,39 @@ ALL = slice(None)
 class GroupScales:
     """Mutable; one for each slab of rows."""
 
-    def __init__(self, start: QTensor) -> None:
-        """``start`` must hold codes; its scales (zeros, mins, super-blocks) are where to begin."""
+    def __init__(self, start: QTensor, torch_device: str | None = None) -> None:
+        """``start`` must hold codes; its scales (zeros, mins, super-blocks) are where to begin.
+
+        They become tensors on ``torch_device``, where one is named.
+        """
         assert start.scales is not None
+
+        def tiles(rows: Array) -> Array:
+            return arrays.moved(to_tiles(rows), torch_device)
+
         self.grid: Grid = start.grid
         self._doubled = start.doubled
-        self.scales = to_tiles(start.scales)
+        self.scales = tiles(start.scales)
         self.group = start.columns // self.scales.shape[1]
-        self.mins = None if start.mins is None else to_tiles(start.mins)
-        self.zeros = None if start.zeros is None else to_tiles(start.zeros).astype(np.float32)
+        self.mins = None if start.mins is None else tiles(start.mins)
+        self.zeros = None if start.zeros is None else tiles(start.zeros.astype(np.float32))
         self.outer: Array | None = None
         self.outer_mins: Array | None = None
         self.groups_per_block = 1
         if start.supers is not None:
-            self.outer = to_tiles(start.supers.scales)
+            self.outer = tiles(start.supers.scales)
             if start.supers.mins is not None:
-                self.outer_mins = to_tiles(start.supers.mins)
+                self.outer_mins = tiles(start.supers.mins)
             self.groups_per_block = self.scales.shape[1] // self.outer.shape[1]
-        self._levels = levels_of(self.grid)
+        levels = levels_of(self.grid)
         # One code less where the format has no use for the lowest: ggml's and int8 kernels negate.
         spare = self.grid.name in ("q8_0", "int8-dynamic")
-        self.lowest, self.highest = self._levels[1 if spare else 0], self._levels[-1]
-        self._borders = None
+        self.lowest, self.highest = float(levels[1 if spare else 0]), float(levels[-1])
+        self._table: Array | None = None
+        self._borders: Array | None = None
         if self.grid.name in CODEBOOKS:
-            self._borders = (self._levels[1:] + self._levels[:-1]) / np.float32(2.0)
+            self._table = arrays.moved(levels, torch_device)
+            self._borders = arrays.moved((levels[1:] + levels[:-1]) / np.float32(2), torch_device)
         self._inverse = _inverse(self.scales)
 
     def nearest(self, targets: Array, group: int) -> Array:
@@ -66,17 +75,13 @@ class GroupScales:
         if self.mins is not None:
             targets = targets - self.mins[:, group]
         levels = targets * self._inverse[:, group]
-        if self._borders is not None:
-            found: Array = self._levels[np.searchsorted(self._borders, levels)]
-            return found
-        np.rint(levels, out=levels)
+        if self._table is not None and self._borders is not None:
+            return arrays.nearest_entries(self._table, self._borders, levels)
         if self.zeros is None:
-            np.maximum(levels, self.lowest, out=levels)
-            np.minimum(levels, self.highest, out=levels)
-            return levels
-        zeros = self.zeros[:, group]
-        np.maximum(levels, self.lowest - zeros, out=levels)
-        np.minimum(levels, self.highest - zeros, out=levels)
+            arrays.round_within(levels, self.lowest, self.highest)
+        else:
+            zeros = self.zeros[:, group]
+            arrays.round_within(levels, self.lowest - zeros, self.highest - zeros)
         return levels
 
     def values(self, levels: Array, group: int) -> Array:
@@ -92,24 +97,28 @@ class GroupScales:
     def storable(self, scales: Array, group: int) -> Array:
         """The scales that can be stored for the group nearest to ``scales`` ``[tiles, rows]``."""
         if self.outer is None:
-            return _rounded(scales, self._dtype)
+            return arrays.as_stored(scales, self._dtype)
         outer = self.outer[:, group // self.groups_per_block]
-        codes = np.clip(np.rint(scales * _inverse(outer)), *SCALE_CODES[self.grid.name])
+        codes = arrays.within(
+            arrays.rounded(scales * _inverse(outer)), *SCALE_CODES[self.grid.name]
+        )
         products: Array = outer * codes
         return products
 
     def storable_mins(self, mins: Array, group: int) -> Array:
         """As ``storable``, of minima."""
         if self.outer_mins is None:
-            return _rounded(mins, self._dtype)
+            return arrays.as_stored(mins, self._dtype)
         outer = self.outer_mins[:, group // self.groups_per_block]
-        codes = np.clip(np.rint(-mins * _inverse(outer)), 0, SCALE_CODES[self.grid.name][1])
+        codes = arrays.within(
+            arrays.rounded(-mins * _inverse(outer)), 0, SCALE_CODES[self.grid.name][1]
+        )
         products: Array = -(outer * codes)
         return products
 
     def storable_outer(self, scales: Array) -> Array:
         """As ``storable``, of the scales of super-blocks or their minima: f16 in all of them."""
-        return _rounded(scales, "f16")
+        return arrays.as_stored(scales, "f16")
 
     def scale_codes(self, groups: slice = ALL) -> Array:
         """The small integers of super-blocks that make the scales of ``groups``, as float32."""
@@ -123,9 +132,8 @@ class GroupScales:
         return -self._codes(self.mins, self.outer_mins, groups)
 
     def _codes(self, products: Array, outer: Array, groups: slice) -> Array:
-        per_group = np.repeat(_inverse(outer), self.groups_per_block, axis=1)
-        codes: Array = np.rint(products[:, groups] * per_group[:, groups])
-        return codes
+        per_group = arrays.repeat(_inverse(outer), self.groups_per_block)
+        return arrays.rounded(products[:, groups] * per_group[:, groups])
 
     def set_scales(self, groups: int | slice, scales: Array) -> None:
         self.scales[:, groups] = scales
@@ -137,19 +145,20 @@ class GroupScales:
         Codes are those of the levels, so values are exactly ``values(levels)``.
         """
         columns = levels.shape[1]
-        if self._borders is not None:
-            numbers = np.searchsorted(self._levels, levels).astype(np.uint8)
-        elif self.zeros is not None:
-            numbers = (levels + np.repeat(self.zeros, self.group, axis=1)).astype(np.uint8)
+        if self.zeros is not None:
+            levels = levels + arrays.repeat(self.zeros, self.group)
+        numbers = arrays.to_numpy(levels)
+        if self._table is not None:
+            codes = np.searchsorted(levels_of(self.grid), numbers).astype(np.uint8)
         else:
-            numbers = (levels - self._levels[0]).astype(np.uint8)
+            codes = (numbers - levels_of(self.grid)[0]).astype(np.uint8)
         return QTensor(
             self.grid,
             columns,
-            codes=from_tiles(numbers, count),
-            scales=from_tiles(self.scales, count),
-            zeros=None if self.zeros is None else from_tiles(self.zeros.astype(np.uint8), count),
-            mins=None if self.mins is None else from_tiles(self.mins, count),
+            codes=from_tiles(codes, count),
+            scales=_rows(self.scales, count),
+            zeros=None if self.zeros is None else _rows(self.zeros, count).astype(np.uint8),
+            mins=None if self.mins is None else _rows(self.mins, count),
             supers=self._supers(count),
             doubled=self._doubled,
         )
@@ -157,30 +166,22 @@ class GroupScales:
     def _supers(self, count: int) -> SuperBlocks | None:
         if self.outer is None:
             return None
-        scale_codes = self.scale_codes().astype(np.int16)
         mins = min_codes = None
         if self.outer_mins is not None:
-            mins = from_tiles(self.outer_mins, count)
-            min_codes = from_tiles(self.min_codes().astype(np.uint8), count)
-        return SuperBlocks(
-            from_tiles(self.outer, count), from_tiles(scale_codes, count), mins, min_codes
-        )
+            mins = _rows(self.outer_mins, count)
+            min_codes = _rows(self.min_codes(), count).astype(np.uint8)
+        scale_codes = _rows(self.scale_codes(), count).astype(np.int16)
+        return SuperBlocks(_rows(self.outer, count), scale_codes, mins, min_codes)
 
     @property
     def _dtype(self) -> str:
         return "f16" if self.grid.kind == "ggml" else self.grid.scale_dtype
 
 
+def _rows(tiles: Array, count: int) -> Array:
+    return from_tiles(arrays.to_numpy(tiles), count)
+
+
 def _inverse(scales: Array) -> Array:
     """``1 / scales``, 0 where that is none."""
-    some = np.abs(scales) > np.float32(1e-30)
-    return np.where(some, np.float32(1.0) / np.where(some, scales, np.float32(1.0)), 0).astype(
-        np.float32
-    )
-
-
-def _rounded(values: Array, dtype: str) -> Array:
-    if dtype == "f16":
-        largest = np.float32(floats.LARGEST_F16)
-        return np.clip(values, -largest, largest).astype(np.float16).astype(np.float32)
-    return floats.rounded(np.ascontiguousarray(values), dtype)
+    return arrays.quotient(1.0, scales, abs(scales) > 1e-30)

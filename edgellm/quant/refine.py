@@ -10,9 +10,11 @@ the error never grows. For codes this is the coordinate descent of QuantEase (Be
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from edgellm.quant import arrays
 from edgellm.quant.group_scales import FIXED_SCALES, GroupScales
 from edgellm.quant.refit import refit_group, refit_super
 from edgellm.quant.row_tiles import product
@@ -40,10 +42,11 @@ def refine(
     if not sweeps:
         return
     columns, group = weights.shape[1], scales.group
-    alive = hessian.diagonal() > 0
+    diagonal = hessian.diagonal()
     # Dead columns take no part: in the end they get the values nearest to their weights.
-    added = np.where(alive, np.float32(ridge), np.float32(0.0))
-    inverse = np.where(alive, 1 / np.where(alive, hessian.diagonal() + added, 1), 0)
+    alive: Any = diagonal > 0
+    added = arrays.where(alive, arrays.full_like(diagonal, ridge), 0.0)
+    inverse = arrays.quotient(1.0, diagonal + added, alive)
     added = added[:, None]
     refits = scales.grid.name not in FIXED_SCALES
     inside = group <= SPAN_COLUMNS
@@ -56,7 +59,7 @@ def refine(
             span = _Span(
                 start, weights[:, part], levels[:, part], errors[:, part], gradient[:, part],
                 _part(hessian, part, added), inverse[part], scales,
-                np.zeros_like(errors[:, part]), errors[:, part].copy(),
+                arrays.zeros_like(errors[:, part]), arrays.copy(errors[:, part]),
             )  # fmt: skip
             span.sweep(refits and inside)
             gradient += product(hessian[:, part], span.change)
@@ -71,7 +74,7 @@ def refine(
                 gradient += product(hessian[:, part], change)
                 gradient[:, part] += added[part] * change
                 errors[:, part] = renewed
-    for column in np.flatnonzero(~alive):
+    for column in np.flatnonzero(arrays.to_numpy(~alive)).tolist():
         found = scales.nearest(weights[:, column], column // group)
         levels[:, column] = found
         errors[:, column] = scales.values(found, column // group) - weights[:, column]
@@ -79,8 +82,8 @@ def refine(
 
 def _part(hessian: Array, part: slice, added: Array) -> Array:
     """A copy of the part of ``hessian`` on its diagonal, with what is added there."""
-    own = hessian[part, part].copy()
-    own[np.diag_indices(len(own))] += added[part, 0]
+    own = arrays.copy(hessian[part, part])
+    own.reshape(-1)[:: len(own) + 1] += added[part, 0]
     return own
 
 
@@ -121,7 +124,7 @@ class _Span:
 
     def _recode(self, column: int, number: int) -> None:
         """Give ``column`` the levels that are best with all others as they are."""
-        slope = np.matmul(self.hessian[column], self.change)
+        slope = self.hessian[column] @ self.change
         slope += self.gradient[:, column]
         slope *= self.inverse[column]
         weights, errors = self.weights[:, column], self.errors[:, column]
@@ -129,8 +132,8 @@ class _Span:
         target -= slope
         levels = self.scales.nearest(target, number)
         self.levels[:, column] = levels
-        np.subtract(self.scales.values(levels, number), weights, out=errors)
-        np.subtract(errors, self.before[:, column], out=self.change[:, column])
+        arrays.subtract(self.scales.values(levels, number), weights, errors)
+        arrays.subtract(errors, self.before[:, column], self.change[:, column])
 
     def _slopes(self, part: slice) -> Array:
         """The gradient of ``part``, up to date."""
@@ -141,8 +144,8 @@ class _Span:
     def _renew(self, part: slice, number: int) -> None:
         """Let errors know that the scale of a group has moved."""
         values = self.scales.values(self.levels[:, part], number)
-        np.subtract(values, self.weights[:, part], out=self.errors[:, part])
-        np.subtract(self.errors[:, part], self.before[:, part], out=self.change[:, part])
+        arrays.subtract(values, self.weights[:, part], self.errors[:, part])
+        arrays.subtract(self.errors[:, part], self.before[:, part], self.change[:, part])
 
     def _refit_super(self, part: slice) -> None:
         group, per_block = self.scales.group, self.scales.groups_per_block

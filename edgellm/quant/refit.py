@@ -15,16 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
+from edgellm.quant import arrays
+from edgellm.quant.arrays import Mask, quotient, where
 from edgellm.quant.group_scales import GroupScales
 from edgellm.quant.row_tiles import product
 from edgellm.tensors import Array
 
-Mask = npt.NDArray[np.bool_]
-
-TOLD_APART = np.float32(1e-5)
+TOLD_APART = 1e-5
 """Part of ``cHc * dHd`` that has to be left of it once ``cHd ** 2`` is taken off: below, ``c`` and
 ``d`` are the same direction but for float32's rounding, and only ``c`` is followed."""
 
@@ -42,7 +39,7 @@ class Forms:
     @classmethod
     def of_one(cls, c: Array, slopes: Array, hessian: Array) -> Forms:
         """Along ``c`` ``[tiles, columns, rows]`` alone."""
-        none = np.zeros((1, 1), np.float32)
+        none = arrays.zeros_like(c[:1, 0, :1])
         c_c = (c * product(hessian, c)).sum(axis=1)
         return cls(c_c, (c * slopes).sum(axis=1), none, none, none)
 
@@ -57,7 +54,7 @@ class Forms:
     def with_ones(cls, c: Array, slopes: Array, hessian: Array) -> Forms:
         """Along ``c`` and a column of ones."""
         one, sums = cls.of_one(c, slopes, hessian), hessian.sum(axis=1)[:, None]
-        c_d, d_d = (c * sums).sum(axis=1), sums.sum(keepdims=True)
+        c_d, d_d = (c * sums).sum(axis=1), sums.sum().reshape(1, 1)
         return cls(one.c_c, one.c_slope, c_d, d_d, slopes.sum(axis=1))
 
     def growth(self, step_c: Array, step_d: Array) -> Array:
@@ -70,14 +67,14 @@ class Forms:
         """The best steps along both, and where ``d`` is to be followed at all."""
         left = self.c_c * self.d_d - self.c_d * self.c_d
         both = left > TOLD_APART * self.c_c * self.d_d
-        pair_c = _quotient(self.c_d * self.d_slope - self.d_d * self.c_slope, left, both)
-        pair_d = _quotient(self.c_d * self.c_slope - self.c_c * self.d_slope, left, both)
-        alone = _quotient(-self.c_slope, self.c_c, self.c_c > 0)
-        return np.where(both, pair_c, alone), pair_d, both
+        pair_c = quotient(self.c_d * self.d_slope - self.d_d * self.c_slope, left, both)
+        pair_d = quotient(self.c_d * self.c_slope - self.c_c * self.d_slope, left, both)
+        alone = quotient(-self.c_slope, self.c_c, self.c_c > 0)
+        return where(both, pair_c, alone), pair_d, both
 
-    def best_d(self, step_c: Array, where: Mask) -> Array:
+    def best_d(self, step_c: Array, both: Mask) -> Array:
         """The best step along ``d`` beside a given one along ``c``."""
-        return _quotient(-self.d_slope - step_c * self.c_d, self.d_d, where)
+        return quotient(-self.d_slope - step_c * self.c_d, self.d_d, both)
 
 
 def refit_group(
@@ -115,14 +112,14 @@ def refit_super(
     per_block, group = scales.groups_per_block, scales.group
     groups = slice(number * per_block, (number + 1) * per_block)
     codes = scales.scale_codes(groups)
-    c = levels * np.repeat(codes, group, axis=1)
+    c = levels * arrays.repeat(codes, group)
     old = scales.outer[:, number]
     if scales.outer_mins is None or scales.mins is None:
         forms = Forms.of_one(c, slopes, hessian)
         new = _best_scale(forms, old, scales.storable_outer, False)
     else:
         min_codes = scales.min_codes(groups)
-        forms = Forms.of_two(c, -np.repeat(min_codes, group, axis=1), slopes, hessian)
+        forms = Forms.of_two(c, -arrays.repeat(min_codes, group), slopes, hessian)
         old_min = scales.outer_mins[:, number]
         new, new_min = _best_pair(
             forms, old, old_min, scales.storable_outer, scales.storable_outer, False
@@ -137,9 +134,9 @@ Store = Callable[[Array], Array]
 
 
 def _best_scale(forms: Forms, old: Array, store: Store, any_sign: bool) -> Array:
-    new = store(old + _quotient(-forms.c_slope, forms.c_c, forms.c_c > 0))
-    grown = forms.growth(new - old, np.zeros_like(old))
-    return np.where((grown < 0) & _allowed(old, new, any_sign), new, old)
+    new = store(old + quotient(-forms.c_slope, forms.c_c, forms.c_c > 0))
+    grown = forms.growth(new - old, arrays.zeros_like(old))
+    return where((grown < 0) & _allowed(old, new, any_sign), new, old)
 
 
 def _best_pair(
@@ -149,9 +146,9 @@ def _best_pair(
     step, _, both = forms.best()
     new = store(old + step)
     step = new - old
-    new_min = np.where(both, store_min(old_min + forms.best_d(step, both)), old_min)
+    new_min = where(both, store_min(old_min + forms.best_d(step, both)), old_min)
     better = (forms.growth(step, new_min - old_min) < 0) & _allowed(old, new, any_sign)
-    return np.where(better, new, old), np.where(better, new_min, old_min)
+    return where(better, new, old), where(better, new_min, old_min)
 
 
 def _refit_zero(
@@ -167,18 +164,18 @@ def _refit_zero(
     old, zeros = scales.scales[:, number], scales.zeros[:, number]
     step, step_ones, both = forms.best()
     wanted = old + step
-    moved = np.rint(_quotient(step_ones, wanted, both & (wanted > 0)))
-    moved = np.clip(moved, zeros - scales.highest, zeros - scales.lowest)
-    best, best_shift, best_growth = old, np.zeros_like(old), np.zeros_like(old)
-    for shift in (np.zeros_like(old), moved):
+    moved = arrays.rounded(quotient(step_ones, wanted, both & (wanted > 0)))
+    moved = arrays.within(moved, zeros - scales.highest, zeros - scales.lowest)
+    best, best_shift, best_growth = old, arrays.zeros_like(old), arrays.zeros_like(old)
+    for shift in (arrays.zeros_like(old), moved):
         power = forms.c_c + shift * (2 * forms.c_d + shift * forms.d_d)
         against = old * (forms.c_c + shift * forms.c_d) - forms.c_slope - shift * forms.d_slope
-        new = scales.storable(_quotient(against, power, power > 0), number)
+        new = scales.storable(quotient(against, power, power > 0), number)
         grown = forms.growth(new - old, new * shift)
         better = (grown < best_growth) & _allowed(old, new, False)
-        best = np.where(better, new, best)
-        best_shift = np.where(better, shift, best_shift)
-        best_growth = np.where(better, grown, best_growth)
+        best = where(better, new, best)
+        best_shift = where(better, shift, best_shift)
+        best_growth = where(better, grown, best_growth)
     zeros -= best_shift
     levels += best_shift[:, None]
     scales.set_scales(number, best)
@@ -187,9 +184,3 @@ def _refit_zero(
 def _allowed(old: Array, new: Array, any_sign: bool) -> Mask:
     kept: Mask = new * old > 0
     return kept | any_sign
-
-
-def _quotient(above: Array, below: Array, where: Mask) -> Array:
-    """``above / below``, 0 elsewhere."""
-    quotient: Array = np.where(where, above / np.where(where, below, np.float32(1.0)), 0)
-    return quotient

@@ -48,5 +48,5 @@ def product(matrix: Array, tiles: Array) -> Array:
     """``matrix`` ``[n, columns]`` times each of ``tiles``, ``[tiles, n, TILE_ROWS]``."""
     count, columns, _ = tiles.shape
     strips = tiles.reshape(count, columns, -1, STRIP_ROWS).swapaxes(1, 2)
-    products: Array = np.matmul(matrix, strips).swapaxes(1, 2)
+    products: Array = (matrix @ strips).swapaxes(1, 2)
     return products.reshape(count, len(matrix), TILE_ROWS)
