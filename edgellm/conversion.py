@@ -377,6 +377,7 @@ def calibration_entry(plan: Plan) -> CalibrationEntry:
         tokens=text.tokens,
         windows=len(text.windows),
         seed=text.seed,
+        layers="quantized" if calibration.follows else "float",
         **common,
     )
 

@@ -109,8 +109,9 @@ class CalibrationEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 
     ``text`` is ``builtin`` or a file's name, ``text_sha256`` the digest of its bytes and
     ``ids_sha256`` of the token ids (``calibration.texts.ids_sha256``). ``gathered``: of the inputs
-    of the weights, ``hessian`` or ``importance``. With ``imatrix``, a file of importance by its
-    name and digest, there is no text.
+    of the weights, ``hessian`` or ``importance``, as ``layers`` before them give them: ``float``
+    ones or ``quantized``. With ``imatrix``, a file of importance by its name and digest, there is
+    no text.
     """
 
     gathered: str
@@ -122,6 +123,7 @@ class CalibrationEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     tokens: int = 0
     windows: int = 0
     seed: int = 0
+    layers: str = "float"
     imatrix: str = ""
     imatrix_sha256: str = ""
 

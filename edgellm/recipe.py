@@ -21,6 +21,7 @@ DEFAULT_SOLVER = "rtn"
 
 LOWERED = (
     "format", "quant", "layout", "embed", "head", "kv_cache", "combine", "sign", "merge_base",
+    "calibrate_on",
 )  # fmt: skip
 """Fields that hold names, which are compared in lower case."""
 
@@ -40,8 +41,12 @@ OF_ADAPTERS = (
 
 LEAST_CHECK_TOKENS = 16
 
-OF_CALIBRATION = ("calibration", "calibration_tokens", "imatrix")
+OF_CALIBRATION = ("calibration", "calibration_tokens", "calibrate_on", "imatrix")
 """Fields that say something about calibration, and mean nothing to a solver that needs none."""
+
+CALIBRATE_ON = ("float", "quantized")
+"""Layers before the one that is solved, as they were and as they were rounded; the default first.
+"""
 
 OPTIONAL = ("layout", "seed", "tune", "tensor_grids", "fit", "bits")
 """Fields that the digest of a recipe without them is not to know of."""
@@ -85,8 +90,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     ``calibration`` is the text that solvers and transforms see the model work on, a file or
     ``builtin``, of which ``calibration_tokens`` are drawn by ``seed``
-    (``calibration.texts.calibration_windows``). ``tune``: steps of training on it after rounding,
-    which move scales and norms while codes stay.
+    (``calibration.texts.calibration_windows``). ``calibrate_on``: whether a layer is solved for
+    what the ``float`` layers before it give, or the ``quantized`` ones. ``tune``: steps of training
+    on it after rounding, which move scales and norms while codes stay.
     """
 
     source: str
@@ -117,6 +123,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     max_ppl_increase: float | None = None
     calibration: str | None = None
     calibration_tokens: int | None = None
+    calibrate_on: str | None = None
     imatrix: str | None = None
     tune: int | None = None
 
@@ -130,6 +137,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         """Whether the solver, a transform or tuning must see the model work."""
         by_solver = SOLVERS[self.solver].needs != "nothing"
         return by_solver or bool(self.transforms) or self.tune is not None
+
+    @property
+    def follows(self) -> bool:
+        """Whether layers are calibrated on those before them as they were rounded."""
+        return (self.calibrate_on or CALIBRATE_ON[0]) == "quantized"
 
     @property
     def transforms(self) -> tuple[str, ...]:
@@ -157,6 +169,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         for name in (*OPTIONAL, *OF_CALIBRATION, *OF_ADAPTERS):
             if not fields.get(name):
                 fields.pop(name, None)
+        if not self.follows:
+            fields.pop("calibrate_on", None)
         if self.adapters:
             fields["adapters"] = [spec.weight for spec in self.adapter_specs()]
         return fields
@@ -279,6 +293,10 @@ def make_recipe(fields: Mapping[str, Any], origin: str = "the options") -> Recip
     if recipe.calibration_tokens is not None and recipe.calibration_tokens < 1:
         raise UsageError(
             f"{origin}: calibration_tokens must be at least 1, got {recipe.calibration_tokens}"
+        )
+    if recipe.calibrate_on not in (None, *CALIBRATE_ON):
+        raise UsageError(
+            f"{origin}: calibrate_on is {' or '.join(CALIBRATE_ON)}, got {recipe.calibrate_on!r}"
         )
     if recipe.bits is not None and not 0 < recipe.bits < math.inf:
         raise UsageError(f"{origin}: bits must be above 0, got {recipe.bits:g}")

@@ -11,6 +11,7 @@ from edgellm.errors import TensorError
 from edgellm.export.layout import OutputTensor
 from edgellm.export.packing import PACKERS
 from edgellm.export.writer import StagedFolder
+from edgellm.quant.asymmetric import target
 from edgellm.quant.dequantize import dequantize
 from edgellm.quant.ggml_types import NAMED
 from edgellm.quant.grid import Grid, QTensor
@@ -34,8 +35,8 @@ class Slab:
 class Written:
     """A slab that was written: its bytes on disk, and where there are statistics the error.
 
-    ``error`` is ``trace(e @ H @ e.T)`` of what rounding changed, ``power`` the same of the weights:
-    squares of what the output is off by, and of the output, up to a factor.
+    ``error`` is ``trace(e @ H @ e.T)`` of what rounding changed, ``power`` the same of the weights
+    that it rounded: squares of what the output is off by, and of the output, up to a factor.
     """
 
     slab: Slab
@@ -91,6 +92,7 @@ def write_slab(
             rounded = take_over_stacked(tensor.parts, tensor.grid, slab.start, slab.stop)
         else:
             assert rows is not None
+            rows = target(rows, statistics)
             rounded = solve(rows, tensor.grid, statistics)
         packed = PACKERS[tensor.packer].pack(rounded)
     except TensorError as error:  # a solver knows values alone

@@ -22,6 +22,10 @@ SOLVED_PER_SECOND = {"hessian": 4e9, "importance": 0.0}
 """Weights times columns that one thread of such a core solves in a second, by what a solver needs;
 0 where the time follows the weights alone."""
 
+MOVED_PER_SECOND = 17e9
+"""Weights times columns that one such thread moves towards what was lost before (``asymmetric``).
+"""
+
 FACTORED_PER_SECOND = 8e9
 """Cubed columns of a Hessian that one such thread factors in a second."""
 
@@ -57,18 +61,28 @@ def layer_weights(decoder: Decoder) -> int:
 
 
 def pass_cost(
-    decoder: Decoder, tokens: int, window: int, threads: int, *, importance_only: bool
+    decoder: Decoder,
+    tokens: int,
+    window: int,
+    threads: int,
+    *,
+    importance_only: bool,
+    follows: bool = False,
 ) -> Cost:
-    """Of the network's pass over the text, without what is solved by it."""
+    """Of the network's pass over the text, without what is solved by it.
+
+    ``follows``: layers are run as they were rounded too.
+    """
     widths, hidden = input_widths(decoder), decoder.hidden_size
     attention = 4 * min(window, tokens) * decoder.query_size * ATTENTION_SLOWNESS
-    per_token = 2 * layer_weights(decoder) + attention
-    per_token += 0 if importance_only else sum(width * width for width in widths)
+    per_token = (3 if follows else 1) * (2 * layer_weights(decoder) + attention)
+    squares = sum(width * width for width in widths)
+    per_token += 0 if importance_only else (3 if follows else 1) * squares
     operations = tokens * (len(decoder.layers) * per_token + hidden * hidden)
-    stream = 4 * tokens * hidden
-    memory = 4 * layer_weights(decoder) + sums_bytes(decoder, importance_only)
+    stream = stream_bytes(decoder, tokens, follows)
+    memory = 4 * layer_weights(decoder) + sums_bytes(decoder, importance_only, follows)
     memory += stream if stream <= BUDGET_BYTES else 0
-    memory += threads * _worker_bytes(decoder, window, importance_only)
+    memory += threads * _worker_bytes(decoder, window, importance_only, follows)
     return Cost(
         memory_bytes=memory + runtime_bytes(decoder, window, threads),
         seconds=operations / FLOPS_PER_SECOND / threads,
@@ -76,10 +90,16 @@ def pass_cost(
     )
 
 
-def sums_bytes(decoder: Decoder, importance_only: bool) -> int:
+def stream_bytes(decoder: Decoder, tokens: int, follows: bool) -> int:
+    """The hidden states between two layers, of both streams where there are two."""
+    return (2 if follows else 1) * 4 * tokens * decoder.hidden_size
+
+
+def sums_bytes(decoder: Decoder, importance_only: bool, follows: bool) -> int:
     """What is added up of the inputs of one layer."""
     widths = input_widths(decoder)
-    return 4 * sum(width if importance_only else width * width for width in widths)
+    sums = 4 * sum(width if importance_only else width * width for width in widths)
+    return 2 * sums if follows else sums
 
 
 def runtime_bytes(decoder: Decoder, window: int, threads: int) -> int:
@@ -90,16 +110,18 @@ def runtime_bytes(decoder: Decoder, window: int, threads: int) -> int:
     return RUNTIME_BYTES + 4 * threads * (computed + scores)
 
 
-def _worker_bytes(decoder: Decoder, window: int, importance_only: bool) -> int:
+def _worker_bytes(decoder: Decoder, window: int, importance_only: bool, follows: bool) -> int:
     """One thread's chunk of inputs, and the products of a strip of them."""
-    widths = input_widths(decoder)
-    kept = (CHUNK_TOKENS + window - 1) * (2 * decoder.hidden_size + sum(widths))
+    widths, streams = input_widths(decoder), 2 if follows else 1
+    kept = (CHUNK_TOKENS + window - 1) * (2 * decoder.hidden_size + streams * sum(widths))
     largest = max(widths)
-    strip = 0 if importance_only else min(largest, STRIP_COLUMNS) * largest
+    strip = 0 if importance_only else streams * min(largest, STRIP_COLUMNS) * largest
     return 4 * (kept + strip)
 
 
-def solve_cost(tensors: Sequence[OutputTensor], threads: int, needs: str) -> Cost:
+def solve_cost(
+    tensors: Sequence[OutputTensor], threads: int, needs: str, *, follows: bool = False
+) -> Cost:
     """Of solving ``tensors``, the products of one layer (or the head), beside their statistics."""
     solved = [tensor for tensor in tensors if tensor.grid.kind != "float"]
     if not solved:
@@ -107,6 +129,8 @@ def solve_cost(tensors: Sequence[OutputTensor], threads: int, needs: str) -> Cos
     rate = SOLVED_PER_SECOND[needs]
     columns = {tensor.columns for tensor in solved}
     seconds = sum(_work_of(tensor) for tensor in solved) / rate / threads if rate else 0.0
+    if follows:
+        seconds += sum(_work_of(each) for each in solved) / MOVED_PER_SECOND / threads
     busy = [SOLVER_COPIES * max(slab_bytes(tensor) for tensor in solved)] * threads
     memory = 0.0
     if needs == "hessian":

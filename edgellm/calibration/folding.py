@@ -213,7 +213,11 @@ def folded_statistics(statistics: Statistics, columns: Array) -> Statistics:
     hessian *= inverse if hessian.ndim == 1 else inverse[:, None]
     squares = statistics.mean_squares * np.square(inverse)
     largest = statistics.largest * inverse
-    return replace(statistics, hessian=hessian, largest=largest, squares=squares)
+    lag = statistics.lag
+    if lag is not None:
+        lag = lag * inverse
+        lag *= inverse[:, None]
+    return replace(statistics, hessian=hessian, largest=largest, squares=squares, lag=lag)
 
 
 def roles_of(coupling: Coupling) -> tuple[str, ...]:

@@ -4,11 +4,14 @@ One layer's weights are in memory at a time, the hidden states of all tokens go 
 (``stream.TokenStream``), and of the inputs of the layer's products only sums are kept. Windows are
 computed side by side, each on one thread, and what they add to the sums is added in the order of
 the text: the result is the same to the last bit for any number of threads.
+
+A second stream may be kept of what the layers give that are rounded already: statistics are then of
+its inputs, and of what they lack.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,9 @@ SMALLEST_SQUARE = np.float32(1e-12)
 class CalibrationPass:
     """Statistics of one layer after another, and of the head, on ``windows`` of token ids.
 
+    ``follows``: inputs are those that the layers before give as they were rounded, which
+    ``follow`` is told after each layer; ``Statistics.lag`` says what they lack.
+
     ``spool`` is a folder for hidden states that take more than ``budget_bytes``; None keeps them in
     memory whatever they take. ``importance_only`` leaves Hessians out: ``Statistics.hessian`` is
     their diagonal. ``threads`` None for the physical cores.
@@ -71,6 +77,7 @@ class CalibrationPass:
         spool: Path | None = None,
         budget_bytes: int = BUDGET_BYTES,
         importance_only: bool = False,
+        follows: bool = False,
     ) -> None:
         check_windows(source, windows)
         self.source = source
@@ -82,8 +89,11 @@ class CalibrationPass:
         self._chunks = chunks_of(windows)
         self._sessions = Sessions(threads=1)
         tokens, hidden = sum(map(len, windows)), source.decoder.hidden_size
-        spooled = spool if 4 * tokens * hidden > budget_bytes else None
+        streams = 2 if follows else 1
+        spooled = spool if streams * 4 * tokens * hidden > budget_bytes else None
         self.stream = TokenStream(tokens, hidden, spooled)
+        self.rounded = TokenStream(tokens, hidden, spooled, "rounded") if follows else None
+        self._followed = 0
 
     @property
     def tokens(self) -> int:
@@ -93,14 +103,26 @@ class CalibrationPass:
         """Look the text up in the embedding: what the first layer is given."""
         for chunk in self._chunks:
             window_rows = [embedded(self.source, self.windows[place]) for place in chunk.windows]
-            self.stream.write(chunk.start, np.concatenate(window_rows))
-        self.stream.turn()
-        self.next_layer = 0
+            for stream in self._streams:
+                stream.write(chunk.start, np.concatenate(window_rows))
+        for stream in self._streams:
+            stream.turn()
+        self.next_layer = self._followed = 0
 
-    def resume(self, layer: int, file: Path) -> None:
-        """Go on before ``layer``, whose hidden states were saved in ``file``."""
-        self.stream.restore(file)
-        self.next_layer = layer
+    def resume(self, layer: int, files: Sequence[Path]) -> None:
+        """Go on before ``layer``, whose hidden states ``save`` brought to ``files``."""
+        for stream, file in zip(self._streams, files, strict=True):
+            stream.restore(file)
+        self.next_layer = self._followed = layer
+
+    def save(self, folder: Path) -> list[Path]:
+        """Keep what the next layer is given in ``folder``, on the disk when this returns."""
+        files = []
+        for stream in self._streams:
+            file = stream.file or folder / f"{stream.name}-before-{self.next_layer}"
+            stream.save(file)
+            files.append(file)
+        return files
 
     def layer(self, index: int, watch: Share = lambda share: None) -> dict[str, Statistics]:
         """Statistics of the inputs of layer ``index``'s products, by role of the weight.
@@ -113,6 +135,26 @@ class CalibrationPass:
     def pass_by(self, index: int, watch: Share = lambda share: None) -> None:
         """Compute layer ``index`` without statistics: those that a resumed run has no need of."""
         self._run_layer(index, watch, taps=False)
+
+    def follow(self, index: int, rounded: ModelSource, watch: Share = lambda share: None) -> None:
+        """Compute layer ``index``, the last one, with the weights that it has in ``rounded``."""
+        assert self.rounded is not None
+        assert self._followed == index == self.next_layer - 1
+        graph = WeightsAsInputs()
+        one_layer(graph, rounded, index, self._longest).build_layer(0)
+        session, weights = self._sessions.of(graph), graph.load_weights()
+        stream = self.rounded
+
+        def work(chunk: Chunk) -> int:
+            before = stream.read(chunk.start, chunk.stop)
+            after = self._computed(session, weights, chunk, before, {"stream_out": before.shape[1]})
+            stream.write(chunk.start, after["stream_out"])
+            return len(before)
+
+        with one_blas_thread():
+            self._watched(work, watch)
+        stream.turn()
+        self._followed = index + 1
 
     def head(self, watch: Share = lambda share: None) -> Statistics:
         """Statistics of the inputs of the head: the stream after the last layer, normed."""
@@ -156,52 +198,93 @@ class CalibrationPass:
     ) -> None:
         """Run ``graph`` over all tokens; its output ``into_stream`` becomes the next stream."""
         session, weights = self._sessions.of(graph), graph.load_weights()
-        wants_lengths = bool(into_stream)
+        widths = {name: total.columns for name, total in sums.items()}
 
         def work(chunk: Chunk) -> int:
             before = self.stream.read(chunk.start, chunk.stop)
-            widths = {name: total.columns for name, total in sums.items()}
-            if into_stream:
-                widths[into_stream] = before.shape[1]
-            values = {
-                name: np.empty((len(before), width), np.float32) for name, width in widths.items()
-            }
-            first = 0
-            for place in chunk.windows:
-                last = first + len(self.windows[place])
-                inputs: dict[str, Any] = {"stream": before[np.newaxis, first:last], **weights}
-                if wants_lengths:
-                    inputs |= lengths_of(last - first)
-                outputs = {name: rows[np.newaxis, first:last] for name, rows in values.items()}
-                self._sessions.run_into(session, inputs, outputs)
-                first = last
+            outputs = {into_stream: before.shape[1], **widths} if into_stream else widths
+            values = self._computed(session, weights, chunk, before, outputs)
             counts = None
             if into_stream:
                 after = values.pop(into_stream)
                 self.stream.write(chunk.start, after)
                 counts = None if self.importance_only else weights_of(after)
+            lags: dict[str, Array] = {}
+            if sums and self._lagging:
+                assert self.rounded is not None
+                before = self.rounded.read(chunk.start, chunk.stop)
+                lags, values = values, self._computed(session, weights, chunk, before, widths)
+                for name, x in values.items():
+                    lags[name] -= x
             for name, total in sums.items():
-                total.add(chunk.number, values.pop(name), counts)
+                total.add(chunk.number, values.pop(name), counts, lags.pop(name, None))
             return len(before)
 
         def stop() -> None:
             for total in sums.values():
                 total.stop()
 
-        done = 0
         with one_blas_thread():
-            for tokens in in_parallel(work, self._chunks, self.threads, on_end=stop):
-                done += tokens
-                watch(done / self.tokens)
+            self._watched(work, watch, on_end=stop)
         if into_stream:
             self.stream.turn()
 
+    def _computed(
+        self,
+        session: Any,
+        weights: Mapping[str, Array],
+        chunk: Chunk,
+        before: Array,
+        widths: Mapping[str, int],
+    ) -> dict[str, Array]:
+        """The outputs ``widths`` names, ``[tokens, width]``, of windows that are given ``before``.
+
+        ``weights`` are the graph's; every other input is made here.
+        """
+        tokens = len(before)
+        values = {name: np.empty((tokens, width), np.float32) for name, width in widths.items()}
+        wants_lengths = any(each.name == "seqlens_k" for each in session.get_inputs())
+        first = 0
+        for place in chunk.windows:
+            last = first + len(self.windows[place])
+            inputs: dict[str, Any] = {"stream": before[np.newaxis, first:last], **weights}
+            if wants_lengths:
+                inputs |= lengths_of(last - first)
+            outputs = {name: rows[np.newaxis, first:last] for name, rows in values.items()}
+            self._sessions.run_into(session, inputs, outputs)
+            first = last
+        return values
+
+    def _watched(
+        self,
+        work: Callable[[Chunk], int],
+        watch: Share,
+        *,
+        on_end: Callable[[], None] | None = None,
+    ) -> None:
+        """``work`` through all chunks; it returns how many tokens are done."""
+        done = 0
+        for tokens in in_parallel(work, self._chunks, self.threads, on_end=on_end):
+            done += tokens
+            watch(done / self.tokens)
+
     def _sums(self, columns: int) -> InputSums:
-        return InputSums(columns, diagonal_only=self.importance_only)
+        return InputSums(columns, diagonal_only=self.importance_only, lagging=self._lagging)
+
+    @property
+    def _streams(self) -> list[TokenStream]:
+        return [self.stream] if self.rounded is None else [self.stream, self.rounded]
+
+    @property
+    def _lagging(self) -> bool:
+        """Whether the rounded stream differs by now: the embedding is the same for both."""
+        return self.rounded is not None and self.next_layer > 0
 
     def _check_turn(self, index: int) -> None:
         if index != self.next_layer:
             raise AssertionError(f"layer {index} was asked for when {self.next_layer} is next")
+        if self.rounded is not None and index != self._followed:
+            raise AssertionError(f"layer {index} was asked for before {index - 1} was followed")
 
 
 class Chunk:

@@ -9,7 +9,14 @@ from pathlib import Path
 import msgspec
 
 from edgellm.calibration.blocks import HEAD, Block, blocks_of, grids_by_role, heads_among
-from edgellm.calibration.cost import Cost, pass_cost, runtime_bytes, solve_cost, sums_bytes
+from edgellm.calibration.cost import (
+    Cost,
+    pass_cost,
+    runtime_bytes,
+    solve_cost,
+    stream_bytes,
+    sums_bytes,
+)
 from edgellm.calibration.folding import Folding, plan_transforms
 from edgellm.calibration.given import GivenImportance, given_importance
 from edgellm.calibration.stream import BUDGET_BYTES
@@ -40,7 +47,8 @@ class Calibration:
     """The text, the network that reads it, and the blocks that are rounded by what is found.
 
     ``source`` is the model before any transform; ``folding`` scales what the layout loads.
-    ``needs``: what is gathered of each input. ``notes``: facts that the user should be shown.
+    ``needs``: what is gathered of each input. ``follows``: it is gathered of what layers give that
+    are rounded already. ``notes``: facts that the user should be shown.
     With ``given`` importance there is no ``text``, and nothing is run.
     """
 
@@ -52,6 +60,7 @@ class Calibration:
     cost: Cost
     notes: tuple[str, ...] = ()
     given: GivenImportance | None = None
+    follows: bool = False
 
     @property
     def sha256(self) -> str:
@@ -60,6 +69,10 @@ class Calibration:
             return self.given.sha256
         assert self.text is not None
         return self.text.sha256
+
+
+def _with_preferred(recipe: Recipe) -> str:
+    return str(split_quant(recipe.quant or "")._replace(solver=PREFERRED_SOLVER))
 
 
 def linear_grids(layout: Layout, source: ModelSource) -> dict[str, Grid]:
@@ -103,7 +116,8 @@ def choose_solver(
         chosen = msgspec.structs.replace(recipe, quant=str(quant._replace(solver="imatrix")))
         return chosen, "solver imatrix: importance was given"
     preferred = str(quant._replace(solver=PREFERRED_SOLVER))
-    cost = cost_of(layout, source, recipe.calibration_tokens or CALIBRATION_TOKENS, threads)
+    tokens = recipe.calibration_tokens or CALIBRATION_TOKENS
+    cost = cost_of(layout, source, tokens, threads, follows=recipe.follows)
     minutes = f"{cost.seconds / 60:.0f} min" if cost.seconds >= 90 else f"{cost.seconds:.0f} s"
     if cost.seconds >= PATIENCE_S or cost.memory_bytes > memory_bytes:
         why = f"{PREFERRED_SOLVER} would take about {minutes}"
@@ -144,6 +158,11 @@ def plan_calibration(
             f"--quant {recipe.quant}: all weights stay floats, so there is nothing to solve; "
             f"choose --quant {recipe.grid}"
         )
+    if recipe.follows and needs != "hessian":
+        raise UsageError(
+            f"calibrate_on quantized: {recipe.solver} cannot make good what the layers before have "
+            f"lost: choose --quant {_with_preferred(recipe)}, or leave it out"
+        )
     if recipe.transforms:
         if recipe.keep_adapters:
             raise UsageError(
@@ -181,7 +200,8 @@ def plan_calibration(
         folding=folding,
         blocks=blocks,
         needs=needs,
-        cost=cost_of(layout, source, text.tokens, threads, needs),
+        cost=cost_of(layout, source, text.tokens, threads, needs, recipe.follows),
+        follows=recipe.follows,
         notes=(*text.notes, *folded.notes[len(source.notes) :]),
     )
 
@@ -194,7 +214,7 @@ def _given(recipe: Recipe, source: ModelSource, grids: Mapping[str, Grid]) -> Gi
             f"an importance matrix says how strong each channel is, and {method} must know how "
             f"they go together: choose --quant imatrix:{recipe.grid}, or leave --imatrix out"
         )
-    for name in ("calibration", "calibration_tokens", "seed"):
+    for name in ("calibration", "calibration_tokens", "calibrate_on", "seed"):
         if getattr(recipe, name) is not None and not (name == "seed" and recipe.adapters):
             raise UsageError(
                 f"{name} is about a text to calibrate on, and --imatrix takes its place: leave one "
@@ -207,20 +227,28 @@ def _given(recipe: Recipe, source: ModelSource, grids: Mapping[str, Grid]) -> Gi
 
 
 def cost_of(
-    layout: Layout, source: ModelSource, tokens: int, threads: int, needs: Needs = "hessian"
+    layout: Layout,
+    source: ModelSource,
+    tokens: int,
+    threads: int,
+    needs: Needs = "hessian",
+    follows: bool = False,
 ) -> Cost:
     """What calibrating on ``tokens`` and solving takes, beside what is rounded without."""
     decoder = source.decoder
     window = min(WINDOW_TOKENS, decoder.context_length)
-    passing = pass_cost(decoder, tokens, window, threads, importance_only=needs != "hessian")
+    diagonal = needs != "hessian"
+    passing = pass_cost(decoder, tokens, window, threads, importance_only=diagonal, follows=follows)
     blocks = blocks_of(layout.tensors, len(decoder.layers), tied=decoder.tied_head)
     solving = [
-        solve_cost([layout.tensors[place] for place in block.tensors], threads, needs)
+        solve_cost(
+            [layout.tensors[place] for place in block.tensors], threads, needs, follows=follows
+        )
         for block in blocks
         if block.unit is not None
     ]
-    stream = 4 * tokens * decoder.hidden_size
-    kept = sums_bytes(decoder, needs != "hessian") + (stream if stream <= BUDGET_BYTES else 0)
+    stream = stream_bytes(decoder, tokens, follows)
+    kept = sums_bytes(decoder, diagonal, follows) + (stream if stream <= BUDGET_BYTES else 0)
     most = max((each.memory_bytes for each in solving), default=0)
     kept += runtime_bytes(decoder, window, threads)
     return replace(

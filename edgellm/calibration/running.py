@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from edgellm import registry
 from edgellm.calibration.blocks import Block, grids_by_role, heads_among, statistics_of
 from edgellm.calibration.planning import Calibration
+from edgellm.calibration.stored_layers import as_stored
 from edgellm.hardware import peak_memory_bytes
 from edgellm.parallel import in_parallel
 from edgellm.progress import Progress, ProgressEvent
@@ -78,7 +79,7 @@ class _Run:
             entry["block"]: entry for entry in staged.journal.entries() if "block" in entry
         }
         self.resumed_after = len(self.entries)
-        self.saved_file = ""
+        self.saved_files: list[str] = []
         self.saved_at = time.monotonic()
         self.spent = {"statistics_s": 0.0, "solving_s": 0.0}
         self.steps = sum(block.name not in self.entries for block in calibration.blocks)
@@ -123,7 +124,11 @@ class _Run:
             threads=self.plan.threads,
             spool=self.staged.journal.folder,
             importance_only=calibration.needs != "hessian",
+            follows=calibration.follows,
         )
+        rounded = None
+        if calibration.follows:
+            rounded = as_stored(calibration.source, self.plan.layout, self.staged.path)
         self._place(reading)
         for unit in range(last + 1):
             block = blocks.get(unit)
@@ -134,6 +139,8 @@ class _Run:
                         folding.restore(unit, dict(factors))
                 if reading.next_layer == unit and unit < self.layers:
                     reading.pass_by(unit)
+                    if rounded is not None:
+                        reading.follow(unit, rounded)
                 continue
             assert block is not None
             begun = time.perf_counter()
@@ -145,16 +152,21 @@ class _Run:
                 self._keep(self._factors(unit), folding.factors(unit))
             read = time.perf_counter()
             written = self._write(block, found)
-            self.spent["statistics_s"] += read - begun
-            self.spent["solving_s"] += time.perf_counter() - read
+            solved = time.perf_counter()
+            if rounded is not None and unit < self.layers:
+                reading.follow(unit, rounded)
+            followed = time.perf_counter()
+            self.spent["statistics_s"] += read - begun + followed - solved
+            self.spent["solving_s"] += solved - read
             self._finish(block, written, found, reading)
 
     def _place(self, reading: CalibrationPass) -> None:
         """Put the pass where an earlier run saved its hidden states, else at the beginning."""
-        saved = [entry for entry in self.entries.values() if "stream" in entry]
+        saved = [entry for entry in self.entries.values() if "streams" in entry]
         if saved:
-            self.saved_file = saved[-1]["stream"]
-            reading.resume(saved[-1]["layer"], self.staged.journal.folder / self.saved_file)
+            self.saved_files = saved[-1]["streams"]
+            folder = self.staged.journal.folder
+            reading.resume(saved[-1]["layer"], [folder / name for name in self.saved_files])
         else:
             reading.begin()
 
@@ -172,7 +184,12 @@ class _Run:
             for part in self.tensors[place].parts
             if self.tensors[place].grid.kind != "float"
         }
-        return dict.fromkeys(roles, reading.head(watch)) if roles else {}
+        if not roles:
+            return {}
+        found = reading.head(watch)
+        if self.plan.source.decoder.tied_head:  # what moves the head would move the embedding
+            found = replace(found, lag=None)
+        return dict.fromkeys(roles, found)
 
     def _write(self, block: Block, found: Mapping[str, Statistics]) -> list[Written]:
         """Solve and write the tensors of ``block``, those that take longest first."""
@@ -219,12 +236,13 @@ class _Run:
             "notes": self._damped(found),
         }
         self.staged.flush()
-        outdated = self.saved_file
+        outdated = self.saved_files
         if reading is not None and reading.next_layer < self.layers:
             entry |= self._save(reading)
         self.staged.note(entry)
-        if outdated != self.saved_file and outdated and reading and reading.stream.file is None:
-            (self.staged.journal.folder / outdated).unlink(missing_ok=True)
+        if outdated != self.saved_files and reading and reading.stream.file is None:
+            for name in outdated:
+                (self.staged.journal.folder / name).unlink(missing_ok=True)
         self.entries[block.name] = entry
         self.steps_done += 1
         off = relative_error(sums.values())
@@ -233,17 +251,13 @@ class _Run:
 
     def _save(self, reading: CalibrationPass) -> dict[str, Any]:
         """Keep the hidden states before the next layer, if it is time; what the journal says."""
-        stream = reading.stream
-        if stream.file is None:
+        if reading.stream.file is None:
             if time.monotonic() - self.saved_at < SAVE_SECONDS:
                 return {}
             self.saved_at = time.monotonic()
-            file = self.staged.journal.folder / f"stream-before-{reading.next_layer}"
-        else:
-            file = stream.file
-        stream.save(file)
-        self.saved_file = file.name
-        return {"stream": file.name, "layer": reading.next_layer}
+        files = reading.save(self.staged.journal.folder)
+        self.saved_files = [file.name for file in files]
+        return {"streams": self.saved_files, "layer": reading.next_layer}
 
     def _damped(self, found: Mapping[str, Statistics]) -> list[str]:
         """A line for each input whose Hessian took more damping than usual."""

@@ -85,6 +85,13 @@ def convert(
     ] = None,
     calibration: options.Calibration = None,
     calibration_tokens: options.CalibrationTokens = None,
+    calibrate_on: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYERS",
+            help="Solve each layer for what those before give: float (default) or quantized.",
+        ),
+    ] = None,
     imatrix: Annotated[
         Path | None,
         typer.Option(
@@ -212,6 +219,7 @@ def convert(
             "min_survival": min_survival,
             "calibration": calibration,
             "calibration_tokens": calibration_tokens,
+            "calibrate_on": calibrate_on,
             "imatrix": None if imatrix is None else str(imatrix),
             "tune": tune,
             "check_text": check_text,

@@ -65,6 +65,7 @@ def _calibration_facts(calibration: Calibration) -> dict[str, Any]:
         "windows": len(text.windows),
         "seed": text.seed,
         "gathered": calibration.needs,
+        "layers": "quantized" if calibration.follows else "float",
         "calibrate_s": cost.seconds,
         "memory_bytes": cost.memory_bytes,
         "spool_bytes": cost.disk_bytes,
@@ -143,8 +144,12 @@ def _calibration_lines(calibration: Calibration) -> list[tuple[str, str]]:
     text, given, cost = calibration.text, calibration.given, calibration.cost
     if text is None:
         return [("importance", f"of {given.name}")] if given else []
+    follows = ", on the quantized layers" if calibration.follows else ""
     return [
-        ("calibration", f"{text.name}: {text.tokens} tokens in {len(text.windows)} windows"),
+        (
+            "calibration",
+            f"{text.name}: {text.tokens} tokens in {len(text.windows)} windows{follows}",
+        ),
         (
             "",
             f"about {render.duration(cost.seconds)}, {render.size(cost.disk_bytes)} to resume from",

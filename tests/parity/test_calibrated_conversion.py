@@ -148,7 +148,7 @@ from pathlib import Path
 from edgellm.calibration import running
 from edgellm.conversion import convert
 from edgellm.recipe import Recipe
-source, out, quant, save = sys.argv[1:]
+source, out, quant, save, layers = sys.argv[1:]
 running.SAVE_SECONDS = float(save)
 finish = running._Run._finish
 def killed(self, block, *rest):
@@ -157,26 +157,31 @@ def killed(self, block, *rest):
         os.kill(os.getpid(), signal.SIGKILL)
 running._Run._finish = killed
 convert(
-    Recipe(source=source, format="gguf", quant=quant, calibration_tokens=1024), Path(out),
-    check=False,
+    Recipe(
+        source=source, format="gguf", quant=quant, calibration_tokens=1024, calibrate_on=layers
+    ),
+    Path(out), check=False,
 )
 """
 
 
+@pytest.mark.parametrize("layers", ["float", "quantized"])
 @pytest.mark.parametrize("save_seconds", [0.0, 60.0])
 def test_a_killed_run_goes_on_where_it_was(
-    save_seconds: float, tiny_model: TinyModel, tmp_path: Path
+    save_seconds: float, layers: str, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     """With the hidden states saved, and without: then they are computed again."""
     source, out = tiny_model("llama"), tmp_path / "made" / "out"
     out.parent.mkdir()
-    recipe = recipe_of(source, "gptq:q4_0")
+    recipe = recipe_of(source, "gptq:q4_0", calibrate_on=layers)
     command = [sys.executable, "-c", KILLED, str(source), str(out), "gptq:q4_0", str(save_seconds)]
-    done = subprocess.run(command, check=False, capture_output=True)
+    done = subprocess.run([*command, layers], check=False, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     (left,) = out.parent.iterdir()
     assert left.name.endswith(".partial")
-    assert len(list((left / ".resume").glob("stream-*"))) == (0 if save_seconds else 1)
+    streams = {"stream-before-2", *(["rounded-before-2"] if layers == "quantized" else [])}
+    saved = {file.name for file in (left / ".resume").glob("*-before-*")}
+    assert saved == (set() if save_seconds else streams)
     whole = convert(recipe, tmp_path / "whole", check=False)
     resumed = convert(recipe, out, check=False)
     assert resumed.manifest is not None

@@ -152,11 +152,10 @@ def test_a_pass_goes_on_from_a_saved_stream(
     first = begun()
     first.begin()
     first.pass_by(0)
-    file = first.stream.file or tmp_path / "saved"
-    first.stream.save(file)
+    files = first.save(tmp_path)
     wanted = first.layer(1)
     second = begun()
-    second.resume(1, file)
+    second.resume(1, files)
     found = second.layer(1)
     for role, statistics in wanted.items():
         assert statistics.hessian.tobytes() == found[role].hessian.tobytes()
