@@ -14,7 +14,7 @@ from edgellm.errors import UsageError
 from edgellm.export import CONTAINERS, container_named
 from edgellm.export.layout import Container, Layout
 from edgellm.export.writer import check_free, check_no_overlap
-from edgellm.hardware import detect
+from edgellm.hardware import detect, peak_memory_bytes
 from edgellm.keeping import holding_grid, keep_codes
 from edgellm.progress import Progress, unwatched
 from edgellm.quant.grid import Grid
@@ -70,7 +70,8 @@ class Plan:
     """A resolved recipe, the layout it leads to, and what that will take.
 
     ``peak_memory_bytes`` counts this process as it is now and the workers' slabs; ``disk_bytes`` is
-    what must be free; ``seconds`` is a rough guess; ``reasons`` say why each default was chosen.
+    what must be free; ``seconds`` is a rough guess, without what measuring for ``fitted`` took
+    already; ``reasons`` say why each default was chosen.
     """
 
     recipe: Recipe
@@ -221,6 +222,8 @@ def make_plan(
     tuning = _tuned(recipe, source, layout, calibration, workers)
     needs = [slabs, cost.memory_bytes if cost else 0, tuning.memory_bytes if tuning else 0]
     working = max(needs) + _merge_memory(source, workers)
+    # Measuring for the choice of grids is over by now, in this very process.
+    before = peak_memory_bytes() if fitted else 0
     seconds = _seconds(layout, workers) + _merge_seconds(source, workers)
     plan = Plan(
         recipe=recipe,
@@ -229,7 +232,7 @@ def make_plan(
         layout=layout,
         threads=workers,
         output_bytes=output,
-        peak_memory_bytes=int(psutil.Process().memory_info().rss + working),
+        peak_memory_bytes=max(before, int(psutil.Process().memory_info().rss + working)),
         disk_bytes=output + (1 << 20) + (cost.disk_bytes if cost else 0),
         seconds=seconds + (cost.seconds if cost else 0) + (tuning.seconds if tuning else 0),
         calibration=calibration,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from typing import Any
 import msgspec
 
 from edgellm.budget.choosing import choose
+from edgellm.budget.cost import check_measuring, measuring_bytes
 from edgellm.budget.measuring import PROBE_TOKENS, PROBE_WINDOWS, Measured, measure
 from edgellm.budget.sizes import bytes_of
 from edgellm.budget.units import Unit, units_of, with_grids
 from edgellm.calibration.texts import TextWindows, calibration_windows
 from edgellm.errors import UnsupportedTarget, UsageError
 from edgellm.export.layout import Container, Layout
+from edgellm.hardware import detect
 from edgellm.progress import Progress, unwatched
 from edgellm.recipe import Recipe, split_quant
 from edgellm.source.model import ModelSource
@@ -42,7 +45,8 @@ class Fit:
     """What was chosen for ``budget_bytes``, of which ``nbytes`` are taken, and by what.
 
     ``least_bytes`` and ``most_bytes`` are what the candidates can reach. ``kl`` is the sum of what
-    the tensors are expected to cost: it ranks choices, and is no measurement.
+    the tensors are expected to cost: it ranks choices, and is no measurement. ``seconds`` is what
+    measuring took.
     """
 
     budget_bytes: int
@@ -52,6 +56,7 @@ class Fit:
     entries: tuple[Entry, ...]
     measured: Measured
     text: TextWindows
+    seconds: float
 
     @property
     def kl(self) -> float:
@@ -68,7 +73,8 @@ class Fit:
         )
         return (
             f"grids for {self.budget_bytes / 1e6:.1f} MB: {grids} of {len(self.entries)} tensors, "
-            f"{self.nbytes / 1e6:.1f} MB, expected KL {self.kl:.3g}{more}"
+            f"{self.nbytes / 1e6:.1f} MB, expected KL {self.kl:.3g}, measured in "
+            f"{self.seconds:.0f} s{more}"
         )
 
     def figures(self) -> dict[str, Any]:
@@ -82,6 +88,7 @@ class Fit:
             "text": self.text.name,
             "ids_sha256": self.text.sha256,
             "tokens": self.text.tokens,
+            "measured_s": round(self.seconds, 3),
             "probe_tokens": PROBE_TOKENS * PROBE_WINDOWS,
             "probed_layers": self.measured.probed_layers,
             "kld_by_relative_error": self.measured.factors,
@@ -138,7 +145,12 @@ def fit(
         seed=recipe.seed or 0,
         context=source.decoder.context_length,
     )
+    probed = PROBE_TOKENS * PROBE_WINDOWS
+    needed = measuring_bytes(source, units, text.tokens, probed, threads)
+    check_measuring(_option(recipe), needed, detect().memory_bytes.value, threads)
+    started = time.perf_counter()
     measured = measure(source, units, text.windows, threads, progress)
+    seconds = time.perf_counter() - started
     names = [list(unit.sizes) for unit in units]
     options = [
         [(unit.sizes[name], measured.costs[unit.name][name]) for name in each]
@@ -159,7 +171,7 @@ def fit(
         Entry(unit.name, name, unit.sizes[name], measured.costs[unit.name][name])
         for unit, name in zip(units, chosen, strict=True)
     )
-    fitted = Fit(budget, nbytes, least_bytes, most_bytes, entries, measured, text)
+    fitted = Fit(budget, nbytes, least_bytes, most_bytes, entries, measured, text, seconds)
     return with_grids(free, _table(units, chosen)), fitted
 
 

@@ -36,3 +36,9 @@ def show_fit(fitted: Fit) -> None:
         ],
         right="23",
     )
+    render.show_notes(
+        [
+            f"measured in {render.duration(fitted.seconds)} on {fitted.text.tokens} tokens of "
+            f"{fitted.text.name}; --save-recipe FILE keeps the choice, and repeats it without"
+        ]
+    )

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+from edgellm.budget import fitting
 from edgellm.budget.choosing import choose
 from edgellm.budget.fitting import Fit, fit, taken
 from edgellm.budget.units import units_of
@@ -21,6 +22,7 @@ from edgellm.errors import UnsupportedTarget, UsageError
 from edgellm.evaluation import Comparison
 from edgellm.export import container_named
 from edgellm.forward import window_logits
+from edgellm.hardware import detect
 from edgellm.plan import make_plan, resolve
 from edgellm.quant import rtn
 from edgellm.quant.grid import GRIDS
@@ -119,6 +121,7 @@ def test_a_plan_keeps_within_bits_and_its_recipe_repeats_it(
     asked = recipe_of(tiny_model("qwen3"), container, bits=6.5, calibration_tokens=1024)
     plan = make_plan(asked, threads=1)
     assert plan.fitted is not None
+    assert plan.fitted.seconds > 0
     assert plan.bits_per_weight <= 6.5
     assert plan.recipe.bits is None
     again = make_plan(plan.recipe, threads=1)
@@ -126,6 +129,18 @@ def test_a_plan_keeps_within_bits_and_its_recipe_repeats_it(
     assert [tensor.grid for tensor in again.layout.tensors] == [
         tensor.grid for tensor in plan.layout.tensors
     ]
+
+
+def test_measuring_that_memory_is_too_small_for_is_refused_before_it(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hardware = detect()
+    little = replace(hardware, memory_bytes=replace(hardware.memory_bytes, value=1 << 20))
+    monkeypatch.setattr(fitting, "detect", lambda: little)
+    monkeypatch.setattr(fitting, "measure", lambda *_: pytest.fail("measured"))
+    path = tiny_model("llama")
+    with pytest.raises(UsageError, match=r"--bits 8 measures .* there are 0\.0 GB: name a grid"):
+        fitted(path, open_source(str(path)), bits=8.0)
 
 
 @pytest.mark.parametrize(
