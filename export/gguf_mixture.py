@@ -390,9 +390,10 @@ def mixture_named(name: str) -> Mixture:
     if lower in MIXTURES:
         return MIXTURES[lower]
     if lower in GRIDS and GRIDS[lower].ggml_type is not None:
+        files = [other for other in MIXTURES if MIXTURES[other].grid == lower]
         raise UnknownGrid(
-            f"{name} is a type of single tensors, for --embed and --head: for a whole model choose "
-            f"{' or '.join(other for other in MIXTURES if MIXTURES[other].grid == lower)}"
+            f"{name} is a type of single tensors, for --embed, --head and --tensor-grid: for a "
+            f"whole model choose {' or '.join(files)}"
         )
     if lower in GRIDS:
         raise UnsupportedTarget(f"GGUF {cannot_hold(GRIDS[lower])}")
@@ -421,10 +422,10 @@ def cannot_hold(grid: Grid) -> str:
         "affine": ("has f16 scales and minima instead of integer zeros", "q4_1 or q4_k_m"),
     }[grid.kind]
     if grid.symmetric and grid.kind == "affine":
-        reason, instead = {
-            4: ("keeps 4-bit weights in blocks of 32", "q4_0"),
-            8: ("has 8-bit weights in blocks of 32 alone, q8_0", "q8_0"),
-        }[int(grid.bits)]
+        instead = {4: "q4_0", 8: "q8_0"}[int(grid.bits)]
+        reason = f"has {grid.bits:g}-bit weights in blocks of 32 alone"
+        if grid.group == 32:
+            reason = f"has these codes with f16 scales alone, as {instead}"
     other = "hf" if grid.name == "nf4-dq" else "onnx"
     return f"{reason}, so it cannot hold {grid.name}: choose {instead}, or --format {other}"
 

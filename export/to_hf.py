@@ -186,13 +186,13 @@ def _check_options(recipe: Recipe) -> None:
 def _grid(name: str) -> Grid:
     if name in GRID_NAMES:
         return GRIDS[name]
-    choice = suggestion(name, GRID_NAMES)
     if name in GRIDS:
         reason = REFUSED.get(name, "no layout of transformers has blocks like ggml's")
         raise UnsupportedTarget(
-            f"--quant {name}: a Hugging Face folder cannot hold it ({reason}); {choice}, or "
-            "--format gguf"
+            f"--quant {name}: a Hugging Face folder cannot hold it ({reason}); choose --format "
+            f"gguf, or one of {', '.join(GRID_NAMES)}"
         )
+    choice = suggestion(name, GRID_NAMES)
     raise UnknownGrid(f"--quant {name}: no grid of that name for Hugging Face folders; {choice}")
 
 

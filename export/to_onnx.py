@@ -184,12 +184,14 @@ def _can_gather(name: str | None) -> bool:
 def _grid(name: str, option: str) -> Grid:
     if name in GRID_NAMES:
         return GRIDS[name]
-    choice = suggestion(name, GRID_NAMES)
     if name in GRIDS or name in MIXTURES:
         reason = REFUSED.get(name, "its blocks are ggml's own, which no ONNX operator reads")
+        holder = "hf" if name == "nf4-dq" else "gguf"
         raise UnsupportedTarget(
-            f"{option} {name}: ONNX cannot hold it ({reason}); {choice}, or --format gguf"
+            f"{option} {name}: ONNX cannot hold it ({reason}); choose --format {holder}, or one of "
+            f"{', '.join(GRID_NAMES)}"
         )
+    choice = suggestion(name, GRID_NAMES)
     raise UnknownGrid(f"{option} {name}: no grid of that name for ONNX; {choice}")
 
 

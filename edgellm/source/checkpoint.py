@@ -19,7 +19,6 @@ from edgellm.source.matching import check_vocabulary, embedding_row, equal, head
 from edgellm.source.model import ModelSource
 from edgellm.source.pickles import PICKLES, refuse_pickle
 from edgellm.source.quantized import (
-    ORIGINAL,
     as_checkpoint_turns,
     dequantized,
     method_of,
@@ -214,9 +213,9 @@ def _settle_head(
 
 def _refuse_quantized(path: Path, settings: Any) -> None:
     raise UnsupportedModel(
-        f"{path} is quantized already ({method_of(settings)}): rounding it again would add up both "
-        f"errors; {ORIGINAL}. An adapter that was trained on this one can be merged into it "
-        "(--adapter), and --merge-base dequantized rounds it again all the same"
+        f"{path} is quantized already ({method_of(settings)}): `edgellm convert {path} --out DIR` "
+        "keeps its codes where a grid holds them; in Python, open_source(..., quantized=True) "
+        "takes it as the values that they stand for"
     )
 
 

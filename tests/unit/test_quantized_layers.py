@@ -156,5 +156,5 @@ def test_a_quantized_folder_is_refused_unless_asked_for(
     tensors: Tensors, write_model: WriteModel
 ) -> None:
     path = write_model(tensors, quantization_config={"quant_method": "awq"})
-    with pytest.raises(UnsupportedModel, match=r"quantized already \(awq\).*--merge-base"):
+    with pytest.raises(UnsupportedModel, match=r"quantized already \(awq\).*quantized=True"):
         open_source(str(path))
