@@ -53,7 +53,7 @@ from edgellm.manifest import (
 from edgellm.parallel import in_parallel, one_blas_thread
 from edgellm.plan import Plan, check_apart, check_disk, make_plan
 from edgellm.progress import Progress, ProgressEvent, unwatched
-from edgellm.quant import SOLVERS
+from edgellm.quant import SOLVERS, settings_of
 from edgellm.recipe import Recipe
 from edgellm.slabs import Slab, Solve, Written, write_slab
 from edgellm.tokenization import artifact_parity
@@ -357,6 +357,8 @@ def describe(
 
 def calibration_entry(plan: Plan) -> CalibrationEntry:
     """What was seen of the model before its weights were rounded, and what by."""
+    from edgellm.calibration.passes import TOKEN_POWER  # brings onnx with it
+
     calibration = plan.calibration
     assert calibration is not None
     text, given = calibration.text, calibration.given
@@ -364,6 +366,9 @@ def calibration_entry(plan: Plan) -> CalibrationEntry:
         "gathered": calibration.needs,
         "solver": plan.recipe.solver,
         "transforms": plan.recipe.transforms,
+        "settings": {
+            name: settings_of(name) for name in (*plan.recipe.transforms, plan.recipe.solver)
+        },
     }
     if given is not None:
         return CalibrationEntry(
@@ -378,6 +383,7 @@ def calibration_entry(plan: Plan) -> CalibrationEntry:
         windows=len(text.windows),
         seed=text.seed,
         layers="quantized" if calibration.follows else "float",
+        token_power=TOKEN_POWER if calibration.weighs else 0.0,
         **common,
     )
 

@@ -110,8 +110,9 @@ class CalibrationEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     ``text`` is ``builtin`` or a file's name, ``text_sha256`` the digest of its bytes and
     ``ids_sha256`` of the token ids (``calibration.texts.ids_sha256``). ``gathered``: of the inputs
     of the weights, ``hessian`` or ``importance``, as ``layers`` before them give them: ``float``
-    ones or ``quantized``. With ``imatrix``, a file of importance by its name and digest, there is
-    no text.
+    ones or ``quantized``. Tokens counted by their mean square to the power ``token_power``
+    (``calibration.passes``). ``settings``: what the solver and the transforms were set to, by their
+    names. With ``imatrix``, a file of importance by its name and digest, there is no text.
     """
 
     gathered: str
@@ -124,6 +125,8 @@ class CalibrationEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     windows: int = 0
     seed: int = 0
     layers: str = "float"
+    token_power: float = 0.0
+    settings: dict[str, dict[str, Any]] = {}
     imatrix: str = ""
     imatrix_sha256: str = ""
 

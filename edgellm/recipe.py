@@ -19,6 +19,10 @@ from edgellm.quant import SOLVERS, TRANSFORMS
 
 DEFAULT_SOLVER = "rtn"
 
+SOLVER_AFTER = {"awq": "imatrix"}
+"""What rounds after a transform where nothing was named: AWQ ends with a search of how far to clip
+each group by what its channels bear, which is the search of ``imatrix``."""
+
 LOWERED = (
     "format", "quant", "layout", "embed", "head", "kv_cache", "combine", "sign", "merge_base",
     "calibrate_on",
@@ -26,6 +30,9 @@ LOWERED = (
 """Fields that hold names, which are compared in lower case."""
 
 DEQUANTIZED = "dequantized"
+
+FLOATS = ("f32", "f16", "bf16")
+"""Grids on which there is nothing to solve."""
 
 OF_ADAPTERS = (
     "combine",
@@ -129,8 +136,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @property
     def solver(self) -> str:
-        """The solver's name; ``rtn`` when none was named."""
-        return split_quant(self.quant or "").solver or DEFAULT_SOLVER
+        """The solver's name; when none was named ``rtn``, or what belongs to the transform."""
+        quant = split_quant(self.quant or "")
+        after = next((SOLVER_AFTER[name] for name in quant.transforms if name in SOLVER_AFTER), "")
+        return quant.solver or after or DEFAULT_SOLVER
 
     @property
     def calibrates(self) -> bool:
@@ -319,9 +328,11 @@ def check_calibration(recipe: Recipe, origin: str = "the options") -> None:
     names = OF_CALIBRATION if recipe.adapters else (*OF_CALIBRATION, "seed")
     for name in names:
         if getattr(recipe, name) is not None:
+            floats = recipe.grid in FLOATS
+            instead = "" if floats else f"choose --quant gptq:{recipe.grid or 'GRID'}, or "
             raise UsageError(
                 f"{origin}: {name} is for solvers that see the model work, and {recipe.solver} "
-                f"rounds without: choose --quant gptq:{recipe.grid or 'GRID'}, or leave it out"
+                f"rounds without: {instead}leave it out"
             )
 
 

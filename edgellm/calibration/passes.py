@@ -61,7 +61,8 @@ class CalibrationPass:
 
     ``spool`` is a folder for hidden states that take more than ``budget_bytes``; None keeps them in
     memory whatever they take. ``importance_only`` leaves Hessians out: ``Statistics.hessian`` is
-    their diagonal. ``threads`` None for the physical cores.
+    their diagonal. ``weighs``: whether tokens count by ``TOKEN_POWER``; where Hessians are wanted,
+    unless said otherwise. ``threads`` None for the physical cores.
 
     Raises ``UsageError`` for windows that the model cannot be given, ``SourceError`` and
     ``TensorError`` as loading weights does, ``OutputError`` where the spool fails, and
@@ -77,6 +78,7 @@ class CalibrationPass:
         spool: Path | None = None,
         budget_bytes: int = BUDGET_BYTES,
         importance_only: bool = False,
+        weighs: bool | None = None,
         follows: bool = False,
     ) -> None:
         check_windows(source, windows)
@@ -84,6 +86,7 @@ class CalibrationPass:
         self.windows = windows
         self.threads = threads or detect().physical_cores.value
         self.importance_only = importance_only
+        self.weighs = not importance_only if weighs is None else weighs
         self.next_layer = 0
         self._longest = max(len(window) for window in windows)
         self._chunks = chunks_of(windows)
@@ -208,7 +211,7 @@ class CalibrationPass:
             if into_stream:
                 after = values.pop(into_stream)
                 self.stream.write(chunk.start, after)
-                counts = None if self.importance_only else weights_of(after)
+                counts = weights_of(after) if self.weighs else None
             lags: dict[str, Array] = {}
             if sums and self._lagging:
                 assert self.rounded is not None

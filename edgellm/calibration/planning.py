@@ -47,7 +47,8 @@ class Calibration:
     """The text, the network that reads it, and the blocks that are rounded by what is found.
 
     ``source`` is the model before any transform; ``folding`` scales what the layout loads.
-    ``needs``: what is gathered of each input. ``follows``: it is gathered of what layers give that
+    ``needs``: what is gathered of each input, ``weighs``: with tokens counted by
+    ``passes.TOKEN_POWER``. ``follows``: it is gathered of what layers give that
     are rounded already. ``notes``: facts that the user should be shown.
     With ``given`` importance there is no ``text``, and nothing is run.
     """
@@ -61,6 +62,7 @@ class Calibration:
     notes: tuple[str, ...] = ()
     given: GivenImportance | None = None
     follows: bool = False
+    weighs: bool = False
 
     @property
     def sha256(self) -> str:
@@ -102,14 +104,20 @@ def choose_solver(
 ) -> tuple[Recipe, str]:
     """``recipe`` with a solver where none was named and one matters, and a line that says why.
 
-    The line is empty where there is nothing to say: a solver or transform was named, or the body's
-    codes have so many bits that rounding is as good as exact, or are kept as they are stored.
+    The line is empty where there is nothing to say: a solver was named, or the body's codes have so
+    many bits that rounding is as good as exact, or are kept as they are stored.
     """
     quant = split_quant(recipe.quant or "")
     grids = linear_grids(layout, source)
     kept = {part.role for tensor in layout.tensors if tensor.keeps_codes for part in tensor.parts}
     body = [grid for role, grid in grids.items() if role.startswith("blk.") and role not in kept]
     bits = min((grid.bits for grid in body), default=32)
+    if quant.solver is None and quant.transforms and recipe.solver != DEFAULT_SOLVER:
+        chosen = msgspec.structs.replace(recipe, quant=str(quant._replace(solver=recipe.solver)))
+        return chosen, (
+            f"solver {recipe.solver}: its search for each group's scale is {quant.transforms[0]}'s "
+            f"clipping; --quant {_with_preferred(recipe)} loses less, and takes longer"
+        )
     if quant.solver is not None or quant.transforms or bits >= ENOUGH_BITS:
         return recipe, ""
     if recipe.imatrix is not None:
@@ -169,7 +177,7 @@ def plan_calibration(
                 f"{recipe.transforms[0]} scales the inputs that adapters beside the model are made "
                 "for: merge them (leave out --keep-adapters), or choose a --quant without it"
             )
-        needs = "hessian"
+        needs = "hessian" if needs == "hessian" else "importance"
     folded, folding = plan_transforms(source, recipe.transforms, set(grids.values()), recipe.solver)
     if folding is not None:
         layout = lay_out(folded)
@@ -202,17 +210,23 @@ def plan_calibration(
         needs=needs,
         cost=cost_of(layout, source, text.tokens, threads, needs, recipe.follows),
         follows=recipe.follows,
+        weighs=needs == "hessian" or bool(recipe.transforms),
         notes=(*text.notes, *folded.notes[len(source.notes) :]),
     )
 
 
 def _given(recipe: Recipe, source: ModelSource, grids: Mapping[str, Grid]) -> GivenImportance:
     """The importance that the recipe names a file of; refuses what contradicts it."""
-    if SOLVERS[recipe.solver].needs == "hessian" or recipe.transforms:
-        method = (*recipe.transforms, recipe.solver)[0]
+    if recipe.transforms:
         raise UsageError(
-            f"an importance matrix says how strong each channel is, and {method} must know how "
-            f"they go together: choose --quant imatrix:{recipe.grid}, or leave --imatrix out"
+            f"{recipe.transforms[0]} chooses its factors while the model reads a text, which "
+            f"--imatrix takes the place of: choose --quant imatrix:{recipe.grid}, or leave "
+            "--imatrix out"
+        )
+    if SOLVERS[recipe.solver].needs == "hessian":
+        raise UsageError(
+            f"an importance matrix says how strong each channel is, and {recipe.solver} must know "
+            f"how they go together: choose --quant imatrix:{recipe.grid}, or leave --imatrix out"
         )
     for name in ("calibration", "calibration_tokens", "calibrate_on", "seed"):
         if getattr(recipe, name) is not None and not (name == "seed" and recipe.adapters):

@@ -124,6 +124,7 @@ class _Run:
             threads=self.plan.threads,
             spool=self.staged.journal.folder,
             importance_only=calibration.needs != "hessian",
+            weighs=calibration.weighs,
             follows=calibration.follows,
         )
         rounded = None

@@ -10,7 +10,9 @@ computes the same and rounds better: ``search(weights, statistics, coupling, ...
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from edgellm import registry
 
 Needs = Literal["nothing", "importance", "hessian"]
 
@@ -33,3 +35,10 @@ TRANSFORMS: dict[str, str] = {
     "awq": "edgellm.quant.awq:search",
     "smoothquant": "edgellm.quant.smoothquant:search",
 }
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """What the solver or transform is set to in this version; empty where nothing is chosen."""
+    path = SOLVERS[name].attribute if name in SOLVERS else TRANSFORMS[name]
+    found: dict[str, Any] = registry.attribute(f"{path.partition(':')[0]}:SETTINGS")
+    return dict(found)

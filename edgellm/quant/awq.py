@@ -67,6 +67,8 @@ better than the balance, which takes the largest values for what they are on ave
 JUDGED_ROWS = 256
 """Rows of a weight by whose real rounding the factors are judged."""
 
+SETTINGS = {"strengths": STRENGTHS, "alphas": ALPHAS, "steps": STEPS, "judged_rows": JUDGED_ROWS}
+
 
 class Sample(NamedTuple):
     """Rows that stand for a weight; each of them for ``share`` of its rows."""

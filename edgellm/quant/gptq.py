@@ -16,7 +16,7 @@ from edgellm.errors import TensorError, UnsupportedTarget, UsageError
 from edgellm.quant import arrays, imatrix
 from edgellm.quant.arrays import moved
 from edgellm.quant.devices import turn
-from edgellm.quant.factor import Factor, factor_of
+from edgellm.quant.factor import DAMPING, Factor, factor_of
 from edgellm.quant.grid import Grid, QTensor
 from edgellm.quant.group_scales import GroupScales
 from edgellm.quant.levels import VECTOR_CODEBOOKS
@@ -36,6 +36,8 @@ was not solved on; on that which was, one makes it 0.95, two 0.93, four 0.92, an
 is repeated between the sweeps with the refitted scales. Beginning with scales 4% larger or smaller
 than those of the search weighted by the diagonal ends 1.07 and 1.04 times as high.
 """
+
+SETTINGS = {"damping": DAMPING, "sweeps": SWEEPS}
 
 
 def solve(

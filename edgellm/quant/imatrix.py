@@ -20,6 +20,8 @@ from edgellm.quant.grid import Grid, QTensor, SuperBlocks
 from edgellm.quant.importance import Importance, Weighing, checked, lifted
 from edgellm.quant.levels import VECTOR_CODEBOOKS, levels_of
 from edgellm.quant.weighted_search import (
+    REFITS,
+    STRETCHES,
     Levels,
     best_ranges,
     best_scales,
@@ -36,6 +38,8 @@ Codes = npt.NDArray[np.uint8]
 
 CHUNK_VALUES = 1 << 17
 """Weights worked on at once, so that the copies of them stay in the cache."""
+
+SETTINGS: dict[str, Any] = {"stretches": STRETCHES, "refits": REFITS}
 
 
 def solve(rows: Array, grid: Grid, statistics: Weighing | None) -> QTensor:

@@ -29,6 +29,8 @@ lowers their squared error and yet moves the answers more (0.486; 0.517 with two
 REFITS = 1
 """Times that codes are rounded again with the best refitted scale, which is then refitted again."""
 
+SETTINGS = {"shrink": SHRINK, "refits": REFITS}
+
 CHUNK_VALUES = 1 << 18
 """Weights worked on at once: 1 MiB of float32, so that a few copies stay in cache and threads
 seldom wait for the interpreter between numpy's steps (a quarter of it took 1.4x as long on two)."""

@@ -35,6 +35,8 @@ ACTIVATION_STEPS, WEIGHT_STEPS = 255 / 2, 127
 SMALLEST = 1e-5
 """Parts of the largest that a channel counts for at the least: dead ones keep a finite factor."""
 
+SETTINGS = {"alphas": [round(float(alpha), 2) for alpha in ALPHAS]}
+
 
 def search(
     weights: Sequence[Weight],

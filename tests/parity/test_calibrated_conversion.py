@@ -22,7 +22,7 @@ import edgellm
 from edgellm import registry, slabs
 from edgellm.calibration import running
 from edgellm.calibration.blocks import statistics_of
-from edgellm.calibration.passes import CalibrationPass
+from edgellm.calibration.passes import TOKEN_POWER, CalibrationPass
 from edgellm.conversion import carry_out, convert
 from edgellm.errors import UsageError
 from edgellm.export.layout import OutputTensor
@@ -61,6 +61,7 @@ def statistics_by_role(plan: Plan) -> dict[str, Statistics]:
         plan.calibration.text.windows,
         threads=1,
         importance_only=plan.calibration.needs != "hessian",
+        weighs=plan.calibration.weighs,
     )
     run.begin()
     found: dict[str, Statistics] = {}
@@ -120,6 +121,10 @@ def test_the_file_holds_what_the_solver_gave_and_it_beats_rounding(
     entry = artifact.manifest.artifact.calibration
     assert entry is not None
     assert (entry.tokens, entry.text, entry.solver) == (TOKENS, "builtin", plan.recipe.solver)
+    assert entry.settings.keys() == {plan.recipe.solver, *plan.recipe.transforms}
+    assert entry.token_power == (TOKEN_POWER if plan.calibration.weighs else 0)
+    if plan.recipe.solver == "gptq":
+        assert entry.settings["gptq"] == {"damping": 0.01, "sweeps": 2}
 
 
 @pytest.mark.parametrize(
@@ -246,6 +251,25 @@ def test_the_default_solver_follows_bits_and_time(
     assert slow.recipe.quant == "rtn:q4_0"
     assert slow.calibration is None
     assert any("--quant gptq:q4_0" in reason for reason in slow.reasons)
+
+
+@pytest.mark.parametrize(
+    ("asked", "resolved", "gathered"),
+    [
+        ("awq:q4_0", "awq+imatrix:q4_0", "importance"),
+        ("awq+rtn:q4_0", "awq+rtn:q4_0", "importance"),
+        ("awq+gptq:q4_0", "awq+gptq:q4_0", "hessian"),
+    ],
+)
+def test_awq_ends_with_the_search_that_clips_and_asks_for_no_more_than_it_needs(
+    asked: str, resolved: str, gathered: str, tiny_model: TinyModel
+) -> None:
+    plan = make_plan(recipe_of(tiny_model("llama"), asked))
+    assert plan.recipe.quant == resolved
+    assert plan.calibration is not None
+    assert (plan.calibration.needs, plan.calibration.weighs) == (gathered, True)
+    said = [reason for reason in plan.reasons if "awq's clipping" in reason]
+    assert len(said) == (asked != resolved)
 
 
 MEASURED = """

@@ -257,7 +257,7 @@ def test_a_pass_goes_on_from_saved_streams(tiny_model: TinyModel, tmp_path: Path
     ("quant", "fields", "says"),
     [
         ("imatrix:q4_0", {}, "imatrix cannot make good .* --quant gptq:q4_0"),
-        ("awq:q4_0", {}, r"rtn cannot make good .* --quant awq\+gptq:q4_0"),
+        ("awq:q4_0", {}, r"imatrix cannot make good .* --quant awq\+gptq:q4_0"),
         ("rtn:q4_0", {"calibration_tokens": None}, "calibrate_on is for solvers"),
     ],
 )
