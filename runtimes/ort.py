@@ -297,6 +297,9 @@ def _session_options(onnxruntime: Any, threads: int) -> Any:
     # Its cache of memory plans is keyed by shapes, and every token has a new one.
     options.enable_mem_pattern = False
     options.log_severity_level = 4
+    # Without VNNI, pairs of unsigned by signed bytes are summed in 16 bits and overflow: one large
+    # activation spoils every answer of int8-dynamic. Exact sums cost such processors time alone.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     short_spin = version_numbers(onnxruntime.__version__) >= SHORT_SPIN_SINCE
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(short_spin)))
     if short_spin:
