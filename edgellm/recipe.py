@@ -15,7 +15,7 @@ from edgellm.errors import OutputError, UnknownGrid, UsageError
 from edgellm.lora.adapter import AdapterSpec, parse_spec
 from edgellm.lora.binding import Combination
 from edgellm.lora.combine.check import check as check_combination
-from edgellm.quant import SOLVERS, TRANSFORMS
+from edgellm.quant import SOLVERS, SPLITS, TRANSFORMS
 
 DEFAULT_SOLVER = "rtn"
 
@@ -221,7 +221,8 @@ def split_quant(text: str) -> Quant:
     Raises ``UnknownGrid`` for a solver or transform that is not known, or in the wrong place.
     """
     methods, colon, grid = text.strip().lower().rpartition(":")
-    known = {*SOLVERS, *TRANSFORMS}
+    before = sorted({*TRANSFORMS, *SPLITS})
+    known = {*SOLVERS, *before}
     if not colon and all(part in known for part in grid.split("+")):
         methods, grid = grid, ""
     parts = methods.split("+") if methods else []
@@ -229,7 +230,7 @@ def split_quant(text: str) -> Quant:
     if unknown:
         raise UnknownGrid(
             f"no solver named {unknown[0]!r} in --quant {text!r}: choose "
-            f"{', '.join(sorted(SOLVERS))}, with {' or '.join(sorted(TRANSFORMS))} before it "
+            f"{', '.join(sorted(SOLVERS))}, with {' or '.join(before)} before it "
             f"(awq+gptq:q4_0), or leave the solver out (--quant {grid or 'GRID'})"
         )
     solver = parts.pop() if parts and parts[-1] in SOLVERS else None

@@ -24,16 +24,21 @@ from onnx import TensorProto
 from edgellm.architectures.decoder import Decoder, Feature, Rope
 from edgellm.errors import UnsupportedTarget
 from edgellm.export.kv_scales import CacheScales
+from edgellm.export.layout import OutputTensor
 from edgellm.export.onnx_graph import GraphBuilder
 from edgellm.export.onnx_operators import operators_of
 from edgellm.export.rope_table import rope_tables
 from edgellm.quant.grid import GRIDS, Grid
+from edgellm.quant.llm_int8 import channels_role, floats_role
 from edgellm.tensors import Array, TensorRef, derived
 
 EXPRESSIBLE = frozenset(Feature)
 """Features that this graph computes; each is proven against transformers in ``tests/parity``."""
 
 FLOAT = GRIDS["f32"]
+
+OUTLIERS = GRIDS["f16"]
+"""What columns that are multiplied apart are stored in, as in the paper."""
 
 SCALES_PLACE = 12
 """Where ``k_scale`` and ``v_scale`` stand among GroupQueryAttention's inputs."""
@@ -85,6 +90,7 @@ class DecoderGraph:
     inputs: dict[str, list[str]] = field(default_factory=dict)
     """Roles of the weights that each value of the graph is multiplied by, layer by layer."""
     _ropes: dict[Rope, tuple[str, str]] = field(default_factory=dict)
+    _apart: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def build(self) -> None:
         """Add the whole network: inputs, layers, head, outputs."""
@@ -306,12 +312,49 @@ class DecoderGraph:
         whole_roles = [f"blk.{index}.{role}.weight" for role in roles]
         self.inputs.setdefault(x, []).extend(whole_roles)
         grid = self.grids.of(whole_roles)
-        operators = operators_of(grid)
-        tensor = self.graph.store(f"{name}.weight", weights, grid, operators.packer)
+        packer = operators_of(grid).packer
+        tensor = self.graph.store(f"{name}.weight", weights, grid, packer)
         biases = [self.tensors.get(f"blk.{index}.{role}.bias") for role in roles]
         present = [bias for bias in biases if bias is not None]
         bias = self._stacked_bias(f"{name}.bias", present) if present else None
-        return operators.matmul(self.graph, x, tensor, name, bias)
+        return self._product(name, x, tensor, whole_roles, bias)
+
+    def _product(
+        self, name: str, x: str, tensor: OutputTensor, roles: list[str], bias: str | None
+    ) -> str:
+        """``x`` by ``tensor``, which holds ``roles``, and in float by the columns cut out of it."""
+        graph, operators = self.graph, operators_of(tensor.grid)
+        if floats_role(roles[0]) not in self.tensors:
+            return operators.matmul(graph, x, tensor, name, bias)
+        outliers, rest = self._taken_apart(x, roles[0])
+        columns = [self.tensors[floats_role(role)] for role in roles]
+        floats = operators_of(OUTLIERS)
+        weight = graph.store(floats_role(tensor.name), columns, OUTLIERS, floats.packer)
+        exact = floats.matmul(graph, outliers, weight, f"{name}.exact", None)
+        rounded = operators.matmul(graph, rest, tensor, f"{name}.rounded", bias)
+        return graph.node("Add", [rounded, exact], name)
+
+    def _taken_apart(self, x: str, role: str) -> tuple[str, str]:
+        """The channels of ``x`` that weight ``role`` multiplies as floats, and ``x`` without them.
+
+        Done once for all products of ``x``. Channels are stored as floats, which all files of ours
+        consist of beside codes; onnxruntime makes integers and the mask of them when it opens the
+        model.
+        """
+        if x in self._apart:
+            return self._apart[x]
+        graph, ref = self.graph, self.tensors[channels_role(role)]
+        name = f"{x}.outliers"
+        channels = graph.node("Cast", [self._stored_float(ref)], f"{name}.at", to=TensorProto.INT64)
+        columns = self.tensors[role].columns
+        ones = graph.constant(f"ones_{columns}", np.ones(columns, np.float32))
+        zeros = graph.constant(f"zeros_{ref.columns}", np.zeros(ref.columns, np.float32))
+        mask = graph.node("ScatterElements", [ones, channels, zeros], f"{name}.mask")
+        self._apart[x] = (
+            graph.node("Gather", [x, channels], name, axis=-1),
+            graph.node("Mul", [x, mask], f"{x}.rest"),
+        )
+        return self._apart[x]
 
     def _stacked_bias(self, role: str, biases: list[TensorRef]) -> str:
         columns = [_as_column(bias) for bias in biases]
@@ -373,7 +416,7 @@ class DecoderGraph:
             tensor = graph.store(
                 "output.weight", [self.tensors[source]], self.grids.head, operators.packer
             )
-        operators.matmul(graph, x, tensor, "logits", None)
+        self._product("logits", x, tensor, ["output.weight"], None)
         # One position is what the default gives, and what tells genai not to expect them all. A
         # caller who asks for more gets more, and a warning in onnxruntime's log.
         shape: list[int | str] = ["batch_size", 1, decoder.vocab_size]

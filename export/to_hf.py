@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from edgellm.architectures.family import TensorRow
 from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
 from edgellm.export.hf_folder import CARD, CONFIG, index_file, quantized_card
-from edgellm.export.hf_layouts import LAYOUTS, Part, Storage, default_layout
+from edgellm.export.hf_layouts import LAYOUTS, OUTLIER_THRESHOLD, Part, Storage, default_layout
 from edgellm.export.layout import Container, Layout, OutputTensor, StoredArray
 from edgellm.export.packing_hf import STATE_DTYPES
 from edgellm.export.to_safetensors import header_bytes
@@ -52,9 +52,15 @@ REFUSED = {
 }
 
 NOTES = {
-    "int8-dynamic": "int8-dynamic quantizes activations too, each token by its own scale: where a "
-    "few channels are much larger than the others, answers are lost without smoothquant: before it",
-    "nf4-dq": "scales of nf4-dq are rounded together, so each weight is held in memory whole",
+    ("compressed-tensors", "int8-dynamic"): "int8-dynamic quantizes activations too, each token by "
+    "its own scale: where a few channels are much larger than the others, answers are lost without "
+    "smoothquant: before it",
+    ("bitsandbytes", "int8-dynamic"): "bitsandbytes quantizes activations too, each token by its "
+    f"own scale, but channels that reach {OUTLIER_THRESHOLD:g} stay floats",
+    (
+        "bitsandbytes",
+        "nf4-dq",
+    ): "scales of nf4-dq are rounded together, so each weight is held in memory whole",
 }
 
 ZEROS_NOTE = (
@@ -93,7 +99,8 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
         notes.append(f"stored as {name}: transformers loads it with {storage.readers}")
         if name == "compressed-tensors" and grid.kind == "affine" and not grid.symmetric:
             notes.append(ZEROS_NOTE)
-        notes += [NOTES[grid.name]] if grid.name in NOTES else []
+        if (name, grid.name) in NOTES:
+            notes.append(NOTES[name, grid.name])
     files = {shard.name: shard.head for shard in shards}
     if len(shards) > 1:
         files[INDEX] = _index(shards)

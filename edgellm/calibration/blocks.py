@@ -14,7 +14,8 @@ LAYER_ROLE = re.compile(r"blk\.(\d+)\.")
 
 HEAD = "output.weight"
 EMBEDDING = "token_embd.weight"
-BEFORE_HEAD = "output_norm."
+OF_HEAD = ("output_norm.", "output.")
+"""How the roles of what belongs to the head's block begin: its norm, and what is cut out of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def blocks_of(tensors: Sequence[OutputTensor], layers: int, *, tied: bool) -> li
     for place, tensor in enumerate(tensors):
         role = tensor.parts[0].role
         layer = LAYER_ROLE.match(role)
-        if place in heads or role.startswith(BEFORE_HEAD):
+        if place in heads or role.startswith(OF_HEAD):
             unit: int | None = layers
         else:
             unit = int(layer[1]) if layer else None

@@ -2,7 +2,7 @@
 
 How a conversion uses it::
 
-    source, folding = plan_transforms(source, transforms, grids, solver)  # lay this source out
+    source, folding = folded_source(source, search)                # lay this source out
     for index in range(folding.units):                             # the layers, then the head
         statistics = folding.fill_layer(index, statistics_of_inputs, grids_by_role, threads)
         ...                                                        # load, solve, write the tensors
@@ -16,16 +16,14 @@ they were recorded, with ``folding.restore``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from edgellm import registry
 from edgellm.architectures.couplings import Absorber, Coupling, couplings, left_out
-from edgellm.errors import TensorError, UsageError
+from edgellm.errors import TensorError
 from edgellm.parallel import in_parallel
-from edgellm.quant import SOLVERS, TRANSFORMS
 from edgellm.quant.grid import Grid
 from edgellm.quant.scaling import Scaling, Search, Weight, unscaled
 from edgellm.quant.statistics import Statistics
@@ -161,28 +159,6 @@ class Folding:
         return replace(ref, load_rows=load_rows, column_loader=None)
 
 
-def plan_transforms(
-    source: ModelSource, transforms: Sequence[str], grids: Collection[Grid], solver: str
-) -> tuple[ModelSource, Folding | None]:
-    """``source`` with its coupled tensors scaled by what a transform will find, and its factors.
-
-    ``grids`` are those of the linear layers, ``solver`` is what rounds them. Without transforms,
-    ``source`` and None. Raises ``UsageError`` for two transforms, which would both choose the same
-    factors, and for one that has nothing to do on the grids.
-    """
-    if not transforms:
-        return source, None
-    if len(transforms) > 1:
-        raise UsageError(
-            f"{' and '.join(transforms)} both choose the scale of each input channel: name one "
-            f"(--quant {transforms[0]}:GRID)"
-        )
-    (name,) = transforms
-    check_useful(name, grids)
-    corrected = SOLVERS[solver].needs == "hessian"
-    return folded_source(source, registry.attribute(TRANSFORMS[name]), corrected=corrected)
-
-
 def folded_source(
     source: ModelSource, search: Search, *, corrected: bool = False
 ) -> tuple[ModelSource, Folding]:
@@ -192,18 +168,6 @@ def folded_source(
     reasons = left_out(source.decoder)
     notes = [f"{part} keeps the scale of its input: {why}" for part, why in reasons.items()]
     return replace(source, tensors=tensors, notes=(*source.notes, *notes)), folding
-
-
-def check_useful(transform: str, grids: Collection[Grid]) -> None:
-    """Raise ``UsageError`` where ``transform`` can gain nothing on any of ``grids``."""
-    if all(grid.kind == "float" for grid in grids):
-        raise UsageError(f"{transform} prepares weights for rounding, and these stay floats")
-    if transform == "smoothquant" and not any(grid.kind == "per_channel" for grid in grids):
-        names = ", ".join(sorted({grid.name for grid in grids}))
-        raise UsageError(
-            f"smoothquant eases the rounding of activations, which {names} does not round: choose "
-            f"int8-dynamic, or awq:{names}"
-        )
 
 
 def folded_statistics(statistics: Statistics, columns: Array) -> Statistics:

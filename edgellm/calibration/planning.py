@@ -17,8 +17,9 @@ from edgellm.calibration.cost import (
     stream_bytes,
     sums_bytes,
 )
-from edgellm.calibration.folding import Folding, plan_transforms
+from edgellm.calibration.folding import Folding
 from edgellm.calibration.given import GivenImportance, given_importance
+from edgellm.calibration.splitting import Splitting
 from edgellm.calibration.stream import BUDGET_BYTES
 from edgellm.calibration.texts import (
     CALIBRATION_TOKENS,
@@ -26,6 +27,7 @@ from edgellm.calibration.texts import (
     CalibrationText,
     calibration_windows,
 )
+from edgellm.calibration.transforms import plan_transforms
 from edgellm.errors import UsageError
 from edgellm.export.layout import Layout
 from edgellm.quant import SOLVERS, Needs
@@ -46,7 +48,7 @@ ENOUGH_BITS = 8
 class Calibration:
     """The text, the network that reads it, and the blocks that are rounded by what is found.
 
-    ``source`` is the model before any transform; ``folding`` scales what the layout loads.
+    ``source`` is the model before any transform; ``folding`` changes what the layout loads.
     ``needs``: what is gathered of each input, ``weighs``: with tokens counted by
     ``passes.TOKEN_POWER``. ``follows``: it is gathered of what layers give that
     are rounded already. ``notes``: facts that the user should be shown.
@@ -55,7 +57,7 @@ class Calibration:
 
     text: CalibrationText | None
     source: ModelSource
-    folding: Folding | None
+    folding: Folding | Splitting | None
     blocks: tuple[Block, ...]
     needs: Needs
     cost: Cost
@@ -178,9 +180,17 @@ def plan_calibration(
                 "for: merge them (leave out --keep-adapters), or choose a --quant without it"
             )
         needs = "hessian" if needs == "hessian" else "importance"
-    folded, folding = plan_transforms(source, recipe.transforms, set(grids.values()), recipe.solver)
+    folded, folding = plan_transforms(source, recipe.transforms, grids, recipe.solver)
     if folding is not None:
         layout = lay_out(folded)
+    if isinstance(folding, Splitting):
+        folding.check_laid_out(layout)
+        if recipe.tune is not None or recipe.follows:
+            option = "--tune" if recipe.tune is not None else "calibrate_on quantized"
+            raise UsageError(
+                f"{option} reads rounded weights back whole, and {recipe.transforms[-1]} takes "
+                "columns out of them: leave one of the two out"
+            )
     tensors, decoder = layout.tensors, source.decoder
     blocks = tuple(blocks_of(tensors, len(decoder.layers), tied=decoder.tied_head))
     if recipe.imatrix is not None:

@@ -15,6 +15,7 @@ import numpy as np
 from edgellm import registry
 from edgellm.calibration.blocks import Block, grids_by_role, heads_among, statistics_of
 from edgellm.calibration.planning import Calibration
+from edgellm.calibration.splitting import Splitting
 from edgellm.calibration.stored_layers import as_stored
 from edgellm.hardware import peak_memory_bytes
 from edgellm.parallel import in_parallel
@@ -323,6 +324,12 @@ class _Run:
             "resumed_after_blocks": self.resumed_after,
             **{name: round(seconds, 3) for name, seconds in self.spent.items()},
         }
+        if isinstance(splitting := self.calibration.folding, Splitting):
+            for unit in range(self.layers + 1):
+                if self._factors(unit).exists():  # of blocks that a run before this one did, too
+                    with np.load(self._factors(unit)) as kept:
+                        splitting.restore(unit, dict(kept))
+            outcome.measured["outliers"] = splitting.figures()
         return outcome
 
 

@@ -4,7 +4,9 @@ A solver picks codes on a grid: ``solve(rows, grid, statistics) -> QTensor``, wi
 ``[rows, columns]``. Rows are solved apart: the result for a row does not depend on which others
 come with it. A transform edits coupled weights before a solver sees them, so that the network
 computes the same and rounds better: ``search(weights, statistics, coupling, ...) -> Scaling``
-(``quant/scaling.py``), called by ``calibration/folding.py``.
+(``quant/scaling.py``), called by ``calibration/folding.py``. A split, after any transform, takes
+input channels out of the rounding: ``outliers(statistics) -> channels``, called by
+``calibration/splitting.py``.
 """
 
 from __future__ import annotations
@@ -36,9 +38,14 @@ TRANSFORMS: dict[str, str] = {
     "smoothquant": "edgellm.quant.smoothquant:search",
 }
 
+SPLITS: dict[str, str] = {
+    "llm_int8": "edgellm.quant.llm_int8:outliers",
+}
+
 
 def settings_of(name: str) -> dict[str, Any]:
-    """What the solver or transform is set to in this version; empty where nothing is chosen."""
-    path = SOLVERS[name].attribute if name in SOLVERS else TRANSFORMS[name]
+    """What the solver, transform or split is set to in this version; empty where nothing is."""
+    others = TRANSFORMS | SPLITS
+    path = SOLVERS[name].attribute if name in SOLVERS else others[name]
     found: dict[str, Any] = registry.attribute(f"{path.partition(':')[0]}:SETTINGS")
     return dict(found)

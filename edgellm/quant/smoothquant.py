@@ -6,10 +6,8 @@ a step brings (``DynamicQuantizeLinear``: unsigned bytes between the smallest an
 value). The paper takes one ``alpha`` for a model; here each coupling has the one whose predicted
 error is least.
 
-LLM.int8()'s other way (arXiv 2208.07339), the largest columns multiplied as floats, takes three
-operators more for each product. Predicted error on SmolLM2 by that of plain rounding: smoothed
-0.072; 8 float columns of each product 0.153, 32 of them 0.071; smoothed with 8 float columns 0.047.
-onnxruntime is given smoothed weights alone; bitsandbytes' layout is LLM.int8()'s own.
+LLM.int8()'s other way, the largest channels multiplied as floats, goes with this one: see
+``llm_int8`` for what each of them and both together are worth.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgellm.architectures.couplings import Coupling
-from edgellm.calibration.folding import check_useful
+from edgellm.calibration.transforms import check_useful
 from edgellm.errors import UsageError
 from edgellm.quant import rtn, smoothquant
 from edgellm.quant.dequantize import dequantize
