@@ -55,6 +55,12 @@ def peer_python(name: str) -> str:
     return _python_of(ROOT / f".venv-{name}", requirements, "--no-deps")
 
 
+def peer_version(name: str, package: str) -> str:
+    """The version of ``package`` that ``requirements-NAME.txt`` asks for."""
+    lines = PEERS_REQUIREMENTS.with_name(f"requirements-{name}.txt").read_text().splitlines()
+    return next(line.partition("==")[2] for line in lines if line.startswith(f"{package}=="))
+
+
 def _python_of(folder: Path, requirements: Path, *options: str) -> str:
     python = folder / "bin" / "python"
     stamp = folder / "installed"

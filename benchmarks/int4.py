@@ -1,0 +1,161 @@
+"""GPTQ of ours at int4 against every peer that runs here, symmetric and affine: KL divergence.
+
+All see the same 32 x 512 tokens, start from the same float weights and round the same 210 linear
+weights of the blocks in groups of the same length, which is checked in the folders that they write.
+Embedding, head and norms stay floats. KL divergence is that of the folders' weights, dequantized
+and computed in float32, over 16,384 tokens of held-out text.
+
+Each peer computes in float32 and is set as its documentation advises for quality: gptqmodel with
+``desc_act``; llm-compressor's GPTQ in its own static order, its AWQ searching with and without the
+weights' sizes; auto-round with its defaults but for ``AUTOROUND_ITERATIONS``. Their folders take
+two hours, so that one which the same command made from the same files before is taken as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import fresh, output_of, run
+from benchmarks.models import SMOLLM2, smollm2
+from benchmarks.places import LOOPS, WORK, edgellm, peer_python, peer_version, shown
+from benchmarks.results import Comparison, Result
+from benchmarks.text import tokens
+
+CALIBRATION_TOKENS = 32 * 512
+WINDOWS = 32
+AUTOROUND_ITERATIONS = 50
+"""As its own light recipe has them; 200, its default, are an hour and a half for each of four."""
+
+CELLS = tuple((group, zeros) for group in (64, 32) for zeros in ("sym", "affine"))
+
+LAYOUTS = {"sym": "gptq", "affine": "gptq_v2"}
+"""Ours; version 1 of the layout cannot hold every zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """``environment`` names its requirements; ``options`` are the last arguments of ``loop``."""
+
+    environment: str
+    package: str
+    loop: str
+    options: tuple[str, ...]
+
+
+PEERS = {
+    "gptqmodel": Peer("gptqmodel", "GPTQModel", "gptqmodel_quantize.py", ("desc_act",)),
+    "llm-compressor GPTQ": Peer(
+        "llmcompressor", "llmcompressor", "llmcompressor_quantize.py", ("gptq",)
+    ),
+    "llm-compressor AWQ": Peer(
+        "llmcompressor", "llmcompressor", "llmcompressor_quantize.py", ("awq",)
+    ),
+    "auto-round": Peer(
+        "autoround", "auto-round", "autoround_quantize.py", (str(AUTOROUND_ITERATIONS),)
+    ),
+}
+QUICK_PEERS = ("gptqmodel", "llm-compressor GPTQ")
+
+Figures = dict[str, dict[str, dict[str, Any]]]
+"""What ``float_divergences.py`` says, by cell and by who made the folder."""
+
+
+def measure(*, quick: bool) -> Result:
+    """KL of all at each cell; quick: one cell, two peers, few tokens."""
+    model = smollm2()
+    text = tokens(model, 8 if quick else WINDOWS)
+    seen = 4 * 512 if quick else CALIBRATION_TOKENS
+    windows = WORK / f"calibration-{seen}.json"
+    run([sys.executable, str(LOOPS / "calibration_tokens.py"), model.name, windows.name, str(seen)])
+    peers = {name: PEERS[name] for name in (QUICK_PEERS if quick else PEERS)}
+    folders: dict[str, dict[str, str]] = {}
+    commands = {}
+    for group, zeros in CELLS[:1] if quick else CELLS:
+        cell = f"int4-g{group}{'-sym' if zeros == 'sym' else ''}"
+        command = [*edgellm(), "convert", model.name, "--format", "hf", "--layout", LAYOUTS[zeros]]
+        command += ["--quant", f"gptq:{cell}", "--calibration-tokens", str(seen)]
+        command += ["--out", f"ours-{cell}", "--no-check"]
+        fresh(f"ours-{cell}")
+        run(command)
+        folders[cell] = {"edgellm": f"ours-{cell}"}
+        commands[f"edgellm, {cell}"] = shown(command)
+        for name, peer in peers.items():
+            folder = f"{name.replace(' ', '-').lower()}-{cell}-{seen}"
+            command = [peer_python(peer.environment), str(LOOPS / peer.loop), model.name]
+            command += [windows.name, folder, str(group), zeros, *peer.options]
+            _make_once(folder, command, windows)
+            folders[cell][name] = folder
+            commands[f"{name}, {cell}"] = shown(command)
+    judge = [sys.executable, str(LOOPS / "float_divergences.py"), model.name, text.path.name]
+    judge += [folder for named in folders.values() for folder in named.values()]
+    found = output_of(judge)
+    commands["KL"] = shown(judge)
+    figures: Figures = {
+        cell: {name: found[folder] for name, folder in named.items()}
+        for cell, named in folders.items()
+    }
+    versions = {
+        each.package: peer_version(each.environment, each.package) for each in peers.values()
+    }
+    return Result(
+        benchmark="int4",
+        peer="the best of the peers",
+        setting=(
+            f"{SMOLLM2}; mean KL to it of the dequantized weights, over held-out text, "
+            f"{_weights(figures)} linear weights rounded on every side, {seen:,} tokens of "
+            f"calibration. Peers: {', '.join(map(' '.join, versions.items()))} "
+            f"({AUTOROUND_ITERATIONS} iterations)."
+        ),
+        comparisons=[_against_the_best(cell, of) for cell, of in figures.items()],
+        commands=commands,
+        facts={
+            "figures": figures,
+            "peers": versions,
+            "text_sha256": text.sha256,
+            "packages": ["numpy", "onnxruntime"],
+        },
+    )
+
+
+def _make_once(folder: str, command: list[str], windows: Path) -> None:
+    """Run ``command`` unless ``folder`` is what it made before, of the same program and tokens."""
+    stamp = WORK / folder / "made_by.json"
+    made_by = {
+        "command": shown(command),
+        "program": Path(command[1]).read_text(),
+        "packages": Path(command[0]).parents[1].joinpath("installed").read_text(),
+        "tokens": windows.read_text(),
+    }
+    if not stamp.exists() or json.loads(stamp.read_text()) != made_by:
+        fresh(folder)
+        run(command, GPTQMODEL_CPU_WORKERS="2")
+        stamp.write_text(json.dumps(made_by))
+
+
+def _weights(figures: Figures) -> int:
+    """How many weights each folder rounds; raises ``ValueError`` where they are not the same ones.
+
+    Compared are their number, their grids, and the matrices that stay floats.
+    """
+    counts = set()
+    for cell, of in figures.items():
+        for name, found in of.items():
+            kept = {"rounded": found["rounded"], "floats": found["floats"]}
+            counts.add(found["rounded"].get(cell, 0))
+            if found["rounded"].keys() != {cell} or found["floats"] != ["token_embd.weight"]:
+                raise ValueError(f"{name} rounds other weights than asked for at {cell}: {kept}")
+    if len(counts) != 1:
+        raise ValueError(f"the folders round different numbers of weights: {sorted(counts)}")
+    return counts.pop()
+
+
+def _against_the_best(cell: str, of: dict[str, dict[str, Any]]) -> Comparison:
+    """Our KL and that of the peer with the lowest, whom the comparison names."""
+    kl = {name: float(found["kl"]) for name, found in of.items()}
+    ours = kl.pop("edgellm")
+    best = min(kl, key=kl.__getitem__)
+    return Comparison(f"{cell}; {best}", "nats", [ours], [kl[best]], at_most=1.0)
