@@ -136,6 +136,10 @@ def test_importance_alone_is_the_diagonal(tiny_model: TinyModel) -> None:
     for role, statistics in diagonal.items():
         assert statistics.hessian.ndim == 1
         np.testing.assert_allclose(statistics.importance, whole[role].mean_squares, rtol=1e-5)
+    weighed = gathered(source, importance_only=True, weighs=True)
+    for role, statistics in weighed.items():
+        np.testing.assert_allclose(statistics.importance, whole[role].importance, rtol=1e-5)
+        np.testing.assert_allclose(statistics.mean_squares, whole[role].mean_squares, rtol=1e-5)
 
 
 @pytest.mark.parametrize("spooled", [False, True])
