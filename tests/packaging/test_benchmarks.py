@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ if str(ROOT) not in sys.path:  # benchmarks/ is no part of the installed package
     sys.path.append(str(ROOT))
 
 from benchmarks import __main__ as command_line  # noqa: E402
-from benchmarks import measure, places  # noqa: E402
+from benchmarks import int4, measure, places  # noqa: E402
 from benchmarks.results import Comparison  # noqa: E402
 
 MEGABYTE = 1 << 20
@@ -124,6 +125,52 @@ def test_ratios_are_judged_pair_by_pair() -> None:
     assert drifting.met
     assert Comparison("decode", "tokens/s", [9.0], [10.0], at_least=0.98).met is False
     assert Comparison("size", "bytes", [9.0]).met is None
+
+
+def found(kl: float, grid: str, *, weights: int = 210) -> dict[str, Any]:
+    return {"kl": kl, "rounded": {grid: weights}, "floats": ["token_embd.weight"]}
+
+
+def test_the_best_peer_is_named_and_all_must_have_rounded_the_same() -> None:
+    of = {"edgellm": found(0.2, "int4-g64"), "a": found(0.5, "int4-g64")}
+    of["b"] = found(0.4, "int4-g64")
+    assert int4._against_the_best("int4-g64", of) == Comparison(
+        "int4-g64; b", "nats", [0.2], [0.4], at_most=1.0
+    )
+    assert int4._weights({"int4-g64": of}) == 210
+    with pytest.raises(ValueError, match="a rounds other weights than asked for at int4-g64"):
+        int4._weights({"int4-g64": of | {"a": found(0.1, "int4-g32")}})
+    with pytest.raises(ValueError, match="a rounds other weights"):
+        int4._weights({"int4-g64": of | {"a": of["a"] | {"floats": []}}})
+    with pytest.raises(ValueError, match=r"different numbers of weights: \[209, 210\]"):
+        int4._weights({"int4-g64": of | {"a": found(0.1, "int4-g64", weights=209)}})
+
+
+def test_a_peers_folder_is_made_once_and_again_when_its_program_changes(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int4, "WORK", work)
+    (work / "bin").mkdir()
+    (work / "bin" / "python").symlink_to(sys.executable)
+    (work / "installed").write_text("a==1")
+    (work / "tokens.json").write_text("[]")
+    program = work / "program.py"
+    program.write_text("import pathlib, sys; pathlib.Path(sys.argv[1]).mkdir()")
+    command = [str(work / "bin" / "python"), str(program), "out"]
+
+    def make() -> bool:
+        (work / "out").mkdir(exist_ok=True)
+        (work / "out" / "kept").touch()
+        int4._make_once("out", command, work / "tokens.json")
+        return not (work / "out" / "kept").exists()
+
+    assert [make(), make()] == [True, False]
+    program.write_text(program.read_text() + "\n")
+    assert [make(), make()] == [True, False]
+    (work / "installed").write_text("a==2")
+    assert make()
+    (work / "tokens.json").write_text("[1]")
+    assert make()
 
 
 @pytest.mark.parametrize("name", command_line.BENCHMARKS)
