@@ -31,7 +31,7 @@ from edgellm.errors import (
     VerificationError,
 )
 from edgellm.export import container_named
-from edgellm.export.layout import Container, OutputTensor
+from edgellm.export.layout import OutputTensor
 from edgellm.export.writer import StagedFolder, begun_before, check_output
 from edgellm.hardware import peak_memory_bytes
 from edgellm.lora.lineage import kept_entries, merge_entry
@@ -54,6 +54,7 @@ from edgellm.parallel import in_parallel, one_blas_thread
 from edgellm.plan import Plan, check_apart, check_disk, make_plan
 from edgellm.progress import Progress, ProgressEvent, unwatched
 from edgellm.quant import SOLVERS, settings_of
+from edgellm.quant.devices import CPU, torch_name
 from edgellm.recipe import Recipe
 from edgellm.slabs import Slab, Solve, Written, write_slab
 from edgellm.tokenization import artifact_parity
@@ -63,7 +64,7 @@ RECORDED_PACKAGES = ("libgguf", "numpy", "tokenizers")
 """Packages whose version can change the bytes of any artifact (libgguf reads GGUF sources); a
 container names its own."""
 
-CALIBRATING_PACKAGES = ("onnxruntime",)
+CALIBRATING_PACKAGES: tuple[str, ...] = ("onnxruntime",)
 """Packages whose version can change the last bits of what is gathered, and so a code here or there.
 """
 
@@ -248,7 +249,7 @@ def resume_key(plan: Plan) -> str:
             )
             for tensor in layout.tensors
         ],
-        "versions": _tool_versions(container_named(layout.container), calibrated=True),
+        "versions": _tool_versions(plan),
     }
     return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
 
@@ -343,9 +344,7 @@ def describe(
                 *notes,
                 *(limit.sentence for limit in layout.tokenizer_limits),
             ),
-            tool_versions=_tool_versions(
-                container_named(layout.container), calibrated=plan.calibration is not None
-            ),
+            tool_versions=_tool_versions(plan),
             merge=merge_entry(source.merge) if source.merge else None,
             merged_before=source.merged_before,
             kept_adapters=kept_entries(layout),
@@ -369,6 +368,7 @@ def calibration_entry(plan: Plan) -> CalibrationEntry:
         "settings": {
             name: settings_of(name) for name in (*plan.recipe.transforms, plan.recipe.solver)
         },
+        "device": plan.recipe.device or CPU,
     }
     if given is not None:
         return CalibrationEntry(
@@ -423,9 +423,12 @@ def _model_facts(plan: Plan) -> ModelFacts:
     )
 
 
-def _tool_versions(container: Container, calibrated: bool = False) -> dict[str, str]:
+def _tool_versions(plan: Plan) -> dict[str, str]:
     versions = {"edgellm": edgellm.__version__}
-    computing = CALIBRATING_PACKAGES if calibrated else ()
+    container = container_named(plan.layout.container)
+    computing = CALIBRATING_PACKAGES if plan.calibration else ()
+    if torch_name(plan.recipe.device) is not None:
+        computing = (*computing, "torch")
     for package in dict.fromkeys((*RECORDED_PACKAGES, *container.packages, *computing)):
         try:
             versions[package] = version(package)

@@ -113,11 +113,13 @@ class CalibrationEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     ones or ``quantized``. Tokens counted by their mean square to the power ``token_power``
     (``calibration.passes``). ``settings``: what the solver and the transforms were set to, by their
     names. With ``imatrix``, a file of importance by its name and digest, there is no text.
+    ``device``: where codes were solved, by numpy on the ``cpu``, on others by torch.
     """
 
     gathered: str
     solver: str
     transforms: tuple[str, ...] = ()
+    device: str = "cpu"
     text: str = ""
     text_sha256: str = ""
     ids_sha256: str = ""

@@ -17,6 +17,7 @@ from edgellm.export.writer import check_free, check_no_overlap
 from edgellm.hardware import detect, peak_memory_bytes
 from edgellm.keeping import holding_grid, keep_codes
 from edgellm.progress import Progress, unwatched
+from edgellm.quant import SOLVERS, devices
 from edgellm.quant.grid import Grid
 from edgellm.recipe import DEFAULT_SOLVER, Recipe, split_quant
 from edgellm.runtimes import best_container
@@ -178,7 +179,10 @@ def make_plan(
     every error that can be known beforehand: a damaged or unsupported source, a grid that
     the container cannot hold, a group that does not divide a row.
     """
+    device, automatic = devices.choose(recipe.device), recipe.device == devices.AUTO
     asked = recipe
+    if recipe.device is not None:
+        asked = msgspec.structs.replace(recipe, device=device.name)
     recipe, reasons = resolve(asked)
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be at least 1, got {threads}")
@@ -215,6 +219,8 @@ def make_plan(
     recipe, layout, calibration, chosen = _calibrated(
         recipe, source, lay_out, workers, hardware.memory_bytes.value
     )
+    recipe, where = _with_device(recipe, device, automatic)
+    reasons = (*reasons, *filter(None, (chosen, where)))
     sizes = {name: len(content) for name, content in layout.files.items()} | layout.data_files
     output = sum(sizes.values())
     slabs = workers * COPIES * max(map(slab_bytes, layout.tensors), default=0)
@@ -227,7 +233,7 @@ def make_plan(
     seconds = _seconds(layout, workers) + _merge_seconds(source, workers)
     plan = Plan(
         recipe=recipe,
-        reasons=(*reasons, chosen) if chosen else reasons,
+        reasons=reasons,
         source=source,
         layout=layout,
         threads=workers,
@@ -263,6 +269,28 @@ def _calibrated(
         recipe, layout, source, lambda folded: lay_out(folded, recipe), workers
     )
     return recipe, layout, calibration, reason
+
+
+def _with_device(recipe: Recipe, found: devices.Choice, automatic: bool) -> tuple[Recipe, str]:
+    """``recipe`` with the device that solves, and why; raises ``UsageError`` where none would.
+
+    ``automatic``: none was asked for by name.
+    """
+    if found.name == devices.CPU:
+        return recipe, f"device cpu: {found.reason}" if automatic else ""
+    if not SOLVERS[recipe.solver].on_torch:
+        idle = f"{recipe.solver} solves nothing that a GPU could"
+        if automatic:
+            return msgspec.structs.replace(recipe, device=devices.CPU), f"device cpu: {idle}"
+        able = " or ".join(name for name, solver in SOLVERS.items() if solver.on_torch)
+        raise UsageError(
+            f"--device {found.name}: {idle}; choose --quant {able}:{recipe.grid}, or leave "
+            "--device out"
+        )
+    cpu = "the text is read and scales are searched for on the CPU"
+    if recipe.tune is not None:
+        cpu += ", and --tune trains there"
+    return recipe, f"device {found.name}: {found.reason}; {cpu}, and times are the CPU's"
 
 
 def _tuned(

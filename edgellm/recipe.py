@@ -16,6 +16,7 @@ from edgellm.lora.adapter import AdapterSpec, parse_spec
 from edgellm.lora.binding import Combination
 from edgellm.lora.combine.check import check as check_combination
 from edgellm.quant import SOLVERS, SPLITS, TRANSFORMS
+from edgellm.quant.devices import CPU
 
 DEFAULT_SOLVER = "rtn"
 
@@ -25,7 +26,7 @@ each group by what its channels bear, which is the search of ``imatrix``."""
 
 LOWERED = (
     "format", "quant", "layout", "embed", "head", "kv_cache", "combine", "sign", "merge_base",
-    "calibrate_on",
+    "calibrate_on", "device",
 )  # fmt: skip
 """Fields that hold names, which are compared in lower case."""
 
@@ -55,7 +56,7 @@ CALIBRATE_ON = ("float", "quantized")
 """Layers before the one that is solved, as they were and as they were rounded; the default first.
 """
 
-OPTIONAL = ("layout", "seed", "tune", "tensor_grids", "fit", "bits")
+OPTIONAL = ("layout", "seed", "tune", "tensor_grids", "fit", "bits", "device")
 """Fields that the digest of a recipe without them is not to know of."""
 
 ONLY_CHECKED = (
@@ -98,8 +99,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ``calibration`` is the text that solvers and transforms see the model work on, a file or
     ``builtin``, of which ``calibration_tokens`` are drawn by ``seed``
     (``calibration.texts.calibration_windows``). ``calibrate_on``: whether a layer is solved for
-    what the ``float`` layers before it give, or the ``quantized`` ones. ``tune``: steps of training
-    on it after rounding, which move scales and norms while codes stay.
+    what the ``float`` layers before it give, or the ``quantized`` ones. ``device``: where codes are
+    solved (``quant.devices``), by default the CPU. ``tune``: steps of training on it after
+    rounding, which move scales and norms while codes stay.
     """
 
     source: str
@@ -132,6 +134,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     calibration_tokens: int | None = None
     calibrate_on: str | None = None
     imatrix: str | None = None
+    device: str | None = None
     tune: int | None = None
 
     @property
@@ -180,6 +183,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                 fields.pop(name, None)
         if not self.follows:
             fields.pop("calibrate_on", None)
+        if self.device == CPU:
+            del fields["device"]
         if self.adapters:
             fields["adapters"] = [spec.weight for spec in self.adapter_specs()]
         return fields

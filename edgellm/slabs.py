@@ -11,8 +11,10 @@ from edgellm.errors import TensorError
 from edgellm.export.layout import OutputTensor
 from edgellm.export.packing import PACKERS
 from edgellm.export.writer import StagedFolder
+from edgellm.quant.arrays import moved, sums_by_row
 from edgellm.quant.asymmetric import target
 from edgellm.quant.dequantize import dequantize
+from edgellm.quant.devices import hessian_on, turn
 from edgellm.quant.ggml_types import NAMED
 from edgellm.quant.grid import Grid, QTensor
 from edgellm.quant.statistics import Statistics
@@ -45,29 +47,32 @@ class Written:
     power: float = 0.0
 
 
-def slab_rows(tensor: OutputTensor) -> int:
+def slab_rows(tensor: OutputTensor, most_bytes: int | None = None) -> int:
     """Rows of ``tensor`` that fit into a slab, at least those that are packed together.
 
-    All of one whose rows cannot be rounded apart.
+    All of one whose rows cannot be rounded apart. ``most_bytes`` of float32, where a slab is not
+    to have ``SLAB_BYTES``.
     """
     if tensor.in_one_piece:
         return tensor.rows
     together = tensor.rows_together
-    rows = rows_within(SLAB_BYTES, tensor.columns)
+    rows = rows_within(most_bytes or SLAB_BYTES, tensor.columns)
     return max(together, rows - rows % together)
 
 
-def slab_bytes(tensor: OutputTensor) -> int:
+def slab_bytes(tensor: OutputTensor, most_bytes: int | None = None) -> int:
     """Float32 bytes of the largest slab of ``tensor``."""
-    return 4 * min(tensor.rows, slab_rows(tensor)) * tensor.columns
+    return 4 * min(tensor.rows, slab_rows(tensor, most_bytes)) * tensor.columns
 
 
-def slabs_of(tensors: Sequence[OutputTensor], places: Iterable[int]) -> list[Slab]:
+def slabs_of(
+    tensors: Sequence[OutputTensor], places: Iterable[int], most_bytes: int | None = None
+) -> list[Slab]:
     """The slabs of the tensors at ``places``, in that order; the same for any number of threads."""
     return [
         Slab(place, start, min(start + step, tensors[place].rows))
         for place in places
-        for step in (slab_rows(tensors[place]),)
+        for step in (slab_rows(tensors[place], most_bytes),)
         for start in range(0, tensors[place].rows, step)
     ]
 
@@ -78,8 +83,11 @@ def write_slab(
     solve: Solve,
     staged: StagedFolder,
     statistics: Statistics | None = None,
+    torch_device: str | None = None,
 ) -> Written:
     """Load, solve, pack and write one slab; codes that are kept need no solver.
+
+    ``torch_device``: where torch multiplies by the Hessian, in place of numpy.
 
     Raises ``TensorError`` naming a tensor that holds NaN, Inf, or more than its grid reaches, or
     whose statistics the solver cannot use.
@@ -106,7 +114,8 @@ def write_slab(
         return Written(slab, nbytes)
     off = values_of(rounded)
     off -= rows
-    return Written(slab, nbytes, output_power(off, statistics), output_power(rows, statistics))
+    error, power = (output_power(each, statistics, torch_device) for each in (off, rows))
+    return Written(slab, nbytes, error, power)
 
 
 def values_of(rounded: QTensor) -> Array:
@@ -118,9 +127,9 @@ def values_of(rounded: QTensor) -> Array:
     return ggml.dequantize(rounded.packed, NAMED[rounded.grid.name])
 
 
-def output_power(rows: Array, statistics: Statistics) -> float:
+def output_power(rows: Array, statistics: Statistics, torch_device: str | None = None) -> float:
     """``trace(rows @ H @ rows.T)``: the mean square of ``rows @ x``, summed over the rows."""
-    hessian = statistics.hessian
-    weighed = rows * hessian if hessian.ndim == 1 else rows @ hessian
-    by_row: Array = np.einsum("ij,ij->i", weighed, rows)
+    with turn(torch_device):
+        rows, hessian = moved(rows, torch_device), hessian_on(statistics, torch_device)
+        by_row = sums_by_row(rows, rows * hessian if hessian.ndim == 1 else rows @ hessian)
     return float(by_row.sum(dtype=np.float64))

@@ -32,6 +32,13 @@ FACTORED_PER_SECOND = 8e9
 RUNTIME_BYTES = 60 << 20
 """onnxruntime, its sessions and its arenas' first pages."""
 
+GPU_SLAB_BYTES = 64 << 20
+"""Float32 bytes of the rows that a GPU solves at once: it goes through their columns one by one,
+and begins a column as late for a few rows as for many."""
+
+GPU_WORKERS = 2
+"""One has the GPU while the other searches for scales, packs and writes."""
+
 SOLVER_COPIES = 10.0
 """Float32 copies of a slab's rows alive at once in a worker that solves them."""
 
@@ -120,9 +127,17 @@ def _worker_bytes(decoder: Decoder, window: int, importance_only: bool, follows:
 
 
 def solve_cost(
-    tensors: Sequence[OutputTensor], threads: int, needs: str, *, follows: bool = False
+    tensors: Sequence[OutputTensor],
+    threads: int,
+    needs: str,
+    *,
+    follows: bool = False,
+    on_gpu: bool = False,
 ) -> Cost:
-    """Of solving ``tensors``, the products of one layer (or the head), beside their statistics."""
+    """Of solving ``tensors``, the products of one layer (or the head), beside their statistics.
+
+    The time is the CPU's, ``on_gpu`` too; the GPU's own memory is not counted.
+    """
     solved = [tensor for tensor in tensors if tensor.grid.kind != "float"]
     if not solved:
         return Cost(0, 0.0, 0)
@@ -131,7 +146,8 @@ def solve_cost(
     seconds = sum(_work_of(tensor) for tensor in solved) / rate / threads if rate else 0.0
     if follows:
         seconds += sum(_work_of(each) for each in solved) / MOVED_PER_SECOND / threads
-    busy = [SOLVER_COPIES * max(slab_bytes(tensor) for tensor in solved)] * threads
+    most_bytes, workers = solving_slabs(threads, on_gpu)
+    busy = [SOLVER_COPIES * max(slab_bytes(tensor, most_bytes) for tensor in solved)] * workers
     memory = 0.0
     if needs == "hessian":
         seconds += sum(width**3 for width in columns) / FACTORED_PER_SECOND / threads
@@ -139,8 +155,13 @@ def solve_cost(
         memory = sum(factors)
         busy += [FACTOR_COPIES * factor for factor in factors]
     # A thread factors or solves; the others wait for a factor that they need too.
-    memory += sum(sorted(busy, reverse=True)[:threads])
+    memory += sum(sorted(busy, reverse=True)[:workers])
     return Cost(int(memory), seconds, 0)
+
+
+def solving_slabs(threads: int, on_gpu: bool) -> tuple[int | None, int]:
+    """Bytes of the slabs that are solved, None for the usual, and how many are at once."""
+    return (GPU_SLAB_BYTES, min(threads, GPU_WORKERS)) if on_gpu else (None, threads)
 
 
 def _work_of(tensor: OutputTensor) -> float:

@@ -31,6 +31,7 @@ from edgellm.calibration.transforms import plan_transforms
 from edgellm.errors import UsageError
 from edgellm.export.layout import Layout
 from edgellm.quant import SOLVERS, Needs
+from edgellm.quant.devices import torch_name
 from edgellm.quant.grid import GRIDS, Grid
 from edgellm.recipe import DEFAULT_SOLVER, Recipe, check_calibration, split_quant
 from edgellm.source.model import ModelSource
@@ -127,7 +128,8 @@ def choose_solver(
         return chosen, "solver imatrix: importance was given"
     preferred = str(quant._replace(solver=PREFERRED_SOLVER))
     tokens = recipe.calibration_tokens or CALIBRATION_TOKENS
-    cost = cost_of(layout, source, tokens, threads, follows=recipe.follows)
+    on_gpu = torch_name(recipe.device) is not None
+    cost = cost_of(layout, source, tokens, threads, "hessian", recipe.follows, on_gpu)
     minutes = f"{cost.seconds / 60:.0f} min" if cost.seconds >= 90 else f"{cost.seconds:.0f} s"
     if cost.seconds >= PATIENCE_S or cost.memory_bytes > memory_bytes:
         why = f"{PREFERRED_SOLVER} would take about {minutes}"
@@ -212,13 +214,14 @@ def plan_calibration(
         seed=recipe.seed or 0,
         context=source.decoder.context_length,
     )
+    on_gpu = torch_name(recipe.device) is not None
     return layout, Calibration(
         text=text,
         source=source,
         folding=folding,
         blocks=blocks,
         needs=needs,
-        cost=cost_of(layout, source, text.tokens, threads, needs, recipe.follows),
+        cost=cost_of(layout, source, text.tokens, threads, needs, recipe.follows, on_gpu),
         follows=recipe.follows,
         weighs=needs == "hessian" or bool(recipe.transforms),
         notes=(*text.notes, *folded.notes[len(source.notes) :]),
@@ -257,6 +260,7 @@ def cost_of(
     threads: int,
     needs: Needs = "hessian",
     follows: bool = False,
+    on_gpu: bool = False,
 ) -> Cost:
     """What calibrating on ``tokens`` and solving takes, beside what is rounded without."""
     decoder = source.decoder
@@ -266,7 +270,11 @@ def cost_of(
     blocks = blocks_of(layout.tensors, len(decoder.layers), tied=decoder.tied_head)
     solving = [
         solve_cost(
-            [layout.tensors[place] for place in block.tensors], threads, needs, follows=follows
+            [layout.tensors[place] for place in block.tensors],
+            threads,
+            needs,
+            follows=follows,
+            on_gpu=on_gpu,
         )
         for block in blocks
         if block.unit is not None

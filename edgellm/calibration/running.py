@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from edgellm import registry
 from edgellm.calibration.blocks import Block, grids_by_role, heads_among, statistics_of
+from edgellm.calibration.cost import solving_slabs
 from edgellm.calibration.planning import Calibration
 from edgellm.calibration.splitting import Splitting
 from edgellm.calibration.stored_layers import as_stored
@@ -21,6 +23,7 @@ from edgellm.hardware import peak_memory_bytes
 from edgellm.parallel import in_parallel
 from edgellm.progress import Progress, ProgressEvent
 from edgellm.quant import SOLVERS
+from edgellm.quant.devices import choose, torch_name
 from edgellm.quant.factor import factor_of
 from edgellm.quant.rtn import solve as round_plainly
 from edgellm.quant.statistics import Statistics
@@ -72,6 +75,9 @@ class _Run:
         self.progress = progress
         self.tensors = plan.layout.tensors
         self.solve: Solve = registry.attribute(SOLVERS[plan.recipe.solver].attribute)
+        self.torch_device = torch_name(plan.recipe.device)
+        if self.torch_device is not None:
+            self.solve = partial(self.solve, torch_device=self.torch_device)
         decoder = plan.source.decoder
         self.layers = len(decoder.layers)
         self.heads = heads_among(self.tensors, tied=decoder.tied_head)
@@ -200,12 +206,14 @@ class _Run:
         def work(slab: Slab) -> Written:
             statistics = known[slab.tensor]
             solve = self.solve if statistics is not None else round_plainly
-            return write_slab(self.tensors[slab.tensor], slab, solve, self.staged, statistics)
+            tensor = self.tensors[slab.tensor]
+            return write_slab(tensor, slab, solve, self.staged, statistics, self.torch_device)
 
         order = sorted(known, key=lambda place: (-self.tensors[place].columns, place))
-        slabs = slabs_of(self.tensors, order)
+        most_bytes, workers = solving_slabs(self.plan.threads, self.torch_device is not None)
+        slabs = slabs_of(self.tensors, order, most_bytes)
         results = []
-        for result in in_parallel(work, slabs, self.plan.threads):
+        for result in in_parallel(work, slabs, workers):
             results.append(result)
             if len(slabs) > len(order):  # a large block
                 share = READING_SHARE + (1 - READING_SHARE) * len(results) / len(slabs)
@@ -330,6 +338,8 @@ class _Run:
                     with np.load(self._factors(unit)) as kept:
                         splitting.restore(unit, dict(kept))
             outcome.measured["outliers"] = splitting.figures()
+        if self.torch_device is not None:
+            outcome.measured["device"] = choose(self.plan.recipe.device).title
         return outcome
 
 

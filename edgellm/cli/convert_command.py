@@ -102,6 +102,13 @@ def convert(
         Path | None,
         typer.Option(metavar="FILE", help="Write what was found out for llama.cpp (.gguf, .dat)."),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Where gptq solves: cpu (default), cuda, metal or auto (GPUs need torch).",
+        ),
+    ] = None,
     tune: Annotated[
         int | None,
         typer.Option(
@@ -221,6 +228,7 @@ def convert(
             "calibration_tokens": calibration_tokens,
             "calibrate_on": calibrate_on,
             "imatrix": None if imatrix is None else str(imatrix),
+            "device": device,
             "tune": tune,
             "check_text": check_text,
             "check_tokens": check_tokens,

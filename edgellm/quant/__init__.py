@@ -21,16 +21,20 @@ Needs = Literal["nothing", "importance", "hessian"]
 
 @dataclass(frozen=True, slots=True)
 class Solver:
-    """One row: where it is, and what it must know of a layer's inputs (``Statistics``)."""
+    """One row: where it is, and what it must know of a layer's inputs (``Statistics``).
+
+    ``on_torch``: it can solve on a device of torch's (``devices``), given as ``torch_device``.
+    """
 
     attribute: str
     needs: Needs
+    on_torch: bool = False
 
 
 SOLVERS: dict[str, Solver] = {
     "rtn": Solver("edgellm.quant.rtn:solve", "nothing"),
     "imatrix": Solver("edgellm.quant.imatrix:solve", "importance"),
-    "gptq": Solver("edgellm.quant.gptq:solve", "hessian"),
+    "gptq": Solver("edgellm.quant.gptq:solve", "hessian", on_torch=True),
 }
 
 TRANSFORMS: dict[str, str] = {

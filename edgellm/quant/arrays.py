@@ -2,8 +2,8 @@
 
 Kernels are written once, for numpy arrays and for torch tensors on any device. They are typed as
 numpy's, whose operators, slices and methods ``sum``, ``reshape`` and ``swapaxes`` torch shares.
-numpy computes as it would without this file, and in place where that saves a copy. torch is not
-imported here: who has a tensor has torch.
+numpy computes as it would without this file, and in place where that saves a copy. torch is
+imported by the first array that is moved to it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ def moved(values: npt.NDArray[Any], torch_device: str | None) -> Array:
     """numpy's ``values`` on torch's device of that name; as they are where that is None."""
     if torch_device is None:
         return values
-    tensor: Array = _torch().from_numpy(np.ascontiguousarray(values)).to(torch_device)
-    return tensor
+    import torch
+
+    tensor: Any = torch.from_numpy(np.ascontiguousarray(values)).to(torch_device)
+    array: Array = tensor
+    return array
 
 
 def to_numpy(values: Array) -> Array:
@@ -148,8 +151,8 @@ def as_stored(values: Array, dtype: str) -> Array:
     )
 
 
-def squares_by_row(values: Array, weighed: Array) -> Array:
-    """The sums of ``values * weighed`` over each row of both ``[rows, columns]``, as numpy's."""
+def sums_by_row(values: Array, weighed: Array) -> Array:
+    """The sum of ``values * weighed`` over each row of both ``[rows, columns]``, as numpy's."""
     return to_numpy((_torch() if is_tensor(values) else np).einsum("ij,ij->i", weighed, values))
 
 

@@ -13,6 +13,9 @@ from threading import Lock
 from typing import Any
 
 from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget, UsageError
+from edgellm.quant.arrays import moved
+from edgellm.quant.statistics import Statistics
+from edgellm.tensors import Array
 
 CPU, AUTO = "cpu", "auto"
 
@@ -102,6 +105,13 @@ def torch_name(name: str | None) -> str | None:
     return None if name is None or name == CPU else TORCH_DEVICES[name].torch_name
 
 
+def hessian_on(statistics: Statistics, torch_device: str | None) -> Array:
+    """The Hessian on torch's device, moved there once; numpy's where that is None."""
+    return statistics.once(
+        f"hessian on {torch_device}", lambda: moved(statistics.hessian, torch_device)
+    )
+
+
 _LOCK = Lock()
 
 
@@ -109,8 +119,8 @@ _LOCK = Lock()
 def turn(torch_device: str | None) -> Iterator[None]:
     """Alone on the device meanwhile; None, where numpy solves, waits for nobody.
 
-    Workers that share a device would only take its memory. Raises ``GenerationError`` when torch
-    fails there.
+    Workers that shared a device would only take more of its memory. Raises ``GenerationError``
+    when torch fails there.
     """
     if torch_device is None:
         yield

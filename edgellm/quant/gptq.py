@@ -15,7 +15,7 @@ import numpy as np
 from edgellm.errors import TensorError, UnsupportedTarget, UsageError
 from edgellm.quant import arrays, imatrix
 from edgellm.quant.arrays import moved
-from edgellm.quant.devices import turn
+from edgellm.quant.devices import hessian_on, turn
 from edgellm.quant.factor import DAMPING, Factor, factor_of
 from edgellm.quant.grid import Grid, QTensor
 from edgellm.quant.group_scales import GroupScales
@@ -51,9 +51,9 @@ def solve(
     ``UsageError`` without statistics, ``UnsupportedTarget`` for floats, ``TensorError`` for rows or
     statistics that do not fit or are not finite.
 
-    ``torch_device``: where torch solves, in place of numpy; torch must have been imported. Sums
-    are added up in another order there, so that a code here or there is another one. The search
-    for scales and the factorization, which takes 64 bits, stay with numpy.
+    ``torch_device``: where torch solves, in place of numpy. Sums are added up in another order
+    there, so that a code here or there is another one. The search for scales and the
+    factorization, which takes 64 bits, stay with numpy.
     """
     if statistics is None:
         raise UsageError(
@@ -73,9 +73,9 @@ def solve(
     start = imatrix.fitted(rows, grid, imatrix.lifted(statistics.importance))
     tiles = to_tiles(rows)
     with turn(torch_device):
-        hessian, feedback = statistics.once(
-            f"hessian and feedback on {torch_device}",
-            lambda: [moved(each, torch_device) for each in (statistics.hessian, factor.feedback)],
+        hessian = hessian_on(statistics, torch_device)
+        feedback = statistics.once(
+            f"feedback on {torch_device}", lambda: moved(factor.feedback, torch_device)
         )
         scales, weights = GroupScales(start, torch_device), moved(tiles, torch_device)
         levels, errors = feed_forward(weights, scales, replace(factor, feedback=feedback))
