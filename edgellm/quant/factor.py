@@ -86,7 +86,10 @@ def factor(hessian: Array, damping: float = DAMPING) -> Factor:
             continue
         left[backwards] = np.square(lower.diagonal())
         lower /= lower.diagonal()
-        feedback[:living, :living] = np.tril(lower[::-1, ::-1].T, -1)
+        # In place: three matrices of 64 bits are alive at once while they are factored, no more.
+        feedback[:living, :living] = lower[::-1, ::-1].T
+        for row in range(living):
+            feedback[row, row:] = 0
         raised, dead = part > damping, len(order) - living
         return Factor(order, feedback, left, part, part * mean, raised, dead)
     raise TensorError(
