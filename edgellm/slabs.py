@@ -114,8 +114,8 @@ def write_slab(
         return Written(slab, nbytes)
     off = values_of(rounded)
     off -= rows
-    error, power = (output_power(each, statistics, torch_device) for each in (off, rows))
-    return Written(slab, nbytes, error, power)
+    powers = [output_power(each, statistics, torch_device) for each in (off, rows)]
+    return Written(slab, nbytes, *powers)
 
 
 def values_of(rounded: QTensor) -> Array:
