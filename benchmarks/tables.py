@@ -75,7 +75,8 @@ def _types(types: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
         shares = []
         for kind, each in of.items():
             tensors = ", ".join(f"{count} {role}" for role, count in each["tensors"].items())
-            shares.append(f"{each['bytes'] / total:.0%} {kind} ({tensors})")
+            share = each["bytes"] / total
+            shares.append(f"{share:.{0 if share >= 0.01 else 1}%} {kind} ({tensors})")
         lines.append(f"| {name} | {'; '.join(shares)} |")
     return lines
 
