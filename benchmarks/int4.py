@@ -8,17 +8,22 @@ and computed in float32, over 16,384 tokens of held-out text.
 Each peer computes in float32 and is set as its documentation advises for quality: gptqmodel with
 ``desc_act``; llm-compressor's GPTQ in its own static order, its AWQ searching with and without the
 weights' sizes; auto-round with its defaults but for ``AUTOROUND_ITERATIONS``. Their folders take
-two hours, so that one which the same command made from the same files before is taken as it is.
+hours, so that one which the same command made from the same files before is taken as it is.
+
+`python -m benchmarks.int4 gptqmodel "llm-compressor GPTQ"` tries these peers only and changes no
+result.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import results, tables
 from benchmarks.measure import fresh, output_of, run
 from benchmarks.models import SMOLLM2, smollm2
 from benchmarks.places import LOOPS, WORK, edgellm, peer_python, peer_version, shown
@@ -64,14 +69,14 @@ Figures = dict[str, dict[str, dict[str, Any]]]
 """What ``float_divergences.py`` says, by cell and by who made the folder."""
 
 
-def measure(*, quick: bool) -> Result:
-    """KL of all at each cell; quick: one cell, two peers, few tokens."""
+def measure(*, quick: bool, names: Sequence[str] = ()) -> Result:
+    """KL of all, or of the peers ``names``, at each cell; quick: one cell, two peers, few tokens."""
     model = smollm2()
     text = tokens(model, 8 if quick else WINDOWS)
     seen = 4 * 512 if quick else CALIBRATION_TOKENS
     windows = WORK / f"calibration-{seen}.json"
     run([sys.executable, str(LOOPS / "calibration_tokens.py"), model.name, windows.name, str(seen)])
-    peers = {name: PEERS[name] for name in (QUICK_PEERS if quick else PEERS)}
+    peers = {name: PEERS[name] for name in names or (QUICK_PEERS if quick else PEERS)}
     folders: dict[str, dict[str, str]] = {}
     commands = {}
     for group, zeros in CELLS[:1] if quick else CELLS:
@@ -159,3 +164,9 @@ def _against_the_best(cell: str, of: dict[str, dict[str, Any]]) -> Comparison:
     ours = kl.pop("edgellm")
     best = min(kl, key=kl.__getitem__)
     return Comparison(f"{cell}; {best}", "nats", [ours], [kl[best]], at_most=1.0)
+
+
+if __name__ == "__main__":
+    kept = WORK / "trial.json"
+    results.save(measure(quick=False, names=sys.argv[1:]), kept)
+    print(tables.render(results.load(kept)))
