@@ -8,7 +8,7 @@ and computed in float32, over 16,384 tokens of held-out text.
 Each peer computes in float32 and is set as its documentation advises for quality: gptqmodel with
 ``desc_act``; llm-compressor's GPTQ in its own static order, its AWQ searching with and without the
 weights' sizes; auto-round with its defaults but for ``AUTOROUND_ITERATIONS``. Their folders take
-hours, so that one which the same command made from the same files before is taken as it is.
+hours: one which the same command made from the same files before is taken as it is.
 
 `python -m benchmarks.int4 gptqmodel "llm-compressor GPTQ"` tries these peers only and changes no
 result.
@@ -70,7 +70,7 @@ Figures = dict[str, dict[str, dict[str, Any]]]
 
 
 def measure(*, quick: bool, names: Sequence[str] = ()) -> Result:
-    """KL of all, or of the peers ``names``, at each cell; quick: one cell, two peers, few tokens."""
+    """KL of all, or of the peers ``names``, at each cell; quick: one cell, two peers, less text."""
     model = smollm2()
     text = tokens(model, 8 if quick else WINDOWS)
     seen = 4 * 512 if quick else CALIBRATION_TOKENS
