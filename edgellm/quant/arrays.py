@@ -18,7 +18,7 @@ from edgellm.quant import floats
 from edgellm.tensors import Array
 
 Mask = npt.NDArray[np.bool_]
-Scalar = float | int
+Scalar = float | int | np.float32
 
 LARGEST = {"f16": floats.LARGEST_F16, "bf16": floats.LARGEST_BF16}
 
@@ -64,12 +64,12 @@ def full_like(values: Array, value: float) -> Array:
     return _torch().full_like(values, value) if is_tensor(values) else np.full_like(values, value)
 
 
-def subtract(values: Array, others: Array, out: Array) -> None:
+def subtract(values: Any, others: Array, out: Array) -> None:
     """Put ``values - others`` into ``out``, which may be either of them."""
-    if is_tensor(values):
-        _torch().sub(values, others, out=out)
-    else:
+    if isinstance(values, np.ndarray):
         np.subtract(values, others, out=out)
+    else:
+        _torch().sub(values, others, out=out)
 
 
 def where(condition: Mask, values: Array | Scalar, others: Array | Scalar) -> Array:
@@ -111,15 +111,14 @@ def within(values: Array, lowest: Array | Scalar, highest: Array | Scalar) -> Ar
     return np.clip(values, lowest, highest)
 
 
-def round_within(values: Array, lowest: Array | Scalar, highest: Array | Scalar) -> None:
+def round_within(values: Any, lowest: Array | Scalar, highest: Array | Scalar) -> None:
     """As ``rounded`` and then ``within``, in place."""
-    held: Any = values
-    if is_tensor(values):
-        held.round_().clamp_(lowest, highest)
-        return
-    np.rint(values, out=values)
-    np.maximum(values, lowest, out=values)
-    np.minimum(values, highest, out=values)
+    if isinstance(values, np.ndarray):
+        np.rint(values, out=values)
+        np.maximum(values, lowest, out=values)
+        np.minimum(values, highest, out=values)
+    else:
+        values.round_().clamp_(lowest, highest)
 
 
 def nearest_entries(table: Array, borders: Array, values: Array) -> Array:

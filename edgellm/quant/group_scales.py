@@ -62,7 +62,7 @@ class GroupScales:
         levels = levels_of(self.grid)
         # One code less where the format has no use for the lowest: ggml's and int8 kernels negate.
         spare = self.grid.name in ("q8_0", "int8-dynamic")
-        self.lowest, self.highest = float(levels[1 if spare else 0]), float(levels[-1])
+        self.lowest, self.highest = levels[1 if spare else 0], levels[-1]
         self._table: Array | None = None
         self._borders: Array | None = None
         if self.grid.name in CODEBOOKS:
