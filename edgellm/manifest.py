@@ -109,8 +109,8 @@ class CalibrationEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 
     ``text`` is ``builtin`` or a file's name, ``text_sha256`` the digest of its bytes and
     ``ids_sha256`` of the token ids (``calibration.texts.ids_sha256``). ``gathered``: of the inputs
-    of the weights, ``hessian`` or ``importance``, as ``layers`` before them give them: ``float``
-    ones or ``quantized``. Tokens counted by their mean square to the power ``token_power``
+    of the weights, ``hessian`` or ``importance``, behind ``layers``: ``float`` ones, ``quantized``
+    ones or ``both``. Tokens counted by their mean square to the power ``token_power``
     (``calibration.passes``). ``settings``: what the solver and the transforms were set to, by their
     names. With ``imatrix``, a file of importance by its name and digest, there is no text.
     ``device``: where codes were solved, by numpy on the ``cpu``, on others by torch.

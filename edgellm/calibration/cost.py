@@ -29,6 +29,9 @@ MOVED_PER_SECOND = 17e9
 FACTORED_PER_SECOND = 8e9
 """Cubed columns of a Hessian that one such thread factors in a second."""
 
+RUNS = {"float": 1, "quantized": 2, "both": 3}
+"""How often a layer is run over the text."""
+
 RUNTIME_BYTES = 60 << 20
 """onnxruntime, its sessions and its arenas' first pages."""
 
@@ -75,22 +78,23 @@ def pass_cost(
     threads: int,
     *,
     importance_only: bool,
-    follows: bool = False,
+    layers: str = "float",
 ) -> Cost:
     """Of the network's pass over the text, without what is solved by it.
 
-    ``follows``: layers are run as they were rounded too.
+    ``layers`` before the one that is solved, as ``passes.CalibrationPass`` has it.
     """
     widths, hidden = input_widths(decoder), decoder.hidden_size
     attention = 4 * min(window, tokens) * decoder.query_size * ATTENTION_SLOWNESS
-    per_token = (3 if follows else 1) * (2 * layer_weights(decoder) + attention)
+    per_token = RUNS[layers] * (2 * layer_weights(decoder) + attention)
     squares = sum(width * width for width in widths)
-    per_token += 0 if importance_only else (3 if follows else 1) * squares
+    # Of a product with its own transpose half is computed.
+    per_token += 0 if importance_only else (3 if layers == "both" else 1) * squares
     operations = tokens * (len(decoder.layers) * per_token + hidden * hidden)
-    stream = stream_bytes(decoder, tokens, follows)
-    memory = 4 * layer_weights(decoder) + sums_bytes(decoder, importance_only, follows)
+    stream = stream_bytes(decoder, tokens, layers)
+    memory = 4 * layer_weights(decoder) + sums_bytes(decoder, importance_only, layers)
     memory += stream if stream <= BUDGET_BYTES else 0
-    memory += threads * _worker_bytes(decoder, window, importance_only, follows)
+    memory += threads * _worker_bytes(decoder, window, importance_only, layers)
     return Cost(
         memory_bytes=memory + runtime_bytes(decoder, window, threads),
         seconds=operations / FLOPS_PER_SECOND / threads,
@@ -98,16 +102,16 @@ def pass_cost(
     )
 
 
-def stream_bytes(decoder: Decoder, tokens: int, follows: bool) -> int:
+def stream_bytes(decoder: Decoder, tokens: int, layers: str) -> int:
     """The hidden states between two layers, of both streams where there are two."""
-    return (2 if follows else 1) * 4 * tokens * decoder.hidden_size
+    return (2 if layers == "both" else 1) * 4 * tokens * decoder.hidden_size
 
 
-def sums_bytes(decoder: Decoder, importance_only: bool, follows: bool) -> int:
+def sums_bytes(decoder: Decoder, importance_only: bool, layers: str) -> int:
     """What is added up of the inputs of one layer."""
     widths = input_widths(decoder)
     sums = 4 * sum(width if importance_only else width * width for width in widths)
-    return 2 * sums if follows else sums
+    return 2 * sums if layers == "both" else sums
 
 
 def runtime_bytes(decoder: Decoder, window: int, threads: int) -> int:
@@ -118,9 +122,9 @@ def runtime_bytes(decoder: Decoder, window: int, threads: int) -> int:
     return RUNTIME_BYTES + 4 * threads * (computed + scores)
 
 
-def _worker_bytes(decoder: Decoder, window: int, importance_only: bool, follows: bool) -> int:
+def _worker_bytes(decoder: Decoder, window: int, importance_only: bool, layers: str) -> int:
     """One thread's chunk of inputs, and the products of a strip of them."""
-    widths, streams = input_widths(decoder), 2 if follows else 1
+    widths, streams = input_widths(decoder), 2 if layers == "both" else 1
     kept = (CHUNK_TOKENS + window - 1) * (2 * decoder.hidden_size + streams * sum(widths))
     largest = max(widths)
     strip = 0 if importance_only else streams * min(largest, STRIP_COLUMNS) * largest
@@ -132,7 +136,7 @@ def solve_cost(
     threads: int,
     needs: str,
     *,
-    follows: bool = False,
+    layers: str = "float",
     on_gpu: bool = False,
 ) -> Cost:
     """Of solving ``tensors``, the products of one layer (or the head), beside their statistics.
@@ -145,7 +149,7 @@ def solve_cost(
     rate = SOLVED_PER_SECOND[needs]
     columns = {tensor.columns for tensor in solved}
     seconds = sum(_work_of(tensor) for tensor in solved) / rate / threads if rate else 0.0
-    if follows:
+    if layers == "both":
         seconds += sum(_work_of(each) for each in solved) / MOVED_PER_SECOND / threads
     most_bytes, workers = solving_slabs(threads, on_gpu)
     busy = [SOLVER_COPIES * max(slab_bytes(tensor, most_bytes) for tensor in solved)] * workers

@@ -5,8 +5,9 @@ One layer's weights are in memory at a time, the hidden states of all tokens go 
 computed side by side, each on one thread, and what they add to the sums is added in the order of
 the text: the result is the same to the last bit for any number of threads.
 
-A second stream may be kept of what the layers give that are rounded already: statistics are then of
-its inputs, and of what they lack.
+Statistics may be of what the layers give that are rounded already, in place of the float ones, or
+of both: then two streams are kept, and what the inputs of the first lack of the second's is added
+up too.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ SMALLEST_SQUARE = np.float32(1e-12)
 class CalibrationPass:
     """Statistics of one layer after another, and of the head, on ``windows`` of token ids.
 
-    ``follows``: inputs are those that the layers before give as they were rounded, which
-    ``follow`` is told after each layer; ``Statistics.lag`` says what they lack.
+    ``layers``: inputs are what ``float`` layers before give, or ``quantized`` ones, which
+    ``follow`` is told after each layer; with ``both``, ``Statistics.lag`` says what the inputs that
+    quantized layers give lack.
 
     ``spool`` is a folder for hidden states that take more than ``budget_bytes``; None keeps them in
     memory whatever they take. ``importance_only`` leaves Hessians out: ``Statistics.hessian`` is
@@ -79,7 +81,7 @@ class CalibrationPass:
         budget_bytes: int = BUDGET_BYTES,
         importance_only: bool = False,
         weighs: bool | None = None,
-        follows: bool = False,
+        layers: str = "float",
     ) -> None:
         check_windows(source, windows)
         self.source = source
@@ -92,10 +94,14 @@ class CalibrationPass:
         self._chunks = chunks_of(windows)
         self._sessions = Sessions(threads=1)
         tokens, hidden = sum(map(len, windows)), source.decoder.hidden_size
-        streams = 2 if follows else 1
+        streams = 2 if layers == "both" else 1
         spooled = spool if streams * 4 * tokens * hidden > budget_bytes else None
         self.stream = TokenStream(tokens, hidden, spooled)
-        self.rounded = TokenStream(tokens, hidden, spooled, "rounded") if follows else None
+        self.rounded: TokenStream | None = None
+        if layers == "quantized":
+            self.rounded = self.stream
+        elif layers == "both":
+            self.rounded = TokenStream(tokens, hidden, spooled, "rounded")
         self._followed = 0
 
     @property
@@ -137,7 +143,11 @@ class CalibrationPass:
 
     def pass_by(self, index: int, watch: Share = lambda share: None) -> None:
         """Compute layer ``index`` without statistics: those that a resumed run has no need of."""
-        self._run_layer(index, watch, taps=False)
+        if self.stream is self.rounded:  # follow computes it
+            self._check_turn(index)
+            self.next_layer = index + 1
+        else:
+            self._run_layer(index, watch, taps=False)
 
     def follow(self, index: int, rounded: ModelSource, watch: Share = lambda share: None) -> None:
         """Compute layer ``index``, the last one, with the weights that it has in ``rounded``."""
@@ -199,7 +209,11 @@ class CalibrationPass:
         *,
         into_stream: str,
     ) -> None:
-        """Run ``graph`` over all tokens; its output ``into_stream`` becomes the next stream."""
+        """Run ``graph`` over all tokens; its output ``into_stream`` becomes the next stream.
+
+        That of quantized layers alone is left to ``follow``.
+        """
+        advances = into_stream and self.stream is not self.rounded
         session, weights = self._sessions.of(graph), graph.load_weights()
         widths = {name: total.columns for name, total in sums.items()}
 
@@ -210,7 +224,8 @@ class CalibrationPass:
             counts = None
             if into_stream:
                 after = values.pop(into_stream)
-                self.stream.write(chunk.start, after)
+                if advances:
+                    self.stream.write(chunk.start, after)
                 counts = weights_of(after) if self.weighs else None
             lags: dict[str, Array] = {}
             if sums and self._lagging:
@@ -229,7 +244,7 @@ class CalibrationPass:
 
         with one_blas_thread():
             self._watched(work, watch, on_end=stop)
-        if into_stream:
+        if advances:
             self.stream.turn()
 
     def _computed(
@@ -276,12 +291,14 @@ class CalibrationPass:
 
     @property
     def _streams(self) -> list[TokenStream]:
-        return [self.stream] if self.rounded is None else [self.stream, self.rounded]
+        if self.rounded is None or self.rounded is self.stream:
+            return [self.stream]
+        return [self.stream, self.rounded]
 
     @property
     def _lagging(self) -> bool:
-        """Whether the rounded stream differs by now: the embedding is the same for both."""
-        return self.rounded is not None and self.next_layer > 0
+        """Whether there are two streams that differ by now: the embedding is the same for both."""
+        return len(self._streams) > 1 and self.next_layer > 0
 
     def _check_turn(self, index: int) -> None:
         if index != self.next_layer:

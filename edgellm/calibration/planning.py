@@ -51,9 +51,9 @@ class Calibration:
 
     ``source`` is the model before any transform; ``folding`` changes what the layout loads.
     ``needs``: what is gathered of each input, ``weighs``: with tokens counted by
-    ``passes.TOKEN_POWER``. ``follows``: it is gathered of what layers give that
-    are rounded already. ``notes``: facts that the user should be shown.
-    With ``given`` importance there is no ``text``, and nothing is run.
+    ``passes.TOKEN_POWER``, ``layers``: behind which (``passes.CalibrationPass``). ``notes``: facts
+    that the user should be shown. With ``given`` importance there is no ``text``, and nothing is
+    run.
     """
 
     text: CalibrationText | None
@@ -64,8 +64,13 @@ class Calibration:
     cost: Cost
     notes: tuple[str, ...] = ()
     given: GivenImportance | None = None
-    follows: bool = False
+    layers: str = "float"
     weighs: bool = False
+
+    @property
+    def follows(self) -> bool:
+        """Whether layers are run as they were rounded."""
+        return self.layers != "float"
 
     @property
     def sha256(self) -> str:
@@ -129,7 +134,7 @@ def choose_solver(
     preferred = str(quant._replace(solver=PREFERRED_SOLVER))
     tokens = recipe.calibration_tokens or CALIBRATION_TOKENS
     on_gpu = torch_name(recipe.device) is not None
-    cost = cost_of(layout, source, tokens, threads, "hessian", recipe.follows, on_gpu)
+    cost = cost_of(layout, source, tokens, threads, "hessian", recipe.layers, on_gpu)
     minutes = f"{cost.seconds / 60:.0f} min" if cost.seconds >= 90 else f"{cost.seconds:.0f} s"
     if cost.seconds >= PATIENCE_S or cost.memory_bytes > memory_bytes:
         why = f"{PREFERRED_SOLVER} would take about {minutes}"
@@ -172,8 +177,8 @@ def plan_calibration(
         )
     if recipe.follows and needs != "hessian":
         raise UsageError(
-            f"calibrate_on quantized: {recipe.solver} cannot make good what the layers before have "
-            f"lost: choose --quant {_with_preferred(recipe)}, or leave it out"
+            f"calibrate_on {recipe.layers}: {recipe.solver} cannot make good what the layers "
+            f"before have lost: choose --quant {_with_preferred(recipe)}, or leave it out"
         )
     if recipe.transforms:
         if recipe.keep_adapters:
@@ -188,7 +193,7 @@ def plan_calibration(
     if isinstance(folding, Splitting):
         folding.check_laid_out(layout)
         if recipe.tune is not None or recipe.follows:
-            option = "--tune" if recipe.tune is not None else "calibrate_on quantized"
+            option = "--tune" if recipe.tune is not None else f"calibrate_on {recipe.layers}"
             raise UsageError(
                 f"{option} reads rounded weights back whole, and {recipe.transforms[-1]} takes "
                 "columns out of them: leave one of the two out"
@@ -221,8 +226,8 @@ def plan_calibration(
         folding=folding,
         blocks=blocks,
         needs=needs,
-        cost=cost_of(layout, source, text.tokens, threads, needs, recipe.follows, on_gpu),
-        follows=recipe.follows,
+        cost=cost_of(layout, source, text.tokens, threads, needs, recipe.layers, on_gpu),
+        layers=recipe.layers,
         weighs=needs == "hessian" or bool(recipe.transforms),
         notes=(*text.notes, *folded.notes[len(source.notes) :]),
     )
@@ -259,28 +264,28 @@ def cost_of(
     tokens: int,
     threads: int,
     needs: Needs = "hessian",
-    follows: bool = False,
+    layers: str = "float",
     on_gpu: bool = False,
 ) -> Cost:
     """What calibrating on ``tokens`` and solving takes, beside what is rounded without."""
     decoder = source.decoder
     window = min(WINDOW_TOKENS, decoder.context_length)
     diagonal = needs != "hessian"
-    passing = pass_cost(decoder, tokens, window, threads, importance_only=diagonal, follows=follows)
+    passing = pass_cost(decoder, tokens, window, threads, importance_only=diagonal, layers=layers)
     blocks = blocks_of(layout.tensors, len(decoder.layers), tied=decoder.tied_head)
     solving = [
         solve_cost(
             [layout.tensors[place] for place in block.tensors],
             threads,
             needs,
-            follows=follows,
+            layers=layers,
             on_gpu=on_gpu,
         )
         for block in blocks
         if block.unit is not None
     ]
-    stream = stream_bytes(decoder, tokens, follows)
-    kept = sums_bytes(decoder, diagonal, follows) + (stream if stream <= BUDGET_BYTES else 0)
+    stream = stream_bytes(decoder, tokens, layers)
+    kept = sums_bytes(decoder, diagonal, layers) + (stream if stream <= BUDGET_BYTES else 0)
     most = max((each.memory_bytes for each in solving), default=0)
     kept += runtime_bytes(decoder, window, threads)
     return replace(

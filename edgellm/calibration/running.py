@@ -132,7 +132,7 @@ class _Run:
             spool=self.staged.journal.folder,
             importance_only=calibration.needs != "hessian",
             weighs=calibration.weighs,
-            follows=calibration.follows,
+            layers=calibration.layers,
         )
         rounded = None
         if calibration.follows:

@@ -89,7 +89,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="LAYERS",
-            help="Solve each layer for what those before give: float (default) or quantized.",
+            help="Solve each layer behind float ones (default), quantized ones, or for both.",
         ),
     ] = None,
     imatrix: Annotated[

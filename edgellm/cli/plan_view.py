@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from edgellm.tune.planning import Tuning
 
 
+BEHIND = {"quantized": "quantized", "both": "float and quantized"}
+
+
 def plan_facts(plan: Plan) -> dict[str, Any]:
     """What ``--dry-run --json`` prints."""
     return {
@@ -65,7 +68,7 @@ def _calibration_facts(calibration: Calibration) -> dict[str, Any]:
         "windows": len(text.windows),
         "seed": text.seed,
         "gathered": calibration.needs,
-        "layers": "quantized" if calibration.follows else "float",
+        "layers": calibration.layers,
         "calibrate_s": cost.seconds,
         "memory_bytes": cost.memory_bytes,
         "spool_bytes": cost.disk_bytes,
@@ -144,11 +147,11 @@ def _calibration_lines(calibration: Calibration) -> list[tuple[str, str]]:
     text, given, cost = calibration.text, calibration.given, calibration.cost
     if text is None:
         return [("importance", f"of {given.name}")] if given else []
-    follows = ", on the quantized layers" if calibration.follows else ""
+    behind = f", behind {BEHIND[calibration.layers]} layers" if calibration.follows else ""
     return [
         (
             "calibration",
-            f"{text.name}: {text.tokens} tokens in {len(text.windows)} windows{follows}",
+            f"{text.name}: {text.tokens} tokens in {len(text.windows)} windows{behind}",
         ),
         (
             "",

@@ -34,7 +34,7 @@ from edgellm.plan import Plan, make_plan
 from edgellm.quant import SOLVERS
 from edgellm.quant.asymmetric import target
 from edgellm.quant.statistics import Statistics
-from edgellm.recipe import load_recipe, save_recipe
+from edgellm.recipe import CALIBRATE_ON, load_recipe, save_recipe
 from edgellm.slabs import values_of
 from edgellm.source import open_source
 from edgellm.tensors import stacked_rows
@@ -59,8 +59,8 @@ PRODUCTS = {
 """What transformers calls them, by role."""
 
 
-def on_quantized(source: Path, quant: str, container: str = "gguf", **fields: Any) -> Plan:
-    return make_plan(recipe_of(source, quant, container, calibrate_on="quantized", **fields))
+def planned(source: Path, quant: str, layers: str, container: str = "gguf") -> Plan:
+    return make_plan(recipe_of(source, quant, container, calibrate_on=layers))
 
 
 def inputs_of(model: Any, index: int) -> dict[str, np.ndarray]:
@@ -92,8 +92,9 @@ def inputs_of(model: Any, index: int) -> dict[str, np.ndarray]:
     return {name: np.concatenate(parts) for name, parts in seen.items()}
 
 
+@pytest.mark.parametrize("layers", ["quantized", "both"])
 def test_the_next_layer_is_seen_behind_the_quantized_one(
-    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layers: str, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gguf = pytest.importorskip("gguf")
     import torch
@@ -101,9 +102,9 @@ def test_the_next_layer_is_seen_behind_the_quantized_one(
     monkeypatch.setattr(passes, "CHUNK_TOKENS", 50)  # several chunks
     monkeypatch.setattr(sums, "STRIP_COLUMNS", 64)  # and strips
     folder = tiny_model("llama")
-    plan = on_quantized(folder, "gptq:q4_0")
+    plan = planned(folder, "gptq:q4_0", layers)
     made = carry_out(plan, tmp_path / "made", check=False).path
-    run = CalibrationPass(plan.source, WINDOWS, threads=2, follows=True)
+    run = CalibrationPass(plan.source, WINDOWS, threads=2, layers=layers)
     run.begin()
     first = run.layer(0)
     assert all(statistics.lag is None for statistics in first.values())
@@ -124,7 +125,8 @@ def test_the_next_layer_is_seen_behind_the_quantized_one(
         weight.data = torch.from_numpy(values.copy())
     given = inputs_of(model, 1)
 
-    counts = np.square(wanted["out"]).mean(axis=1) ** passes.TOKEN_POWER
+    stream = (wanted if layers == "both" else given)["out"]
+    counts = np.square(stream).mean(axis=1) ** passes.TOKEN_POWER
     for part, name in PRODUCTS.items():
         statistics = found[f"blk.1.{part}.weight"]
         x, lag = given[name], wanted[name] - given[name]
@@ -133,39 +135,42 @@ def test_the_next_layer_is_seen_behind_the_quantized_one(
         assert np.abs(lags).max() > 20 * TOLERANCE * hessian.max()
         atol = TOLERANCE * hessian.max()
         np.testing.assert_allclose(statistics.hessian, hessian, rtol=0, atol=atol)
-        assert statistics.lag is not None
-        np.testing.assert_allclose(statistics.lag, lags, rtol=0, atol=atol)
+        if layers == "quantized":
+            assert statistics.lag is None
+        else:
+            np.testing.assert_allclose(statistics.lag, lags, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(
-    ("model", "container", "quant"),
+    ("model", "container", "quant", "layers"),
     [
-        ("llama-256", "gguf", "gptq:q4_k_m"),
-        ("llama-256", "gguf", "awq+gptq:q4_0"),
-        ("gemma3", "gguf", "gptq:q4_0"),
-        ("gpt2", "gguf", "gptq:q5_1"),
-        ("qwen3", "onnx", "gptq:int4-g32"),
-        ("llama", "hf", "gptq:int4-g32-sym"),
+        ("llama-256", "gguf", "gptq:q4_k_m", "quantized"),
+        ("llama-256", "gguf", "awq+gptq:q4_0", "both"),
+        ("gemma3", "gguf", "gptq:q4_0", "both"),
+        ("gpt2", "gguf", "gptq:q5_1", "quantized"),
+        ("qwen3", "onnx", "gptq:int4-g32", "both"),
+        ("llama", "hf", "gptq:int4-g32-sym", "both"),
     ],
 )
 def test_every_layer_is_solved_for_what_the_written_ones_give(
-    model: str, container: str, quant: str, tiny_model: TinyModel, tmp_path: Path
+    model: str, container: str, quant: str, layers: str, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
-    plan = on_quantized(tiny_model(model), quant, container)
+    plan = planned(tiny_model(model), quant, layers, container)
     artifact = carry_out(plan, tmp_path / "made", check=False)
     assert artifact.manifest is not None
     entry = artifact.manifest.artifact.calibration
     assert entry is not None
-    assert entry.layers == "quantized"
+    assert entry.layers == layers
+    assert ("asymmetric" in entry.settings) == (layers == "both")
     assert plan.calibration is not None
     assert plan.calibration.text is not None
     source, windows = plan.source, plan.calibration.text.windows
-    run = CalibrationPass(source, windows, threads=2, follows=True)
+    run = CalibrationPass(source, windows, threads=2, layers=layers)
     run.begin()
     rounded = as_stored(source, plan.layout, artifact.path)
     found: dict[str, Statistics] = {}
-    layers = len(source.decoder.layers)
-    for index in range(layers):
+    count = len(source.decoder.layers)
+    for index in range(count):
         found |= run.layer(index)
         run.follow(index, rounded)
 
@@ -185,7 +190,7 @@ def test_every_layer_is_solved_for_what_the_written_ones_give(
         read = replace(read, tensors={**read.tensors, **tables})
         other = CalibrationPass(read, windows, threads=2)
         other.begin()
-        for index in range(layers):
+        for index in range(count):
             other.pass_by(index)
         assert run.rounded is not None
         wanted, got = (each.read(0, run.tokens) for each in (other.stream, run.rounded))
@@ -207,13 +212,13 @@ def test_every_layer_is_solved_for_what_the_written_ones_give(
             wanted = values_of(solve(target(rows, statistics), tensor.grid, statistics))
         np.testing.assert_array_equal(stored(artifact, tensor), wanted)
         solved += 1
-    assert solved >= 4 * layers
+    assert solved >= 4 * count
 
 
 def test_the_same_bytes_whatever_the_threads_slabs_and_place_of_the_streams(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = on_quantized(tiny_model("llama-256"), "gptq:q4_k_m").recipe
+    recipe = planned(tiny_model("llama-256"), "gptq:q4_k_m", "both").recipe
     one = convert(recipe, tmp_path / "one", threads=1, check=False)
     monkeypatch.setattr(slabs, "SLAB_BYTES", 70_000)
     spooled = {**CalibrationPass.__init__.__kwdefaults__, "budget_bytes": 0}
@@ -227,14 +232,14 @@ def test_the_same_bytes_whatever_the_threads_slabs_and_place_of_the_streams(
 
 def test_a_pass_goes_on_from_saved_streams(tiny_model: TinyModel, tmp_path: Path) -> None:
     """In files; in memory it is a conversion that is killed."""
-    plan = on_quantized(tiny_model("llama"), "gptq:q4_0")
+    plan = planned(tiny_model("llama"), "gptq:q4_0", "both")
     made = carry_out(plan, tmp_path / "made", check=False).path
     rounded = as_stored(plan.source, plan.layout, made)
     spool = tmp_path / "spool"
     spool.mkdir()
 
     def begun() -> CalibrationPass:
-        return CalibrationPass(plan.source, WINDOWS, follows=True, spool=spool, budget_bytes=0)
+        return CalibrationPass(plan.source, WINDOWS, layers="both", spool=spool, budget_bytes=0)
 
     first = begun()
     first.begin()
@@ -270,16 +275,13 @@ def test_solvers_that_cannot_heed_it_are_refused(
 
 
 def test_it_is_in_the_plan_and_in_a_saved_recipe(tiny_model: TinyModel, tmp_path: Path) -> None:
-    plan = on_quantized(tiny_model("llama"), "gptq:q4_0")
-    as_float = make_plan(recipe_of(tiny_model("llama"), "gptq:q4_0"))
-    assert plan_facts(plan)["calibration"]["layers"] == "quantized"
-    assert plan_facts(as_float)["calibration"]["layers"] == "float"
-    assert plan.calibration is not None
-    assert as_float.calibration is not None
-    ours, theirs = plan.calibration.cost, as_float.calibration.cost
-    assert ours.disk_bytes == 2 * theirs.disk_bytes
-    assert ours.memory_bytes > theirs.memory_bytes
-    assert ours.seconds > theirs.seconds
+    plans = [planned(tiny_model("llama"), "gptq:q4_0", layers) for layers in CALIBRATE_ON]
+    assert [plan_facts(plan)["calibration"]["layers"] for plan in plans] == [*CALIBRATE_ON]
+    as_float, quantized, both = (plan.calibration.cost for plan in plans if plan.calibration)
+    assert both.disk_bytes == 2 * quantized.disk_bytes == 2 * as_float.disk_bytes
+    assert both.memory_bytes > quantized.memory_bytes == as_float.memory_bytes
+    assert both.seconds > quantized.seconds > as_float.seconds
+    plain, plan = plans[0], plans[2]
     save_recipe(plan.recipe, tmp_path / "recipe.toml")
     assert load_recipe(tmp_path / "recipe.toml", {}) == plan.recipe
-    assert as_float.recipe.choices().keys() == plan.recipe.choices().keys() - {"calibrate_on"}
+    assert plain.recipe.choices().keys() == plan.recipe.choices().keys() - {"calibrate_on"}
