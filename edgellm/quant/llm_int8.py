@@ -15,8 +15,9 @@ of 512 at once, by the channels of each input that are multiplied as floats:
 | as they are | 0.486 | | 0.032 | 0.035 |
 | smoothed before | 0.045 | 0.030 | 0.027 | 0.027 |
 
-That is emulated; artifacts in onnxruntime, on the same tokens: 0.237 as they are, 0.024 with one
-channel in 64 apart.
+That is emulated. Artifacts in onnxruntime, on the same tokens: 0.237 as they are, 0.049 smoothed,
+0.024 with one channel in 64 apart. That takes four operators more for a product, and a decoder of
+this size gives 0.85 of the tokens a second, 0.90 in prefill (one thread, AVX2).
 """
 
 from __future__ import annotations
