@@ -22,7 +22,11 @@ DEFAULT_SOLVER = "rtn"
 
 SOLVER_AFTER = {"awq": "imatrix"}
 """What rounds after a transform where nothing was named: AWQ ends with a search of how far to clip
-each group by what its channels bear, which is the search of ``imatrix``."""
+each group by what its channels bear, which is the search of ``imatrix``.
+
+Output error in a layer of SmolLM2 off its grid by that of plain rounding, without awq and with it:
+int4-g64 rtn 1 and 0.644, imatrix 0.741 and 0.537; q4_0 rtn 1 and 0.615, imatrix 0.637 and 0.502.
+"""
 
 LOWERED = (
     "format", "quant", "layout", "embed", "head", "kv_cache", "combine", "sign", "merge_base",
