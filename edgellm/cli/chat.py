@@ -72,7 +72,10 @@ class Chat:
             if text in ("/exit", "/quit", "/bye"):
                 return
             if text:
-                self._handle(text)
+                try:
+                    self._handle(text)
+                except KeyboardInterrupt:  # before an answer had begun, or as it ended
+                    render.say("(stopped)")
 
     def _handle(self, text: str) -> None:
         name, _, argument = text.partition(" ")

@@ -8,7 +8,8 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,11 @@ class Typist:
     def ended(self, seconds: float = 20) -> int:
         return self.process.wait(seconds)
 
+    def leave(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.terminal)
+
 
 SLOWLY = """
 import sys, time
@@ -71,21 +77,37 @@ sys.exit(main(sys.argv[1:]))
 """The command line with a fake runtime that takes 50 ms for a token."""
 
 
+BEFORE_ANSWERS = """
+from edgellm.cli import render
+render.show_stream = lambda pieces: print("thinking") or time.sleep(60)
+"""
+"""To be put into it: answers that have not begun after a minute."""
+
+
 @pytest.fixture
-def chat(onnx_artifact: Path, tmp_path: Path) -> Iterator[Typist]:
-    command = [sys.executable, "-c", SLOWLY, "run", str(onnx_artifact), "--runtime", "fake"]
+def open_chat(onnx_artifact: Path, tmp_path: Path) -> Iterator[Callable[[str], Typist]]:
     environment = {
         **os.environ,
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
         "TERM": "dumb",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    typist = Typist([*command, "--context", "200"], environment)
-    typist.wait_for(">>> ")
-    yield typist
-    typist.process.kill()
-    typist.process.wait()
-    os.close(typist.terminal)
+    with ExitStack() as typists:
+
+        def open_by(program: str) -> Typist:
+            command = [sys.executable, "-c", program, "run", str(onnx_artifact)]
+            command += ["--runtime", "fake", "--context", "200"]
+            typist = Typist(command, environment)
+            typists.callback(typist.leave)
+            typist.wait_for(">>> ")
+            return typist
+
+        yield open_by
+
+
+@pytest.fixture
+def chat(open_chat: Callable[[str], Typist]) -> Typist:
+    return open_chat(SLOWLY)
 
 
 def test_a_conversation(chat: Typist, tmp_path: Path) -> None:
@@ -146,6 +168,20 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(chat: Typist, tmp_path: Path) 
     time.sleep(0.3)
     chat.type(CTRL_C)
     chat.wait_for("(stopped)", seconds=5)
+    chat.type("/exit\n")
+    assert chat.ended() == 0
+
+
+def test_ctrl_c_before_an_answer_begins_does_not_end_the_chat(
+    open_chat: Callable[[str], Typist],
+) -> None:
+    slow = SLOWLY.replace("prefill =", f"{BEFORE_ANSWERS}prefill =", 1)
+    chat = open_chat(slow)
+    chat.type("tell me everything\n")
+    chat.wait_for("thinking")
+    chat.type(CTRL_C)
+    chat.wait_for("(stopped)", seconds=5)
+    chat.wait_for(">>> ")
     chat.type("/exit\n")
     assert chat.ended() == 0
 
