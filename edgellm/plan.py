@@ -225,7 +225,7 @@ def make_plan(
     output = sum(sizes.values())
     slabs = workers * COPIES * max(map(slab_bytes, layout.tensors), default=0)
     cost = calibration.cost if calibration else None
-    tuning = _tuned(recipe, source, layout, calibration, workers)
+    tuning = _tuned(recipe, source, layout, workers)
     needs = [slabs, cost.memory_bytes if cost else 0, tuning.memory_bytes if tuning else 0]
     working = max(needs) + _merge_memory(source, workers)
     # Measuring for the choice of grids is over by now, in this very process.
@@ -297,7 +297,6 @@ def _tuned(
     recipe: Recipe,
     source: ModelSource,
     layout: Layout,
-    calibration: Calibration | None,
     workers: int,
 ) -> Tuning | None:
     """How what was rounded will be tuned; costs nothing where it is not."""
@@ -305,8 +304,7 @@ def _tuned(
         return None
     from edgellm.tune.planning import plan_tuning
 
-    text = calibration.text if calibration else None
-    return plan_tuning(recipe, layout, source, text, workers, psutil.virtual_memory().available)
+    return plan_tuning(recipe, layout, source, workers, psutil.virtual_memory().available)
 
 
 def _check_memory(plan: Plan, memory_bytes: int) -> None:

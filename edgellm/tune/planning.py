@@ -38,6 +38,9 @@ TRAINED_COPIES = 9
 """Float32 copies of all that is trained: base, unit, change, gradient, two moments of Adam, the
 best so far, and two of what is made of them in a step."""
 
+MOST_TOKENS = 65536
+"""Of text to train on: what the source answers to each stays in memory."""
+
 RUNTIME_BYTES = 350 << 20
 """torch, as it stands in memory."""
 
@@ -63,13 +66,13 @@ def plan_tuning(
     recipe: Recipe,
     layout: Layout,
     source: ModelSource,
-    text: CalibrationText | None,
     threads: int,
     free_bytes: int,
 ) -> Tuning | None:
     """How ``recipe`` will tune what it makes, None where it does not.
 
-    ``text``: what calibration sees, where there is one. ``free_bytes``: memory that may be taken.
+    It reads the text that calibration does, and further on in it. ``free_bytes``: memory that may
+    be taken.
     Raises ``RuntimeMissing`` without torch, and ``UsageError`` where nothing can be trained, for
     a text that is too short, and where not even one block fits.
     """
@@ -87,10 +90,10 @@ def plan_tuning(
             f"--tune moves scales while codes stay, and no tensor has scales that can move: the "
             f"grids are {names}; leave --tune out, or choose another --quant"
         )
-    drawn = text or calibration_windows(
+    drawn = calibration_windows(
         source.tokenizer,
         recipe.calibration,
-        tokens=recipe.calibration_tokens or CALIBRATION_TOKENS,
+        tokens=max(recipe.calibration_tokens or CALIBRATION_TOKENS, tokens_for(recipe.tune)),
         seed=recipe.seed or 0,
         context=source.decoder.context_length,
     )
@@ -106,8 +109,7 @@ def plan_tuning(
     if not fitting:
         raise UsageError(
             f"--tune takes about {ways[-1][2] / 1e9:.1f} GB of memory even block by block, and "
-            f"{free_bytes / 1e9:.1f} GB are free: use less text (--calibration-tokens), or leave "
-            "--tune out"
+            f"{free_bytes / 1e9:.1f} GB are free: take fewer steps, or leave --tune out"
         )
     whole, recompute, nbytes = fitting[0]
     notes: tuple[str, ...] = ()
@@ -126,6 +128,11 @@ def plan_tuning(
         seconds=seconds_of(decoder, settings, drawn, threads, recompute=recompute),
         notes=notes,
     )
+
+
+def tokens_for(steps: int) -> int:
+    """The tokens of text that so many steps train on once, and those that are held out."""
+    return min(steps * STEP_TOKENS + MOST_HELD_OUT * WINDOW_TOKENS, MOST_TOKENS)
 
 
 def trains_scales(tensor: OutputTensor) -> bool:

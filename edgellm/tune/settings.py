@@ -39,12 +39,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     A step sees about ``step_tokens`` tokens. Rates are those of Adam at the peak, for numbers that
     move in proportion to their size; they rise over ``warm_up`` steps and fall to zero by a cosine:
     at the full rate the answers are worse than at the start, and only the fall brings the gain.
+
+    KL on held-out windows of SmolLM2 in ``gptq:q4_0`` after 100 steps, relative to none: 0.88 at
+    these rates on text of which no step sees what another did; at 2e-3, going three times over a
+    third as much text, no better than none.
     """
 
     steps: int
     block_steps: int = 0
     step_tokens: int = STEP_TOKENS
-    rate: float = 1e-3
+    rate: float = 7e-4
     norm_rate: float = 1e-3
     block_rate: float = 1e-3
     warm_up: int = 5
