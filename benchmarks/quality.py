@@ -68,7 +68,7 @@ def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
     figures = output_of(judge)
     commands["KL"] = shown(judge)
     sizes = {file: (WORK / file).stat().st_size for pair in files.values() for file in pair}
-    types = types_of({name: ours for name, (ours, _) in files.items()})
+    of_tensors = types_of({name: ours for name, (ours, _) in files.items()})
     fresh("float", *(f"peer-{name}.gguf" for name in names))
     return Result(
         benchmark="quality",
@@ -92,7 +92,7 @@ def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
         facts={
             "figures": figures,
             "sizes": sizes,
-            "types": types,
+            "types": of_tensors,
             "text_sha256": text.sha256,
             "packages": ["llama-cpp-python", "libgguf", "numpy"],
         },

@@ -31,6 +31,7 @@ def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
     text = tokens(model, 8 if quick else WINDOWS)
     seen = str(4096 if quick else CALIBRATION_TOKENS)
     names = types or (QUICK_TYPES if quick else tuple(TARGETS))
+    steps = 8 if quick else STEPS
     commands, walls, files = {}, {}, {}
     for name in names:
         untuned, tuned = f"untuned-{name}", f"tuned-{name}"
@@ -38,7 +39,7 @@ def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
         convert = [*edgellm(), "convert", model.name, "--format", "gguf", "--quant", f"gptq:{name}"]
         convert += ["--calibration-tokens", seen, "--no-check", "--out"]
         run([*convert, untuned])
-        tune = [*convert, tuned, "--tune", str(8 if quick else STEPS)]
+        tune = [*convert, tuned, "--tune", str(steps)]
         walls[name] = run(tune).wall_s
         files[name] = (f"{tuned}/model.gguf", f"{untuned}/model.gguf")
         commands |= {
@@ -70,7 +71,7 @@ def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
         peer="edgellm without --tune",
         setting=(
             f"{SMOLLM2}; mean KL to it in nats over {figures[judge[-1]]['tokens']:,} tokens of "
-            f"held-out text in llama.cpp, {int(seen):,} tokens of calibration, {STEPS} steps."
+            f"held-out text in llama.cpp, {int(seen):,} tokens of calibration, {steps} steps."
         ),
         comparisons=comparisons,
         commands=commands,
