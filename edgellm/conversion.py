@@ -54,7 +54,6 @@ from edgellm.parallel import in_parallel, one_blas_thread
 from edgellm.plan import Plan, check_apart, check_disk, make_plan
 from edgellm.progress import Progress, ProgressEvent, unwatched
 from edgellm.quant import SOLVERS, settings_of
-from edgellm.quant.asymmetric import SHARE
 from edgellm.quant.devices import CPU, torch_name
 from edgellm.recipe import Recipe
 from edgellm.slabs import Slab, Solve, Written, write_slab
@@ -362,14 +361,12 @@ def calibration_entry(plan: Plan) -> CalibrationEntry:
     calibration = plan.calibration
     assert calibration is not None
     text, given = calibration.text, calibration.given
-    moved = {"asymmetric": {"share": SHARE}} if calibration.layers == "both" else {}
     common: dict[str, Any] = {
         "gathered": calibration.needs,
         "solver": plan.recipe.solver,
         "transforms": plan.recipe.transforms,
         "settings": {
-            **{name: settings_of(name) for name in (*plan.recipe.transforms, plan.recipe.solver)},
-            **moved,
+            name: settings_of(name) for name in (*plan.recipe.transforms, plan.recipe.solver)
         },
         "device": plan.recipe.device or CPU,
     }

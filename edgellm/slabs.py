@@ -12,7 +12,6 @@ from edgellm.export.layout import OutputTensor
 from edgellm.export.packing import PACKERS
 from edgellm.export.writer import StagedFolder
 from edgellm.quant.arrays import moved, sums_by_row
-from edgellm.quant.asymmetric import target
 from edgellm.quant.dequantize import dequantize
 from edgellm.quant.devices import hessian_on, turn
 from edgellm.quant.ggml_types import NAMED
@@ -100,7 +99,6 @@ def write_slab(
             rounded = take_over_stacked(tensor.parts, tensor.grid, slab.start, slab.stop)
         else:
             assert rows is not None
-            rows = target(rows, statistics)
             rounded = solve(rows, tensor.grid, statistics)
         packed = PACKERS[tensor.packer].pack(rounded)
     except TensorError as error:  # a solver knows values alone

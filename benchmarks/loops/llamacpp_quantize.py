@@ -13,6 +13,7 @@ import sys
 import libgguf
 import llama_cpp
 import numpy as np
+from gguf import GGMLQuantizationType
 
 source, target, file_type, *imatrix = sys.argv[1:]
 settings = llama_cpp.llama_model_quantize_default_params()
@@ -20,11 +21,11 @@ imatrix, role = imatrix[:1], imatrix[1:]
 if role:
     # Types by name are heeded only in a file of a quantized type; the first match wins.
     settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
-    settings.token_embedding_type = settings.output_tensor_type = llama_cpp.GGML_TYPE_BF16
+    settings.token_embedding_type = settings.output_tensor_type = GGMLQuantizationType.BF16
     overrides = (llama_cpp.llama_model_tensor_override * 3)()
     overrides[0].pattern = rf"\.{role[0]}\.weight".encode()
-    overrides[0].type = getattr(llama_cpp, f"GGML_TYPE_{file_type.upper()}")
-    overrides[1].pattern, overrides[1].type = rb"^blk\.", llama_cpp.GGML_TYPE_BF16
+    overrides[0].type = GGMLQuantizationType[file_type.upper()]
+    overrides[1].pattern, overrides[1].type = rb"^blk\.", GGMLQuantizationType.BF16
     settings.tt_overrides = overrides
 else:
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{file_type.upper()}")

@@ -15,7 +15,7 @@ from edgellm.errors import OutputError, UsageError
 from edgellm.export.writer import check_output
 from edgellm.plan import make_plan
 from edgellm.progress import Progress, unwatched
-from edgellm.recipe import Recipe, split_quant
+from edgellm.recipe import OF_CALIBRATION, Recipe, split_quant
 
 PICTURE = "sweep.svg"
 FIGURES = "sweep.json"
@@ -72,13 +72,13 @@ def sweep(
     Raises what planning and converting do, and ``UsageError`` for grids that nothing is compared
     for.
     """
+    if recipe.check_tokens is None:
+        raise AssertionError("a sweep compares whatever it takes: check_tokens must be set")
     plans = []
-    for quant in wanted:
-        if recipe.check_tokens is None:
-            raise AssertionError("a sweep compares whatever it takes: check_tokens must be set")
-        plans.append(make_plan(msgspec.structs.replace(recipe, quant=quant), threads=threads))
+    for one in recipes(recipe, wanted):
+        plans.append(make_plan(one, threads=threads))
         if keep is not None:
-            check_output(keep / folder_of(quant), force=False)
+            check_output(keep / folder_of(one.quant or ""), force=False)
     with TemporaryDirectory(prefix="edgellm-sweep-") as temporary:
         for quant, plan in zip(wanted, plans, strict=True):
             out = (keep or Path(temporary)) / folder_of(quant)
@@ -98,6 +98,22 @@ def sweep(
             )
             if keep is None:
                 _delete(out)
+
+
+def recipes(recipe: Recipe, wanted: Sequence[str]) -> list[Recipe]:
+    """``recipe`` for each ``--quant``; those that round without calibration have no word of it.
+
+    Where none of them would heed such a word it stays, to be refused.
+    """
+    found = [msgspec.structs.replace(recipe, quant=quant) for quant in wanted]
+    heeding = [split_quant(each.quant or "").solver is None or each.calibrates for each in found]
+    if not any(heeding):
+        return found
+    idle = dict.fromkeys((*OF_CALIBRATION, "device"))
+    return [
+        each if heeds else msgspec.structs.replace(each, **idle)
+        for each, heeds in zip(found, heeding, strict=True)
+    ]
 
 
 SHOWN = (

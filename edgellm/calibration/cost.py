@@ -22,14 +22,10 @@ SOLVED_PER_SECOND = {"hessian": 4e9, "importance": 0.0}
 """Weights times columns that one thread of such a core solves in a second, by what a solver needs;
 0 where the time follows the weights alone."""
 
-MOVED_PER_SECOND = 17e9
-"""Weights times columns that one such thread moves towards what was lost before (``asymmetric``).
-"""
-
 FACTORED_PER_SECOND = 8e9
 """Cubed columns of a Hessian that one such thread factors in a second."""
 
-RUNS = {"float": 1, "quantized": 2, "both": 3}
+RUNS = {"float": 1, "quantized": 2}
 """How often a layer is run over the text."""
 
 RUNTIME_BYTES = 60 << 20
@@ -89,12 +85,12 @@ def pass_cost(
     per_token = RUNS[layers] * (2 * layer_weights(decoder) + attention)
     squares = sum(width * width for width in widths)
     # Of a product with its own transpose half is computed.
-    per_token += 0 if importance_only else (3 if layers == "both" else 1) * squares
+    per_token += 0 if importance_only else squares
     operations = tokens * (len(decoder.layers) * per_token + hidden * hidden)
-    stream = stream_bytes(decoder, tokens, layers)
-    memory = 4 * layer_weights(decoder) + sums_bytes(decoder, importance_only, layers)
+    stream = stream_bytes(decoder, tokens)
+    memory = 4 * layer_weights(decoder) + sums_bytes(decoder, importance_only)
     memory += stream if stream <= BUDGET_BYTES else 0
-    memory += threads * _worker_bytes(decoder, window, importance_only, layers)
+    memory += threads * _worker_bytes(decoder, window, importance_only)
     return Cost(
         memory_bytes=memory + runtime_bytes(decoder, window, threads),
         seconds=operations / FLOPS_PER_SECOND / threads,
@@ -102,16 +98,15 @@ def pass_cost(
     )
 
 
-def stream_bytes(decoder: Decoder, tokens: int, layers: str) -> int:
-    """The hidden states between two layers, of both streams where there are two."""
-    return (2 if layers == "both" else 1) * 4 * tokens * decoder.hidden_size
+def stream_bytes(decoder: Decoder, tokens: int) -> int:
+    """The hidden states between two layers."""
+    return 4 * tokens * decoder.hidden_size
 
 
-def sums_bytes(decoder: Decoder, importance_only: bool, layers: str) -> int:
+def sums_bytes(decoder: Decoder, importance_only: bool) -> int:
     """What is added up of the inputs of one layer."""
     widths = input_widths(decoder)
-    sums = 4 * sum(width if importance_only else width * width for width in widths)
-    return 2 * sums if layers == "both" else sums
+    return 4 * sum(width if importance_only else width * width for width in widths)
 
 
 def runtime_bytes(decoder: Decoder, window: int, threads: int) -> int:
@@ -122,12 +117,12 @@ def runtime_bytes(decoder: Decoder, window: int, threads: int) -> int:
     return RUNTIME_BYTES + 4 * threads * (computed + scores)
 
 
-def _worker_bytes(decoder: Decoder, window: int, importance_only: bool, layers: str) -> int:
+def _worker_bytes(decoder: Decoder, window: int, importance_only: bool) -> int:
     """One thread's chunk of inputs, and the products of a strip of them."""
-    widths, streams = input_widths(decoder), 2 if layers == "both" else 1
-    kept = (CHUNK_TOKENS + window - 1) * (2 * decoder.hidden_size + streams * sum(widths))
+    widths = input_widths(decoder)
+    kept = (CHUNK_TOKENS + window - 1) * (2 * decoder.hidden_size + sum(widths))
     largest = max(widths)
-    strip = 0 if importance_only else streams * min(largest, STRIP_COLUMNS) * largest
+    strip = 0 if importance_only else min(largest, STRIP_COLUMNS) * largest
     return 4 * (kept + strip)
 
 
@@ -136,7 +131,6 @@ def solve_cost(
     threads: int,
     needs: str,
     *,
-    layers: str = "float",
     on_gpu: bool = False,
 ) -> Cost:
     """Of solving ``tensors``, the products of one layer (or the head), beside their statistics.
@@ -149,8 +143,6 @@ def solve_cost(
     rate = SOLVED_PER_SECOND[needs]
     columns = {tensor.columns for tensor in solved}
     seconds = sum(_work_of(tensor) for tensor in solved) / rate / threads if rate else 0.0
-    if layers == "both":
-        seconds += sum(_work_of(each) for each in solved) / MOVED_PER_SECOND / threads
     most_bytes, workers = solving_slabs(threads, on_gpu)
     busy = [SOLVER_COPIES * max(slab_bytes(tensor, most_bytes) for tensor in solved)] * workers
     memory = 0.0

@@ -177,11 +177,7 @@ def folded_statistics(statistics: Statistics, columns: Array) -> Statistics:
     hessian *= inverse if hessian.ndim == 1 else inverse[:, None]
     squares = statistics.mean_squares * np.square(inverse)
     largest = statistics.largest * inverse
-    lag = statistics.lag
-    if lag is not None:
-        lag = lag * inverse
-        lag *= inverse[:, None]
-    return replace(statistics, hessian=hessian, largest=largest, squares=squares, lag=lag)
+    return replace(statistics, hessian=hessian, largest=largest, squares=squares)
 
 
 def roles_of(coupling: Coupling) -> tuple[str, ...]:

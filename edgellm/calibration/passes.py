@@ -5,14 +5,12 @@ One layer's weights are in memory at a time, the hidden states of all tokens go 
 computed side by side, each on one thread, and what they add to the sums is added in the order of
 the text: the result is the same to the last bit for any number of threads.
 
-Statistics may be of what the layers give that are rounded already, in place of the float ones, or
-of both: then two streams are kept, and what the inputs of the first lack of the second's is added
-up too.
+Statistics may be of what the layers give that are rounded already, in place of the float ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +56,7 @@ class CalibrationPass:
     """Statistics of one layer after another, and of the head, on ``windows`` of token ids.
 
     ``layers``: inputs are what ``float`` layers before give, or ``quantized`` ones, which
-    ``follow`` is told after each layer; with ``both``, ``Statistics.lag`` says what the inputs that
-    quantized layers give lack.
+    ``follow`` is told after each layer.
 
     ``spool`` is a folder for hidden states that take more than ``budget_bytes``; None keeps them in
     memory whatever they take. ``importance_only`` leaves Hessians out: ``Statistics.hessian`` is
@@ -94,14 +91,9 @@ class CalibrationPass:
         self._chunks = chunks_of(windows)
         self._sessions = Sessions(threads=1)
         tokens, hidden = sum(map(len, windows)), source.decoder.hidden_size
-        streams = 2 if layers == "both" else 1
-        spooled = spool if streams * 4 * tokens * hidden > budget_bytes else None
+        self.follows = layers == "quantized"
+        spooled = spool if 4 * tokens * hidden > budget_bytes else None
         self.stream = TokenStream(tokens, hidden, spooled)
-        self.rounded: TokenStream | None = None
-        if layers == "quantized":
-            self.rounded = self.stream
-        elif layers == "both":
-            self.rounded = TokenStream(tokens, hidden, spooled, "rounded")
         self._followed = 0
 
     @property
@@ -112,26 +104,20 @@ class CalibrationPass:
         """Look the text up in the embedding: what the first layer is given."""
         for chunk in self._chunks:
             window_rows = [embedded(self.source, self.windows[place]) for place in chunk.windows]
-            for stream in self._streams:
-                stream.write(chunk.start, np.concatenate(window_rows))
-        for stream in self._streams:
-            stream.turn()
+            self.stream.write(chunk.start, np.concatenate(window_rows))
+        self.stream.turn()
         self.next_layer = self._followed = 0
 
-    def resume(self, layer: int, files: Sequence[Path]) -> None:
-        """Go on before ``layer``, whose hidden states ``save`` brought to ``files``."""
-        for stream, file in zip(self._streams, files, strict=True):
-            stream.restore(file)
+    def resume(self, layer: int, file: Path) -> None:
+        """Go on before ``layer``, whose hidden states ``save`` brought to ``file``."""
+        self.stream.restore(file)
         self.next_layer = self._followed = layer
 
-    def save(self, folder: Path) -> list[Path]:
+    def save(self, folder: Path) -> Path:
         """Keep what the next layer is given in ``folder``, on the disk when this returns."""
-        files = []
-        for stream in self._streams:
-            file = stream.file or folder / f"{stream.name}-before-{self.next_layer}"
-            stream.save(file)
-            files.append(file)
-        return files
+        file = self.stream.file or folder / f"stream-before-{self.next_layer}"
+        self.stream.save(file)
+        return file
 
     def layer(self, index: int, watch: Share = lambda share: None) -> dict[str, Statistics]:
         """Statistics of the inputs of layer ``index``'s products, by role of the weight.
@@ -143,7 +129,7 @@ class CalibrationPass:
 
     def pass_by(self, index: int, watch: Share = lambda share: None) -> None:
         """Compute layer ``index`` without statistics: those that a resumed run has no need of."""
-        if self.stream is self.rounded:  # follow computes it
+        if self.follows:  # follow computes it
             self._check_turn(index)
             self.next_layer = index + 1
         else:
@@ -151,22 +137,21 @@ class CalibrationPass:
 
     def follow(self, index: int, rounded: ModelSource, watch: Share = lambda share: None) -> None:
         """Compute layer ``index``, the last one, with the weights that it has in ``rounded``."""
-        assert self.rounded is not None
+        assert self.follows
         assert self._followed == index == self.next_layer - 1
         graph = WeightsAsInputs()
         one_layer(graph, rounded, index, self._longest).build_layer(0)
         session, weights = self._sessions.of(graph), graph.load_weights()
-        stream = self.rounded
 
         def work(chunk: Chunk) -> int:
-            before = stream.read(chunk.start, chunk.stop)
+            before = self.stream.read(chunk.start, chunk.stop)
             after = self._computed(session, weights, chunk, before, {"stream_out": before.shape[1]})
-            stream.write(chunk.start, after["stream_out"])
+            self.stream.write(chunk.start, after["stream_out"])
             return len(before)
 
         with one_blas_thread():
             self._watched(work, watch)
-        stream.turn()
+        self.stream.turn()
         self._followed = index + 1
 
     def head(self, watch: Share = lambda share: None) -> Statistics:
@@ -211,9 +196,9 @@ class CalibrationPass:
     ) -> None:
         """Run ``graph`` over all tokens; its output ``into_stream`` becomes the next stream.
 
-        That of quantized layers alone is left to ``follow``.
+        That of quantized layers is left to ``follow``.
         """
-        advances = into_stream and self.stream is not self.rounded
+        advances = into_stream and not self.follows
         session, weights = self._sessions.of(graph), graph.load_weights()
         widths = {name: total.columns for name, total in sums.items()}
 
@@ -227,15 +212,8 @@ class CalibrationPass:
                 if advances:
                     self.stream.write(chunk.start, after)
                 counts = weights_of(after) if self.weighs else None
-            lags: dict[str, Array] = {}
-            if sums and self._lagging:
-                assert self.rounded is not None
-                before = self.rounded.read(chunk.start, chunk.stop)
-                lags, values = values, self._computed(session, weights, chunk, before, widths)
-                for name, x in values.items():
-                    lags[name] -= x
             for name, total in sums.items():
-                total.add(chunk.number, values.pop(name), counts, lags.pop(name, None))
+                total.add(chunk.number, values.pop(name), counts)
             return len(before)
 
         def stop() -> None:
@@ -287,23 +265,12 @@ class CalibrationPass:
             watch(done / self.tokens)
 
     def _sums(self, columns: int) -> InputSums:
-        return InputSums(columns, diagonal_only=self.importance_only, lagging=self._lagging)
-
-    @property
-    def _streams(self) -> list[TokenStream]:
-        if self.rounded is None or self.rounded is self.stream:
-            return [self.stream]
-        return [self.stream, self.rounded]
-
-    @property
-    def _lagging(self) -> bool:
-        """Whether there are two streams that differ by now: the embedding is the same for both."""
-        return len(self._streams) > 1 and self.next_layer > 0
+        return InputSums(columns, diagonal_only=self.importance_only)
 
     def _check_turn(self, index: int) -> None:
         if index != self.next_layer:
             raise AssertionError(f"layer {index} was asked for when {self.next_layer} is next")
-        if self.rounded is not None and index != self._followed:
+        if self.follows and index != self._followed:
             raise AssertionError(f"layer {index} was asked for before {index - 1} was followed")
 
 

@@ -275,17 +275,13 @@ def cost_of(
     blocks = blocks_of(layout.tensors, len(decoder.layers), tied=decoder.tied_head)
     solving = [
         solve_cost(
-            [layout.tensors[place] for place in block.tensors],
-            threads,
-            needs,
-            layers=layers,
-            on_gpu=on_gpu,
+            [layout.tensors[place] for place in block.tensors], threads, needs, on_gpu=on_gpu
         )
         for block in blocks
         if block.unit is not None
     ]
-    stream = stream_bytes(decoder, tokens, layers)
-    kept = sums_bytes(decoder, diagonal, layers) + (stream if stream <= BUDGET_BYTES else 0)
+    stream = stream_bytes(decoder, tokens)
+    kept = sums_bytes(decoder, diagonal) + (stream if stream <= BUDGET_BYTES else 0)
     most = max((each.memory_bytes for each in solving), default=0)
     kept += runtime_bytes(decoder, window, threads)
     return replace(

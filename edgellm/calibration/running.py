@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +86,7 @@ class _Run:
             entry["block"]: entry for entry in staged.journal.entries() if "block" in entry
         }
         self.resumed_after = len(self.entries)
-        self.saved_files: list[str] = []
+        self.saved_file: str | None = None
         self.saved_at = time.monotonic()
         self.spent = {"statistics_s": 0.0, "solving_s": 0.0}
         self.steps = sum(block.name not in self.entries for block in calibration.blocks)
@@ -170,11 +170,11 @@ class _Run:
 
     def _place(self, reading: CalibrationPass) -> None:
         """Put the pass where an earlier run saved its hidden states, else at the beginning."""
-        saved = [entry for entry in self.entries.values() if "streams" in entry]
+        saved = [entry for entry in self.entries.values() if "stream" in entry]
         if saved:
-            self.saved_files = saved[-1]["streams"]
-            folder = self.staged.journal.folder
-            reading.resume(saved[-1]["layer"], [folder / name for name in self.saved_files])
+            self.saved_file = saved[-1]["stream"]
+            file = self.staged.journal.folder / saved[-1]["stream"]
+            reading.resume(saved[-1]["layer"], file)
         else:
             reading.begin()
 
@@ -194,10 +194,7 @@ class _Run:
         }
         if not roles:
             return {}
-        found = reading.head(watch)
-        if self.plan.source.decoder.tied_head:  # what moves the head would move the embedding
-            found = replace(found, lag=None)
-        return dict.fromkeys(roles, found)
+        return dict.fromkeys(roles, reading.head(watch))
 
     def _write(self, block: Block, found: Mapping[str, Statistics]) -> list[Written]:
         """Solve and write the tensors of ``block``, those that take longest first."""
@@ -246,13 +243,12 @@ class _Run:
             "notes": self._damped(found),
         }
         self.staged.flush()
-        outdated = self.saved_files
+        outdated = self.saved_file
         if reading is not None and reading.next_layer < self.layers:
             entry |= self._save(reading)
         self.staged.note(entry)
-        if outdated != self.saved_files and reading and reading.stream.file is None:
-            for name in outdated:
-                (self.staged.journal.folder / name).unlink(missing_ok=True)
+        if outdated and outdated != self.saved_file and reading and reading.stream.file is None:
+            (self.staged.journal.folder / outdated).unlink(missing_ok=True)
         self.entries[block.name] = entry
         self.steps_done += 1
         off = relative_error(sums.values())
@@ -265,9 +261,8 @@ class _Run:
             if time.monotonic() - self.saved_at < SAVE_SECONDS:
                 return {}
             self.saved_at = time.monotonic()
-        files = reading.save(self.staged.journal.folder)
-        self.saved_files = [file.name for file in files]
-        return {"streams": self.saved_files, "layer": reading.next_layer}
+        self.saved_file = reading.save(self.staged.journal.folder).name
+        return {"stream": self.saved_file, "layer": reading.next_layer}
 
     def _damped(self, found: Mapping[str, Statistics]) -> list[str]:
         """A line for each input whose Hessian took more damping than usual."""

@@ -22,16 +22,12 @@ class TokenStream:
 
     A layer reads rows and writes those of the next layer in their place; ``turn`` says that all of
     them are written. In files, what the layer read stays whole until the layer after it writes, so
-    that a killed run finds it. Safe from several threads on rows that are apart. Files are called
-    by ``name``.
+    that a killed run finds it. Safe from several threads on rows that are apart.
 
     Raises ``OutputError`` when a file cannot be read or written.
     """
 
-    def __init__(
-        self, tokens: int, hidden: int, folder: Path | None = None, name: str = "stream"
-    ) -> None:
-        self.name = name
+    def __init__(self, tokens: int, hidden: int, folder: Path | None = None) -> None:
         self.shape = (tokens, hidden)
         self.folder = folder
         self._side = 0
@@ -115,7 +111,7 @@ class TokenStream:
 
     def _file(self, side: int) -> Path:
         assert self.folder is not None
-        return self.folder / f"{self.name}-{side}"
+        return self.folder / f"stream-{side}"
 
     def _write(self, file: Path, start: int, rows: Array) -> None:
         try:

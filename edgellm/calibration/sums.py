@@ -20,17 +20,13 @@ STRIP_COLUMNS = 4096
 class InputSums:
     """Adds up ``x.T @ x`` and the largest magnitudes of pieces ``x`` ``[tokens, columns]``.
 
-    With ``lagging``, pieces come with what they lack of other inputs of the same shape, ``lag``,
-    and ``x.T @ lag`` is added up too.
-
     Pieces are numbered from 0 and may come from several threads; products are computed side by
     side and added in the order of the numbers. Pieces must be begun in order, or whoever brings a
     later one waits for ever.
     """
 
-    def __init__(self, columns: int, *, diagonal_only: bool = False, lagging: bool = False) -> None:
+    def __init__(self, columns: int, *, diagonal_only: bool = False) -> None:
         shape = (columns,) if diagonal_only else (columns, columns)
-        self._lags = np.zeros((columns, columns), np.float32) if lagging else None
         self._sums = np.zeros(shape, np.float32)
         self._largest = np.zeros(columns, np.float32)
         self._squares = np.zeros(columns, np.float32)
@@ -42,16 +38,10 @@ class InputSums:
         self._changed = Condition()
         self._stopped = False
 
-    def add(
-        self,
-        number: int,
-        x: Array,
-        weights: Array | None = None,
-        lag: Array | None = None,
-    ) -> None:
+    def add(self, number: int, x: Array, weights: Array | None = None) -> None:
         """Count piece ``number``, its tokens by ``weights`` ``[tokens]`` in the Hessian.
 
-        Where there are weights, ``x`` and ``lag`` are changed.
+        Where there are weights, ``x`` is changed.
         """
         largest = np.maximum(x.max(axis=0), -x.min(axis=0))
         squares = None
@@ -59,21 +49,16 @@ class InputSums:
             with np.errstate(over="ignore", invalid="ignore"):
                 squares = np.einsum("ij,ij->j", x, x)
                 x *= np.sqrt(weights)[:, None]
-                if lag is not None:
-                    lag *= np.sqrt(weights)[:, None]
         for first in self._turns:
             last = min(first + STRIP_COLUMNS, x.shape[1])
             strip = x[:, first:last]
             with np.errstate(over="ignore", invalid="ignore"):  # the pass looks, and explains
                 products = self._products(x, strip, last)
-                lags = None if lag is None else strip.T @ lag
             if not self._await_turn(first, number):
                 return
             with np.errstate(over="ignore", invalid="ignore"):
                 for place, values in products:
                     self._sums[first:last][..., place] += values
-                if lags is not None and self._lags is not None:
-                    self._lags[first:last] += lags
             here = slice(first, last)
             np.maximum(self._largest[here], largest[here], out=self._largest[here])
             if squares is not None:
@@ -98,9 +83,7 @@ class InputSums:
         self._sums /= np.float32(self._weight)
         weighed = self._weight != self._tokens
         squares = self._squares / np.float32(self._tokens) if weighed else None
-        if self._lags is not None:
-            self._lags /= np.float32(self._weight)
-        return Statistics(self._sums, self._largest, self._tokens, squares, self._lags)
+        return Statistics(self._sums, self._largest, self._tokens, squares)
 
     def _products(self, x: Array, strip: Array, last: int) -> list[tuple[slice, Array]]:
         """Of the strip with itself and with what lies to its right, by place in the strip's rows.

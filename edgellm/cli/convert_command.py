@@ -89,7 +89,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="LAYERS",
-            help="Solve each layer behind float ones (default), quantized ones, or for both.",
+            help="Solve each layer behind float ones (default) or quantized ones.",
         ),
     ] = None,
     imatrix: Annotated[
@@ -102,13 +102,7 @@ def convert(
         Path | None,
         typer.Option(metavar="FILE", help="Write what was found out for llama.cpp (.gguf, .dat)."),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Where gptq solves: cpu (default), cuda, metal or auto (GPUs need torch).",
-        ),
-    ] = None,
+    device: options.Device = None,
     tune: Annotated[
         int | None,
         typer.Option(

@@ -46,6 +46,13 @@ Calibration: TypeAlias = Annotated[
 CalibrationTokens: TypeAlias = Annotated[
     int | None, typer.Option(metavar="NUMBER", help="Tokens of it that are used. Default: 32768.")
 ]
+Device: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Where gptq solves: cpu (default), cuda, metal or auto (GPUs need torch).",
+    ),
+]
 CheckText: TypeAlias = Annotated[
     str | None,
     typer.Option(

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from edgellm.tune.planning import Tuning
 
 
-BEHIND = {"quantized": "quantized", "both": "float and quantized"}
-
-
 def plan_facts(plan: Plan) -> dict[str, Any]:
     """What ``--dry-run --json`` prints."""
     return {
@@ -147,7 +144,7 @@ def _calibration_lines(calibration: Calibration) -> list[tuple[str, str]]:
     text, given, cost = calibration.text, calibration.given, calibration.cost
     if text is None:
         return [("importance", f"of {given.name}")] if given else []
-    behind = f", behind {BEHIND[calibration.layers]} layers" if calibration.follows else ""
+    behind = f", behind {calibration.layers} layers" if calibration.follows else ""
     return [
         (
             "calibration",

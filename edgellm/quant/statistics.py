@@ -22,17 +22,13 @@ class Statistics:
     largest magnitude of each channel. ``tokens`` counts those that were seen.
 
     Tokens may have been weighed in the Hessian; ``squares`` ``[in]`` are then the channels' mean
-    squares, all tokens counted alike. Where ``x`` is what layers give that are rounded already,
-    ``lag`` ``[in, in]`` is ``x.T @ (y - x) / tokens``, tokens weighed as in the Hessian, with ``y``
-    what they gave before (``quant.asymmetric``). One object is shared by all weights that have the
-    same input.
+    squares, all tokens counted alike. One object is shared by all weights that have the same input.
     """
 
     hessian: Array
     largest: Array
     tokens: int
     squares: Array | None = None
-    lag: Array | None = None
     _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     _lock: RLock = field(default_factory=RLock, init=False, repr=False, compare=False)
 

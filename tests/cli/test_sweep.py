@@ -44,3 +44,19 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_work(
     done = command("sweep", model, "--grids", "q4_0", "--picture", tmp_path / "size.gif")
     assert done.code == 2, done.err
     assert ".svg or .png" in done.err
+
+
+def test_text_and_device_are_for_the_solvers_that_heed_them(
+    command: Command, model: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("All is well that ends well, and the rest is told tomorrow. " * 120)
+    options = ["--format", "gguf", "--calibration", text, "--calibration-tokens", "1024"]
+    options += ["--check-tokens", "256", "--device", "auto", "--json"]
+    done = command("sweep", model, "--grids", "q4_0", "--solvers", "rtn,gptq", *options)
+    assert done.code == 0, done.err
+    plain, solved = done.json()["points"]
+    assert solved["kld_mean"] != plain["kld_mean"]
+    done = command("sweep", model, "--grids", "q4_0,q8_0", "--solvers", "rtn", *options)
+    assert done.code == 2
+    assert "calibration is for solvers that see the model work" in done.json()["error"]["message"]

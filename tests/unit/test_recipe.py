@@ -189,7 +189,7 @@ def test_what_is_wrong_with_adapters_is_named(fields: dict[str, object], says: s
         ({"quant": "gptq:q4_0", "calibration_tokens": 0}, "must be at least 1, got 0"),
         ({"quant": "gptq:q4_0", "calibration_tokens": "many"}, "calibration_tokens"),
         ({"quant": "rtn:q4_0", "calibrate_on": "float"}, "calibrate_on is for"),
-        ({"calibrate_on": "rounded"}, "calibrate_on is float, quantized or both, got 'rounded'"),
+        ({"calibrate_on": "rounded"}, "calibrate_on is float or quantized, got 'rounded'"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),
     ],
 )
