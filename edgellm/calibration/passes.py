@@ -47,6 +47,11 @@ Those that all others attend to, the first of a text above all, have a thousand 
 mean square: what is wrong with them is wrong everywhere. KL to the original of SmolLM2 off its grid
 in q4_0, 8,192 tokens of calibration, codes not refined: power -1 0.171, -0.5 0.133, 0 (plain GPTQ)
 0.120, 0.1 0.110, 0.25 0.101, 0.5 0.097, 0.75 0.099; all tokens alike without the first 0.754.
+
+By what the end makes of an error instead, the squared gradient of the loss at each product's
+output (of answers drawn from the model, in torch): 16,384 tokens of calibration and of text, codes
+refined, KL 0.0841 +- 0.0009 with its power 0.5, 0.0917 with 1, where this gives 0.0886. It takes
+torch and as long as all the rest, and is not built in.
 """
 
 SMALLEST_SQUARE = np.float32(1e-12)

@@ -40,9 +40,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     move in proportion to their size; they rise over ``warm_up`` steps and fall to zero by a cosine:
     at the full rate the answers are worse than at the start, and only the fall brings the gain.
 
-    KL on held-out windows of SmolLM2 in ``gptq:q4_0`` after 100 steps, relative to none: 0.88 at
-    these rates on text of which no step sees what another did; at 2e-3, going three times over a
-    third as much text, no better than none.
+    KL on held-out windows of SmolLM2 in ``gptq:q4_0`` relative to none, on text of which no step
+    sees what another did: after 100 steps 0.88 at these rates; after 40 steps 0.93, at 2e-3 1.11,
+    and at these rates by gradients divided by the fourth root of their mean squares 0.94, not
+    divided 0.97. On another kind of text 40 steps gain a third of that: 0.98, 1.18, 0.97, 0.98.
     """
 
     steps: int
