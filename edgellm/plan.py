@@ -98,13 +98,7 @@ class Plan:
     @property
     def weights(self) -> int:
         """Number of weights, a tied head counted once."""
-        sizes = {
-            part.role: part.size
-            for tensor in self.layout.model_tensors
-            for part in tensor.parts
-            if part.role in self.source.tensors  # not what a transform takes out of one
-        }
-        return sum(sizes.values())
+        return sum(part.size for tensor in self.layout.model_tensors for part in tensor.parts)
 
     @property
     def bits_per_weight(self) -> float:
