@@ -10,12 +10,11 @@ every file run by the same build of llama.cpp.
 
 from __future__ import annotations
 
-import sys
-
 from benchmarks import results, tables
-from benchmarks.measure import fresh, output_of, run
+from benchmarks.llamacpp_files import FLOAT, LlamaCppFiles, divergences
+from benchmarks.measure import fresh, run
 from benchmarks.models import SMOLLM2, smollm2
-from benchmarks.places import LOOPS, WORK, edgellm, shown
+from benchmarks.places import WORK, edgellm, shown
 from benchmarks.quality import CALIBRATION_TOKENS, WINDOWS
 from benchmarks.results import Comparison, Result
 from benchmarks.text import tokens
@@ -29,34 +28,28 @@ def measure(*, quick: bool) -> Result:
     """KL of the chosen grids and of the peer's mixture at one size; quick: few tokens."""
     model = smollm2()
     text = tokens(model, 8 if quick else WINDOWS)
-    seen = str(4096 if quick else CALIBRATION_TOKENS)
+    seen = 4096 if quick else CALIBRATION_TOKENS
     theirs = f"peer-{TYPE}.gguf"
-    fresh("float", theirs, "fitted", "mixture")
+    fresh("fitted", "mixture")
+    peer = LlamaCppFiles(model, seen)
+    peer.make(TYPE, theirs)
     convert = [*edgellm(), "convert", model.name, "--format", "gguf", "--no-check"]
-    run([*convert, "--quant", "bf16", "--out", "float"])
-    weigh = [sys.executable, str(LOOPS / "importance.py"), model.name, "imatrix.gguf", seen]
-    run(weigh)
-    quantize = [sys.executable, str(LOOPS / "llamacpp_quantize.py"), "float/model.gguf"]
-    quantize += [theirs, TYPE, "imatrix.gguf"]
-    run(quantize)
+    convert += ["--calibration-tokens", str(seen)]
     size = (WORK / theirs).stat().st_size
-    calibrated = [*convert, "--calibration-tokens", seen]
-    fit = [*calibrated, "--quant", "gptq", "--fit", str(size), "--out", "fitted"]
-    mixture = [*calibrated, "--quant", f"gptq:{TYPE}", "--out", "mixture"]
+    fit = [*convert, "--quant", "gptq", "--fit", str(size), "--out", "fitted"]
+    mixture = [*convert, "--quant", f"gptq:{TYPE}", "--out", "mixture"]
     run(fit)
     run(mixture)
     files = {"fitted": "fitted/model.gguf", "mixture": "mixture/model.gguf", "peer": theirs}
-    judge = [sys.executable, str(LOOPS / "divergences.py"), model.name, text.path.name]
-    judge += files.values()
-    figures = output_of(judge)
+    figures, judge = divergences(model, text, files.values())
     sizes = {name: (WORK / file).stat().st_size for name, file in files.items()}
-    fresh("float", theirs)
+    fresh(FLOAT, theirs)
     return Result(
         benchmark="fit",
         peer="llama_model_quantize with an imatrix",
         setting=(
             f"{SMOLLM2}; mean KL to it in nats over {figures[theirs]['tokens']:,} tokens of "
-            f"held-out text in llama.cpp, {int(seen):,} tokens of calibration, files of "
+            f"held-out text in llama.cpp, {seen:,} tokens of calibration, files of "
             f"{sizes['peer']:,} bytes or less."
         ),
         comparisons=[
@@ -72,9 +65,8 @@ def measure(*, quick: bool) -> Result:
         commands={
             "edgellm, fitted": shown(fit),
             "edgellm, mixture": shown(mixture),
-            "peer, importance": shown(weigh),
-            "peer": shown(quantize),
-            "KL": shown(judge),
+            **peer.commands,
+            "KL": judge,
         },
         facts={
             "figures": figures,

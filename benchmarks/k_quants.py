@@ -13,9 +13,10 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks import results, tables
-from benchmarks.measure import fresh, output_of, run
+from benchmarks.llamacpp_files import FLOAT, LlamaCppFiles, divergences
+from benchmarks.measure import fresh, run
 from benchmarks.models import SMOLLM2, smollm2
-from benchmarks.places import LOOPS, WORK, edgellm, shown
+from benchmarks.places import WORK, edgellm, shown
 from benchmarks.quality import CALIBRATION_TOKENS, types_of
 from benchmarks.results import Comparison, Result
 from benchmarks.text import tokens
@@ -31,41 +32,34 @@ def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
     """KL of both for each type; quick: one type, few tokens."""
     model = smollm2()
     text = tokens(model, 8 if quick else WINDOWS)
-    seen = str(4096 if quick else CALIBRATION_TOKENS)
+    seen = 4096 if quick else CALIBRATION_TOKENS
     names = types or (QUICK_TYPES if quick else TYPES)
-    fresh("float")
-    convert = [*edgellm(), "convert", model.name, "--format", "gguf", "--no-check"]
-    run([*convert, "--quant", "bf16", "--out", "float"])
-    weigh = [sys.executable, str(LOOPS / "importance.py"), model.name, "imatrix.gguf", seen]
-    run(weigh)
-    commands = {"peer, importance": shown(weigh)}
+    peer = LlamaCppFiles(model, seen)
+    commands = peer.commands
     files: dict[str, tuple[str, str]] = {}
     for name in names:
         ours, theirs = f"ours-{ROLE}-{name}", f"peer-{ROLE}-{name}.gguf"
-        fresh(ours, theirs)
-        solve = [*convert, "--quant", "gptq:bf16", "--tensor-grid", f"blk.*.{ROLE}.weight={name}"]
-        solve += ["--calibration-tokens", seen, "--out", ours]
+        fresh(ours)
+        solve = [*edgellm(), "convert", model.name, "--format", "gguf", "--no-check"]
+        solve += ["--quant", "gptq:bf16", "--tensor-grid", f"blk.*.{ROLE}.weight={name}"]
+        solve += ["--calibration-tokens", str(seen), "--out", ours]
         run(solve)
-        quantize = [sys.executable, str(LOOPS / "llamacpp_quantize.py"), "float/model.gguf"]
-        quantize += [theirs, name, "imatrix.gguf", ROLE]
-        run(quantize)
+        commands[f"edgellm, {name}"] = shown(solve)
+        peer.make(name, theirs, ROLE)
         files[name] = (f"{ours}/model.gguf", theirs)
-        commands |= {f"edgellm, {name}": shown(solve), f"peer, {name}": shown(quantize)}
     for side in (0, 1):
         _check_types({name: pair[side] for name, pair in files.items()})
-    judge = [sys.executable, str(LOOPS / "divergences.py"), model.name, text.path.name]
-    judge += [file for pair in files.values() for file in pair]
-    figures = output_of(judge)
-    commands["KL"] = shown(judge)
-    counted = figures[judge[-1]]["tokens"]
-    fresh("float", *(file for pair in files.values() for file in pair if file.startswith("peer")))
+    judged = [file for pair in files.values() for file in pair]
+    figures, commands["KL"] = divergences(model, text, judged)
+    counted = figures[judged[-1]]["tokens"]
+    fresh(FLOAT, *(theirs for _, theirs in files.values()))
     fresh(*(f"ours-{ROLE}-{name}" for name in names))
     return Result(
         benchmark="k_quants",
         peer="llama_model_quantize with an imatrix",
         setting=(
             f"{SMOLLM2}, its 30 matrices {ROLE} quantized and all others in bf16; mean KL to it in "
-            f"nats over {counted:,} tokens of held-out text in llama.cpp, {int(seen):,} tokens of "
+            f"nats over {counted:,} tokens of held-out text in llama.cpp, {seen:,} tokens of "
             "calibration."
         ),
         comparisons=[

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results, tables
+from benchmarks.llamacpp_files import FLOAT, LlamaCppFiles, divergences
 from benchmarks.measure import fresh, output_of, run
 from benchmarks.models import SMOLLM2, smollm2
 from benchmarks.places import LOOPS, RESULTS, WORK, edgellm, shown
@@ -43,39 +44,31 @@ def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
     """KL of both for each type; quick: one type, few tokens."""
     model = smollm2()
     text = tokens(model, 8 if quick else WINDOWS)
-    seen = str(4096 if quick else CALIBRATION_TOKENS)
+    seen = 4096 if quick else CALIBRATION_TOKENS
     names = types or (QUICK_TYPES if quick else tuple(TARGETS))
-    fresh("float")
-    source = [*edgellm(), "convert", model.name, "--format", "gguf", "--quant", "bf16"]
-    run([*source, "--out", "float", "--no-check"])
-    weigh = [sys.executable, str(LOOPS / "importance.py"), model.name, "imatrix.gguf", seen]
-    run(weigh)
-    commands = {"peer, importance": shown(weigh)}
+    peer = LlamaCppFiles(model, seen)
+    commands = peer.commands
     files: dict[str, tuple[str, str]] = {}
     for name in names:
         ours, theirs = f"ours-{name}", f"peer-{name}.gguf"
-        fresh(ours, theirs)
+        fresh(ours)
         convert = [*edgellm(), "convert", model.name, "--format", "gguf", "--quant", f"gptq:{name}"]
-        convert += ["--calibration-tokens", seen, "--out", ours, "--no-check"]
+        convert += ["--calibration-tokens", str(seen), "--out", ours, "--no-check"]
         run(convert)
-        quantize = [sys.executable, str(LOOPS / "llamacpp_quantize.py"), "float/model.gguf"]
-        quantize += [theirs, name, "imatrix.gguf"]
-        run(quantize)
+        commands[f"edgellm, {name}"] = shown(convert)
+        peer.make(name, theirs)
         files[name] = (f"{ours}/model.gguf", theirs)
-        commands |= {f"edgellm, {name}": shown(convert), f"peer, {name}": shown(quantize)}
-    judge = [sys.executable, str(LOOPS / "divergences.py"), model.name, text.path.name]
-    judge += [file for pair in files.values() for file in pair]
-    figures = output_of(judge)
-    commands["KL"] = shown(judge)
-    sizes = {file: (WORK / file).stat().st_size for pair in files.values() for file in pair}
+    judged = [file for pair in files.values() for file in pair]
+    figures, commands["KL"] = divergences(model, text, judged)
+    sizes = {file: (WORK / file).stat().st_size for file in judged}
     of_tensors = types_of({name: ours for name, (ours, _) in files.items()})
-    fresh("float", *(f"peer-{name}.gguf" for name in names))
+    fresh(FLOAT, *(f"peer-{name}.gguf" for name in names))
     return Result(
         benchmark="quality",
         peer="llama_model_quantize with an imatrix",
         setting=(
             f"{SMOLLM2}; mean KL to it in nats over {figures[files[names[0]][0]]['tokens']:,} "
-            f"tokens of held-out text in llama.cpp, {int(seen):,} tokens of calibration. Standard "
+            f"tokens of held-out text in llama.cpp, {seen:,} tokens of calibration. Standard "
             f"errors are at most {_largest_error(figures):.1%} of the figure."
         ),
         comparisons=[

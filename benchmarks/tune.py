@@ -13,9 +13,10 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks import results, tables
-from benchmarks.measure import fresh, output_of, run
+from benchmarks.llamacpp_files import divergences
+from benchmarks.measure import fresh, run
 from benchmarks.models import SMOLLM2, smollm2
-from benchmarks.places import LOOPS, WORK, edgellm, shown
+from benchmarks.places import WORK, edgellm, shown
 from benchmarks.quality import CALIBRATION_TOKENS, QUICK_TYPES, TARGETS, WINDOWS
 from benchmarks.results import Comparison, Result
 from benchmarks.text import tokens
@@ -32,7 +33,9 @@ def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
     seen = str(4096 if quick else CALIBRATION_TOKENS)
     names = types or (QUICK_TYPES if quick else tuple(TARGETS))
     steps = 8 if quick else STEPS
-    commands, walls, files = {}, {}, {}
+    commands: dict[str, str] = {}
+    walls: dict[str, float] = {}
+    files: dict[str, tuple[str, str]] = {}
     for name in names:
         untuned, tuned = f"untuned-{name}", f"tuned-{name}"
         fresh(untuned, tuned)
@@ -46,10 +49,8 @@ def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
             f"tuned, {name}": shown(tune),
             f"untuned, {name}": shown([*convert, untuned]),
         }
-    judge = [sys.executable, str(LOOPS / "divergences.py"), model.name, text.path.name]
-    judge += [file for pair in files.values() for file in pair]
-    figures = output_of(judge)
-    commands["KL"] = shown(judge)
+    judged = [file for pair in files.values() for file in pair]
+    figures, commands["KL"] = divergences(model, text, judged)
     comparisons = [
         Comparison(
             f"{name}, KL",
@@ -70,7 +71,7 @@ def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
         benchmark="tune",
         peer="edgellm without --tune",
         setting=(
-            f"{SMOLLM2}; mean KL to it in nats over {figures[judge[-1]]['tokens']:,} tokens of "
+            f"{SMOLLM2}; mean KL to it in nats over {figures[judged[-1]]['tokens']:,} tokens of "
             f"held-out text in llama.cpp, {int(seen):,} tokens of calibration, {steps} steps."
         ),
         comparisons=comparisons,
@@ -78,9 +79,7 @@ def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
         facts={
             "figures": figures,
             "walls_s": walls,
-            "sizes": {
-                file: (WORK / file).stat().st_size for pair in files.values() for file in pair
-            },
+            "sizes": {file: (WORK / file).stat().st_size for file in judged},
             "text_sha256": text.sha256,
             "packages": ["llama-cpp-python", "numpy", "torch"],
         },

@@ -96,11 +96,6 @@ class Plan:
         return (*self.source.notes, *self.layout.notes, *of_calibration, *of_tuning)
 
     @property
-    def weights(self) -> int:
-        """Number of weights, a tied head counted once."""
-        return sum(part.size for tensor in self.layout.model_tensors for part in tensor.parts)
-
-    @property
     def bits_per_weight(self) -> float:
         """Bits of the tensors on disk by number of weights."""
         stored = {
@@ -108,7 +103,7 @@ class Plan:
             for tensor in self.layout.model_tensors
             for array in tensor.arrays
         }
-        return 8 * sum(stored.values()) / self.weights
+        return 8 * sum(stored.values()) / self.layout.weights
 
     def slabs(self) -> list[Slab]:
         """The units of work, in the order of the file; the same for any number of threads."""

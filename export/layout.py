@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm.quant.grid import Grid
+from edgellm.quant.llm_int8 import is_beside
 from edgellm.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -138,6 +139,12 @@ class Layout:
         """The tensors of the model itself, without those of adapters beside it."""
         beside = {each.file for each in self.adapters}
         return tuple(each for each in self.tensors if each.arrays[0].file not in beside)
+
+    @property
+    def weights(self) -> int:
+        """Number of the model's weights: columns kept as floats have codes too, and count once."""
+        parts = (part for tensor in self.model_tensors for part in tensor.parts)
+        return sum(part.size for part in parts if not is_beside(part.role))
 
 
 @dataclass(frozen=True, slots=True)

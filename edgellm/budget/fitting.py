@@ -131,7 +131,7 @@ def fit(
         least_asked = (
             f"{least_bytes:,} bytes"
             if recipe.fit is not None
-            else f"{8 * _weight_bytes(least) / _weights(least):.2f} bits"
+            else f"{8 * _weight_bytes(least) / least.weights:.2f} bits"
         )
         raise UnsupportedTarget(
             f"{_option(recipe)} is below what the grids of {container.name} reach for this model: "
@@ -215,11 +215,7 @@ def _budget(recipe: Recipe, least: Layout, most: Layout) -> int:
         return bytes_of(recipe.fit)
     assert recipe.bits is not None
     around = taken(least) - _weight_bytes(least)
-    return int(recipe.bits * _weights(most) / 8) + around
-
-
-def _weights(layout: Layout) -> int:
-    return sum(part.size for tensor in layout.model_tensors for part in tensor.parts)
+    return int(recipe.bits * most.weights / 8) + around
 
 
 def _weight_bytes(layout: Layout) -> int:

@@ -10,10 +10,8 @@ from edgellm.calibration.splitting import Splitting, split_source
 from edgellm.errors import UsageError
 from edgellm.quant import SOLVERS, SPLITS, TRANSFORMS
 from edgellm.quant.grid import Grid
+from edgellm.quant.smoothquant import ROUNDED
 from edgellm.source.model import ModelSource
-
-ROUNDED = "per_channel"
-"""The kind of grid whose products round activations, each step by one scale."""
 
 
 def plan_transforms(

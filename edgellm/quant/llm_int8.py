@@ -66,11 +66,19 @@ def without(statistics: Statistics, channels: Channels) -> Statistics:
     return rest
 
 
+FLOATS, CHANNELS = ".outliers", ".outlier_channels"
+
+
 def floats_role(role: str) -> str:
     """What the columns of weight ``role`` that are multiplied as floats are called."""
-    return f"{role.removesuffix('.weight')}.outliers"
+    return role.removesuffix(".weight") + FLOATS
 
 
 def channels_role(role: str) -> str:
     """What the list of the channels that weight ``role`` is cut along is called."""
-    return f"{role.removesuffix('.weight')}.outlier_channels"
+    return role.removesuffix(".weight") + CHANNELS
+
+
+def is_beside(role: str) -> bool:
+    """Whether ``role`` is of a part that lies beside the codes of a weight cut along channels."""
+    return role.endswith((FLOATS, CHANNELS))

@@ -69,7 +69,7 @@ def test_the_plan_says_every_byte_that_is_written(tiny_model: TinyModel, tmp_pat
     artifact = carry_out(plan, tmp_path / "out", check=False)
     assert sum(map(len, contents(artifact.path).values())) == plan.output_bytes
     tensors = sum(tensor.nbytes for tensor in plan.layout.tensors)
-    assert plan.bits_per_weight == pytest.approx(8 * tensors / plan.weights)
+    assert plan.bits_per_weight == pytest.approx(8 * tensors / plan.layout.weights)
 
 
 def test_grids_that_are_searched_for_are_planned_with_more_time(tiny_model: TinyModel) -> None:

@@ -211,6 +211,13 @@ def test_outliers_spoil_nothing_once_they_are_apart(uneven: Path, tmp_path: Path
     assert both < 0.2 * plain
 
 
+def test_columns_that_are_kept_as_floats_are_no_more_weights(tiny_model: TinyModel) -> None:
+    source = tiny_model("llama")
+    plain, apart = planned(source, "int8-dynamic", calibration_tokens=None), planned(source)
+    assert apart.layout.weights == plain.layout.weights
+    assert apart.bits_per_weight > plain.bits_per_weight
+
+
 def test_a_solver_after_it_and_any_number_of_threads(tiny_model: TinyModel, tmp_path: Path) -> None:
     """gptq hands errors on to later columns, of which those that are cut out must stay zero."""
     made = []
