@@ -109,10 +109,11 @@ class CalibrationEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 
     ``text`` is ``builtin`` or a file's name, ``text_sha256`` the digest of its bytes and
     ``ids_sha256`` of the token ids (``calibration.texts.ids_sha256``). ``gathered``: of the inputs
-    of the weights, ``hessian`` or ``importance``, behind ``layers``: ``float`` ones, ``quantized``
-    ones or ``both``. Tokens counted by their mean square to the power ``token_power``
-    (``calibration.passes``). ``settings``: what the solver and the transforms were set to, by their
-    names. With ``imatrix``, a file of importance by its name and digest, there is no text.
+    of the weights, ``hessian`` or ``importance``, behind ``layers``: ``float`` or ``quantized``
+    ones. Tokens counted by mean squares to the power ``token_power``
+    (``calibration.passes.token_weights``). ``settings``: what the solver and the transforms were
+    set to, by their names. With ``imatrix``, a file of importance by its name and digest, there is
+    no text.
     ``device``: where codes were solved, by numpy on the ``cpu``, on others by torch.
     """
 

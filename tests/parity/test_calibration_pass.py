@@ -48,7 +48,7 @@ def gathered(source: ModelSource, threads: int = 1, **options: object) -> dict[s
 def seen_by_transformers(folder: Path) -> dict[str, np.ndarray]:
     """The inputs of every product, all windows below each other, by module.
 
-    And under ``blk.N`` what each layer gives.
+    And under ``blk.N`` what each layer gives, under ``blk.N, before`` what it is given.
     """
     import torch
 
@@ -62,7 +62,8 @@ def seen_by_transformers(folder: Path) -> dict[str, np.ndarray]:
         return hook
 
     def watch_layer(name: str) -> Callable[..., None]:
-        def hook(module: object, given: object, out: object) -> None:
+        def hook(module: object, given: tuple[torch.Tensor, ...], out: object) -> None:
+            seen.setdefault(f"{name}, before", []).append(given[0][0].numpy().copy())
             stream = out[0] if isinstance(out, tuple) else out
             seen.setdefault(name, []).append(stream[0].numpy().copy())
 
@@ -101,8 +102,11 @@ def test_statistics_are_of_the_inputs_that_transformers_has(
         x = inputs[module].astype(np.float64)
         counts = np.ones(len(x))
         if role.startswith("blk."):
-            stream = inputs[".".join(role.split(".")[:2])].astype(np.float64)
-            counts = np.square(stream).mean(axis=1) ** passes.TOKEN_POWER
+            layer = ".".join(role.split(".")[:2])
+            counts = np.square(inputs[layer].astype(np.float64)).mean(axis=1)
+            if role.split(".")[2] not in ("attn_q", "attn_k", "attn_v", "attn_qkv"):
+                counts /= np.square(inputs[f"{layer}, before"].astype(np.float64)).mean(axis=1)
+            counts **= passes.TOKEN_POWER
         wanted = (x * counts[:, None]).T @ x / counts.sum()
         scale = wanted.max()
         np.testing.assert_allclose(statistics.hessian, wanted, rtol=0, atol=TOLERANCE * scale)

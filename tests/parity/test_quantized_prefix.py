@@ -56,6 +56,7 @@ PRODUCTS = {
     "ffn_down": "mlp.down_proj",
 }
 """What transformers calls them, by role."""
+ATTENTION = [PRODUCTS[f"attn_{part}"] for part in "qkv"]
 
 
 def planned(source: Path, quant: str, layers: str = "quantized", container: str = "gguf") -> Plan:
@@ -63,7 +64,7 @@ def planned(source: Path, quant: str, layers: str = "quantized", container: str 
 
 
 def inputs_of(model: Any, index: int) -> dict[str, np.ndarray]:
-    """What the products of a layer are given, by module, and under ``out`` what the layer gives."""
+    """What the products of a layer are given, by module; under ``in`` and ``out`` the layer's."""
     import torch
 
     seen: dict[str, list[np.ndarray]] = {}
@@ -83,6 +84,7 @@ def inputs_of(model: Any, index: int) -> dict[str, np.ndarray]:
             lambda _, __, out: keep("out", out[0] if isinstance(out, tuple) else out)
         )
     )
+    hooks.append(layer.register_forward_pre_hook(lambda _, given: keep("in", given[0])))
     with torch.no_grad():
         for window in WINDOWS:
             model(torch.tensor([window]), use_cache=False)
@@ -123,7 +125,10 @@ def test_the_next_layer_is_seen_behind_the_quantized_one(
     given = inputs_of(model, 1)
 
     def hessian_of(inputs: dict[str, np.ndarray], name: str) -> np.ndarray:
-        counts = np.square(inputs["out"]).mean(axis=1) ** passes.TOKEN_POWER
+        counts = np.square(inputs["out"]).mean(axis=1)
+        if name not in ATTENTION:
+            counts /= np.square(inputs["in"]).mean(axis=1)
+        counts **= passes.TOKEN_POWER
         return (inputs[name] * counts[:, None]).T @ inputs[name] / counts.sum()
 
     for part, name in PRODUCTS.items():
