@@ -324,8 +324,10 @@ def token_weights(before: Array, after: Array) -> tuple[Array, Array]:
     embedding is all but zero). ``TOKEN_POWER`` tells why.
     """
     first, last = mean_squares(before), mean_squares(after)
+    with np.errstate(over="ignore", invalid="ignore"):  # the pass looks, and explains
+        growth = np.minimum(last / first, MOST_GROWTH)
     power = np.float32(TOKEN_POWER)
-    return last**power, np.minimum(last / first, MOST_GROWTH) ** power
+    return last**power, growth**power
 
 
 def mean_squares(stream: Array) -> Array:

@@ -51,9 +51,9 @@ class Calibration:
 
     ``source`` is the model before any transform; ``folding`` changes what the layout loads.
     ``needs``: what is gathered of each input, ``weighs``: with tokens counted by
-    ``passes.TOKEN_POWER``, ``layers``: behind which (``passes.CalibrationPass``). ``notes``: facts
-    that the user should be shown. With ``given`` importance there is no ``text``, and nothing is
-    run.
+    ``passes.token_weights``, ``layers``: behind which (``passes.CalibrationPass``). ``notes``:
+    facts that the user should be shown. With ``given`` importance there is no ``text``, and nothing
+    is run.
     """
 
     text: CalibrationText | None
