@@ -26,12 +26,18 @@ from benchmarks.results import Comparison, Result
 from benchmarks.text import tokens
 
 TARGETS = {
-    "q4_0": 0.6,
-    "q4_k_m": 0.75,
-    "q3_k_m": 0.75,
-    "iq4_xs": 0.75,
-    "q5_k_m": 0.95,
     "q2_k": 0.95,
+    "q3_k_m": 0.75,
+    "q4_0": 0.6,
+    "q4_1": 0.95,
+    "q4_k_m": 0.75,
+    "iq4_nl": 0.95,
+    "iq4_xs": 0.75,
+    "q5_0": 0.95,
+    "q5_1": 0.95,
+    "q5_k_m": 0.95,
+    "q6_k": 0.95,
+    "q8_0": 0.95,
 }
 """At most this part of the peer's KL, by type of file."""
 
