@@ -17,10 +17,11 @@ from benchmarks.llamacpp_files import divergences
 from benchmarks.measure import fresh, run
 from benchmarks.models import SMOLLM2, smollm2
 from benchmarks.places import WORK, edgellm, shown
-from benchmarks.quality import CALIBRATION_TOKENS, QUICK_TYPES, TARGETS, WINDOWS
+from benchmarks.quality import CALIBRATION_TOKENS, QUICK_TYPES, WINDOWS
 from benchmarks.results import Comparison, Result
 from benchmarks.text import tokens
 
+TYPES = ("q4_0", "q4_k_m", "q3_k_m", "iq4_xs")
 STEPS = 120
 AT_MOST = 0.8
 AT_MOST_SECONDS = 1800.0
@@ -31,7 +32,7 @@ def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
     model = smollm2()
     text = tokens(model, 8 if quick else WINDOWS)
     seen = str(4096 if quick else CALIBRATION_TOKENS)
-    names = types or (QUICK_TYPES if quick else tuple(TARGETS))
+    names = types or (QUICK_TYPES if quick else TYPES)
     steps = 8 if quick else STEPS
     commands: dict[str, str] = {}
     walls: dict[str, float] = {}
