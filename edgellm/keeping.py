@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from edgellm.export.layout import Layout, OutputTensor
 from edgellm.quant.floats import READABLE
@@ -25,8 +25,15 @@ HOLDERS = {
     "gguf": ("q4_0", "q4_1", "q5_0", "q8_0"),
     "onnx": _INTEGERS,
     "hf": _INTEGERS,
-}
+    "mlx": (
+        "int4-g128-sym", "int4-g128-min", "int4-g64-sym", "int4-g64-min", "int4-g32-sym",
+        "int4-g32-min", "int8-g128", "int8-g64", "int8",
+    ),
+}  # fmt: skip
 """By container the grids that may hold a source's codes, smallest first."""
+
+SCALES: dict[str, Literal["f16"]] = {"hf": "f16", "mlx": "f16"}
+"""What scales are stored in, where it is not f32."""
 
 
 def holding_grid(asked: Recipe, container: str, source: ModelSource) -> tuple[str, str] | None:
@@ -48,7 +55,7 @@ def holding_grid(asked: Recipe, container: str, source: ModelSource) -> tuple[st
     widths = {source.tensors[role].columns for role in linear}
     most, chosen = 0, ""
     for name in HOLDERS.get(container, ()):
-        grid = GRIDS[name] if container != "hf" else replace(GRIDS[name], scale_dtype="f16")
+        grid = replace(GRIDS[name], scale_dtype=SCALES.get(container, "f32"))
         if any(width % grid.block for width in widths):
             continue
         held = sum(ref.size for ref, codes in coded if not why_not(codes, grid))

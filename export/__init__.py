@@ -19,6 +19,7 @@ CONTAINERS = {
     "gguf": "edgellm.export.to_gguf:CONTAINER",
     "onnx": "edgellm.export.to_onnx:CONTAINER",
     "hf": "edgellm.export.to_hf:CONTAINER",
+    "mlx": "edgellm.export.to_mlx:CONTAINER",
 }
 
 

@@ -426,7 +426,12 @@ def cannot_hold(grid: Grid) -> str:
         reason = f"has {grid.bits:g}-bit weights in blocks of 32 alone"
         if grid.group == 32:
             reason = f"has these codes with f16 scales alone, as {instead}"
-    other = "hf" if grid.name == "nf4-dq" else "onnx"
+    if grid.minima:
+        instead = "q4_1"
+        reason = "has minima in blocks of 32 alone"
+        if grid.group == 32:
+            reason = f"has these codes with f16 scales and minima alone, as {instead}"
+    other = "mlx" if grid.minima else "hf" if grid.name == "nf4-dq" else "onnx"
     return f"{reason}, so it cannot hold {grid.name}: choose {instead}, or --format {other}"
 
 

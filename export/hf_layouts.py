@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import edgellm
+from edgellm.export.checkpoint_shards import Part
 from edgellm.export.packing_hf import (
     NESTED_MAP,
     NF4_MAP,
@@ -30,24 +31,6 @@ STATE = "quant_state.bitsandbytes__nf4"
 
 OUTLIER_THRESHOLD = 6.0
 """Activations beyond it are multiplied in f16 by LLM.int8() (arXiv 2208.07339, section 3.2)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One tensor of a module in the checkpoint, named ``module + suffix``.
-
-    ``dtype`` as safetensors spells it. ``component`` is that of the packer, with ``rows_each`` and
-    ``lines`` as in ``StoredArray``; one that is the same whatever the weights has its ``content``
-    here instead.
-    """
-
-    suffix: str
-    dtype: str
-    shape: tuple[int, ...]
-    component: str = ""
-    rows_each: int = 1
-    lines: int = 1
-    content: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

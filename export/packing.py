@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from edgellm.export import packing_gguf, packing_hf, packing_onnx
+from edgellm.export import packing_gguf, packing_hf, packing_mlx, packing_onnx
 from edgellm.quant.grid import Grid, QTensor
 
 Bytes = npt.NDArray[np.uint8]
@@ -72,6 +72,7 @@ PACKERS: dict[str, Packer] = {
         )
         for dtype in packing_hf.STATE_DTYPES
     },
+    "mlx": Packer(packing_mlx.row_bytes, packing_mlx.pack, packing_mlx.unpack),
     "bnb_int8": Packer(
         packing_hf.bnb_int8_bytes, packing_hf.pack_bnb_int8, packing_hf.unpack_bnb_int8
     ),

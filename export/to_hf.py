@@ -8,25 +8,21 @@ layouts expects.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgellm.architectures.family import TensorRow
 from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
-from edgellm.export.hf_folder import CARD, CONFIG, index_file, quantized_card
-from edgellm.export.hf_layouts import LAYOUTS, OUTLIER_THRESHOLD, Part, Storage, default_layout
-from edgellm.export.layout import Container, Layout, OutputTensor, StoredArray
+from edgellm.export.checkpoint_shards import Part, Weight, index_of, json_file, shards_of
+from edgellm.export.hf_folder import CARD, CONFIG, quantized_card
+from edgellm.export.hf_layouts import LAYOUTS, OUTLIER_THRESHOLD, Storage, default_layout
+from edgellm.export.layout import Container, Layout
 from edgellm.export.packing_hf import STATE_DTYPES
-from edgellm.export.to_safetensors import header_bytes
 from edgellm.quant.grid import GRIDS, Grid
 from edgellm.registry import suggestion
-from edgellm.source.checkpoint import INDEX, SINGLE
+from edgellm.source.checkpoint import INDEX
 from edgellm.source.matching import head_row, listed
-from edgellm.source.safetensors_file import ITEM_BYTES
-from edgellm.tensors import TensorRef, transposed
+from edgellm.tensors import transposed
 
 if TYPE_CHECKING:
     from edgellm.recipe import Recipe
@@ -43,12 +39,13 @@ DEFAULT_GRID = "int4-g64-sym"
 """Groups of 128 are more common in published GPTQ checkpoints, but leave part of a row over in many
 small models; every kernel takes 64 too, for an eighth of a bit."""
 
-SHARD_BYTES = 5 * 10**9
-"""The most that a file takes where another can be begun (huggingface_hub's default)."""
-
 REFUSED = {
     "q4_0": "the same values are int4-g32-sym",
     "q8_0": "the same values are int8",
+    **dict.fromkeys(
+        ("int4-g32-min", "int4-g64-min", "int4-g128-min"),
+        "its layouts have whole zeros, as the same grids without -min",
+    ),
 }
 
 NOTES = {
@@ -86,7 +83,7 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     head = head_row(source.family, source.decoder).source.removesuffix(".weight")
     weights = [_weight(source, row, grid, dtype, storage) for row in _rows(source)]
     _check_shapes(weights, grid, name, storage)
-    shards = list(_shards(weights))
+    shards = list(shards_of(weights, {}))
     config: dict[str, Any] = {
         **source.config,
         "architectures": [source.family.architecture],
@@ -103,10 +100,10 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
             notes.append(NOTES[name, grid.name])
     files = {shard.name: shard.head for shard in shards}
     if len(shards) > 1:
-        files[INDEX] = _index(shards)
-    files[CONFIG] = _json(config)
+        files[INDEX] = index_of(shards)
+    files[CONFIG] = json_file(config)
     if source.generation:
-        files["generation_config.json"] = _json(source.generation)
+        files["generation_config.json"] = json_file(source.generation)
     files[CARD] = quantized_card(source.name, source.licence, grid.name, name)
     return Layout(
         container=CONTAINER.name,
@@ -117,58 +114,6 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
         context_length=source.decoder.context_length,
         notes=tuple(notes),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """A tensor of the model and the tensors of the checkpoint that it is stored as."""
-
-    row: TensorRow
-    ref: TensorRef
-    grid: Grid
-    packer: str
-    parts: tuple[Part, ...]
-    module: str
-    in_one_piece: bool
-
-    @property
-    def nbytes(self) -> int:
-        return sum(_part_bytes(part) for part in self.parts)
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A tensor of a file: ``part`` of ``weight``."""
-
-    weight: Weight
-    part: Part
-
-    @property
-    def name(self) -> str:
-        return self.weight.module + self.part.suffix
-
-    @property
-    def dtype(self) -> str:
-        return self.part.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.part.shape
-
-    @property
-    def nbytes(self) -> int:
-        return _part_bytes(self.part)
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One file: ``head`` is its header and all that does not depend on the weights."""
-
-    name: str
-    head: bytes
-    nbytes: int
-    tensors: tuple[OutputTensor, ...]
-    entries: tuple[Entry, ...]
 
 
 def _check_options(recipe: Recipe) -> None:
@@ -195,9 +140,10 @@ def _grid(name: str) -> Grid:
         return GRIDS[name]
     if name in GRIDS:
         reason = REFUSED.get(name, "no layout of transformers has blocks like ggml's")
+        holder = "mlx" if GRIDS[name].ggml_type is None else "gguf"
         raise UnsupportedTarget(
             f"--quant {name}: a Hugging Face folder cannot hold it ({reason}); choose --format "
-            f"gguf, or one of {', '.join(GRID_NAMES)}"
+            f"{holder}, or one of {', '.join(GRID_NAMES)}"
         )
     choice = suggestion(name, GRID_NAMES)
     raise UnknownGrid(f"--quant {name}: no grid of that name for Hugging Face folders; {choice}")
@@ -307,80 +253,6 @@ def _check_groups(quantized: Sequence[Weight], grid: Grid) -> None:
         f"{listed([f'{weight.row.source} ({weight.ref.columns})' for weight in misfits])}. "
         f"Choose {', '.join(fitting)}"
     )
-
-
-def _shards(weights: Sequence[Weight]) -> Iterator[Shard]:
-    """The files, each weight whole in one of them, in the order of the model."""
-    groups: list[list[Weight]] = [[]]
-    room = SHARD_BYTES
-    for weight in weights:
-        if groups[-1] and weight.nbytes > room:
-            groups.append([])
-            room = SHARD_BYTES
-        groups[-1].append(weight)
-        room -= weight.nbytes
-    for number, group in enumerate(groups, start=1):
-        name = SINGLE
-        if len(groups) > 1:
-            name = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        yield _shard(name, group)
-
-
-def _shard(name: str, weights: Sequence[Weight]) -> Shard:
-    entries = [Entry(weight, part) for weight in weights for part in weight.parts]
-    # What does not depend on the weights is written with the header. Within both, the widest types
-    # come first, so that each tensor is aligned to its own (as safetensors' reference does).
-    entries.sort(key=lambda entry: (not entry.part.content, -ITEM_BYTES[entry.dtype]))
-    header = header_bytes(entries, {})
-    content = b"".join(entry.part.content for entry in entries)
-    end = len(header)
-    arrays: dict[str, list[StoredArray]] = {}
-    for entry in entries:
-        if entry.part.component:
-            arrays.setdefault(entry.weight.row.role, []).append(_array(entry, name, end))
-        end += entry.nbytes
-    tensors = tuple(
-        OutputTensor(
-            name=weight.row.source,
-            role=weight.row.role,
-            parts=(weight.ref,),
-            grid=weight.grid,
-            packer=weight.packer,
-            arrays=tuple(arrays[weight.row.role]),
-            in_one_piece=weight.in_one_piece,
-        )
-        for weight in weights
-    )
-    return Shard(name, header + content, end, tensors, tuple(entries))
-
-
-def _array(entry: Entry, file: str, offset: int) -> StoredArray:
-    part = entry.part
-    rows = -(-entry.weight.ref.rows // part.rows_each)
-    return StoredArray(
-        name=entry.name,
-        component=part.component,
-        file=file,
-        offset=offset,
-        row_bytes=entry.nbytes // rows,
-        rows=rows,
-        rows_each=part.rows_each,
-        lines=part.lines,
-    )
-
-
-def _part_bytes(part: Part) -> int:
-    return math.prod(part.shape) * ITEM_BYTES[part.dtype]
-
-
-def _index(shards: Sequence[Shard]) -> bytes:
-    weight_map = {entry.name: shard.name for shard in shards for entry in shard.entries}
-    total = sum(entry.nbytes for shard in shards for entry in shard.entries)
-    return index_file(total, weight_map)
-
-
-def _json(fields: object) -> bytes:
-    return json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 
 
 CONTAINER = Container(

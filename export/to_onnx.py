@@ -187,7 +187,7 @@ def _grid(name: str, option: str) -> Grid:
         return GRIDS[name]
     if name in GRIDS or name in MIXTURES:
         reason = REFUSED.get(name, "its blocks are ggml's own, which no ONNX operator reads")
-        holder = "hf" if name == "nf4-dq" else "gguf"
+        holder = HOLDERS.get(name, "gguf")
         raise UnsupportedTarget(
             f"{option} {name}: ONNX cannot hold it ({reason}); choose --format {holder}, or one of "
             f"{', '.join(GRID_NAMES)}"
@@ -196,12 +196,17 @@ def _grid(name: str, option: str) -> Grid:
     raise UnknownGrid(f"{option} {name}: no grid of that name for ONNX; {choice}")
 
 
+WITH_MINIMA = ("int4-g32-min", "int4-g64-min", "int4-g128-min")
+
+HOLDERS = {"nf4-dq": "hf", **dict.fromkeys(WITH_MINIMA, "mlx")}
+"""Containers that hold what neither ONNX nor GGUF does."""
+
 REFUSED = {
     "bf16": "onnxruntime has no bf16 product on a CPU: use f16 or f32",
     "q4_0": "the same values with an f32 scale are int4-g32-sym",
     "q8_0": "the same values with an f32 scale are int8",
     "nf4-dq": "MatMulBnb4 takes scales in f32: the same levels with such are nf4",
-    "q4_1": "onnxruntime's quick kernels take integer zeros alone: use int4-g32",
+    **dict.fromkeys(("q4_1", *WITH_MINIMA), "its quick kernels take integer zeros: use int4-g32"),
 }
 """Why grids that ONNX lacks are refused, where there is more to say than that they are ggml's."""
 

@@ -22,7 +22,10 @@ BLOCKS_OF_256 = (
     "f16", "q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "q3_k", "iq3_xxs", "q2_k", "iq2_s",
 )  # fmt: skip
 BLOCKS_OF_32 = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "iq4_nl", "q4_0")
-GROUPS = ("f16", "int8", "int4-g32", "int4-g64", "int4-g128")
+GROUPS = {
+    "onnx": ("f16", "int8", "int4-g32", "int4-g64", "int4-g128"),
+    "mlx": ("int8", "int8-g64", "int4-g32-min", "int4-g64-min", "int4-g128-min"),
+}
 """Candidates; those that are slower to round to, or always worse at their size, are left out."""
 
 
@@ -45,10 +48,10 @@ def units_of(recipe: Recipe, source: ModelSource, container: Container) -> list[
     Bytes are those of the container's own layouts. Raises ``UnsupportedTarget`` for a container
     that has one grid for all tensors, and what laying out raises.
     """
-    if container.name not in ("gguf", "onnx"):
+    if container.name not in ("gguf", *GROUPS):
         raise UnsupportedTarget(
             "--fit and --bits choose a grid for each tensor, and edgellm writes one for all to "
-            f"{container.name}: choose --format gguf or onnx"
+            f"{container.name}: choose --format gguf, {' or '.join(GROUPS)}"
         )
     base = container.lay_out(source, recipe)
     tied = source.decoder.tied_head
@@ -94,13 +97,13 @@ def candidates_of(
     columns, role = tensor.columns, tensor.parts[0].role
     blocks: tuple[str, ...] = BLOCKS_OF_32 if columns % 256 else BLOCKS_OF_256
     names = [
-        name
-        for name in (GROUPS if container == "onnx" else blocks)
-        if columns % (GRIDS[name].block or 1) == 0
+        name for name in GROUPS.get(container, blocks) if columns % (GRIDS[name].block or 1) == 0
     ]
     if container == "onnx":
         is_table = role == EMBEDDING
         return [name for name in names if not is_table or operators_of(GRIDS[name]).gather]
+    if container in GROUPS:
+        return names
     weighed = SOLVERS[recipe.solver].needs != "nothing" and role != EMBEDDING
     return [name for name in names if weighed or name not in NEED_IMPORTANCE]
 

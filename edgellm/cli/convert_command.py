@@ -31,7 +31,9 @@ def convert(
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option(help="gguf, onnx or hf. Default: what the best runtime installed here runs."),
+        typer.Option(
+            help="gguf, onnx, hf or mlx. Default: what the best runtime installed here runs."
+        ),
     ] = None,
     quant: Annotated[
         str | None,
@@ -170,6 +172,8 @@ def convert(
     GRID for onnx: f32 f16 int8 int8-g64 int8-g128 int8-dynamic nf4
                    int4-g32 int4-g64 int4-g128 (and -sym of each int4)
     GRID for hf:   f32 f16 bf16 nf4-dq, and int8, int4 and nf4 as for onnx
+    GRID for mlx:  f32 f16 bf16 int8 int8-g64 int8-g128 int4-g64-min int4-g32-min
+                   int4-g128-min (and -sym in place of -min)
     LAYOUT for hf: gptq gptq_v2 awq compressed-tensors bitsandbytes
 
     \b
@@ -180,6 +184,7 @@ def convert(
       edgellm convert ./my-model --quant int4-g64 --format onnx --dry-run
       edgellm convert ./my-model --out small --format onnx --kv-cache int8
       edgellm convert ./my-model --out small --format hf --layout awq
+      edgellm convert ./my-model --out small --format mlx
       edgellm convert ./my-model -o small -q gptq:q4_0 --calibration chats.jsonl
       edgellm convert ./my-model -o small -q gptq --fit 90MB
       edgellm convert ./my-model --out small --max-kld 0.1 --max-ppl-increase 5%

@@ -31,7 +31,7 @@ def sweep(
         ),
     ] = None,
     format: Annotated[
-        str | None, typer.Option(help="gguf, onnx or hf. Default: as convert chooses.")
+        str | None, typer.Option(help="gguf, onnx, hf or mlx. Default: as convert chooses.")
     ] = None,
     out: Annotated[
         Path | None,

@@ -34,6 +34,7 @@ class Grid:
     blocks ggml defines. ``scale_dtype`` is what the container stores scales in: solvers round a
     scale to it before they choose the codes that go with it (ggml's blocks have a type of their
     own; containers with other needs than float32 take ``dataclasses.replace`` of a grid).
+    ``minima``: each group has a minimum, a float like its scale.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Grid:
     ggml_type: int | None = None
     sub_block: int | None = None
     scale_dtype: Literal["f32", "f16", "bf16"] = "f32"
+    minima: bool = False
 
     @property
     def group(self) -> int:
@@ -96,9 +98,15 @@ class QTensor:
     doubled: Rounded | None = None
 
 
-def _ggml(name: str, bits: float, symmetric: bool = False, sub_block: int | None = None) -> Grid:
+def _ggml(
+    name: str,
+    bits: float,
+    symmetric: bool = False,
+    sub_block: int | None = None,
+    minima: bool = False,
+) -> Grid:
     kind = NAMED[name]
-    return Grid(name, "ggml", bits, kind.block, symmetric, kind.number, sub_block)
+    return Grid(name, "ggml", bits, kind.block, symmetric, kind.number, sub_block, minima=minima)
 
 
 def _float(name: str, bits: float) -> Grid:
@@ -119,12 +127,13 @@ GRIDS: dict[str, Grid] = {
             Grid(f"int4-g{group}-sym", "affine", 4, group, symmetric=True)
             for group in (32, 64, 128)
         ),
+        *(Grid(f"int4-g{group}-min", "affine", 4, group, minima=True) for group in (32, 64, 128)),
         Grid("nf4", "codebook", 4, 64, symmetric=True),
         Grid("nf4-dq", "codebook", 4, 64, symmetric=True),
         _ggml("q4_0", 4, symmetric=True),
-        _ggml("q4_1", 4),
+        _ggml("q4_1", 4, minima=True),
         _ggml("q5_0", 5, symmetric=True),
-        _ggml("q5_1", 5),
+        _ggml("q5_1", 5, minima=True),
         _ggml("q8_0", 8, symmetric=True),
         _ggml("q2_k", 2, sub_block=16),
         _ggml("q3_k", 3, symmetric=True, sub_block=16),

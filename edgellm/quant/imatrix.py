@@ -23,10 +23,10 @@ from edgellm.quant.weighted_search import (
     REFITS,
     STRETCHES,
     Levels,
-    best_ranges,
     best_scales,
     best_zeros,
     inverse,
+    minima_fitted,
     whole_codes,
 )
 from edgellm.quant.weighted_supers import best_supers
@@ -136,10 +136,8 @@ def _searched(blocks: Array, weights: Array, grid: Grid, rows: int) -> QTensor:
         scales = best_scales(blocks, weights, levels, signed=grid.kind != "codebook")
         scales = floats.rounded(scales, dtype)
         codes = levels.codes(blocks * inverse(scales))
-    elif grid.kind == "ggml":
-        scales, mins = best_ranges(blocks, weights, top, positive_mins=True)
-        scales, mins = floats.rounded(scales, dtype), floats.rounded(mins, dtype)
-        codes = whole_codes((blocks - mins) * inverse(scales), top).astype(np.uint8)
+    elif grid.minima:
+        codes, scales, mins = minima_fitted(blocks, weights, top, dtype)
         mins = mins.reshape(rows, -1)
     else:
         scales, shifts = best_zeros(blocks, weights, top)

@@ -14,6 +14,7 @@ from edgellm.errors import UnsupportedTarget
 from edgellm.quant import bnb_4bit, bnb_absmax, floats
 from edgellm.quant.grid import Grid, QTensor
 from edgellm.quant.statistics import Statistics
+from edgellm.quant.weighted_search import minima_fitted
 from edgellm.tensors import Array
 
 Codes = npt.NDArray[np.uint8]
@@ -54,6 +55,8 @@ def solve(rows: Array, grid: Grid, statistics: Statistics | None = None) -> QTen
 
         return ggml.quantize(rows, grid)
     rows = np.ascontiguousarray(rows, dtype=np.float32)
+    if grid.minima:
+        return _with_minima(rows, grid)
     if grid.kind == "affine":
         return _affine(rows, grid)
     if grid.kind == "per_channel":
@@ -79,6 +82,29 @@ def _affine(rows: Array, grid: Grid) -> QTensor:
         codes=codes.reshape(count, columns),
         scales=scales.reshape(count, -1),
         zeros=None if grid.symmetric else zeros.astype(np.uint8).reshape(count, -1),
+    )
+
+
+def _with_minima(rows: Array, grid: Grid) -> QTensor:
+    count, columns = rows.shape
+    blocks = rows.reshape(-1, grid.block)
+    codes = np.empty(blocks.shape, np.uint8)
+    scales, mins = np.empty((2, len(blocks)), np.float32)
+    step = max(1, CHUNK_VALUES // grid.block)
+    weights = np.ones((grid.block, step), np.float32)
+    top = 2 ** int(grid.bits) - 1
+    for start in range(0, len(blocks), step):
+        part = slice(start, start + step)
+        some = np.ascontiguousarray(blocks[part].T)
+        alike = np.ascontiguousarray(weights[:, : some.shape[1]])
+        found, scales[part], mins[part] = minima_fitted(some, alike, top, grid.scale_dtype)
+        codes[part] = found.T
+    return QTensor(
+        grid,
+        columns,
+        codes=codes.reshape(count, columns),
+        scales=scales.reshape(count, -1),
+        mins=mins.reshape(count, -1),
     )
 
 

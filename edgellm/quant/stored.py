@@ -23,9 +23,6 @@ Codes = npt.NDArray[np.uint8]
 Zeros = npt.NDArray[np.int16]
 Order = npt.NDArray[np.intp]
 
-WITH_MINIMA = ("q4_1", "q5_1")
-"""ggml's blocks of a scale and a minimum, which is ``-zero * scale``."""
-
 WITH_A_SCALE = ("q4_0", "q5_0", "q8_0")
 """ggml's blocks of integers around zero and a scale."""
 
@@ -35,8 +32,9 @@ class Spread(NamedTuple):
 
     least_zero: int
     largest_zero: int
+    whole_zeros: bool
     exact_scales: frozenset[str]
-    exact_minima: bool
+    exact_minima: frozenset[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +44,9 @@ class StoredCodes:
     It is the ``load_rows`` of its ``TensorRef``, so that whatever changes the values has no codes.
     ``codes(start, stop)`` are uint8 ``[stop - start, columns]``, ``scales(start, stop)`` float32
     and ``zeros(start, stop)`` int16 ``[stop - start, groups]``; without ``zeros`` the zero is
-    ``2 ** (bits - 1)``, or there is none with a ``codebook`` (``nf4``). ``groups()`` gives the
-    group of each column.
+    ``2 ** (bits - 1)``, or there is none with a ``codebook`` (``nf4``). ``minima(start, stop)`` are
+    float32 ``[stop - start, groups]``, in the place of zeros. ``groups()`` gives the group of each
+    column.
     """
 
     values: LoadRows
@@ -57,6 +56,7 @@ class StoredCodes:
     scales: Callable[[int, int], Array]
     groups: Callable[[], Order]
     zeros: Callable[[int, int], Zeros] | None = None
+    minima: Callable[[int, int], Array] | None = None
     codebook: str = ""
 
     def __call__(self, start: int, stop: int) -> Array:
@@ -70,6 +70,7 @@ class StoredCodes:
             codes=rows_in_order(self.codes, order),
             scales=rows_in_order(self.scales, order),
             zeros=None if self.zeros is None else rows_in_order(self.zeros, order),
+            minima=None if self.minima is None else rows_in_order(self.minima, order),
         )
 
     @cached_property
@@ -84,9 +85,14 @@ class StoredCodes:
         middle = np.int16(2 ** (self.bits - 1))
         zeros = np.full(1, middle) if self.zeros is None else self.zeros(0, self.rows)
         with np.errstate(over="ignore", invalid="ignore"):
-            minima = scales * zeros
-            exact = frozenset(dtype for dtype in floats.ENCODERS if _is_exact(scales, dtype))
-        return Spread(int(zeros.min()), int(zeros.max()), exact, _is_exact(minima, "f16"))
+            minima = -scales * zeros
+            whole = self.minima is None
+            if self.minima is not None:
+                stated = self.minima(0, self.rows)
+                whole, minima = np.array_equal(stated, minima), stated
+            return Spread(
+                int(zeros.min()), int(zeros.max()), whole, _exact_in(scales), _exact_in(minima)
+            )
 
 
 def codes_of(ref: TensorRef) -> StoredCodes | None:
@@ -128,8 +134,9 @@ def take_over(stored: StoredCodes, grid: Grid, start: int, stop: int) -> QTensor
     zeros = np.full_like(scales, middle, np.int16)
     if stored.zeros is not None:
         zeros = stored.zeros(start, stop)
-    if grid.name in WITH_MINIMA:
-        mins = np.ascontiguousarray(-(scales * zeros)[:, first])
+    if grid.minima:
+        minima = -(scales * zeros) if stored.minima is None else stored.minima(start, stop)
+        mins = np.ascontiguousarray(minima[:, first])
         return QTensor(grid, columns, codes=codes, scales=by_block, mins=mins)
     if not grid.symmetric:
         by_block_zeros = np.ascontiguousarray(zeros[:, first], np.uint8)
@@ -168,7 +175,7 @@ def _stacked(pieces: Sequence[QTensor]) -> QTensor:
 
 def _has_steps(grid: Grid) -> bool:
     if grid.kind == "ggml":
-        return grid.name in (*WITH_A_SCALE, *WITH_MINIMA)
+        return grid.minima or grid.name in WITH_A_SCALE
     return grid.kind in ("affine", "per_channel")
 
 
@@ -188,8 +195,10 @@ def _why_not_groups(stored: StoredCodes, grid: Grid) -> str:
 def _why_not_range(stored: StoredCodes, grid: Grid) -> str:
     spread, last = stored.spread, 2**stored.bits - 1
     half = 2 ** (int(grid.bits) - 1)
+    if not spread.whole_zeros and not grid.minima:
+        return f"their minima are no whole steps, and {grid.name} has no room for such"
     if not grid.symmetric:
-        fits = last < 2 * half and (grid.name in WITH_MINIMA or spread.largest_zero < 2 * half)
+        fits = last < 2 * half and (grid.minima or spread.largest_zero < 2 * half)
         return "" if fits else f"codes of {stored.bits} bits are too many for {grid.name}"
     if spread.largest_zero <= half and last - spread.least_zero < half:
         return ""
@@ -202,9 +211,14 @@ def _why_not_scales(stored: StoredCodes, grid: Grid) -> str:
     dtype = "f16" if grid.kind == "ggml" else grid.scale_dtype
     if dtype not in stored.spread.exact_scales:
         return f"their scales are not {dtype} numbers, as {grid.name}'s are"
-    if grid.name in WITH_MINIMA and not stored.spread.exact_minima:
-        return f"their zeros times their scales are not f16 numbers, as {grid.name}'s minima are"
+    if grid.minima and dtype not in stored.spread.exact_minima:
+        return f"their zeros times scales are not {dtype} numbers, as {grid.name}'s minima are"
     return ""
+
+
+def _exact_in(values: Array) -> frozenset[str]:
+    """The dtypes that hold all of ``values`` exactly."""
+    return frozenset(dtype for dtype in floats.ENCODERS if _is_exact(values, dtype))
 
 
 def _is_exact(values: Array, dtype: str) -> bool:

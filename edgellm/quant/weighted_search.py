@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from edgellm.quant import floats
 from edgellm.tensors import Array
 
 STRETCHES = (0.88, 0.92, 0.96, 1.0, 1.04, 1.08, 1.12, 1.17, 1.22, 1.28, 1.34, 1.4)
@@ -145,6 +146,16 @@ def best_ranges(
         whole_codes(work, top)
         sums.better(work, ceiling, scale, least, error)
     return np.where(usable, scale * span, np.float32(0)), low + least * span * usable
+
+
+def minima_fitted(
+    blocks: Array, weights: Array, top: int, dtype: str
+) -> tuple[npt.NDArray[np.uint8], Array, Array]:
+    """Codes ``[block, blocks]``, scales and minima ``[blocks]``, both as ``dtype`` holds them."""
+    scales, mins = best_ranges(blocks, weights, top, positive_mins=True)
+    scales, mins = floats.rounded(scales, dtype), floats.rounded(mins, dtype)
+    codes = whole_codes((blocks - mins) * inverse(scales), top).astype(np.uint8)
+    return codes, scales, mins
 
 
 def whole_codes(values: Array, top: int) -> Array:

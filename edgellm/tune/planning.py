@@ -213,4 +213,5 @@ def _trained_numbers(tensor: OutputTensor) -> int:
     if not trains_scales(tensor):
         return 0
     groups = tensor.rows * (tensor.columns // tensor.grid.block if tensor.grid.block else 1)
-    return groups if tensor.grid.symmetric or tensor.grid.kind == "affine" else 2 * groups
+    one = tensor.grid.symmetric or (tensor.grid.kind == "affine" and not tensor.grid.minima)
+    return groups if one else 2 * groups

@@ -28,7 +28,7 @@ def test_json_says_why(command: Command) -> None:
     assert (found["default_container"], found["default_container_reason"]) == best_container()
     assert {runtime["runtime"] for runtime in found["runtimes"]} == set(runtime_names())
     assert all(runtime["reason"] for runtime in found["runtimes"])
-    assert {pick["container"] for pick in found["picks"]} == {"gguf", "hf", "onnx"}
+    assert {pick["container"] for pick in found["picks"]} == {"gguf", "hf", "mlx", "onnx"}
     assert all(pick["reason"] for pick in found["picks"])
 
 

@@ -31,7 +31,7 @@ def write() -> None:
 
 
 def _matrix() -> str:
-    head = ["grid", "bits of a code", "a scale for", *SOLVERS, "gguf", "onnx", "hf"]
+    head = ["grid", "bits of a code", "a scale for", *SOLVERS, "gguf", "onnx", "hf", "mlx"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(_row(grid))} |" for grid in GRIDS.values())])
 
@@ -50,6 +50,7 @@ def _row(grid: Grid) -> list[str]:
         "yes" if grid.ggml_type is not None else "no",
         "yes" if grid.name in GRID_NAMES else "no",
         ", ".join([*plain, *layouts]) or "no",
+        "yes" if grid.name in container_named("mlx").grids else "no",
     ]
 
 

@@ -40,7 +40,7 @@ def laid_out(source: ModelSource, container: str, quant: str) -> Layout:
 
 
 def test_there_are_cells() -> None:
-    assert {container for container, _ in CELLS} == {"gguf", "onnx", "hf"}
+    assert {container for container, _ in CELLS} == {"gguf", "onnx", "hf", "mlx"}
     assert ("onnx", "nf4-dq") in CELLS
 
 
