@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from edgellm.errors import UnsupportedTarget
+from edgellm.errors import EdgeError, UnsupportedTarget
 from edgellm.evaluation import Logits, session_logits
 from edgellm.manifest import MANIFEST, Artifact, open_artifact
 from edgellm.plain_onnx import PlainOnnxAnswers, onnx_file
@@ -146,6 +146,8 @@ def open_answers(
     makes room for. Raises whatever opening raises.
     """
     artifact = None if runtime == FLOAT else runnable(path)
+    if artifact is not None and runtime is None and not runs_quickly(artifact.container):
+        artifact = None
     if artifact is None:
         folder = Path(path)
         plain = onnx_file(folder)
@@ -183,6 +185,20 @@ def runnable(path: str) -> Artifact | None:
     return None if artifact.container == "hf" else artifact
 
 
+def runs_quickly(container: str) -> bool:
+    """Whether the runtime that runs ``container`` here, if any, is one for texts."""
+    from edgellm.hardware import detect, pick
+    from edgellm.runtimes import runtime_named, runtime_names
+
+    hardware = detect()
+    found = [runtime_named(name).capabilities(hardware) for name in runtime_names()]
+    try:
+        chosen = pick(container, hardware, found).runtime
+    except EdgeError:
+        return True
+    return any(one.quick for one in found if one.runtime == chosen)
+
+
 def context_length(path: str, runtime: str | None = None) -> int | None:
     """The context length of what a runtime runs, in tokens; None for another model's."""
     artifact = None if runtime == FLOAT else runnable(path)
@@ -207,7 +223,7 @@ def _open_float(
         artifact = open_artifact(place)
         if artifact.container == "gguf":
             path = str(artifact.main)
-        elif artifact.container != "hf":
+        elif artifact.container not in ("hf", "mlx"):
             raise UnsupportedTarget(
                 f"{path} is {artifact.container}, whose weights the float network does not read: "
                 "leave --runtime float out"

@@ -89,6 +89,9 @@ def open(
         kv_dtype=kv_dtype,
         adapters=bool(adapters if adapters is not None else kept_adapters(artifact)),
     )
+    deaf = {one.runtime for one in capabilities if not one.sets_threads}
+    if threads is not None and choice.runtime in deaf:
+        notes.append(f"{choice.runtime} chooses its threads itself: {threads} are not heeded")
     chosen = cast("Device", choice.device)  # one that the runtime itself named
     options = RunOptions(chosen, context_tokens, threads, kv_dtype)
     from edgellm.tokenization.artifact import artifact_tokenizer

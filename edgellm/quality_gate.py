@@ -42,7 +42,7 @@ about 2 operations a parameter and token; some seconds on two cores."""
 LEAST_TOKENS = 128
 """Fewer would say too little: a larger model is not compared unasked."""
 
-READ_BACK = ("gguf", "hf")
+READ_BACK = ("gguf", "hf", "mlx")
 """Containers whose weights the float network reads."""
 
 BEST_SOLVER = "gptq"
@@ -256,21 +256,23 @@ def _compare(
 def _open(artifact: Artifact, room: int, threads: int, progress: Progress) -> Answers:
     """The artifact on its runtime, without adapters that were kept beside it: the source has none.
 
-    Where no runtime here opens it, its weights in float.
+    Where no runtime here opens it, or none that is quick, its weights in float.
     """
-    from edgellm.answers import FLOAT, SessionAnswers, open_answers
+    from edgellm.answers import FLOAT, SessionAnswers, open_answers, runs_quickly
     from edgellm.chat import open as open_model  # a backend takes long to import
 
-    try:
-        chat = open_model(
-            artifact.path, verify=False, context_tokens=room, threads=threads, adapters=[]
-        )
-    except (RuntimeMissing, UnsupportedTarget):
-        if artifact.container not in READ_BACK:
-            raise
-        path = str(artifact.path)
-        return open_answers(path, runtime=FLOAT, threads=threads, progress=progress)
-    return SessionAnswers(chat)
+    readable = artifact.container in READ_BACK
+    if not readable or runs_quickly(artifact.container):
+        try:
+            return SessionAnswers(
+                open_model(
+                    artifact.path, verify=False, context_tokens=room, threads=threads, adapters=[]
+                )
+            )
+        except (RuntimeMissing, UnsupportedTarget):
+            if not readable:
+                raise
+    return open_answers(str(artifact.path), runtime=FLOAT, threads=threads, progress=progress)
 
 
 def _too_large(plan: Plan) -> str:

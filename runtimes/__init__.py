@@ -18,6 +18,7 @@ ENTRY_POINTS = "edgellm.runtimes"
 RUNTIMES = {
     "llamacpp": "edgellm.runtimes.llamacpp:LlamaCppRuntime",
     "onnxruntime": "edgellm.runtimes.ort:OnnxRuntime",
+    "mlx": "edgellm.runtimes.mlx:MlxRuntime",
     "fake": "edgellm.runtimes.fake:FakeRuntime",
 }
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Logits = npt.NDArray[np.float32]
 Device = Literal["auto", "cpu", "cuda", "metal"]
-KvDtype = Literal["f32", "f16", "int8"]
+KvDtype = Literal["f32", "f16", "bf16", "int8", "int4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,9 @@ class Capabilities:
     ``available``: it can open something here now. ``reason``: in one line, why or why not.
     ``install``: the command that brings it. ``speed_rank``: lower is preferred where several can.
     ``automatic``: may be picked without being named. ``applies_adapters``: its sessions are
-    ``AdaptingSession``, which apply LoRA adapters beside the model.
+    ``AdaptingSession``, which apply LoRA adapters beside the model. ``sets_threads``: heeds the
+    number of threads that it is given. ``quick``: a text of some thousand tokens takes seconds with
+    a small model, so that answers may be compared on it unasked.
     """
 
     runtime: str
@@ -58,6 +60,8 @@ class Capabilities:
     speed_rank: int = 0
     automatic: bool = True
     applies_adapters: bool = False
+    sets_threads: bool = True
+    quick: bool = True
 
 
 @dataclass(frozen=True, slots=True)

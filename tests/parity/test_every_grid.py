@@ -28,6 +28,11 @@ ONNX = (
     "int4-g128", "int4-g32-sym", "int4-g64-sym", "int4-g128-sym", "nf4",
 )  # fmt: skip
 
+MLX = (
+    "f32", "f16", "bf16", "int8", "int8-g64", "int8-g128", "int4-g32-min", "int4-g64-min",
+    "int4-g128-min", "int4-g32-sym", "int4-g64-sym", "int4-g128-sym",
+)  # fmt: skip
+
 NEEDS_IMPORTANCE = ("iq3_xs", "iq3_xxs", *GGUF[GGUF.index("q2_k_s") :])
 """GGUF mixtures that hold where blocks of 256 do not divide the rows, and are refused where they
 do: they then need an importance matrix."""
@@ -83,10 +88,11 @@ def error_of(source: Path, out: Path, wanted: np.ndarray, **choices: Any) -> flo
     choices["quant"] = f"rtn:{choices['quant']}"
     artifact = edgellm.convert(source, out, check=False, threads=1, **choices)
     verify(open_artifact(out))
-    module = {"gguf": "llama_cpp", "onnx": "onnxruntime"}[artifact.container]
+    module = {"gguf": "llama_cpp", "onnx": "onnxruntime", "mlx": "mlx_lm"}[artifact.container]
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed")
-    with edgellm.open(out, threads=1, context_tokens=64, kv_dtype="f32") as session:
+    kv_dtype = None if artifact.container == "mlx" else "f32"  # MLX's follows the weights
+    with edgellm.open(out, threads=1, context_tokens=64, kv_dtype=kv_dtype) as session:
         answer = session.generate("hello", max_tokens=3, raw=True)
         assert answer.finish_reason in ("length", "stop")
         session.session.trim(0)
@@ -95,7 +101,7 @@ def error_of(source: Path, out: Path, wanted: np.ndarray, **choices: Any) -> flo
 
 
 def test_no_name_is_missing_or_untried() -> None:
-    tried = {"gguf": set(GGUF), "onnx": set(ONNX)}
+    tried = {"gguf": set(GGUF), "onnx": set(ONNX), "mlx": set(MLX)}
     # What nothing here runs is loaded by other libraries, in test_hf_folder and test_hf_packing.
     runnable = [name for name in CONTAINERS if name != "hf"]
     assert {name: set(container_named(name).grids) for name in runnable} == tried
@@ -103,7 +109,11 @@ def test_no_name_is_missing_or_untried() -> None:
 
 @pytest.mark.parametrize(
     ("container", "quant"),
-    [*(("gguf", quant) for quant in GGUF), *(("onnx", quant) for quant in ONNX)],
+    [
+        *(("gguf", quant) for quant in GGUF),
+        *(("onnx", quant) for quant in ONNX),
+        *(("mlx", quant) for quant in MLX),
+    ],
 )
 def test_rows_that_every_block_divides(
     container: str,
@@ -143,6 +153,8 @@ def test_rows_that_blocks_of_256_do_not_divide(
         {"format": "onnx", "quant": "int8", "embed": "int4-g128", "head": "f32"},
         {"format": "onnx", "quant": "int4-g32", "embed": "f32", "head": "nf4"},
         {"format": "onnx", "quant": "int4-g32", "embed": "int8", "head": "int8-dynamic"},
+        {"format": "mlx", "quant": "int4-g64-min", "embed": "f16", "head": "int4-g32-sym"},
+        {"format": "mlx", "quant": "int8", "embed": "int4-g128-min", "head": "f16"},
     ],
     ids=lambda choices: "-".join(choices.values()),
 )
@@ -170,6 +182,8 @@ def test_embedding_and_head_apart(
         {"format": "onnx", "quant": "int4-g32"},
         {"format": "onnx", "quant": "int4-g32", "embed": "f32"},
         {"format": "onnx", "quant": "int4-g32", "head": "int4-g32"},
+        {"format": "mlx", "quant": "int4-g32-min"},
+        {"format": "mlx", "quant": "int4-g32-min", "embed": "int4-g32-sym"},
     ],
     ids=lambda choices: "-".join(choices.values()),
 )

@@ -41,6 +41,8 @@ CASES = (
     Case("onnxruntime", "onnx", "onnxruntime", 1e-4),
     Case("onnxruntime", "onnx", "onnxruntime", 2e-2, kv_dtype="int8"),
     Case("llamacpp", "gguf", "llama_cpp", 1e-3),
+    Case("mlx", "mlx", "mlx_lm", 1e-4),
+    Case("mlx", "mlx", "mlx_lm", 1e-4, kv_dtype="int8"),
 )
 MODELS = ("llama", "gemma3")
 """One with plain attention, one with windows of eight tokens in every other layer."""
@@ -98,7 +100,8 @@ def open_session(
             "kv_dtype": chosen.kv_dtype,
             **options,
         }
-        kv_cache = "int8" if chosen.kv_dtype == "int8" else None
+        stored = chosen.runtime == "onnxruntime" and chosen.kv_dtype != "f32"
+        kv_cache = chosen.kv_dtype if stored else None
         model_folder = artifact(model, chosen.container, kv_cache)
         opened.append(runtime_named(chosen.runtime).open(model_folder, RunOptions(**settings)))
         return opened[-1]

@@ -11,8 +11,11 @@ import pytest
 
 from edgellm.errors import GenerationError, UnsupportedTarget, UsageError
 from edgellm.hardware import detect
-from edgellm.runtimes import RUNTIMES, llamacpp, ort, runtime_named
+from edgellm.runtimes import RUNTIMES, llamacpp, mlx, ort, runtime_named
 from edgellm.runtimes.session import KvState, Session
+
+STEPS = {"fake": "_append", "onnxruntime": "_run", "llamacpp": "_evaluate", "mlx": "_run"}
+"""What each session computes a step of a prompt with."""
 
 IDS = [int(token) for token in np.random.default_rng(7).integers(0, 500, 70)]
 
@@ -115,6 +118,18 @@ def test_saved_cache_is_a_copy_that_another_session_takes(
     assert_close(second.decode(IDS[30]), wanted, bound)
 
 
+def test_a_saved_cache_is_not_touched_by_what_follows(session: Session, bound: float) -> None:
+    session.prefill(IDS[:30])
+    state = session.save()
+    wanted = session.decode(IDS[30]).copy()
+    for _ in range(2):
+        session.restore(state)
+        session.trim(10)
+        session.prefill(IDS[40:55])
+    session.restore(state)
+    assert_close(session.decode(IDS[30]), wanted, bound)
+
+
 def test_empty_cache_is_saved_and_restored(session: Session, bound: float) -> None:
     wanted = fresh(session, IDS[:9])
     session.trim(0)
@@ -190,6 +205,8 @@ def test_context_beyond_the_models_is_refused(open_session: Callable[..., Sessio
 
 def test_cache_size_follows_the_context(open_session: Callable[..., Session]) -> None:
     small, large = open_session(context_tokens=32), open_session(context_tokens=256)
+    for session in (small, large):
+        session.prefill(IDS[:3])
     assert 0 < small.kv_bytes() <= large.kv_bytes()
     assert large.kv_bytes() % 256 == 0
 
@@ -235,10 +252,11 @@ def test_interrupted_prefill_leaves_the_cache_as_it_was(
     # Ctrl-C is heard between two steps of a long prompt; here a step is 16 tokens.
     monkeypatch.setattr(ort, "STEP_TOKENS", 16)
     monkeypatch.setattr(llamacpp, "BATCH_TOKENS", 16)
+    monkeypatch.setattr(mlx, "STEP_TOKENS", 16)
     session = open_session()
     wanted = fresh(session, [*IDS[:10], 3])
     session.trim(10)
-    step = {"fake": "_append", "onnxruntime": "_run", "llamacpp": "_evaluate"}[session.runtime]
+    step = STEPS[session.runtime]
     compute = getattr(session, step)
     calls = 0
 

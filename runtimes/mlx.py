@@ -1,0 +1,289 @@
+"""MLX on Apple Silicon, and by the same code on Linux: folders of the ``mlx`` container.
+
+The models are mlx-lm's. On a CPU they compute in float32, whatever the folder holds: MLX has no
+quick halves there (SmolLM2 took 34 times as long in f16), and the values are then exactly those that
+were solved. mlx-lm's caches of sliding windows forget what they cannot be trimmed back to, so every
+layer has one that keeps all, and the window is a mask alone.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget
+from edgellm.hardware import Hardware, detect
+from edgellm.manifest import Artifact
+from edgellm.runtimes import limits
+from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
+from edgellm.runtimes.versions import version_numbers
+
+INSTALL = "pip install 'edgellm[mlx]'"
+
+OLDEST = (0, 32, 0)
+"""Of mlx-lm: where the state of a cache came to hold its length."""
+
+BACKENDS = {"mlx-metal": "metal", "mlx-cuda-13": "cuda", "mlx-cuda-12": "cuda", "mlx-cpu": "cpu"}
+"""Packages that mlx computes with, and the device that each brings."""
+
+STEP_TOKENS = 512
+"""Tokens computed at once: bounds the memory of a long prompt. Ctrl-C is heard between steps."""
+
+FLOATS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+KV_BITS = {"int8": 8, "int4": 4}
+KV_GROUPS = (64, 32)
+"""Values of a key that share a scale in a quantized cache: the first that divides a head."""
+
+ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, MemoryError)
+"""What mlx and mlx-lm raise, which have no exceptions of their own."""
+
+
+class MlxRuntime:
+    """Opens folders of the ``mlx`` container with mlx-lm."""
+
+    name = "mlx"
+
+    def capabilities(self, hardware: Hardware) -> Capabilities:
+        """What the installed packages can do; none is imported."""
+        version, devices = _version("mlx-lm"), _devices(hardware)
+        refusal = _refusal(version, devices)
+        return Capabilities(
+            runtime=self.name,
+            available=not refusal,
+            reason=refusal or f"mlx-lm {version} on mlx {_version('mlx')}",
+            version=version,
+            install=INSTALL,
+            containers=frozenset({"mlx"}),
+            devices=() if refusal else devices,
+            kv_dtypes=(*FLOATS.values(), *KV_BITS),
+            speed_rank=15 if "metal" in devices else 30,
+            sets_threads=False,
+            quick=devices != ("cpu",),
+        )
+
+    def open(self, artifact: Artifact, options: RunOptions) -> MlxSession:
+        """A session on a folder that edgellm made; the manifest says what its context is."""
+        if artifact.container != "mlx" or artifact.manifest is None:
+            raise UnsupportedTarget(
+                f"mlx runs folders made with --format mlx, and {artifact.path} is "
+                f"{artifact.container}: choose another --runtime, or convert it with --format mlx"
+            )
+        found = self.capabilities(detect())
+        if not found.available:
+            raise RuntimeMissing(found.reason)
+        device = found.devices[0] if options.device == "auto" else options.device
+        if device not in found.devices:
+            raise UnsupportedTarget(
+                f"mlx has no {device} here ({found.reason}): choose --device "
+                f"{' or '.join(found.devices)}"
+            )
+        return MlxSession(artifact, options, device)
+
+
+class MlxSession:
+    """One model of mlx-lm and the caches of one sequence."""
+
+    runtime = "mlx"
+
+    def __init__(self, artifact: Artifact, options: RunOptions, device: str) -> None:
+        """Raises ``GenerationError`` with mlx's own words when it cannot load the folder."""
+        import mlx.core as mx
+        from mlx_lm.utils import load_model
+
+        assert artifact.manifest is not None
+        facts = artifact.manifest.artifact.model
+        self.device = device
+        self.context_tokens = limits.context_tokens(
+            options.context_tokens, facts.context_length, artifact.path
+        )
+        self.vocab_size = facts.vocab_size
+        self._mx = mx
+        self._where = mx.Device(mx.cpu if device == "cpu" else mx.gpu)
+        try:
+            with mx.stream(self._where):
+                self._model, config = load_model(artifact.main.parent)
+                if device == "cpu":
+                    self._model.set_dtype(mx.float32)
+        except ERRORS as error:
+            raise GenerationError(
+                f"mlx could not load {artifact.path}: {_first_line(error)}. Check the artifact "
+                "with `edgellm verify`"
+            ) from error
+        kept = "f32" if device == "cpu" else FLOATS[config["dtype"]]
+        self._caches = _caches(len(self._model.layers), facts.head_dim, options.kv_dtype, kept)
+        self._tokens: list[int] = []
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        return self._tokens
+
+    def prefill(self, token_ids: Sequence[int], *, all_logits: bool = False) -> Logits:
+        self._check_open()
+        limits.check_tokens(token_ids, len(self._tokens), self.context_tokens, self.vocab_size)
+        start = len(self._tokens)
+        rows = np.empty((len(token_ids) if all_logits else 1, self.vocab_size), np.float32)
+        # What nobody looks at is never computed: the last token alone goes through the head.
+        body = len(token_ids) - (0 if all_logits else 1)
+        try:
+            for first in range(0, body, STEP_TOKENS):
+                step = token_ids[first : min(first + STEP_TOKENS, body)]
+                rows_of_step = rows[first : first + len(step)] if all_logits else None
+                self._run(step, rows_of_step)
+            if not all_logits:
+                self._run(token_ids[-1:], rows)
+        except BaseException:  # Ctrl-C as well: the cache goes back to where it was
+            self._forget(start)
+            raise
+        return rows
+
+    def decode(self, token_id: int) -> Logits:
+        logits: Logits = self.prefill((token_id,))[0]
+        return logits
+
+    def trim(self, length: int) -> None:
+        self._check_open()
+        limits.check_trim(length, len(self._tokens))
+        self._forget(length)
+
+    def save(self) -> KvState:
+        self._check_open()
+        used = len(self._tokens)
+        with self._mx.stream(self._where):
+            copies = [
+                [self._mx.contiguous(array[..., :used, :]) for array in _arrays(cache)]
+                for cache in self._caches
+            ]
+            self._mx.eval(copies)
+        return KvState(self.runtime, tuple(self._tokens), copies)
+
+    def restore(self, state: KvState) -> None:
+        self._check_open()
+        limits.check_state(state, self.runtime, self.context_tokens)
+        used = len(state.tokens)
+        if used and list(map(_kinds, state.data)) != self._kinds_of_caches():
+            raise GenerationError("this cache is of another model: it cannot be restored here")
+        self._forget(0)
+        for cache, arrays in zip(self._caches, state.data if used else (), strict=bool(used)):
+            # Copies, for what is written into an array is seen by all who hold it.
+            copies = [self._mx.array(array) for array in arrays]
+            whole = len(copies) == len(("keys", "values"))
+            cache.keys = copies[0] if whole else copies[: len(copies) // 2]
+            cache.values = copies[1] if whole else copies[len(copies) // 2 :]
+            cache.offset = used
+        self._tokens = list(state.tokens)
+
+    def kv_bytes(self) -> int:
+        self._check_open()
+        return sum(array.nbytes for cache in self._caches for array in _arrays(cache))
+
+    def close(self) -> None:
+        self._model = None
+        self._caches, self._tokens = [], []
+        self._mx.clear_cache()
+
+    def _check_open(self) -> None:
+        if self._model is None:
+            raise limits.closed()
+
+    def _run(self, token_ids: Sequence[int], rows: Logits | None) -> None:
+        """Append ``token_ids``; logits of the last ``len(rows)`` of them into ``rows``."""
+        mx = self._mx
+        try:
+            with mx.stream(self._where):
+                logits = self._model(mx.array([token_ids]), cache=self._caches)
+                if rows is None:
+                    mx.eval([_arrays(cache) for cache in self._caches])
+                else:
+                    rows[:] = np.array(logits[0, -len(rows) :].astype(mx.float32))
+        except ERRORS as error:
+            raise GenerationError(
+                f"mlx could not compute {len(token_ids)} tokens: {_first_line(error)}"
+            ) from error
+        self._tokens.extend(token_ids)
+
+    def _forget(self, length: int) -> None:
+        """Keep the first ``length`` tokens; an interrupted step may have reached some layers."""
+        del self._tokens[length:]
+        for cache in self._caches:
+            cache.trim(max(0, cache.offset - length))
+
+    def _kinds_of_caches(self) -> list[Any]:
+        """What caches of this model are; computed from one token where nothing is held yet."""
+        if self._caches[0].keys is None:
+            self._run((0,), None)
+            self._forget(0)
+        return [_kinds(_arrays(cache)) for cache in self._caches]
+
+
+def _caches(layers: int, head_dim: int, kv_dtype: str | None, kept: str) -> list[Any]:
+    """One for each layer, all of whose tokens stay.
+
+    Raises ``UnsupportedTarget`` for a type that the model's caches cannot have.
+    """
+    from mlx_lm.models.cache import KVCache, QuantizedKVCache
+
+    if kv_dtype in (None, kept):
+        return [KVCache() for _ in range(layers)]
+    if kv_dtype not in KV_BITS:
+        raise UnsupportedTarget(
+            f"mlx keeps keys and values in the type that the model computes in, {kept} here, or in "
+            f"{' or '.join(KV_BITS)}, not in {kv_dtype}: choose one of those, or leave it out"
+        )
+    group = next((group for group in KV_GROUPS if not head_dim % group), None)
+    if group is None:
+        raise UnsupportedTarget(
+            f"keys and values in {kv_dtype} have scales by {' or '.join(map(str, KV_GROUPS))} "
+            f"values, which do not divide this model's heads of {head_dim}: leave the choice out"
+        )
+    return [QuantizedKVCache(group_size=group, bits=KV_BITS[kv_dtype]) for _ in range(layers)]
+
+
+def _arrays(cache: Any) -> list[Any]:
+    """All arrays of a cache: none before the first token, six where it is quantized, else two."""
+    if cache.keys is None:
+        return []
+    if isinstance(cache.keys, (list, tuple)):
+        return [*cache.keys, *cache.values]
+    return [cache.keys, cache.values]
+
+
+def _kinds(arrays: Sequence[Any]) -> list[Any]:
+    """What caches of one model share: the types, the heads and their width."""
+    return [(array.dtype, array.shape[1], array.shape[3]) for array in arrays]
+
+
+def _refusal(version: str, devices: tuple[str, ...]) -> str:
+    """Why nothing can be opened, with the next step; empty where it can."""
+    if not version or not _version("mlx"):
+        return f"mlx and mlx-lm are not installed: {INSTALL}"
+    if version_numbers(version) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        return f"mlx-lm {version} is older than {oldest}: {INSTALL} --upgrade"
+    if not devices:
+        return f"mlx lacks what it computes with ({' or '.join(BACKENDS)}): {INSTALL}"
+    return ""
+
+
+def _devices(hardware: Hardware) -> tuple[str, ...]:
+    """What can be computed on, the fastest first; Metal's package brings the CPU's code too."""
+    found = [device for package, device in BACKENDS.items() if _version(package)]
+    if "metal" in found and not hardware.apple_silicon.value:
+        found.remove("metal")
+    if "cuda" in found and not any(gpu.vendor == "NVIDIA" for gpu in hardware.gpus.value):
+        found.remove("cuda")
+    gpus = [device for device in dict.fromkeys(found) if device != "cpu"]
+    return (*gpus, "cpu") if found else ()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
