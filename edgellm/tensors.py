@@ -120,19 +120,32 @@ def derived(
 def transposed(ref: TensorRef) -> TensorRef:
     """The matrix ``ref`` turned round: a slab of its rows is loaded as columns of ``ref``.
 
-    Memory stays at two slabs; ``ref`` is read whole once per slab, so make slabs large.
+    Memory stays at two slabs; ``ref`` is read whole once per slab, so make slabs large. Turned
+    round twice it is what it was, with all that its loader knows.
     """
     if len(ref.shape) != 2:
         raise ValueError(f"only a matrix can be transposed, {ref.name} has shape {list(ref.shape)}")
-
-    def load_rows(start: int, stop: int) -> Array:
-        return _turned(ref.load_columns(start, stop))
+    shape = (ref.shape[1], ref.shape[0])
+    if isinstance(ref.load_rows, TurnedRows):
+        first = ref.load_rows.ref
+        return replace(
+            ref, shape=shape, load_rows=first.load_rows, column_loader=first.column_loader
+        )
 
     def load_columns(start: int, stop: int) -> Array:
         return _turned(ref.load_rows(start, stop))
 
-    shape = (ref.shape[1], ref.shape[0])
-    return replace(ref, shape=shape, load_rows=load_rows, column_loader=load_columns)
+    return replace(ref, shape=shape, load_rows=TurnedRows(ref), column_loader=load_columns)
+
+
+@dataclass(frozen=True, eq=False)
+class TurnedRows:
+    """A ``LoadRows`` of the columns of ``ref``."""
+
+    ref: TensorRef
+
+    def __call__(self, start: int, stop: int) -> Array:
+        return _turned(self.ref.load_columns(start, stop))
 
 
 def _turned(matrix: Array) -> Array:

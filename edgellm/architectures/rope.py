@@ -21,7 +21,6 @@ Frequencies = npt.NDArray[np.float64]
 StatedRope = tuple[Rope, int]
 
 REFUSED_TYPES = {
-    "longrope": "its frequencies jump where the text passes the trained length",
     "su": "its frequencies jump where the text passes the trained length",
     "proportional": "no supported family uses it",
     "axial": "it encodes positions in an image",
@@ -221,12 +220,29 @@ def _read_dynamic(section: Config, rope: Rope, trained: int, context: int) -> St
 
 def _read_factors(section: Config, rope: Rope, trained: int, context: int) -> StatedRope:
     """Our own spelling for what a GGUF file says: the factors themselves."""
-    factors = section.numbers("factors")
-    if len(factors) != rope.dimensions // 2 or min(factors) <= 0:
-        raise section.refusal("factors", factors, f"{rope.dimensions // 2} numbers above 0")
+    listed = _listed_rope(section, "factors", section.numbers("factors"), rope)
+    assert listed.scaling is not None
     attention = section.number("attention_factor", 1.0, above=0)
-    scaling = RopeScaling("factors", attention_factor=attention, factors=factors)
-    return replace(rope, scaling=scaling), context
+    return replace(listed, scaling=replace(listed.scaling, attention_factor=attention)), context
+
+
+def _read_longrope(section: Config, rope: Rope, trained: int, context: int) -> StatedRope:
+    """Phi's, where both lists are one, as mlx-lm's folders have the factors of a GGUF file."""
+    factors = section.numbers("long_factor")
+    if section.numbers("short_factor") != factors:
+        raise section.refusal(
+            "short_factor",
+            "other numbers than long_factor",
+            "the same ones (else frequencies jump where the text passes the trained length)",
+        )
+    section.neutral("attention_factor", 1.0)
+    return _listed_rope(section, "long_factor", factors, rope), context
+
+
+def _listed_rope(section: Config, key: str, factors: tuple[float, ...], rope: Rope) -> Rope:
+    if len(factors) != rope.dimensions // 2 or min(factors) <= 0:
+        raise section.refusal(key, factors, f"{rope.dimensions // 2} numbers above 0")
+    return replace(rope, scaling=RopeScaling("factors", factors=factors))
 
 
 _SCALED = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "factors": _listed}
@@ -237,4 +253,5 @@ _READERS = {
     "yarn": _read_yarn,
     "dynamic": _read_dynamic,
     "factors": _read_factors,
+    "longrope": _read_longrope,
 }

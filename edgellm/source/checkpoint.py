@@ -25,11 +25,12 @@ from edgellm.source.quantized import (
     note_on,
 )
 from edgellm.source.safetensors_file import READABLE, RawTensor, read_safetensors
-from edgellm.tensors import TensorRef
+from edgellm.tensors import TensorRef, transposed
 from edgellm.tokenization import Tokenizer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MLX_PREFIX = "model."
 PROVENANCE_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
@@ -68,6 +69,7 @@ def open_folder(
     family = family_of(config)
     checkpoint = read_checkpoint(path)
     settings = config.pop("quantization_config", None)
+    settings = config.pop("quantization", None) or settings  # mlx-lm's, often without the other
     if settings:
         tensors = dequantized(checkpoint.raw, settings, str(path))
         if not quantized:
@@ -79,7 +81,7 @@ def open_folder(
         config, ignore=ignore_config_keys, context=context, where=str(path / "config.json")
     )
     decoder = family.describe(reader)
-    stored = _with_prefix(tensors, family, decoder)
+    stored = _with_prefix(_from_mlx(tensors, family, decoder), family, decoder)
     stored, decoder, notes = _settle_head(stored, family, decoder)
     if settings:
         stored = as_checkpoint_turns(stored, family.tensors(decoder))
@@ -187,6 +189,26 @@ def _with_prefix(
     return {
         name if name == head else family.base_prefix + name: ref for name, ref in stored.items()
     }
+
+
+def _from_mlx(
+    stored: dict[str, TensorRef], family: Family, decoder: Decoder
+) -> dict[str, TensorRef]:
+    """Names and matrices as the family has them, where mlx-lm wrote a model of another prefix.
+
+    Below ``model.``, which all of its models have, Conv1D's matrices are ``[out, in]``.
+    """
+    bare = embedding_row(family, decoder).source.removeprefix(family.base_prefix)
+    if family.base_prefix == MLX_PREFIX or MLX_PREFIX + bare not in stored:
+        return stored
+    renamed = {
+        family.base_prefix + name.removeprefix(MLX_PREFIX): ref for name, ref in stored.items()
+    }
+    for row in family.tensors(decoder):
+        ref = renamed.get(row.source)
+        if row.transposed and ref is not None and ref.dtype.upper() in READABLE:
+            renamed[row.source] = transposed(ref)
+    return renamed
 
 
 def _settle_head(

@@ -19,13 +19,17 @@ from edgellm.tensors import TensorRef, transposed
 
 Read = Callable[[Mapping[str, RawTensor], Mapping[str, Any], str], dict[str, TensorRef]]
 
+MLX = "mlx"
+"""Our word for what mlx-lm writes, which names no method."""
+
 READERS = {
     "bitsandbytes": "edgellm.source.quantized.bnb:read",
     "gptq": "edgellm.source.quantized.gptq:read",
     "awq": "edgellm.source.quantized.awq:read",
     "compressed-tensors": "edgellm.source.quantized.compressed:read",
+    MLX: "edgellm.source.quantized.mlx:read",
 }
-"""transformers' ``quant_method`` to the function that reads it."""
+"""transformers' ``quant_method``, or ``MLX``, to the function that reads it."""
 
 ORIGINAL = "convert the model in bf16, f16 or f32 that it was made from"
 
@@ -52,12 +56,15 @@ UNREAD = {
 def method_of(settings: Any) -> str:
     """``quant_method`` of a ``quantization_config``, as transformers infers it where it is absent.
 
-    Old bitsandbytes configs have only ``load_in_4bit`` or ``load_in_8bit``.
+    Old bitsandbytes configs have only ``load_in_4bit`` or ``load_in_8bit``, mlx-lm's only bits and
+    ``group_size``.
     """
     if not isinstance(settings, dict):
         return str(settings)
     if "quant_method" in settings:
         return str(settings["quant_method"]).lower()
+    if {"group_size", "bits"} <= settings.keys():
+        return MLX
     flags = ("load_in_4bit", "load_in_8bit")
     return "bitsandbytes" if any(settings.get(flag) for flag in flags) else "an unnamed method"
 
