@@ -1,9 +1,9 @@
 """MLX on Apple Silicon, and by the same code on Linux: folders of the ``mlx`` container.
 
 The models are mlx-lm's. On a CPU they compute in float32, whatever the folder holds: MLX has no
-quick halves there (SmolLM2 took 34 times as long in f16), and the values are then exactly those that
-were solved. mlx-lm's caches of sliding windows forget what they cannot be trimmed back to, so every
-layer has one that keeps all, and the window is a mask alone.
+quick halves there (SmolLM2 took 34 times as long in f16), and the values are then exactly those
+that were solved. mlx-lm's caches of sliding windows forget what they cannot be trimmed back to, so
+every layer has one that keeps all, and the window is a mask alone.
 """
 
 from __future__ import annotations
