@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edgellm.errors import EdgeError, UnsupportedTarget
 from edgellm.evaluation import Logits, session_logits
+from edgellm.json_file import read_json
 from edgellm.manifest import MANIFEST, Artifact, open_artifact
 from edgellm.plain_onnx import PlainOnnxAnswers, onnx_file
 from edgellm.progress import Progress, ProgressEvent, unwatched
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 FLOAT = "float"
 """The runtime's name that stands for the float network."""
+
+TORCH = "torch"
+"""The runtime that opens Hugging Face folders of others."""
 
 HIDDEN_BYTES = 256 << 20
 """Hidden states that are alive between layers: windows are computed in groups of so many, and each
@@ -145,7 +149,7 @@ def open_answers(
     the float network, which everything else is computed with. ``context_tokens``: what a runtime
     makes room for. Raises whatever opening raises.
     """
-    artifact = None if runtime == FLOAT else runnable(path)
+    artifact = None if runtime == FLOAT else runnable(path, runtime)
     if artifact is not None and runtime is None and not runs_quickly(artifact.container):
         artifact = None
     if artifact is None:
@@ -173,16 +177,19 @@ def open_answers(
     )
 
 
-def runnable(path: str) -> Artifact | None:
+def runnable(path: str, runtime: str | None = None) -> Artifact | None:
     """The artifact or GGUF file at ``path``, or None for a model that no runtime opens.
 
-    Raises ``SourceError`` (``VerificationError``) for a damaged manifest.
+    A Hugging Face folder is one for ``runtime`` where that is named, and else for the float
+    network, which needs no torch and holds one layer at a time. Raises ``SourceError``
+    (``VerificationError``) for a damaged manifest.
     """
     place = Path(path)
-    if not place.exists() or (place.is_dir() and not (place / MANIFEST).exists()):
+    foreign = not place.exists() or (place.is_dir() and not (place / MANIFEST).exists())
+    if foreign and runtime != TORCH:
         return None
     artifact = open_artifact(place)
-    return None if artifact.container == "hf" else artifact
+    return None if artifact.container == "hf" and runtime is None else artifact
 
 
 def runs_quickly(container: str) -> bool:
@@ -201,11 +208,14 @@ def runs_quickly(container: str) -> bool:
 
 def context_length(path: str, runtime: str | None = None) -> int | None:
     """The context length of what a runtime runs, in tokens; None for another model's."""
-    artifact = None if runtime == FLOAT else runnable(path)
+    artifact = None if runtime == FLOAT else runnable(path, runtime)
     if artifact is None:
         return None
     if artifact.manifest is not None:
         return artifact.manifest.artifact.model.context_length
+    if artifact.container == "hf":
+        stated: int | None = read_json(artifact.path / "config.json").get("max_position_embeddings")
+        return stated
     from edgellm.source.gguf_file import read_gguf_model
 
     metadata = read_gguf_model(artifact.main).metadata

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self, cast, get_args
 
-from edgellm.errors import UnsupportedTarget, UsageError
+from edgellm.errors import RuntimeMissing, UnsupportedTarget, UsageError
 from edgellm.generate import Answer, AnswerStream, Decoding
 from edgellm.hardware import Choice, detect, pick
 from edgellm.lora.apart import ApartAdapters, kept_adapters
@@ -69,8 +69,6 @@ def open(
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be at least 1, got {threads}")
     artifact = open_artifact(Path(path))
-    if artifact.container == "hf":
-        raise _no_runtime(artifact)
     notes = []
     if artifact.manifest is None:
         notes.append(f"{artifact.path.name} has no manifest: it runs, unverified")
@@ -80,15 +78,22 @@ def open(
     names = runtime_names() if runtime is None else [runtime]
     found = {name: runtime_named(name) for name in names}
     capabilities = [one.capabilities(hardware) for one in found.values()]
-    choice = pick(
-        artifact.container,
-        hardware,
-        capabilities,
-        runtime=runtime,
-        device=device,
-        kv_dtype=kv_dtype,
-        adapters=bool(adapters if adapters is not None else kept_adapters(artifact)),
-    )
+    try:
+        choice = pick(
+            artifact.container,
+            hardware,
+            capabilities,
+            runtime=runtime,
+            device=device,
+            kv_dtype=kv_dtype,
+            adapters=bool(adapters if adapters is not None else kept_adapters(artifact)),
+        )
+    except (RuntimeMissing, UnsupportedTarget) as refusal:
+        if artifact.container != "hf":
+            raise
+        raise type(refusal)(
+            f"{refusal}. Or make one that runs here: edgellm convert {artifact.path} --out DIR"
+        ) from None
     deaf = {one.runtime for one in capabilities if not one.sets_threads}
     if threads is not None and choice.runtime in deaf:
         notes.append(f"{choice.runtime} chooses its threads itself: {threads} are not heeded")
@@ -118,25 +123,6 @@ def open(
         system=system,
         notes=notes,
         apart=apart,
-    )
-
-
-def _no_runtime(artifact: Artifact) -> UnsupportedTarget:
-    """The error that a Hugging Face folder is none that can be opened here, and what does it."""
-    assert artifact.manifest is not None
-    recipe = artifact.manifest.artifact.recipe
-    layout, grid = recipe.get("layout"), str(recipe.get("quant", "")).rpartition(":")[2]
-    if layout is None:
-        return UnsupportedTarget(
-            "this is a Hugging Face folder of floats, which transformers loads and no runtime "
-            f"here: make one that runs, `edgellm convert {artifact.path} --out DIR`"
-        )
-    from edgellm.export.hf_layouts import LAYOUTS
-
-    return UnsupportedTarget(
-        f"this is a Hugging Face folder in the layout {layout}, which no runtime here opens: "
-        f"transformers loads it with {LAYOUTS[layout][grid].readers}. Make one that runs here, its "
-        f"codes kept where they can be: `edgellm convert {artifact.path} --out DIR`"
     )
 
 

@@ -247,9 +247,10 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def open_artifact(path: str | os.PathLike[str]) -> Artifact:
-    """What can be run at ``path``: a folder with a manifest, or a single GGUF file (unverified).
+    """What can be run at ``path``: a folder with a manifest, or a Hugging Face folder or single
+    GGUF file of others (unverified).
 
-    The model file inside such a folder stands for the folder.
+    The model file inside a folder with a manifest stands for the folder.
 
     Raises ``SourceError`` when there is nothing to run, or the manifest cannot be understood.
     """
@@ -259,6 +260,10 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
             f"{path} does not exist: give an artifact folder or a .gguf file (a model on the Hub "
             "is converted first: `edgellm convert`)"
         )
+    if path.is_dir() and not (path / MANIFEST).exists() and (path / "config.json").exists():
+        weights = sorted(path.glob("*.safetensors"))
+        if weights:
+            return Artifact(path=path, main=weights[0], container="hf")
     if path.is_dir():
         manifest = read_manifest(path)
         main = path / manifest.artifact.main_file

@@ -19,6 +19,7 @@ RUNTIMES = {
     "llamacpp": "edgellm.runtimes.llamacpp:LlamaCppRuntime",
     "onnxruntime": "edgellm.runtimes.ort:OnnxRuntime",
     "mlx": "edgellm.runtimes.mlx:MlxRuntime",
+    "torch": "edgellm.runtimes.pytorch:TorchRuntime",
     "fake": "edgellm.runtimes.fake:FakeRuntime",
 }
 

@@ -21,6 +21,7 @@ Frequencies = npt.NDArray[np.float64]
 StatedRope = tuple[Rope, int]
 
 REFUSED_TYPES = {
+    "longrope": "its frequencies jump where the text passes the trained length",
     "su": "its frequencies jump where the text passes the trained length",
     "proportional": "no supported family uses it",
     "axial": "it encodes positions in an image",
@@ -133,6 +134,11 @@ def rope_of_section(
         raise section.refusal("rope_theta", own_theta, f"{stated_theta:g} as beside it")
     theta = own_theta or _theta(section, stated_theta, default_theta)
     trained = section.integer("original_max_position_embeddings", trained_context)
+    lists = ("short_factor", "long_factor")
+    if kind == "longrope" and all(section.has(key) for key in lists):
+        short, long = (section.numbers(key) for key in lists)
+        if short == long:
+            return _read_longrope(section, Rope(theta, head_dim), trained, context)
     if kind not in _READERS:
         why = f" (not {kind}: {REFUSED_TYPES[kind]})" if kind in REFUSED_TYPES else ""
         raise section.refusal("rope_type", kind, ", ".join(_READERS) + why)
@@ -229,12 +235,6 @@ def _read_factors(section: Config, rope: Rope, trained: int, context: int) -> St
 def _read_longrope(section: Config, rope: Rope, trained: int, context: int) -> StatedRope:
     """Phi's, where both lists are one, as mlx-lm's folders have the factors of a GGUF file."""
     factors = section.numbers("long_factor")
-    if section.numbers("short_factor") != factors:
-        raise section.refusal(
-            "short_factor",
-            "other numbers than long_factor",
-            "the same ones (else frequencies jump where the text passes the trained length)",
-        )
     section.neutral("attention_factor", 1.0)
     return _listed_rope(section, "long_factor", factors, rope), context
 
@@ -253,5 +253,4 @@ _READERS = {
     "yarn": _read_yarn,
     "dynamic": _read_dynamic,
     "factors": _read_factors,
-    "longrope": _read_longrope,
 }

@@ -11,10 +11,16 @@ import pytest
 
 from edgellm.errors import GenerationError, UnsupportedTarget, UsageError
 from edgellm.hardware import detect
-from edgellm.runtimes import RUNTIMES, llamacpp, mlx, ort, runtime_named
+from edgellm.runtimes import RUNTIMES, llamacpp, mlx, ort, pytorch, runtime_named
 from edgellm.runtimes.session import KvState, Session
 
-STEPS = {"fake": "_append", "onnxruntime": "_run", "llamacpp": "_evaluate", "mlx": "_run"}
+STEPS = {
+    "fake": "_append",
+    "onnxruntime": "_run",
+    "llamacpp": "_evaluate",
+    "mlx": "_run",
+    "torch": "_run",
+}
 """What each session computes a step of a prompt with."""
 
 IDS = [int(token) for token in np.random.default_rng(7).integers(0, 500, 70)]
@@ -253,6 +259,7 @@ def test_interrupted_prefill_leaves_the_cache_as_it_was(
     monkeypatch.setattr(ort, "STEP_TOKENS", 16)
     monkeypatch.setattr(llamacpp, "BATCH_TOKENS", 16)
     monkeypatch.setattr(mlx, "STEP_TOKENS", 16)
+    monkeypatch.setattr(pytorch, "STEP_TOKENS", 16)
     session = open_session()
     wanted = fresh(session, [*IDS[:10], 3])
     session.trim(10)

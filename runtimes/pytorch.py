@@ -1,0 +1,299 @@
+"""transformers on torch: Hugging Face folders, on a CPU, CUDA or Apple's Metal (torch's ``mps``).
+
+Folders of floats are loaded by transformers. Quantized ones (GPTQ, AWQ, bitsandbytes,
+compressed-tensors) are computed with the values that their codes stand for, read by edgellm, so
+that no kernel library is needed; they take the memory of floats. On a CPU all compute in float32.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgellm.errors import GenerationError, RuntimeMissing, SourceError, UnsupportedTarget
+from edgellm.hardware import Hardware, detect
+from edgellm.json_file import read_json
+from edgellm.manifest import Artifact
+from edgellm.runtimes import limits
+from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
+from edgellm.runtimes.versions import version_numbers
+from edgellm.source.matching import listed
+
+INSTALL = "pip install 'edgellm[torch]'"
+
+OLDEST = (5, 0, 0)
+"""Of transformers: where caches came to consist of layers."""
+
+STEP_TOKENS = 512
+"""Tokens computed at once: bounds the memory of a long prompt. Ctrl-C is heard between steps."""
+
+DEVICES = {"cuda": "cuda", "metal": "mps", "cpu": "cpu"}
+"""Our devices as torch names them."""
+
+KV_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, ImportError, AttributeError)
+"""What torch and transformers raise, which have no exceptions of their own."""
+
+
+class TorchRuntime:
+    """Opens Hugging Face folders with transformers."""
+
+    name = "torch"
+
+    def capabilities(self, hardware: Hardware) -> Capabilities:
+        """What the installed packages can do; none is imported."""
+        torch, transformers = _version("torch"), _version("transformers")
+        refusal = ""
+        if not torch or not transformers:
+            refusal = f"torch and transformers are not installed: {INSTALL}"
+        elif version_numbers(transformers) < OLDEST:
+            oldest = ".".join(map(str, OLDEST))
+            refusal = f"transformers {transformers} is older than {oldest}: {INSTALL} --upgrade"
+        nvidia = any(gpu.vendor == "NVIDIA" for gpu in hardware.gpus.value)
+        found = {
+            "cuda": nvidia and not torch.endswith("+cpu"),
+            "metal": hardware.apple_silicon.value,
+            "cpu": True,
+        }
+        return Capabilities(
+            runtime=self.name,
+            available=not refusal,
+            reason=refusal or f"transformers {transformers} on torch {torch}",
+            version=transformers,
+            install=INSTALL,
+            containers=frozenset({"hf"}),
+            devices=() if refusal else tuple(device for device in found if found[device]),
+            kv_dtypes=tuple(KV_TYPES.values()),
+            speed_rank=40,
+        )
+
+    def open(self, artifact: Artifact, options: RunOptions) -> TorchSession:
+        """A session on a Hugging Face folder, whoever made it."""
+        if artifact.container != "hf":
+            raise UnsupportedTarget(
+                f"torch runs Hugging Face folders, and {artifact.path} is {artifact.container}: "
+                "choose another --runtime, or convert it with --format hf"
+            )
+        hardware = detect()
+        found = self.capabilities(hardware)
+        if not found.available:
+            raise RuntimeMissing(found.reason)
+        device = found.devices[0] if options.device == "auto" else options.device
+        if device not in found.devices:
+            raise UnsupportedTarget(
+                f"torch has no {device} here ({found.reason}): choose --device "
+                f"{' or '.join(found.devices)}"
+            )
+        threads = options.threads or hardware.physical_cores.value
+        return TorchSession(artifact, options, device=device, threads=threads)
+
+
+class TorchSession:
+    """One model of transformers and the cache of one sequence."""
+
+    runtime = "torch"
+
+    def __init__(
+        self, artifact: Artifact, options: RunOptions, *, device: str, threads: int
+    ) -> None:
+        """Raises ``GenerationError`` with transformers' own words when it cannot load the folder.
+
+        ``threads`` are torch's, which all of its sessions in a process share.
+        """
+        import torch
+
+        from edgellm.runtimes.torch_cache import growing_cache
+
+        self.device = device
+        self._torch = torch
+        torch.set_num_threads(threads)
+        folder = artifact.main.parent
+        try:
+            self._model: Any = _load(folder, None if device == "cpu" else "auto")
+            self._model.to(DEVICES[device]).eval()
+        except ERRORS as error:
+            raise GenerationError(
+                f"transformers could not load {folder}: {_first_line(error)}"
+            ) from error
+        kept = KV_TYPES[str(self._model.dtype).removeprefix("torch.")]
+        if options.kv_dtype not in (None, kept):
+            raise UnsupportedTarget(
+                f"torch keeps keys and values in the type that the model computes in, {kept} here, "
+                f"not in {options.kv_dtype}: leave the choice out"
+            )
+        config = self._model.config
+        self.context_tokens = limits.context_tokens(
+            options.context_tokens, int(config.max_position_embeddings), artifact.path
+        )
+        self.vocab_size = int(config.vocab_size)
+        self._cache: Any = growing_cache(config, self.context_tokens)
+        self._keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
+        self._tokens: list[int] = []
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        return self._tokens
+
+    def prefill(self, token_ids: Sequence[int], *, all_logits: bool = False) -> Logits:
+        self._check_open()
+        limits.check_tokens(token_ids, len(self._tokens), self.context_tokens, self.vocab_size)
+        start = len(self._tokens)
+        rows = np.empty((len(token_ids) if all_logits else 1, self.vocab_size), np.float32)
+        try:
+            for first in range(0, len(token_ids), STEP_TOKENS):
+                step = token_ids[first : first + STEP_TOKENS]
+                logits = self._run(step, len(step) if all_logits else 1)
+                if all_logits:
+                    rows[first : first + len(step)] = logits
+                else:
+                    rows[:] = logits
+        except BaseException:  # Ctrl-C as well: the cache goes back to where it was
+            self._forget(start)
+            raise
+        return rows
+
+    def decode(self, token_id: int) -> Logits:
+        logits: Logits = self.prefill((token_id,))[0]
+        return logits
+
+    def trim(self, length: int) -> None:
+        self._check_open()
+        limits.check_trim(length, len(self._tokens))
+        self._forget(length)
+
+    def save(self) -> KvState:
+        self._check_open()
+        copies = [tuple(each.clone() for each in layer.held()) for layer in self._cache.layers]
+        return KvState(self.runtime, tuple(self._tokens), copies if self._tokens else [])
+
+    def restore(self, state: KvState) -> None:
+        self._check_open()
+        limits.check_state(state, self.runtime, self.context_tokens)
+        used = len(state.tokens)
+        if used:
+            self._check_kind(state.data)
+        self._forget(0)
+        with self._torch.inference_mode():
+            for layer, copies in zip(self._cache.layers, state.data, strict=bool(used)):
+                layer.update(*copies)
+        self._tokens = list(state.tokens)
+
+    def kv_bytes(self) -> int:
+        self._check_open()
+        return sum(each.nbytes for layer in self._cache.layers for each in layer.buffers)
+
+    def close(self) -> None:
+        self._model = self._cache = None
+        self._tokens = []
+
+    def _check_open(self) -> None:
+        if self._model is None:
+            raise limits.closed()
+
+    def _run(self, token_ids: Sequence[int], outputs: int) -> Logits:
+        """Append ``token_ids``; logits ``[outputs, vocab]`` of the last of them."""
+        torch = self._torch
+        kept = {"logits_to_keep": outputs} if self._keeps else {}
+        try:
+            with torch.inference_mode():
+                ids = torch.tensor([list(token_ids)], device=self._model.device)
+                found = self._model(ids, past_key_values=self._cache, use_cache=True, **kept)
+                logits: Logits = found.logits[0, -outputs:].float().cpu().numpy()
+        except ERRORS as error:
+            raise GenerationError(
+                f"torch could not compute {len(token_ids)} tokens: {_first_line(error)}"
+            ) from error
+        self._tokens.extend(token_ids)
+        return logits
+
+    def _forget(self, length: int) -> None:
+        """Keep the first ``length`` tokens; an interrupted step may have reached some layers."""
+        del self._tokens[length:]
+        for layer in self._cache.layers:
+            layer.used = min(layer.used, length)
+
+    def _check_kind(self, data: Any) -> None:
+        """Raise ``GenerationError`` where saved keys and values are another model's."""
+        if not self._cache.layers[0].buffers:
+            self._run((0,), 1)
+            self._forget(0)
+        kinds = [
+            [[(each.dtype, each.shape[1], each.shape[3]) for each in pair] for pair in pairs]
+            for pairs in (data, [layer.buffers for layer in self._cache.layers])
+        ]
+        if kinds[0] != kinds[1]:
+            raise GenerationError("this cache is of another model: it cannot be restored here")
+
+
+def _load(folder: Path, dtype: str | None) -> Any:
+    """The model of ``folder``, in float32 or, with ``auto``, as its floats are stored."""
+    import torch
+    import transformers
+
+    from edgellm.source.checkpoint import read_checkpoint
+
+    read_checkpoint(folder)  # damaged files are found here, and said in our words
+    config = read_json(folder / "config.json")
+    if "quantization_config" in config:
+        model, found = _with_values(folder, dtype)
+    else:
+        load: Any = transformers.AutoModelForCausalLM.from_pretrained
+        model, found = load(
+            folder,
+            dtype=dtype or torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    lost = sorted({*found["missing_keys"], *map(str, found["mismatched_keys"])})
+    if lost:
+        raise SourceError(
+            f"{folder} lacks {len(lost)} weights of a {config.get('model_type')} model, which "
+            f"transformers would draw at random: {listed(lost)}; fetch it again"
+        )
+    return model
+
+
+def _with_values(folder: Path, dtype: str | None) -> tuple[Any, Any]:
+    """The model of a quantized folder, with the values that its codes stand for."""
+    import torch
+    import transformers
+
+    from edgellm.source import open_source
+    from edgellm.tensors import transposed
+
+    source = open_source(str(folder), quantized=True)
+    floats = {stored: name for name, stored in KV_TYPES.items()}
+    embedding = source.tensors["token_embd.weight"].dtype
+    kind = getattr(torch, floats.get(embedding, "float16") if dtype else "float32")
+    values = {}
+    for row in source.family.tensors(source.decoder):
+        ref = source.tensors.get(row.role)
+        if ref is not None:
+            ref = transposed(ref) if row.transposed else ref
+            values[row.source] = torch.from_numpy(ref.load()).reshape(ref.shape).to(kind)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    del config.quantization_config
+    config.tie_word_embeddings = source.decoder.tied_head
+    family = getattr(transformers, source.family.architecture)
+    made: tuple[Any, Any] = family.from_pretrained(
+        None, config=config, state_dict=values, dtype=kind, output_loading_info=True
+    )
+    return made
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
