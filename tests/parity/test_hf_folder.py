@@ -26,7 +26,7 @@ from safetensors import safe_open
 import edgellm
 from edgellm import slabs
 from edgellm.errors import EdgeError, UnsupportedTarget, UsageError
-from edgellm.export import to_hf
+from edgellm.export import checkpoint_shards
 from edgellm.export.hf_layouts import LAYOUTS
 from edgellm.export.layout import OutputTensor
 from edgellm.manifest import open_artifact, verify
@@ -307,7 +307,7 @@ def test_a_large_model_is_cut_into_shards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     layout, grid = "bitsandbytes", "nf4"
-    monkeypatch.setattr(to_hf, "SHARD_BYTES", 300_000)
+    monkeypatch.setattr(checkpoint_shards, "SHARD_BYTES", 300_000)
     out = converted(tiny_model("llama-256"), tmp_path / "out", layout, grid)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     shards = sorted(path.name for path in out.glob("*.safetensors"))

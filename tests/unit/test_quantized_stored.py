@@ -31,17 +31,17 @@ ROWS, COLUMNS = 32, 64
 PACKER = {"ggml": "ggml", "affine": "nbits", "per_channel": "dynamic", "codebook": "bnb4"}
 
 HELD = {
-    "gptq2": ("int4-g32-sym", "int4-g32", "int8", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"),
-    "gptq3": ("int4-g32-sym", "int4-g32", "int8", "q4_0", "q5_0", "q8_0"),
-    "gptq4": ("int4-g32", "int8", "q5_0", "q8_0"),
-    "awq4": ("int4-g32", "int8", "q5_0", "q8_0"),
+    "gptq2": ("int4-g32-sym", "int4-g32", "int4-g32-min", "int8", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"),
+    "gptq3": ("int4-g32-sym", "int4-g32", "int4-g32-min", "int8", "q4_0", "q5_0", "q8_0"),
+    "gptq4": ("int4-g32", "int4-g32-min", "int8", "q5_0", "q8_0"),
+    "awq4": ("int4-g32", "int4-g32-min", "int8", "q5_0", "q8_0"),
 }
 """Grids that hold each layer, whose groups of 32 have zeros."""
 
 REFUSED = [
     ("gptq4", "int4-g32-sym", "they have zeros"),
     ("gptq4", "q4_0", "they have zeros"),
-    ("gptq4", "q4_1", "zeros times their scales are not f16"),
+    ("gptq4", "q4_1", "zeros times scales are not f16"),
     ("gptq4", "int4-g64", "groups are shorter than int4-g64's"),
     ("gptq4", "int8-dynamic", "groups are shorter"),
     ("gptq4", "int4-g128", "groups of 128 do not divide rows of 64"),
@@ -67,7 +67,7 @@ def stored(name: str) -> StoredCodes:
 
 def through_container(codes: StoredCodes, grid: str, start: int, stop: int) -> Array:
     """The values that a reader of ``grid``'s container gets, from what was packed for it."""
-    packer = PACKERS[PACKER[GRIDS[grid].kind]]
+    packer = PACKERS["mlx" if grid.endswith("-min") else PACKER[GRIDS[grid].kind]]
     taken = take_over(codes, GRIDS[grid], start, stop)
     return dequantize(packer.unpack(packer.pack(taken), GRIDS[grid], taken.columns))
 

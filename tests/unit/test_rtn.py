@@ -47,7 +47,8 @@ def test_shapes_dtypes_and_range(grid: Grid) -> None:
     assert (tensor.codes.shape, tensor.codes.dtype) == ((5, 256), np.uint8)
     assert tensor.codes.max() < 2**grid.bits
     assert (tensor.scales.shape, tensor.scales.dtype) == ((5, blocks), np.float32)
-    assert (tensor.zeros is None) == grid.symmetric
+    assert (tensor.zeros is None) == (grid.symmetric or grid.minima)
+    assert (tensor.mins is None) == (not grid.minima)
     if tensor.zeros is not None:
         assert tensor.zeros.shape == (5, blocks)
         assert tensor.zeros.max() < 2**grid.bits

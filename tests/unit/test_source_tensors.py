@@ -49,7 +49,7 @@ def test_a_vector_has_no_transpose() -> None:
 
 def test_changes_reach_the_columns_too() -> None:
     """A quick way to the source's columns must not outlive a change of its rows."""
-    source = transposed(transposed(constant("x", MATRIX)))
+    source = transposed(constant("x", MATRIX.T))
     assert source.column_loader is not None
     changed = derived(source, lambda rows: rows + np.float32(1))
     np.testing.assert_array_equal(changed.load_columns(0, 2), MATRIX[:, :2] + 1)
