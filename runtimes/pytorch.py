@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,8 @@ class TorchSession:
         torch.set_num_threads(threads)
         folder = artifact.main.parent
         try:
-            self._model: Any = _load(folder, None if device == "cpu" else "auto")
+            with _quiet():
+                self._model: Any = _load(folder, None if device == "cpu" else "auto")
             self._model.to(DEVICES[device]).eval()
         except ERRORS as error:
             raise GenerationError(
@@ -286,6 +288,23 @@ def _with_values(folder: Path, dtype: str | None) -> tuple[Any, Any]:
         None, config=config, state_dict=values, dtype=kind, output_loading_info=True
     )
     return made
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own bars and warnings: what they would say is an error here."""
+    from transformers import utils
+
+    logging: Any = utils.logging
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _version(package: str) -> str:

@@ -31,7 +31,17 @@ ROWS, COLUMNS = 32, 64
 PACKER = {"ggml": "ggml", "affine": "nbits", "per_channel": "dynamic", "codebook": "bnb4"}
 
 HELD = {
-    "gptq2": ("int4-g32-sym", "int4-g32", "int4-g32-min", "int8", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"),
+    "gptq2": (
+        "int4-g32-sym",
+        "int4-g32",
+        "int4-g32-min",
+        "int8",
+        "q4_0",
+        "q4_1",
+        "q5_0",
+        "q5_1",
+        "q8_0",
+    ),
     "gptq3": ("int4-g32-sym", "int4-g32", "int4-g32-min", "int8", "q4_0", "q5_0", "q8_0"),
     "gptq4": ("int4-g32", "int4-g32-min", "int8", "q5_0", "q8_0"),
     "awq4": ("int4-g32", "int4-g32-min", "int8", "q5_0", "q8_0"),
