@@ -30,21 +30,12 @@ ROWS, COLUMNS = 32, 64
 
 PACKER = {"ggml": "ggml", "affine": "nbits", "per_channel": "dynamic", "codebook": "bnb4"}
 
+HOLDERS_OF_ZEROS = ("int4-g32", "int4-g32-min", "int8")
 HELD = {
-    "gptq2": (
-        "int4-g32-sym",
-        "int4-g32",
-        "int4-g32-min",
-        "int8",
-        "q4_0",
-        "q4_1",
-        "q5_0",
-        "q5_1",
-        "q8_0",
-    ),
-    "gptq3": ("int4-g32-sym", "int4-g32", "int4-g32-min", "int8", "q4_0", "q5_0", "q8_0"),
-    "gptq4": ("int4-g32", "int4-g32-min", "int8", "q5_0", "q8_0"),
-    "awq4": ("int4-g32", "int4-g32-min", "int8", "q5_0", "q8_0"),
+    "gptq2": ("int4-g32-sym", *HOLDERS_OF_ZEROS, "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"),
+    "gptq3": ("int4-g32-sym", *HOLDERS_OF_ZEROS, "q4_0", "q5_0", "q8_0"),
+    "gptq4": (*HOLDERS_OF_ZEROS, "q5_0", "q8_0"),
+    "awq4": (*HOLDERS_OF_ZEROS, "q5_0", "q8_0"),
 }
 """Grids that hold each layer, whose groups of 32 have zeros."""
 
