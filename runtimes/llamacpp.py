@@ -20,6 +20,7 @@ import numpy.typing as npt
 from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget
 from edgellm.hardware import Hardware, detect
 from edgellm.manifest import Artifact
+from edgellm.quant.ggml_types import NAMED, GgmlType
 from edgellm.runtimes import limits
 from edgellm.runtimes.llamacpp_adapters import LlamaCppAdapters, summed
 from edgellm.runtimes.llamacpp_library import (
@@ -44,7 +45,9 @@ BATCH_TOKENS = 512
 """Tokens that llama.cpp is given at a time; Ctrl-C is heard between two batches."""
 OUTPUT_ROWS = 32
 """Positions whose logits are computed at once: llama.cpp reserves a row of the vocabulary each."""
-KV_TYPES = {"f32": 0, "f16": 1}  # GGML_TYPE_F32, GGML_TYPE_F16
+KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+ROUNDED_KV = ("q8_0", "q4_0")
+"""Types of keys and values that llama.cpp reads in its flash attention alone."""
 GPU_LIBRARIES = {"cuda": "ggml-cuda", "metal": "ggml-metal"}
 ALL_LAYERS = -1
 
@@ -77,7 +80,8 @@ class LlamaCppRuntime:
                 install=INSTALL,
                 containers=frozenset({"gguf"}),
                 devices=devices,
-                kv_dtypes=tuple(KV_TYPES),
+                possible_devices=(*GPU_LIBRARIES, "cpu"),
+                kv_dtypes=KV_TYPES,
                 speed_rank=10,
                 applies_adapters=True,
             )
@@ -122,7 +126,7 @@ class LlamaCppRuntime:
             )
         if options.kv_dtype not in (None, *KV_TYPES):
             raise UnsupportedTarget(
-                f"llama.cpp keeps keys and values in {' or '.join(KV_TYPES)} here, not in "
+                f"llama.cpp keeps keys and values in {', '.join(KV_TYPES)} here, not in "
                 f"{options.kv_dtype}: choose one of those, or leave the choice out"
             )
         # A damaged header makes llama.cpp stop the whole process, so it is read here first.
@@ -164,8 +168,8 @@ class LlamaCppSession:
         """
         self._library = library
         self.device = device
-        kv_type = KV_TYPES[options.kv_dtype or "f16"]
-
+        kv_dtype = options.kv_dtype or "f16"
+        kv_type = NAMED[kv_dtype]
         forget_log()
         model_options = library.llama_model_default_params()
         model_options.n_gpu_layers = 0 if device == "cpu" else ALL_LAYERS
@@ -184,8 +188,10 @@ class LlamaCppSession:
         context_options.n_batch = context_options.n_ubatch = min(BATCH_TOKENS, self.context_tokens)
         context_options.n_outputs_max = min(OUTPUT_ROWS, self.context_tokens)
         context_options.n_threads = context_options.n_threads_batch = threads
-        context_options.type_k = context_options.type_v = kv_type
-        if options.kv_dtype == "f32":
+        context_options.type_k = context_options.type_v = kv_type.number
+        if kv_dtype in ROUNDED_KV:
+            context_options.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        if kv_dtype == "f32":
             # Flash attention rounds to f16 on its way, whatever the cache holds.
             context_options.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
         # A window's cache that forgets old tokens could not be trimmed back to them.
@@ -400,7 +406,7 @@ def _has_gpu(hardware: Hardware, device: str) -> bool:
     return any(gpu.vendor == "NVIDIA" for gpu in hardware.gpus.value)
 
 
-def _kv_token_bytes(metadata: dict[str, Any], library: Any, model: Any, kv_type: int) -> int:
+def _kv_token_bytes(metadata: dict[str, Any], library: Any, model: Any, kv_type: GgmlType) -> int:
     """Bytes of keys and values for one token over all layers."""
     arch = metadata["general.architecture"]
     heads = max(1, int(library.llama_model_n_head(model)))
@@ -409,4 +415,4 @@ def _kv_token_bytes(metadata: dict[str, Any], library: Any, model: Any, kv_type:
     value = int(metadata.get(f"{arch}.attention.value_length", default))
     layers = int(library.llama_model_n_layer(model))
     kv_heads = int(library.llama_model_n_head_kv(model))
-    return layers * kv_heads * (key + value) * (2 if kv_type else 4)
+    return layers * kv_heads * (key + value) * kv_type.block_bytes // kv_type.block

@@ -58,6 +58,7 @@ class MlxRuntime:
             install=INSTALL,
             containers=frozenset({"mlx"}),
             devices=() if refusal else devices,
+            possible_devices=tuple(dict.fromkeys(BACKENDS.values())),
             kv_dtypes=(*FLOATS.values(), *KV_BITS),
             speed_rank=15 if "metal" in devices else 30,
             sets_threads=False,

@@ -70,6 +70,7 @@ class TorchRuntime:
             install=INSTALL,
             containers=frozenset({"hf"}),
             devices=() if refusal else tuple(device for device in found if found[device]),
+            possible_devices=tuple(DEVICES),
             kv_dtypes=tuple(KV_TYPES.values()),
             speed_rank=40,
         )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Logits = npt.NDArray[np.float32]
 Device = Literal["auto", "cpu", "cuda", "metal"]
-KvDtype = Literal["f32", "f16", "bf16", "int8", "int4"]
+KvDtype = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "int8", "int4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,8 @@ class Capabilities:
     """What a runtime can do on this machine, and why not where it can't.
 
     ``available``: it can open something here now. ``reason``: in one line, why or why not.
+    ``devices`` are those that it has here, ``possible_devices`` all that it has with the right
+    package on the right machine.
     ``install``: the command that brings it. ``speed_rank``: lower is preferred where several can.
     ``automatic``: may be picked without being named. ``applies_adapters``: its sessions are
     ``AdaptingSession``, which apply LoRA adapters beside the model. ``sets_threads``: heeds the
@@ -56,6 +58,7 @@ class Capabilities:
     install: str = ""
     containers: frozenset[str] = frozenset()
     devices: tuple[str, ...] = ()
+    possible_devices: tuple[str, ...] = ("cpu",)
     kv_dtypes: tuple[str, ...] = ()
     speed_rank: int = 0
     automatic: bool = True

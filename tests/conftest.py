@@ -90,6 +90,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("--write-figures"):
         import adapter_tables
         import quantization_cells
+        import runtime_table
 
         adapter_tables.write(session.config.stash[MEASURED])
         quantization_cells.write()
+        runtime_table.write()

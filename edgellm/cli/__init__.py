@@ -59,6 +59,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "edgellm.cli.doctor_command:doctor",
         "Show what this machine has and what would run here.",
     ),
+    "selftest": (
+        "edgellm.cli.selftest_command:selftest",
+        "Try the runtimes of this machine with a tiny model.",
+    ),
 }
 """Command to ``module:function`` and the first line of its help."""
 

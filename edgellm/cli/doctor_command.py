@@ -61,7 +61,8 @@ def _show(found: Diagnosis) -> None:
     )
     print()
     render.show_table(
-        ("runtime", "version", "runs", "on", ""), [_runtime(runtime) for runtime in found.runtimes]
+        ("runtime", "version", "runs", "on", "keys and values in", ""),
+        [_runtime(runtime) for runtime in found.runtimes],
     )
     print()
     default = f"makes {found.default_container}: {found.default_container_reason}"
@@ -79,6 +80,7 @@ def _runtime(runtime: Capabilities) -> tuple[str, ...]:
         runtime.version if runtime.available else "-",
         " ".join(sorted(runtime.containers)),
         " ".join(runtime.devices) if runtime.available else "-",
+        " ".join(runtime.kv_dtypes),
         runtime.reason + ("" if runtime.automatic else " (only by --runtime)"),
     )
 

@@ -12,7 +12,7 @@ from edgellm.cli import render
 from edgellm.errors import UsageError
 
 if TYPE_CHECKING:
-    from edgellm.runtimes.session import Device
+    from edgellm.runtimes.session import Device, KvDtype
 
 REPEAT_PENALTY = 1.1
 """Small models, above all in 4 bits, easily repeat one sentence for ever without it."""
@@ -79,6 +79,13 @@ def run(
         str | None, typer.Option(metavar="NAME", help="Default: the fastest here (edgellm doctor).")
     ] = None,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or metal.")] = "auto",
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Keys and values in f32, f16, bf16, q8_0, q4_0, int8 or int4; see doctor.",
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Default: the physical cores.")] = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Check the artifact's checksums first.")
@@ -138,6 +145,7 @@ def run(
         device=cast("Device", device),  # checked there, with the choices in the message
         context_tokens=context,
         threads=threads,
+        kv_dtype=cast("KvDtype | None", kv_cache),
         verify=verify,
         system=system,
         adapters=adapters,

@@ -168,9 +168,16 @@ def test_a_plain_gguf_says_that_it_is_unverified(
     assert "unverified" in done.err
 
 
-def test_what_cannot_be_run(command: Command, model: Path, tmp_path: Path) -> None:
+def test_a_folder_of_others_runs_by_transformers(command: Command, model: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    answer = command("run", model, "hello", "--max-tokens", "3", "--json").json()
+    assert (answer["runtime"], answer["new_tokens"]) == ("torch", 3)
+
+
+def test_what_cannot_be_run(command: Command, tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("not a model")
-    for path in (model, tmp_path / "nowhere", tmp_path / "text.gguf"):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "nowhere", tmp_path / "text.gguf"):
         done = command("run", path, "hello")
         assert done.code == 3
         assert str(path) in done.err

@@ -25,17 +25,19 @@ PROMPTS = (
 )
 NEW_TOKENS = 32
 
+MODULES = {"onnx": "onnxruntime", "gguf": "llama_cpp", "hf": "transformers", "mlx": "mlx_lm"}
+
 TIE = 1e-3
 """Two best logits closer than this may swap: f32 sums over 30 layers, taken in another order, move
 the logits of this model by up to 2e-4, and two of them move apart."""
 
 
-@pytest.fixture(scope="module", params=["onnx", "gguf"])
+@pytest.fixture(scope="module", params=["onnx", "gguf", "hf", "mlx"])
 def chat(
     request: pytest.FixtureRequest, demo_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ChatSession]:
     """The model in f32 on the runtime of each container, with an f32 cache."""
-    module = {"onnx": "onnxruntime", "gguf": "llama_cpp"}[request.param]
+    module = MODULES[request.param]
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed")
     out = tmp_path_factory.mktemp("greedy") / request.param

@@ -41,6 +41,7 @@ CASES = (
     Case("onnxruntime", "onnx", "onnxruntime", 1e-4),
     Case("onnxruntime", "onnx", "onnxruntime", 2e-2, kv_dtype="int8"),
     Case("llamacpp", "gguf", "llama_cpp", 1e-3),
+    Case("llamacpp", "gguf", "llama_cpp", 2e-2, kv_dtype="q8_0"),
     Case("torch", "hf", "transformers", 1e-4),
     Case("mlx", "mlx", "mlx_lm", 1e-4),
     Case("mlx", "mlx", "mlx_lm", 1e-4, kv_dtype="int8"),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgellm import hardware
@@ -157,7 +158,7 @@ def test_half_precision_cache_is_the_default_and_half_as_large(
         sizes.append(session.kv_bytes())
         session.close()
     assert sizes[0] * 2 == sizes[1]
-    with pytest.raises(UnsupportedTarget, match="in f32 or f16 here, not in int8"):
+    with pytest.raises(UnsupportedTarget, match="in f32, f16, bf16, q8_0, q4_0 here, not in int8"):
         LlamaCppRuntime().open(model, RunOptions(kv_dtype="int8"))
 
 
@@ -180,3 +181,26 @@ def test_a_build_that_does_not_load_is_named(
     monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
     with pytest.raises(RuntimeMissing, match=r"does not load .*no libgomp.*--force-reinstall"):
         llamacpp_library.load_library()
+
+
+def test_rounded_keys_and_values_take_less_and_answers_stay_near(
+    artifact: Callable[..., Artifact],
+) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    ids = list(range(5, 65))
+    rows, sizes = {}, {}
+    for kv_dtype in ("f32", "f16", "bf16", "q8_0", "q4_0"):
+        session = LlamaCppRuntime().open(
+            artifact("llama", "gguf"), RunOptions(context_tokens=256, kv_dtype=kv_dtype)
+        )
+        rows[kv_dtype] = session.prefill(ids, all_logits=True)
+        sizes[kv_dtype] = session.kv_bytes()
+        session.close()
+    assert sizes["f32"] == 2 * sizes["f16"] == 2 * sizes["bf16"]
+    assert sizes["q8_0"] * 32 == sizes["f16"] * 17
+    assert sizes["q4_0"] * 32 == sizes["f16"] * 9
+    spread = rows["f32"].std()
+    errors = {kind: np.sqrt(np.mean((rows[kind] - rows["f32"]) ** 2)) / spread for kind in rows}
+    assert errors["f16"] < 0.002
+    assert errors["f16"] < errors["q8_0"] < 0.05
+    assert errors["q8_0"] < errors["q4_0"] < 0.3

@@ -1,0 +1,78 @@
+"""``edgellm.selftest`` finds a runtime that breaks its promises, each by the check for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from edgellm.errors import UnsupportedTarget, UsageError
+from edgellm.runtimes.fake import FakeSession
+from edgellm.selftest import CHECKS, Outcome, selftest
+
+FLOATS = "the float network's logits"
+
+
+def outcomes() -> dict[str, Outcome]:
+    return {each.check: each for each in selftest("fake", "cpu").outcomes}
+
+
+def test_a_runtime_without_a_model_fails_against_the_float_network_alone() -> None:
+    found = outcomes()
+    assert found.keys() == {*CHECKS, FLOATS}
+    assert [check for check, each in found.items() if not each.passed] == [FLOATS]
+    assert found[FLOATS].reason
+
+
+def forgets_nothing(session: Any, original: Any, *arguments: Any) -> Any:
+    session._tokens = session._tokens[: arguments[0]]
+
+
+def restores_a_token_less(session: Any, original: Any, state: Any) -> None:
+    original(session, state)
+    session._tokens, session._states = session._tokens[:-1], session._states[:-1]
+
+
+def computes_other_logits(session: Any, original: Any, token: int) -> Any:
+    return original(session, token) + 1
+
+
+def is_never_closed(session: Any, original: Any) -> None:
+    pass
+
+
+def is_never_full(session: Any, original: Any, token_ids: Any, **options: Any) -> Any:
+    session.context_tokens = 10_000
+    return original(session, token_ids, **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "broken", "found_by"),
+    [
+        ("decode", computes_other_logits, {"token by token", "logits of all positions"}),
+        ("trim", forgets_nothing, {"forgetting"}),
+        ("restore", restores_a_token_less, {"save and restore"}),
+        ("close", is_never_closed, {"closing"}),
+        ("prefill", is_never_full, {"a full context"}),
+    ],
+)
+def test_a_broken_promise_is_found(
+    method: str,
+    broken: Callable[..., Any],
+    found_by: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = getattr(FakeSession, method)
+    monkeypatch.setattr(
+        FakeSession, method, lambda self, *args, **kwargs: broken(self, original, *args, **kwargs)
+    )
+    failed = {check for check, each in outcomes().items() if not each.passed}
+    assert found_by <= failed
+
+
+def test_what_cannot_be_tried_is_said() -> None:
+    with pytest.raises(UsageError, match="abacus"):
+        selftest("abacus")
+    with pytest.raises(UnsupportedTarget, match="nothing to try on metal"):
+        selftest("fake", "metal")
