@@ -33,7 +33,7 @@ CONTEXT_TOKENS = 96
 IDS = tuple(int(token) for token in np.random.default_rng(7).integers(2, 250, 70))
 
 BOUND = 1e-3
-"""How far logits, which reach about 10, may lie apart on a CPU: sums of float32 in another order."""
+"""How far logits, which reach about 10, may lie apart on a CPU, by the order of float32 sums."""
 BOUND_ELSEWHERE = 5e-2
 """On a GPU, whose products may round to fewer bits on their way (TF32)."""
 
@@ -89,9 +89,7 @@ def selftest(runtime: str | None = None, device: Device = "auto") -> SelfTest:
     found = [runtime_named(name).capabilities(hardware) for name in names]
     tried = [one for one in found if one.available and (runtime or one.automatic)]
     skipped = {one.runtime: one.reason for one in found if not one.available}
-    places = [
-        (one, each) for one in tried for each in one.devices if device in ("auto", cast(str, each))
-    ]
+    places = [(one, each) for one in tried for each in one.devices if device in ("auto", each)]
     if not places:
         reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items())
         raise UnsupportedTarget(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if __name__ != "edgellm.runtimes":
@@ -11,7 +12,8 @@ if __name__ != "edgellm.runtimes":
 from edgellm import registry
 
 if TYPE_CHECKING:
-    from edgellm.runtimes.session import Runtime
+    from edgellm.hardware import Hardware
+    from edgellm.runtimes.session import Capabilities, Runtime
 
 ENTRY_POINTS = "edgellm.runtimes"
 
@@ -35,13 +37,21 @@ def runtime_names() -> list[str]:
     return registry.known_names(RUNTIMES, ENTRY_POINTS)
 
 
-def best_container() -> tuple[str, str]:
-    """The container that the best runtime installed here opens, and why it is the one."""
+def capabilities_on(hardware: Hardware) -> tuple[Capabilities, ...]:
+    """What every runtime that can be named can do on ``hardware``, with the packages of here."""
+    return tuple(runtime_named(name).capabilities(hardware) for name in runtime_names())
+
+
+def best_container(found: Sequence[Capabilities] | None = None) -> tuple[str, str]:
+    """The container that the best of the runtimes ``found`` opens, and why it is the one.
+
+    None: of those that are installed here.
+    """
     from edgellm.export import CONTAINERS
     from edgellm.hardware import detect
 
-    hardware = detect()
-    found = [runtime_named(name).capabilities(hardware) for name in runtime_names()]
+    if found is None:
+        found = capabilities_on(detect())
     usable = [capability for capability in found if capability.available and capability.automatic]
     for capability in sorted(usable, key=lambda capability: capability.speed_rank):
         for container in CONTAINERS:

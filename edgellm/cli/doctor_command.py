@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
 
 
 def doctor(
+    hardware: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="What would be chosen on another machine: its doctor --json."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Show what this machine has and what would run here.
@@ -25,11 +32,12 @@ def doctor(
     \b
     Examples:
       edgellm doctor
+      edgellm doctor --hardware raspberry-pi.json
       edgellm doctor --json | jq '.runtimes[] | {runtime, available, reason}'
     """
-    from edgellm.diagnosis import diagnose
+    from edgellm.diagnosis import diagnose, read_machine
 
-    found = diagnose()
+    found = diagnose(None if hardware is None else read_machine(hardware))
     if as_json:
         render.show_json(found)
     else:
@@ -49,11 +57,7 @@ def _show(found: Diagnosis) -> None:
             ("features", features),
             ("cores", f"{cores.value} ({cores.reason})"),
             ("memory", f"{render.size(memory.value)} ({memory.reason})"),
-            (
-                "bandwidth",
-                f"{render.size(bandwidth)}/s read by {cores.value} threads, measured now: at most "
-                f"{bandwidth / 100e6:.0f} tokens/s from a model of 100 MB",
-            ),
+            ("bandwidth", _bandwidth(bandwidth, cores.value)),
             *(("gpu", _gpu(gpu)) for gpu in machine.gpus.value),
             ("gpu", "" if machine.gpus.value else f"none found ({machine.gpus.reason})"),
             ("demo model", found.demo_model),
@@ -71,6 +75,15 @@ def _show(found: Diagnosis) -> None:
             *((f"run {pick.container}", pick.reason) for pick in found.picks),
             ("convert", default),
         ]
+    )
+
+
+def _bandwidth(found: float | None, threads: int) -> str:
+    if found is None:
+        return ""
+    return (
+        f"{render.size(found)}/s read by {threads} threads, measured: at most {found / 100e6:.0f} "
+        "tokens/s from a model of 100 MB"
     )
 
 
