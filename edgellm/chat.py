@@ -141,7 +141,8 @@ def _apply(apart: ApartAdapters, adapters: Sequence[str | Path] | None) -> None:
 class ChatSession:
     """One conversation with one model; use it in a ``with`` block, or ``close`` it.
 
-    ``messages`` is the conversation so far.
+    ``messages`` is the conversation so far, ``said`` its text and ``said_ids`` its tokens, both
+    empty where they do not agree.
     """
 
     def __init__(
@@ -163,8 +164,8 @@ class ChatSession:
         self._apart = apart
         self.system = system
         self.messages: list[dict[str, str]] = []
-        self._said = ""
-        self._said_ids: tuple[int, ...] = ()
+        self.said = ""
+        self.said_ids: tuple[int, ...] = ()
         self.clear()
 
     @property
@@ -284,7 +285,18 @@ class ChatSession:
     def clear(self) -> None:
         """Forget the conversation; the system message stays."""
         self.messages.clear()
-        self._said, self._said_ids = "", ()
+        self.said, self.said_ids = "", ()
+
+    def resume(
+        self,
+        messages: Sequence[dict[str, str]],
+        system: str | None,
+        said: str,
+        said_ids: Sequence[int],
+    ) -> None:
+        """Go on with a conversation whose keys and values the session holds already."""
+        self.messages[:] = [dict(message) for message in messages]
+        self.system, self.said, self.said_ids = system, said, tuple(said_ids)
 
     def close(self) -> None:
         """Give the memory back; using the session afterwards raises ``GenerationError``."""
@@ -307,10 +319,10 @@ class ChatSession:
         system = [{"role": "system", "content": self.system}] if self.system else []
         conversation = [*system, *self.messages, {"role": "user", "content": message}]
         text = self.tokenizer.render_chat(conversation)
-        rest = text.removeprefix(self._said)
+        rest = text.removeprefix(self.said)
         # Only at a special token is the split of the rest the same alone as in the whole.
-        if self._said and rest != text and rest.startswith(self.tokenizer.special_texts):
-            return text, (*self._said_ids, *self.tokenizer.encode(rest))
+        if self.said and rest != text and rest.startswith(self.tokenizer.special_texts):
+            return text, (*self.said_ids, *self.tokenizer.encode(rest))
         return text, tuple(self.tokenizer.encode(text))
 
     def _remember(
@@ -319,5 +331,5 @@ class ChatSession:
         self.messages.append({"role": "user", "content": message})
         self.messages.append({"role": "assistant", "content": stream.text})
         whole = self.tokenizer.decode(stream.token_ids) == stream.text
-        self._said = text + stream.text if whole else ""
-        self._said_ids = (*prompt_ids, *stream.token_ids) if whole else ()
+        self.said = text + stream.text if whole else ""
+        self.said_ids = (*prompt_ids, *stream.token_ids) if whole else ()

@@ -93,12 +93,12 @@ class FakeSession:
 
     def save(self) -> KvState:
         self._check_open()
-        return KvState(self.runtime, tuple(self._tokens), tuple(self._states))
+        return KvState(self.runtime, tuple(self._tokens), (np.array(self._states, np.uint64),))
 
     def restore(self, state: KvState) -> None:
         self._check_open()
         limits.check_state(state, self.runtime, self.context_tokens)
-        self._tokens, self._states = list(state.tokens), list(state.data)
+        self._tokens, self._states = list(state.tokens), list(state.data[0])
 
     def kv_bytes(self) -> int:
         self._check_open()

@@ -263,7 +263,7 @@ class LlamaCppSession:
             raise GenerationError(
                 f"llama.cpp saved {written} of {size} bytes of its KV cache: {last_words()}"
             )
-        return KvState(self.runtime, tuple(self._tokens), buffer, self._adapters.applied)
+        return KvState(self.runtime, tuple(self._tokens), (buffer,), self._adapters.applied)
 
     def restore(self, state: KvState) -> None:
         # llama.cpp restores keys and values but no logits: asking for those of the last token would
@@ -271,7 +271,7 @@ class LlamaCppSession:
         # computed, so the ones that follow are right.
         self._check_open()
         limits.check_state(state, self.runtime, self.context_tokens, self._adapters.applied)
-        buffer: npt.NDArray[np.uint8] = state.data
+        buffer: npt.NDArray[np.uint8] = np.ascontiguousarray(state.data[0])
         source = _bytes_of(buffer)
         self._tokens.clear()
         self._unsure = True

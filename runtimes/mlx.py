@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget
 from edgellm.hardware import Hardware, detect
@@ -152,27 +153,26 @@ class MlxSession:
     def save(self) -> KvState:
         self._check_open()
         used = len(self._tokens)
+        arrays = [array for cache in self._caches for array in _arrays(cache)] if used else []
         with self._mx.stream(self._where):
-            copies = [
-                [self._mx.contiguous(array[..., :used, :]) for array in _arrays(cache)]
-                for cache in self._caches
-            ]
-            self._mx.eval(copies)
+            copies = tuple(self._to_numpy(array[..., :used, :]) for array in arrays)
         return KvState(self.runtime, tuple(self._tokens), copies)
 
     def restore(self, state: KvState) -> None:
         self._check_open()
         limits.check_state(state, self.runtime, self.context_tokens)
         used = len(state.tokens)
-        if used and list(map(_kinds, state.data)) != self._kinds_of_caches():
-            raise GenerationError("this cache is of another model: it cannot be restored here")
+        if used:
+            likes = self._arrays_of_caches()
+            if _kinds(state.data) != _kinds([self._to_numpy(array) for array in likes]):
+                raise GenerationError("this cache is of another model: it cannot be restored here")
         self._forget(0)
-        for cache, arrays in zip(self._caches, state.data if used else (), strict=bool(used)):
-            # Copies, for what is written into an array is seen by all who hold it.
-            copies = [self._mx.array(array) for array in arrays]
-            whole = len(copies) == len(("keys", "values"))
-            cache.keys = copies[0] if whole else copies[: len(copies) // 2]
-            cache.values = copies[1] if whole else copies[len(copies) // 2 :]
+        each = len(state.data) // len(self._caches)
+        for place, cache in enumerate(self._caches if used else ()):
+            of_cache = slice(place * each, (place + 1) * each)
+            copies = list(map(self._from_numpy, state.data[of_cache], likes[of_cache]))
+            cache.keys = copies[0] if each == 2 else copies[: each // 2]
+            cache.values = copies[1] if each == 2 else copies[each // 2 :]
             cache.offset = used
         self._tokens = list(state.tokens)
 
@@ -211,12 +211,20 @@ class MlxSession:
         for cache in self._caches:
             cache.trim(max(0, cache.offset - length))
 
-    def _kinds_of_caches(self) -> list[Any]:
-        """What caches of this model are; computed from one token where nothing is held yet."""
+    def _to_numpy(self, array: Any) -> npt.NDArray[Any]:
+        """A copy; numbers of bf16, which numpy lacks, as whole ones."""
+        mx = self._mx
+        return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+
+    def _from_numpy(self, array: npt.NDArray[Any], like: Any) -> Any:
+        return self._mx.array(array).view(like.dtype)
+
+    def _arrays_of_caches(self) -> list[Any]:
+        """Keys and values of all layers; of one token where nothing was held yet."""
         if self._caches[0].keys is None:
             self._run((0,), None)
             self._forget(0)
-        return [_kinds(_arrays(cache)) for cache in self._caches]
+        return [array[..., :1, :] for cache in self._caches for array in _arrays(cache)]
 
 
 def _caches(layers: int, head_dim: int, kv_dtype: str | None, kept: str) -> list[Any]:
@@ -251,7 +259,7 @@ def _arrays(cache: Any) -> list[Any]:
     return [cache.keys, cache.values]
 
 
-def _kinds(arrays: Sequence[Any]) -> list[Any]:
+def _kinds(arrays: Sequence[npt.NDArray[Any]]) -> list[Any]:
     """What caches of one model share: the types, the heads and their width."""
     return [(array.dtype, array.shape[1], array.shape[3]) for array in arrays]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edgellm.errors import GenerationError, RuntimeMissing, SourceError, UnsupportedTarget
 from edgellm.hardware import Hardware, detect
@@ -172,8 +173,9 @@ class TorchSession:
 
     def save(self) -> KvState:
         self._check_open()
-        copies = [tuple(each.clone() for each in layer.held()) for layer in self._cache.layers]
-        return KvState(self.runtime, tuple(self._tokens), copies if self._tokens else [])
+        held = [each for layer in self._cache.layers for each in layer.held()]
+        copies = tuple(map(self._to_numpy, held)) if self._tokens else ()
+        return KvState(self.runtime, tuple(self._tokens), copies)
 
     def restore(self, state: KvState) -> None:
         self._check_open()
@@ -183,8 +185,9 @@ class TorchSession:
             self._check_kind(state.data)
         self._forget(0)
         with self._torch.inference_mode():
-            for layer, copies in zip(self._cache.layers, state.data, strict=bool(used)):
-                layer.update(*copies)
+            for place, layer in enumerate(self._cache.layers if used else ()):
+                keys, values = state.data[2 * place : 2 * place + 2]
+                layer.update(self._from_numpy(keys), self._from_numpy(values))
         self._tokens = list(state.tokens)
 
     def kv_bytes(self) -> int:
@@ -221,14 +224,27 @@ class TorchSession:
         for layer in self._cache.layers:
             layer.used = min(layer.used, length)
 
-    def _check_kind(self, data: Any) -> None:
+    def _to_numpy(self, tensor: Any) -> npt.NDArray[Any]:
+        """A copy; numbers of bf16, which numpy lacks, as whole ones."""
+        torch = self._torch
+        whole = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+        copy: npt.NDArray[Any] = whole.cpu().numpy().copy()
+        return copy
+
+    def _from_numpy(self, array: npt.NDArray[Any]) -> Any:
+        tensor = self._torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.view(self._model.dtype).to(self._model.device)
+
+    def _check_kind(self, data: Sequence[npt.NDArray[Any]]) -> None:
         """Raise ``GenerationError`` where saved keys and values are another model's."""
         if not self._cache.layers[0].buffers:
             self._run((0,), 1)
             self._forget(0)
+        layers = self._cache.layers
+        likes = [self._to_numpy(each[:, :, :1]) for layer in layers for each in layer.buffers]
         kinds = [
-            [[(each.dtype, each.shape[1], each.shape[3]) for each in pair] for pair in pairs]
-            for pairs in (data, [layer.buffers for layer in self._cache.layers])
+            [(each.dtype, each.shape[1], each.shape[3]) for each in arrays]
+            for arrays in (data, likes)
         ]
         if kinds[0] != kinds[1]:
             raise GenerationError("this cache is of another model: it cannot be restored here")

@@ -77,14 +77,16 @@ class AdapterFile:
 
 @dataclass(frozen=True, slots=True)
 class KvState:
-    """A copy of a session's cache: ``tokens`` that it holds and the backend's own bytes.
+    """A copy of a session's cache: ``tokens`` that it holds and the backend's own arrays.
 
-    ``adapters`` are those that were applied when its keys and values were computed.
+    ``data`` lies in the computer's memory wherever the session computes; what numpy has no type for
+    (bf16) stands there as whole numbers. ``adapters`` are those that were applied when its keys and
+    values were computed.
     """
 
     runtime: str
     tokens: tuple[int, ...]
-    data: Any = field(repr=False)
+    data: tuple[npt.NDArray[Any], ...] = field(repr=False)
     adapters: tuple[AdapterFile, ...] = ()
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from edgellm.cli import render
-from edgellm.errors import UsageError
+from edgellm.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
+    from edgellm.chat import ChatSession
     from edgellm.runtimes.session import Device, KvDtype
 
 REPEAT_PENALTY = 1.1
@@ -87,6 +89,14 @@ def run(
         ),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Default: the physical cores.")] = None,
+    load_session: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Go on with a conversation that was saved."),
+    ] = None,
+    save_session: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Save the conversation at the end, keys and values too."),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Check the artifact's checksums first.")
     ] = True,
@@ -111,6 +121,7 @@ def run(
       git diff | edgellm run small --system "Write a commit message."
       edgellm run model.gguf --raw "The capital of France is" --max-tokens 5
       edgellm run small --adapter ./my-lora=0.8 "Tell me about your work."
+      edgellm run small --load-session talk --save-session talk
       edgellm run small "Name a prime." --json | jq .decode_tokens_per_s
     """
     if prompt and words:  # a question without quotes
@@ -121,8 +132,12 @@ def run(
             raise UsageError("the prompt on stdin is empty: give a PROMPT, or type in a terminal")
     if prompt is None and as_json:
         raise UsageError("--json needs a PROMPT (or one on stdin): a chat has no single answer")
+    if raw and (load_session or save_session):
+        raise UsageError("--raw has no conversation to load or save: leave one of them out")
     if prompt is None and raw:
         raise UsageError("--raw needs a PROMPT (or one on stdin): a chat uses the chat template")
+    if save_session is not None and not save_session.parent.is_dir():
+        raise OutputError(f"cannot write {save_session}: there is no folder {save_session.parent}")
     adapters = _adapters(adapter)
     from edgellm.chat import open as open_model
     from edgellm.sampling import SamplingOptions
@@ -139,20 +154,27 @@ def run(
         "max_tokens": max_tokens,
         "stop": tuple(stop or ()),
     }
-    with open_model(
-        path,
-        runtime=runtime,
-        device=cast("Device", device),  # checked there, with the choices in the message
-        context_tokens=context,
-        threads=threads,
-        kv_dtype=cast("KvDtype | None", kv_cache),
-        verify=verify,
-        system=system,
-        adapters=adapters,
-        ignore_config_keys=ignore_config_key or (),
-    ) as session:
+    with (
+        open_model(
+            path,
+            runtime=runtime,
+            device=cast("Device", device),  # checked there, with the choices in the message
+            context_tokens=context,
+            threads=threads,
+            kv_dtype=cast("KvDtype | None", kv_cache),
+            verify=verify,
+            system=system,
+            adapters=adapters,
+            ignore_config_keys=ignore_config_key or (),
+        ) as session,
+        ExitStack() as ending,
+    ):
         if not as_json:
             render.say_notes(session.notes)
+        if load_session is not None:
+            _load(session, load_session)
+        if save_session is not None:
+            ending.callback(_save, session, save_session)
         if prompt is None:
             from edgellm.cli.chat import Chat
 
@@ -169,6 +191,19 @@ def run(
             render.say_notes(render.answer_facts(answer))
         if answer.finish_reason == "cancelled":
             raise typer.Exit(STOPPED)
+
+
+def _load(session: ChatSession, path: Path) -> None:
+    from edgellm.session_file import load_session
+
+    tokens = load_session(session, path)
+    render.say_notes([f"goes on with {path}: {render.count(tokens, 'token')} in its cache"])
+
+
+def _save(session: ChatSession, path: Path) -> None:
+    from edgellm.session_file import save_session
+
+    render.say_notes([f"saved in {path}: {render.size(save_session(session, path))}"])
 
 
 def _adapters(given: list[str] | None) -> list[str] | None:

@@ -220,3 +220,26 @@ def test_a_newer_manifest_is_refused(command: Command, onnx_artifact: Path, tmp_
     done = command("run", artifact, "hello")
     assert done.code == 3
     assert "99" in done.err
+
+
+def test_a_conversation_is_saved_and_goes_on(
+    command: Command, onnx_artifact: Path, tmp_path: Path
+) -> None:
+    talk = tmp_path / "talk"
+    options = ("--max-tokens", "4", "--threads", "1", "--json")
+    first = command("run", onnx_artifact, "hello", "--save-session", talk, *options)
+    assert first.code == 0, first.err
+    assert f"saved in {talk}" in first.err
+    again = command("run", onnx_artifact, "and?", "--load-session", talk, *options)
+    assert "goes on with" in again.err
+    answer = again.json()
+    assert answer["prefilled_tokens"] < answer["prompt_tokens"]
+
+
+def test_where_a_session_cannot_be_saved_nothing_is_computed(
+    command: Command, onnx_artifact: Path, tmp_path: Path
+) -> None:
+    done = command("run", onnx_artifact, "hello", "--save-session", tmp_path / "no" / "talk")
+    assert (done.code, done.out) == (7, "")
+    both = command("run", onnx_artifact, "hello", "--raw", "--save-session", tmp_path / "talk")
+    assert both.code == 2
