@@ -10,9 +10,10 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, Self
 
+from edgellm.drafting import Drafter, Lookahead
 from edgellm.errors import GenerationError, UsageError
 from edgellm.hardware import peak_memory_bytes
-from edgellm.runtimes.session import Session
+from edgellm.runtimes.session import Logits, Session
 from edgellm.sampling import Sampler, SamplingOptions
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -44,7 +45,8 @@ class Answer:
     full), ``cancelled``. ``time_to_first_token_s`` starts before the prompt is tokenized.
     ``prefilled_tokens``: tokens of the prompt that had to be computed; the others were cached.
     Rates exclude the time that whoever reads the stream takes; ``decode_tokens_per_s`` is None when
-    only one token was generated. ``peak_memory_bytes`` is the process's, mapped files counted.
+    only one token was generated. ``drafted_tokens`` were guessed ahead, and ``accepted_tokens`` of
+    them came true. ``peak_memory_bytes`` is the process's, mapped files counted.
     ``seed``: None for greedy decoding.
     """
 
@@ -62,6 +64,8 @@ class Answer:
     device: str
     reason: str
     seed: int | None = None
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, ready for JSON."""
@@ -138,6 +142,7 @@ class AnswerStream(Iterator[str]):
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         reuse_cache: bool = False,
+        drafter: Drafter | None = None,
         started_s: float | None = None,
         reason: str = "",
         on_end: Callable[[AnswerStream], None] | None = None,
@@ -160,6 +165,7 @@ class AnswerStream(Iterator[str]):
         self._max_tokens = max_tokens
         self._stops = StopStrings(stop)
         self._reuse_cache = reuse_cache
+        self._ahead = None if drafter is None else Lookahead(session, drafter)
         self._started_s = time.perf_counter() if started_s is None else started_s
         self._reason = reason
         self._on_end = on_end
@@ -224,6 +230,8 @@ class AnswerStream(Iterator[str]):
             device=self._session.device,
             reason=self._reason,
             seed=self._sampler.seed if sampling.temperature > 0 else None,
+            drafted_tokens=self._ahead.guessed if self._ahead else 0,
+            accepted_tokens=self._ahead.taken if self._ahead else 0,
         )
 
     def _end(self) -> None:
@@ -233,6 +241,19 @@ class AnswerStream(Iterator[str]):
                 self._on_end(self)
 
     def _generate(self) -> Generator[str, None, None]:
+        try:
+            yield from self._texts()
+        finally:
+            if self._ahead is not None:  # what was guessed and not said leaves the cache
+                self._ahead.forget(len(self._prompt_ids) + len(self._token_ids))
+
+    def _logits_after(self, seen: Sequence[int]) -> Logits:
+        if self._ahead is None:
+            return self._session.decode(seen[-1])
+        limit = self._max_tokens or self._session.context_tokens
+        return self._ahead.logits_after(seen, limit - len(self._token_ids))
+
+    def _texts(self) -> Generator[str, None, None]:
         session, sampler, stops = self._session, self._sampler, self._stops
         steps = self._tokenizer.decode_stream()
         ends = frozenset(self._tokenizer.eos_token_ids)
@@ -263,7 +284,7 @@ class AnswerStream(Iterator[str]):
             if len(self._token_ids) == self._max_tokens or len(seen) > session.context_tokens:
                 self._finish_reason = "length"
                 break
-            logits = session.decode(token)
+            logits = self._logits_after(seen)
             token = sampler.pick(logits, seen)
             self._decoded += 1
             self._decode_s = time.perf_counter() - begun

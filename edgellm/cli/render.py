@@ -80,9 +80,18 @@ def answer_facts(answer: Answer) -> list[str]:
         f"({answer.prefilled_tokens} of {answer.prompt_tokens} prompt tokens computed, "
         f"{answer.prefill_tokens_per_s:.0f} tokens/s)",
         f"{answer.new_tokens} new tokens" + (f", {decode:.1f} tokens/s" if decode else ""),
+        *([] if not answer.drafted_tokens else [_drafted(answer)]),
         f"peak memory {size(answer.peak_memory_bytes)}",
         answer.reason,
     ]
+
+
+def _drafted(answer: Answer) -> str:
+    share = answer.accepted_tokens / answer.drafted_tokens
+    return (
+        f"{answer.accepted_tokens} of {answer.drafted_tokens} tokens guessed ahead came true "
+        f"({share:.0%})"
+    )
 
 
 def size(nbytes: float) -> str:

@@ -89,6 +89,13 @@ def run(
         ),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Default: the physical cores.")] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="lookup|PATH",
+            help="Guess tokens ahead, from the text so far or by a smaller model: same answers.",
+        ),
+    ] = None,
     load_session: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Go on with a conversation that was saved."),
@@ -121,6 +128,7 @@ def run(
       git diff | edgellm run small --system "Write a commit message."
       edgellm run model.gguf --raw "The capital of France is" --max-tokens 5
       edgellm run small --adapter ./my-lora=0.8 "Tell me about your work."
+      cat page.md | edgellm run small --system "Correct the spelling." --draft lookup
       edgellm run small --load-session talk --save-session talk
       edgellm run small "Name a prime." --json | jq .decode_tokens_per_s
     """
@@ -165,6 +173,7 @@ def run(
             verify=verify,
             system=system,
             adapters=adapters,
+            draft=draft,
             ignore_config_keys=ignore_config_key or (),
         ) as session,
         ExitStack() as ending,
