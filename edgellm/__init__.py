@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from edgellm.manifest import Artifact
     from edgellm.manifest import open_artifact as open_artifact
     from edgellm.manifest import verify as verify
+    from edgellm.prefix_cache import PrefixCache as PrefixCache
     from edgellm.progress import Progress
 
 __version__ = "0.1.0"
 
-__all__ = ["convert", "inspect", "merge", "open", "open_artifact", "verify"]
+__all__ = ["PrefixCache", "convert", "inspect", "merge", "open", "open_artifact", "verify"]
 
 ON_USE = {
+    "PrefixCache": "edgellm.prefix_cache:PrefixCache",
     "inspect": "edgellm.inspection:inspect",
     "open": "edgellm.chat:open",
     "open_artifact": "edgellm.manifest:open_artifact",

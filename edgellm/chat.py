@@ -14,6 +14,7 @@ from edgellm.hardware import Choice, detect, pick
 from edgellm.lora.apart import ApartAdapters, kept_adapters
 from edgellm.manifest import Artifact, open_artifact
 from edgellm.manifest import verify as verify_artifact
+from edgellm.prefix_cache import PrefixCache
 from edgellm.runtimes import runtime_named, runtime_names
 from edgellm.runtimes.session import AdaptingSession, Device, KvDtype, RunOptions, Session
 from edgellm.sampling import SamplingOptions
@@ -52,6 +53,7 @@ def open(
     kv_dtype: KvDtype | None = None,
     adapters: Sequence[str | Path] | None = None,
     draft: str | Path | None = None,
+    prefix_cache: PrefixCache | None = None,
     ignore_config_keys: Collection[str] = (),
 ) -> ChatSession:
     """A conversation with the model at ``path``: an artifact folder, or any GGUF file.
@@ -62,9 +64,10 @@ def open(
     ``PATH[=WEIGHT]`` or the name of one that was kept beside it; None takes those that were kept,
     an empty list none. ``draft`` guesses tokens ahead, which makes answers faster and no other:
     ``lookup`` from the text so far, or the path of a smaller model with the same tokens.
-    ``ignore_config_keys`` are keys of adapters' configs that edgellm does not
-    know and the user vouches for. Raises ``SourceError`` (``AdapterError``), ``VerificationError``,
-    ``RuntimeMissing``, ``UnsupportedTarget`` or ``GenerationError``.
+    ``prefix_cache`` remembers prompts: one that begins as another did, in this session or another
+    that shares it, starts behind that. ``ignore_config_keys`` are keys of adapters' configs that
+    edgellm does not know and the user vouches for. Raises ``SourceError`` (``AdapterError``),
+    ``VerificationError``, ``RuntimeMissing``, ``UnsupportedTarget`` or ``GenerationError``.
     """
     if device not in get_args(Device):
         raise UsageError(f"no device named {device!r}: choose {', '.join(get_args(Device))}")
@@ -129,6 +132,7 @@ def open(
         notes=notes,
         apart=apart,
     )
+    chat.prefix_cache = prefix_cache
     if draft is not None:
         try:
             chat.drafter = _drafter(draft, chat, device, threads, verify)
@@ -192,6 +196,8 @@ class ChatSession:
         self._notes = tuple(notes)
         self._apart = apart
         self.drafter: Drafter | None = None
+        self.prefix_cache: PrefixCache | None = None
+        self._bound: str | None = None
         self.system = system
         self.messages: list[dict[str, str]] = []
         self.said = ""
@@ -307,6 +313,8 @@ class ChatSession:
             max_tokens=max_tokens,
             stop=stop,
             reuse_cache=bool(text and self.messages),
+            prefixes=self.prefix_cache,
+            owner=self._owner() if self.prefix_cache is not None else "",
             drafter=self.drafter,
             started_s=started_s,
             reason=self.choice.reason,
@@ -342,6 +350,14 @@ class ChatSession:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _owner(self) -> str:
+        """What makes keys and values alike: the model, what computes it, adapters beside it."""
+        from edgellm.session_file import bound_of
+
+        if self._bound is None or self._apart is not None:
+            self._bound = f"{bound_of(self)} on {self.session.device}"
+        return self._bound
 
     def _next_prompt(self, message: str) -> tuple[str, tuple[int, ...]]:
         """The conversation with ``message`` added, as text and as tokens.

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, Self
 from edgellm.drafting import Drafter, Lookahead
 from edgellm.errors import GenerationError, UsageError
 from edgellm.hardware import peak_memory_bytes
+from edgellm.prefix_cache import PrefixCache
 from edgellm.runtimes.session import Logits, Session
 from edgellm.sampling import Sampler, SamplingOptions
 
@@ -142,6 +143,8 @@ class AnswerStream(Iterator[str]):
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         reuse_cache: bool = False,
+        prefixes: PrefixCache | None = None,
+        owner: str = "",
         drafter: Drafter | None = None,
         started_s: float | None = None,
         reason: str = "",
@@ -165,6 +168,7 @@ class AnswerStream(Iterator[str]):
         self._max_tokens = max_tokens
         self._stops = StopStrings(stop)
         self._reuse_cache = reuse_cache
+        self._prefixes, self._owner = prefixes, owner
         self._ahead = None if drafter is None else Lookahead(session, drafter)
         self._started_s = time.perf_counter() if started_s is None else started_s
         self._reason = reason
@@ -258,13 +262,18 @@ class AnswerStream(Iterator[str]):
         steps = self._tokenizer.decode_stream()
         ends = frozenset(self._tokenizer.eos_token_ids)
         begun = time.perf_counter()
-        if self._reuse_cache:
+        if self._prefixes is not None:
+            reused = self._prefixes.reuse(session, self._prompt_ids, self._owner)
+        elif self._reuse_cache:
             reused = reuse_prefix(session, self._prompt_ids)
         else:
             reused = 0
             session.trim(0)
         logits = session.prefill(self._prompt_ids[reused:])[-1]
         self._prefilled = len(self._prompt_ids) - reused
+        if self._prefixes is not None:
+            logits = logits.copy()
+            self._prefixes.keep(session, self._owner)
         token = sampler.pick(logits, self._prompt_ids)
         now = time.perf_counter()
         self._prefill_s, self._first_token_s = now - begun, now - self._started_s

@@ -44,6 +44,7 @@ MEANINGS = {
     "chat_template_sha256": "a model with another chat template",
     "runtime": "another runtime",
     "runtime_version": "another version of the runtime",
+    "kv_dtype": "keys and values in another type",
     "adapters": "other adapters beside the model",
 }
 """What it means that a session was saved with another value of a key of ``Bound``."""
@@ -57,6 +58,7 @@ class Bound(msgspec.Struct, frozen=True, kw_only=True):
     chat_template_sha256: str
     runtime: str
     runtime_version: str
+    kv_dtype: str
     adapters: tuple[tuple[str, float], ...] = ()
 
 
@@ -174,6 +176,7 @@ def bound_of(chat: ChatSession) -> Bound:
         chat_template_sha256=hashlib.sha256(template.encode()).hexdigest(),
         runtime=chat.session.runtime,
         runtime_version=runtime_named(chat.session.runtime).capabilities(detect()).version,
+        kv_dtype=chat.session.kv_dtype,
         adapters=tuple((file_sha256(each.path), each.weight) for each in applied),
     )
 

@@ -56,6 +56,7 @@ class FakeSession:
 
     runtime = "fake"
     device = "cpu"
+    kv_dtype = "f32"
 
     def __init__(self, vocab_size: int, context_tokens: int) -> None:
         self.vocab_size = vocab_size

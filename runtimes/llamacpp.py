@@ -168,8 +168,8 @@ class LlamaCppSession:
         """
         self._library = library
         self.device = device
-        kv_dtype = options.kv_dtype or "f16"
-        kv_type = NAMED[kv_dtype]
+        self.kv_dtype = options.kv_dtype or "f16"
+        kv_type = NAMED[self.kv_dtype]
         forget_log()
         model_options = library.llama_model_default_params()
         model_options.n_gpu_layers = 0 if device == "cpu" else ALL_LAYERS
@@ -189,9 +189,9 @@ class LlamaCppSession:
         context_options.n_outputs_max = min(OUTPUT_ROWS, self.context_tokens)
         context_options.n_threads = context_options.n_threads_batch = threads
         context_options.type_k = context_options.type_v = kv_type.number
-        if kv_dtype in ROUNDED_KV:
+        if self.kv_dtype in ROUNDED_KV:
             context_options.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        if kv_dtype == "f32":
+        if self.kv_dtype == "f32":
             # Flash attention rounds to f16 on its way, whatever the cache holds.
             context_options.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
         # A window's cache that forgets old tokens could not be trimmed back to them.

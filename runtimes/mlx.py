@@ -115,7 +115,8 @@ class MlxSession:
                 "with `edgellm verify`"
             ) from error
         kept = "f32" if device == "cpu" else FLOATS[config["dtype"]]
-        self._caches = _caches(len(self._model.layers), facts.head_dim, options.kv_dtype, kept)
+        self.kv_dtype = options.kv_dtype or kept
+        self._caches = _caches(len(self._model.layers), facts.head_dim, self.kv_dtype, kept)
         self._tokens: list[int] = []
 
     @property
@@ -227,14 +228,14 @@ class MlxSession:
         return [array[..., :1, :] for cache in self._caches for array in _arrays(cache)]
 
 
-def _caches(layers: int, head_dim: int, kv_dtype: str | None, kept: str) -> list[Any]:
+def _caches(layers: int, head_dim: int, kv_dtype: str, kept: str) -> list[Any]:
     """One for each layer, all of whose tokens stay.
 
     Raises ``UnsupportedTarget`` for a type that the model's caches cannot have.
     """
     from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-    if kv_dtype in (None, kept):
+    if kv_dtype == kept:
         return [KVCache() for _ in range(layers)]
     if kv_dtype not in KV_BITS:
         raise UnsupportedTarget(

@@ -105,7 +105,7 @@ class OnnxRuntime:
         trained = artifact.manifest.artifact.model.context_length
         room = limits.context_tokens(options.context_tokens, trained, artifact.path)
         threads = options.threads or detect().physical_cores.value
-        return OnnxSession(artifact.main, room, threads)
+        return OnnxSession(artifact.main, room, threads, kv_dtype)
 
 
 class OnnxSession:
@@ -114,7 +114,7 @@ class OnnxSession:
     runtime = "onnxruntime"
     device = "cpu"
 
-    def __init__(self, path: Path, context_tokens: int, threads: int) -> None:
+    def __init__(self, path: Path, context_tokens: int, threads: int, kv_dtype: str) -> None:
         """Raises ``GenerationError`` with onnxruntime's own words when it cannot load the graph."""
         import onnxruntime
 
@@ -133,6 +133,7 @@ class OnnxSession:
         # Begun before the caches are made, whose untouched places must not be filled.
         self._pages = HugePages(before)
         self.context_tokens = context_tokens
+        self.kv_dtype = kv_dtype
         shapes = {output.name: output.shape for output in self._session.get_outputs()}
         self.vocab_size = int(shapes["logits"][-1])
         self._tokens: list[int] = []

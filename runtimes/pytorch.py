@@ -131,6 +131,7 @@ class TorchSession:
                 f"torch keeps keys and values in the type that the model computes in, {kept} here, "
                 f"not in {options.kv_dtype}: leave the choice out"
             )
+        self.kv_dtype = kept
         config = self._model.config
         self.context_tokens = limits.context_tokens(
             options.context_tokens, int(config.max_position_embeddings), artifact.path

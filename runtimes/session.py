@@ -93,6 +93,7 @@ class KvState:
 class Session(Protocol):
     """One sequence with its KV cache. Not safe for use by two threads at once.
 
+    ``kv_dtype``: what keys and values are kept in, one of the runtime's ``kv_dtypes``.
     Every method raises ``GenerationError`` with the backend's message translated.
     """
 
@@ -100,6 +101,7 @@ class Session(Protocol):
     device: str
     context_tokens: int
     vocab_size: int
+    kv_dtype: str
 
     @property
     def tokens(self) -> Sequence[int]:
