@@ -32,9 +32,6 @@ HOLDERS = {
 }  # fmt: skip
 """By container the grids that may hold a source's codes, smallest first."""
 
-SCALES: dict[str, Literal["f16"]] = {"hf": "f16", "mlx": "f16"}
-"""What scales are stored in, where it is not f32."""
-
 
 def holding_grid(asked: Recipe, container: str, source: ModelSource) -> tuple[str, str] | None:
     """The grid of ``container`` that keeps most of the codes of ``source``, and why it is taken.
@@ -55,7 +52,7 @@ def holding_grid(asked: Recipe, container: str, source: ModelSource) -> tuple[st
     widths = {source.tensors[role].columns for role in linear}
     most, chosen = 0, ""
     for name in HOLDERS.get(container, ()):
-        grid = replace(GRIDS[name], scale_dtype=SCALES.get(container, "f32"))
+        grid = replace(GRIDS[name], scale_dtype=_scales(container, source))
         if any(width % grid.block for width in widths):
             continue
         held = sum(ref.size for ref, codes in coded if not why_not(codes, grid))
@@ -65,6 +62,15 @@ def holding_grid(asked: Recipe, container: str, source: ModelSource) -> tuple[st
         return None
     bits = " and ".join(str(bits) for bits in sorted({codes.bits for _, codes in coded}))
     return chosen, f"keeps the source's codes of {bits} bits as they are"
+
+
+def _scales(container: str, source: ModelSource) -> Literal["f32", "f16", "bf16"]:
+    """What ``container`` would store scales in; ggml's blocks have a type of their own."""
+    if container == "mlx":
+        from edgellm.export.to_mlx import usual_dtype
+
+        return usual_dtype(source)
+    return "f16" if container == "hf" else "f32"
 
 
 def keep_codes(layout: Layout, recipe: Recipe, source: ModelSource) -> Layout:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgellm.architectures.family import TensorRow
 from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
@@ -106,7 +106,7 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
 def _notes(recipe: Recipe, source: ModelSource, dtype: str) -> Iterator[str]:
     if recipe.grid in FLOATS:
         return
-    stored = source.tensors[EMBEDDING].dtype
+    stored = _stored_dtype(source)
     because = "as the source's weights are" if stored == dtype else f"for the source's {stored}"
     yield f"what is not quantized, and scales, in {dtype}, {because}"
 
@@ -122,11 +122,18 @@ def _check_options(recipe: Recipe) -> None:
 
 
 def _dtype(recipe: Recipe, source: ModelSource) -> str:
-    """What floats are: those asked for, else as the source's embedding, f16 in place of f32."""
-    if recipe.grid in FLOATS:
-        return recipe.grid
-    stored = source.tensors[EMBEDDING].dtype
-    return "bf16" if stored == "bf16" else "f16"
+    return recipe.grid if recipe.grid in FLOATS else usual_dtype(source)
+
+
+def usual_dtype(source: ModelSource) -> Literal["bf16", "f16"]:
+    """What floats and scales are where nobody says: as those of the source, f16 in place of f32."""
+    return "bf16" if _stored_dtype(source) == "bf16" else "f16"
+
+
+def _stored_dtype(source: ModelSource) -> str:
+    """The type of the embedding or, where that is quantized, of the norms."""
+    stored = (source.tensors[role].dtype for role in (EMBEDDING, "output_norm.weight"))
+    return next((dtype for dtype in stored if dtype in FLOATS), source.tensors[EMBEDDING].dtype)
 
 
 def _grids(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,11 +100,25 @@ def test_codes_go_into_q4_1_as_they_are(theirs: Callable[..., Path], tmp_path: P
         np.testing.assert_allclose(ref.load(), values, rtol=0, atol=1e-7)
 
 
-def _halved(folder: Path, out: Path) -> None:
+def test_a_bf16_folder_of_mlx_lm_keeps_its_codes(
+    theirs: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As most of those on the Hub are; an embedding of 4 bits is kept where that is asked."""
+    folder, out = tmp_path / "bf16", tmp_path / "out"
+    _halved(theirs("llama", 32, 4), folder, mx.bfloat16)
+    tables = {"embed": "int4-g32-min", "head": "int4-g32-min"}
+    edgellm.convert(folder, out, format="mlx", threads=1, check=False, **tables)
+    before, after = (mx.load(str(each / "model.safetensors")) for each in (folder, out))
+    assert before.keys() == after.keys()
+    for key, array in before.items():
+        assert mx.array_equal(array, after[key]), key
+
+
+def _halved(folder: Path, out: Path, dtype: Any = mx.float16) -> None:
     arrays = mx.load(str(folder / "model.safetensors"))
     tiny_models.copy_of(folder, out)
     halves = {
-        name: each if each.dtype == mx.uint32 else each.astype(mx.float16)
+        name: each if each.dtype == mx.uint32 else each.astype(dtype)
         for name, each in arrays.items()
     }
     mx.save_safetensors(str(out / "model.safetensors"), halves, metadata={"format": "mlx"})
