@@ -128,7 +128,7 @@ def run(
       git diff | edgellm run small --system "Write a commit message."
       edgellm run model.gguf --raw "The capital of France is" --max-tokens 5
       edgellm run small --adapter ./my-lora=0.8 "Tell me about your work."
-      cat page.md | edgellm run small --system "Correct the spelling." --draft lookup
+      cat page.md | edgellm run small --system "Correct it." --draft lookup
       edgellm run small --load-session talk --save-session talk
       edgellm run small "Name a prime." --json | jq .decode_tokens_per_s
     """
