@@ -26,6 +26,9 @@ BENCHMARKS = {
     "quantize": "GPTQ of SmolLM2: wall, peak memory and KL against gptqmodel",
     "int4": "int4 of four kinds: KL against gptqmodel, llm-compressor and auto-round",
     "memory": "GPTQ of 1B- and 3B-shaped models: peak memory against the plan's word",
+    "drafting": "decoding with prompt lookup, where the answer repeats the text",
+    "prefix": "time to the first token behind a text that was computed before",
+    "kv_cache": "KL of keys and values in fewer bits, by runtime",
     "cold_start": "time to help and to the first token",
 }
 
