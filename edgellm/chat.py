@@ -51,6 +51,7 @@ def open(
     *,
     system: str | None = None,
     kv_dtype: KvDtype | None = None,
+    gpu_layers: int | None = None,
     adapters: Sequence[str | Path] | None = None,
     draft: str | Path | None = None,
     prefix_cache: PrefixCache | None = None,
@@ -60,7 +61,8 @@ def open(
 
     ``verify`` checks an artifact's checksums (files that passed before and did not change since are
     not read again); a plain file has none, which ``notes`` says. ``runtime`` None takes the fastest
-    one installed that runs it. ``adapters`` are LoRA adapters to apply beside the model, each
+    one installed that runs it. ``gpu_layers`` is how many of the last layers a GPU computes, None
+    as many as fit into it. ``adapters`` are LoRA adapters to apply beside the model, each
     ``PATH[=WEIGHT]`` or the name of one that was kept beside it; None takes those that were kept,
     an empty list none. ``draft`` guesses tokens ahead, which makes answers faster and no other:
     ``lookup`` from the text so far, or the path of a smaller model with the same tokens.
@@ -106,7 +108,12 @@ def open(
     if threads is not None and choice.runtime in deaf:
         notes.append(f"{choice.runtime} chooses its threads itself: {threads} are not heeded")
     chosen = cast("Device", choice.device)  # one that the runtime itself named
-    options = RunOptions(chosen, context_tokens, threads, kv_dtype)
+    splits = {one.runtime for one in capabilities if one.splits_layers}
+    if gpu_layers is not None and choice.runtime not in splits:
+        raise UnsupportedTarget(
+            f"{choice.runtime} computes all layers on one device: leave --gpu-layers out"
+        )
+    options = RunOptions(chosen, context_tokens, threads, kv_dtype, gpu_layers)
     from edgellm.tokenization.artifact import artifact_tokenizer
 
     tokenizer = artifact_tokenizer(artifact.main, artifact.container)

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy.typing as npt
 from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget
 from edgellm.hardware import Hardware, detect
 from edgellm.manifest import Artifact
-from edgellm.quant.ggml_types import NAMED, GgmlType
+from edgellm.quant.ggml_types import NAMED
 from edgellm.runtimes import limits
 from edgellm.runtimes.llamacpp_adapters import LlamaCppAdapters, summed
 from edgellm.runtimes.llamacpp_library import (
@@ -32,6 +33,7 @@ from edgellm.runtimes.llamacpp_library import (
     load_library,
     miscompiled_amx,
 )
+from edgellm.runtimes.llamacpp_memory import kv_token_bytes, layers_that_fit
 from edgellm.runtimes.session import AdapterFile, Capabilities, KvState, Logits, RunOptions
 from edgellm.runtimes.versions import version_numbers
 
@@ -45,6 +47,7 @@ BATCH_TOKENS = 512
 """Tokens that llama.cpp is given at a time; Ctrl-C is heard between two batches."""
 OUTPUT_ROWS = 32
 """Positions whose logits are computed at once: llama.cpp reserves a row of the vocabulary each."""
+DEFAULT_KV = "f16"
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 ROUNDED_KV = ("q8_0", "q4_0")
 """Types of keys and values that llama.cpp reads in its flash attention alone."""
@@ -84,6 +87,7 @@ class LlamaCppRuntime:
                 kv_dtypes=KV_TYPES,
                 speed_rank=10,
                 applies_adapters=True,
+                splits_layers=True,
             )
 
         if importlib.util.find_spec("llama_cpp") is None:
@@ -129,21 +133,42 @@ class LlamaCppRuntime:
                 f"llama.cpp keeps keys and values in {', '.join(KV_TYPES)} here, not in "
                 f"{options.kv_dtype}: choose one of those, or leave the choice out"
             )
+        if device == "cpu" and options.gpu_layers:
+            raise UnsupportedTarget(
+                f"{options.gpu_layers} layers on a GPU: this is the CPU ({found.reason}); leave "
+                "--gpu-layers out, or choose --device"
+            )
         # A damaged header makes llama.cpp stop the whole process, so it is read here first.
         from edgellm.source.gguf_file import read_gguf_model
 
         stored = read_gguf_model(artifact.main)
         repack = not miscompiled_amx(library_folder(), hardware.cpu_features.value)
         threads = options.threads or hardware.physical_cores.value
+        layers = 0 if device == "cpu" else _gpu_layers(stored, options, hardware, artifact.main)
         return LlamaCppSession(
             load_library(),
             artifact,
             stored,
             options,
             device=device,
+            gpu_layers=layers,
             threads=threads,
             repack=repack,
         )
+
+
+def _gpu_layers(stored: GgufFile, options: RunOptions, hardware: Hardware, path: Path) -> int:
+    """How many layers go to the GPU: as many as asked for, or as fit where its memory is known."""
+    if options.gpu_layers is not None:
+        return options.gpu_layers
+    known = [gpu.memory_bytes for gpu in hardware.gpus.value if gpu.memory_bytes]
+    if not known:
+        return ALL_LAYERS
+    trained = int(stored.metadata[f"{stored.metadata['general.architecture']}.context_length"])
+    room = limits.context_tokens(options.context_tokens, trained, path)
+    kind = NAMED[options.kv_dtype or DEFAULT_KV]
+    kv_by_layer = [room * nbytes for nbytes in kv_token_bytes(stored.metadata, kind)]
+    return layers_that_fit(stored, kv_by_layer, max(known))
 
 
 class LlamaCppSession:
@@ -159,20 +184,22 @@ class LlamaCppSession:
         options: RunOptions,
         *,
         device: str,
+        gpu_layers: int,
         threads: int,
         repack: bool,
     ) -> None:
         """Raises ``GenerationError`` with llama.cpp's own words when it cannot load the file.
 
+        ``gpu_layers``: counted from the end, the output being the last; ``ALL_LAYERS`` for all.
         ``repack``: let llama.cpp lay weights out anew for this CPU, which is faster.
         """
         self._library = library
         self.device = device
-        self.kv_dtype = options.kv_dtype or "f16"
+        self.kv_dtype = options.kv_dtype or DEFAULT_KV
         kv_type = NAMED[self.kv_dtype]
         forget_log()
         model_options = library.llama_model_default_params()
-        model_options.n_gpu_layers = 0 if device == "cpu" else ALL_LAYERS
+        model_options.n_gpu_layers = gpu_layers
         model_options.use_extra_bufts = repack
         model = library.llama_model_load_from_file(os.fsencode(artifact.main), model_options)
         if not model:
@@ -208,7 +235,7 @@ class LlamaCppSession:
 
         self._context = context
         self._memory = library.llama_get_memory(context)
-        self._kv_token_bytes = _kv_token_bytes(stored.metadata, library, model, kv_type)
+        self._kv_token_bytes = sum(kv_token_bytes(stored.metadata, kv_type))
         self._tokens: list[int] = []
         self._unsure = False
         self._row_at: dict[int, Logits] = {}
@@ -404,15 +431,3 @@ def _has_gpu(hardware: Hardware, device: str) -> bool:
     if device == "metal":
         return hardware.apple_silicon.value
     return any(gpu.vendor == "NVIDIA" for gpu in hardware.gpus.value)
-
-
-def _kv_token_bytes(metadata: dict[str, Any], library: Any, model: Any, kv_type: GgmlType) -> int:
-    """Bytes of keys and values for one token over all layers."""
-    arch = metadata["general.architecture"]
-    heads = max(1, int(library.llama_model_n_head(model)))
-    default = int(library.llama_model_n_embd(model)) // heads
-    key = int(metadata.get(f"{arch}.attention.key_length", default))
-    value = int(metadata.get(f"{arch}.attention.value_length", default))
-    layers = int(library.llama_model_n_layer(model))
-    kv_heads = int(library.llama_model_n_head_kv(model))
-    return layers * kv_heads * (key + value) * kv_type.block_bytes // kv_type.block

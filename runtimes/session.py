@@ -28,13 +28,15 @@ class RunOptions:
     """How an artifact is opened.
 
     ``context_tokens``: room in the KV cache, None for min(model's, 4096). ``threads``: None for the
-    physical cores. ``kv_dtype``: None for the backend's default.
+    physical cores. ``kv_dtype``: None for the backend's default. ``gpu_layers``: how many of the
+    last layers a GPU computes, where a runtime can split them; None for as many as fit.
     """
 
     device: Device = "auto"
     context_tokens: int | None = None
     threads: int | None = None
     kv_dtype: KvDtype | None = None
+    gpu_layers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +49,9 @@ class Capabilities:
     ``install``: the command that brings it. ``speed_rank``: lower is preferred where several can.
     ``automatic``: may be picked without being named. ``applies_adapters``: its sessions are
     ``AdaptingSession``, which apply LoRA adapters beside the model. ``sets_threads``: heeds the
-    number of threads that it is given. ``quick``: a text of some thousand tokens takes seconds with
-    a small model, so that answers may be compared on it unasked.
+    number of threads that it is given. ``splits_layers``: can leave some layers to the CPU.
+    ``quick``: a text of some thousand tokens takes seconds with a small model, so that answers may
+    be compared on it unasked.
     """
 
     runtime: str
@@ -64,6 +67,7 @@ class Capabilities:
     automatic: bool = True
     applies_adapters: bool = False
     sets_threads: bool = True
+    splits_layers: bool = False
     quick: bool = True
 
 

@@ -81,6 +81,12 @@ def run(
         str | None, typer.Option(metavar="NAME", help="Default: the fastest here (edgellm doctor).")
     ] = None,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or metal.")] = "auto",
+    gpu_layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|N", help="Layers that a GPU computes. Default: auto, as many as fit."
+        ),
+    ] = None,
     kv_cache: Annotated[
         str | None,
         typer.Option(
@@ -169,6 +175,7 @@ def run(
             device=cast("Device", device),  # checked there, with the choices in the message
             context_tokens=context,
             threads=threads,
+            gpu_layers=_layers(gpu_layers),
             kv_dtype=cast("KvDtype | None", kv_cache),
             verify=verify,
             system=system,
@@ -200,6 +207,14 @@ def run(
             render.say_notes(render.answer_facts(answer))
         if answer.finish_reason == "cancelled":
             raise typer.Exit(STOPPED)
+
+
+def _layers(given: str | None) -> int | None:
+    if given in (None, "auto"):
+        return None
+    if not given.isdecimal():
+        raise UsageError(f"--gpu-layers {given}: choose auto, or a number of layers")
+    return int(given)
 
 
 def _load(session: ChatSession, path: Path) -> None:

@@ -11,14 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import edgellm
 from edgellm import hardware
 from edgellm.errors import EdgeError, RuntimeMissing, SourceError, UnsupportedTarget
 from edgellm.hardware import Fact, Gpu, detect
 from edgellm.manifest import Artifact
+from edgellm.quant.ggml_types import NAMED
 from edgellm.runtimes import llamacpp_library
 from edgellm.runtimes.llamacpp import LlamaCppRuntime
 from edgellm.runtimes.llamacpp_library import miscompiled_amx
+from edgellm.runtimes.llamacpp_memory import WORKING_BYTES, kv_token_bytes, layers_that_fit
 from edgellm.runtimes.session import RunOptions
+from edgellm.source.gguf_file import read_gguf_model
 
 AMX = frozenset({"avx2", "amx_int8"})
 
@@ -204,3 +208,66 @@ def test_rounded_keys_and_values_take_less_and_answers_stay_near(
     assert errors["f16"] < 0.002
     assert errors["f16"] < errors["q8_0"] < 0.05
     assert errors["q8_0"] < errors["q4_0"] < 0.3
+
+
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "q8_0"])
+def test_the_caches_size_is_known_from_the_header(
+    kv_dtype: str, artifact: Callable[..., Artifact]
+) -> None:
+    """What llama.cpp writes down of a full cache is keys and values, and a little beside them."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    made = artifact("llama", "gguf")
+    session = LlamaCppRuntime().open(
+        made,
+        RunOptions(context_tokens=256, kv_dtype=kv_dtype),  # type: ignore[arg-type]
+    )
+    session.prefill([token % 400 + 5 for token in range(256)])
+    measured = session.save().data[0].nbytes
+    predicted = 256 * sum(kv_token_bytes(read_gguf_model(made.main).metadata, NAMED[kv_dtype]))
+    session.close()
+    assert abs(predicted / measured - 1) < 0.05
+    assert predicted == session_bytes(made, kv_dtype)
+
+
+def session_bytes(artifact: Artifact, kv_dtype: str) -> int:
+    options = RunOptions(context_tokens=256, kv_dtype=kv_dtype)  # type: ignore[arg-type]
+    session = LlamaCppRuntime().open(artifact, options)
+    try:
+        return session.kv_bytes()
+    finally:
+        session.close()
+
+
+def test_layers_go_to_a_gpu_from_the_last_as_far_as_they_fit(
+    artifact: Callable[..., Artifact],
+) -> None:
+    stored = read_gguf_model(artifact("llama", "gguf").main)
+    layers = int(stored.metadata["llama.block_count"])
+    kv = [1000] * layers
+    output = sum(
+        tensor.nbytes for name, tensor in stored.tensors.items() if name.startswith("output")
+    )
+    block = sum(
+        tensor.nbytes
+        for name, tensor in stored.tensors.items()
+        if name.startswith(f"blk.{layers - 1}.")
+    )
+    for room, wanted in (
+        (0, 0),
+        (WORKING_BYTES + output - 1, 0),
+        (WORKING_BYTES + output, 1),
+        (WORKING_BYTES + output + block + 999, 1),
+        (WORKING_BYTES + output + block + 1000, 2),
+        (1 << 40, layers + 1),
+    ):
+        assert layers_that_fit(stored, kv, room) == wanted, room
+
+
+def test_layers_for_a_gpu_without_one_are_refused(
+    artifact: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    with pytest.raises(UnsupportedTarget, match="--gpu-layers"):
+        LlamaCppRuntime().open(artifact("llama", "gguf"), RunOptions(device="cpu", gpu_layers=3))
+    with pytest.raises(UnsupportedTarget, match="--gpu-layers"):
+        edgellm.open(artifact("llama", "onnx").path, gpu_layers=3)
