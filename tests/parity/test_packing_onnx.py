@@ -24,7 +24,7 @@ Build = Callable[[GraphBuilder, str, object, str], str]
 
 ROWS, COLUMNS = 37, 256
 
-NBITS = [grid for grid in GRIDS.values() if grid.kind == "affine"]
+NBITS = [grid for grid in GRIDS.values() if grid.kind == "affine" and not grid.minima]
 
 
 def awkward_rows(columns: int = COLUMNS) -> np.ndarray:
