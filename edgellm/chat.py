@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Protocol, Self, cast, get_args
 
 from edgellm.drafting import LOOKUP, Drafter, DraftModel, PromptLookup
 from edgellm.errors import RuntimeMissing, UnsupportedTarget, UsageError
-from edgellm.generate import Answer, AnswerStream, Decoding
+from edgellm.generate import Answer, AnswerStream, ContextPolicy, Decoding
 from edgellm.hardware import Choice, detect, pick
 from edgellm.lora.apart import ApartAdapters, kept_adapters
 from edgellm.manifest import Artifact, open_artifact
@@ -19,6 +20,9 @@ from edgellm.runtimes import runtime_named, runtime_names
 from edgellm.runtimes.session import AdaptingSession, Device, KvDtype, RunOptions, Session
 from edgellm.sampling import SamplingOptions
 from edgellm.tokenization.parity import check_parity
+
+ANSWER_TOKENS = 256
+"""Room that a prompt leaves to its answer where older messages may be forgotten for it."""
 
 
 class ChatTokenizer(Decoding, Protocol):
@@ -55,6 +59,7 @@ def open(
     adapters: Sequence[str | Path] | None = None,
     draft: str | Path | None = None,
     prefix_cache: PrefixCache | None = None,
+    context_policy: ContextPolicy = "stop",
     ignore_config_keys: Collection[str] = (),
 ) -> ChatSession:
     """A conversation with the model at ``path``: an artifact folder, or any GGUF file.
@@ -67,7 +72,8 @@ def open(
     an empty list none. ``draft`` guesses tokens ahead, which makes answers faster and no other:
     ``lookup`` from the text so far, or the path of a smaller model with the same tokens.
     ``prefix_cache`` remembers prompts: one that begins as another did, in this session or another
-    that shares it, starts behind that. ``ignore_config_keys`` are keys of adapters' configs that
+    that shares it, starts behind that. ``context_policy`` says what happens when the context is
+    full (``generate.ContextPolicy``). ``ignore_config_keys`` are keys of adapters' configs that
     edgellm does not know and the user vouches for. Raises ``SourceError`` (``AdapterError``),
     ``VerificationError``, ``RuntimeMissing``, ``UnsupportedTarget`` or ``GenerationError``.
     """
@@ -76,6 +82,9 @@ def open(
     if kv_dtype not in (None, *get_args(KvDtype)):
         allowed = ", ".join(get_args(KvDtype))
         raise UsageError(f"no type of cache named {kv_dtype!r}: choose {allowed}")
+    if context_policy not in get_args(ContextPolicy):
+        allowed = ", ".join(get_args(ContextPolicy))
+        raise UsageError(f"no context policy named {context_policy!r}: choose {allowed}")
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be at least 1, got {threads}")
     artifact = open_artifact(Path(path))
@@ -140,6 +149,7 @@ def open(
         apart=apart,
     )
     chat.prefix_cache = prefix_cache
+    chat.context_policy = context_policy
     if draft is not None:
         try:
             chat.drafter = _drafter(draft, chat, device, threads, verify)
@@ -182,7 +192,8 @@ class ChatSession:
     """One conversation with one model; use it in a ``with`` block, or ``close`` it.
 
     ``messages`` is the conversation so far, ``said`` its text and ``said_ids`` its tokens, both
-    empty where they do not agree.
+    empty where they do not agree. ``forgotten``: how many of the oldest messages left it because
+    the context was full.
     """
 
     def __init__(
@@ -204,6 +215,8 @@ class ChatSession:
         self._apart = apart
         self.drafter: Drafter | None = None
         self.prefix_cache: PrefixCache | None = None
+        self.context_policy: ContextPolicy = "stop"
+        self.forgotten = 0
         self._bound: str | None = None
         self.system = system
         self.messages: list[dict[str, str]] = []
@@ -299,6 +312,7 @@ class ChatSession:
         Raises ``GenerationError`` when the conversation does not fit the context any more.
         """
         started_s = time.perf_counter()
+        beginning = 0
         if raw or self.tokenizer.chat_template is None:
             if not raw and self.system:
                 raise UsageError(
@@ -306,7 +320,8 @@ class ChatSession:
                 )
             text, prompt_ids = "", tuple(self.tokenizer.encode(prompt, add_special=True))
         else:
-            text, prompt_ids = self._next_prompt(prompt)
+            text, prompt_ids = self._fitting_prompt(prompt)
+            beginning = self._beginning(prompt_ids)
 
         def remember(stream: AnswerStream) -> None:
             if text and (stream.token_ids or stream.finish_reason != "cancelled"):
@@ -323,6 +338,8 @@ class ChatSession:
             prefixes=self.prefix_cache,
             owner=self._owner() if self.prefix_cache is not None else "",
             drafter=self.drafter,
+            context_policy=self.context_policy,
+            beginning_tokens=beginning,
             started_s=started_s,
             reason=self.choice.reason,
             on_end=remember,
@@ -365,6 +382,25 @@ class ChatSession:
         if self._bound is None or self._apart is not None:
             self._bound = f"{bound_of(self)} on {self.session.device}"
         return self._bound
+
+    def _fitting_prompt(self, message: str) -> tuple[str, tuple[int, ...]]:
+        """``_next_prompt``, with the oldest messages forgotten where that makes it fit."""
+        text, prompt_ids = self._next_prompt(message)
+        room = self.context_tokens - min(ANSWER_TOKENS, self.context_tokens // 4)
+        while self.context_policy != "stop" and len(prompt_ids) > room and self.messages:
+            del self.messages[:2]
+            self.forgotten += 2
+            self.said, self.said_ids = "", ()
+            text, prompt_ids = self._next_prompt(message)
+        return text, prompt_ids
+
+    def _beginning(self, prompt_ids: Sequence[int]) -> int:
+        """How many tokens of a prompt are the system message's, whatever is said after it."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        other = [*system, {"role": "user", "content": "\x00"}]
+        ids = self.tokenizer.encode(self.tokenizer.render_chat(other))
+        pairs = zip(ids, prompt_ids, strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def _next_prompt(self, message: str) -> tuple[str, tuple[int, ...]]:
         """The conversation with ``message`` added, as text and as tokens.

@@ -19,6 +19,14 @@ from edgellm.sampling import Sampler, SamplingOptions
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
+ContextPolicy = Literal["stop", "shift", "sinks"]
+"""What happens when the context is full: the answer ends; or the oldest tokens behind the beginning
+are forgotten, and those that stay are computed anew. ``shift`` keeps the whole beginning (a system
+message), ``sinks`` the few tokens that all others attend to (arXiv 2309.17453)."""
+
+SINK_TOKENS = 4
+"""First tokens that are never forgotten: without them a model loses its thread (ibid., table 2)."""
+
 
 class TextStepper(Protocol):
     """Turns ids into text one by one, never splitting a character."""
@@ -146,11 +154,16 @@ class AnswerStream(Iterator[str]):
         prefixes: PrefixCache | None = None,
         owner: str = "",
         drafter: Drafter | None = None,
+        context_policy: ContextPolicy = "stop",
+        beginning_tokens: int = 0,
         started_s: float | None = None,
         reason: str = "",
         on_end: Callable[[AnswerStream], None] | None = None,
     ) -> None:
-        """Raises ``GenerationError`` when the prompt is empty or does not fit the context."""
+        """Raises ``GenerationError`` when the prompt is empty or does not fit the context.
+
+        ``beginning_tokens``: how many of the prompt ``shift`` must keep.
+        """
         if max_tokens is not None and max_tokens < 1:
             raise UsageError(f"max_tokens is {max_tokens}: choose 1 or more")
         if not prompt_ids:
@@ -168,6 +181,9 @@ class AnswerStream(Iterator[str]):
         self._max_tokens = max_tokens
         self._stops = StopStrings(stop)
         self._reuse_cache = reuse_cache
+        self._policy = context_policy
+        self._kept = max(SINK_TOKENS, beginning_tokens if context_policy == "shift" else 0)
+        self._held = [*prompt_ids]
         self._prefixes, self._owner = prefixes, owner
         self._ahead = None if drafter is None else Lookahead(session, drafter)
         self._started_s = time.perf_counter() if started_s is None else started_s
@@ -249,13 +265,29 @@ class AnswerStream(Iterator[str]):
             yield from self._texts()
         finally:
             if self._ahead is not None:  # what was guessed and not said leaves the cache
-                self._ahead.forget(len(self._prompt_ids) + len(self._token_ids))
+                self._ahead.forget(len(self._held))
 
-    def _logits_after(self, seen: Sequence[int]) -> Logits:
+    def _next_logits(self) -> Logits:
+        """Logits of what follows the tokens that are held, whose last is not computed yet."""
+        if len(self._held) > self._session.context_tokens:
+            return self._make_room()
         if self._ahead is None:
-            return self._session.decode(seen[-1])
+            return self._session.decode(self._held[-1])
         limit = self._max_tokens or self._session.context_tokens
-        return self._ahead.logits_after(seen, limit - len(self._token_ids))
+        return self._ahead.logits_after(self._held, limit - len(self._token_ids))
+
+    def _make_room(self) -> Logits:
+        """Forget tokens behind the beginning, so that half of the room behind it is free again."""
+        room = self._session.context_tokens
+        kept = min(self._kept, room // 2)
+        rest = self._held[-max(1, (room - kept) // 2) :]
+        self._held = [*self._held[:kept], *rest]
+        if self._ahead is not None:
+            self._ahead.forget(kept)
+        else:
+            self._session.trim(kept)
+        logits: Logits = self._session.prefill(rest)[-1]
+        return logits
 
     def _texts(self) -> Generator[str, None, None]:
         session, sampler, stops = self._session, self._sampler, self._stops
@@ -282,6 +314,7 @@ class AnswerStream(Iterator[str]):
         while token not in ends:
             self._token_ids.append(token)
             seen.append(token)
+            self._held.append(token)
             piece = stops.push(steps.step(token) or "")
             if piece:
                 self._shown.append(piece)
@@ -290,10 +323,11 @@ class AnswerStream(Iterator[str]):
                 begun += time.perf_counter() - paused
             if stops.found:
                 break
-            if len(self._token_ids) == self._max_tokens or len(seen) > session.context_tokens:
+            full = self._policy == "stop" and len(self._held) > session.context_tokens
+            if full or len(self._token_ids) == self._max_tokens:
                 self._finish_reason = "length"
                 break
-            logits = self._logits_after(seen)
+            logits = self._next_logits()
             token = sampler.pick(logits, seen)
             self._decoded += 1
             self._decode_s = time.perf_counter() - begun

@@ -90,9 +90,12 @@ class Chat:
                 render.say_error(error)
 
     def _answer(self, text: str) -> None:
+        forgotten = self._session.forgotten
         self._last = render.show_stream(self._session.stream(text, **self._options))
         if self._last.finish_reason == "cancelled":
             render.say("(stopped)")
+        if left := self._session.forgotten - forgotten:
+            render.say(f"(the context was full: the oldest {left} messages are forgotten)")
         max_tokens, room = self._options["max_tokens"], self._session.context_tokens
         if why := render.why_cut(self._last, max_tokens, room):
             render.say(f"(cut: {why})")

@@ -14,6 +14,7 @@ from edgellm.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from edgellm.chat import ChatSession
+    from edgellm.generate import ContextPolicy
     from edgellm.runtimes.session import Device, KvDtype
 
 REPEAT_PENALTY = 1.1
@@ -66,6 +67,13 @@ def run(
     context: Annotated[
         int | None, typer.Option(metavar="TOKENS", help="Room for prompt and answer.")
     ] = None,
+    context_policy: Annotated[
+        str,
+        typer.Option(
+            metavar="POLICY",
+            help="When the context is full: stop, or forget the oldest (shift, sinks).",
+        ),
+    ] = "stop",
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -175,6 +183,7 @@ def run(
             device=cast("Device", device),  # checked there, with the choices in the message
             context_tokens=context,
             threads=threads,
+            context_policy=cast("ContextPolicy", context_policy),
             gpu_layers=_layers(gpu_layers),
             kv_dtype=cast("KvDtype | None", kv_cache),
             verify=verify,
