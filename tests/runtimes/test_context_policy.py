@@ -108,8 +108,7 @@ def test_an_answer_goes_on_beyond_the_context(open_chat: Callable[..., ChatSessi
 def test_the_oldest_messages_make_room_for_new_ones(open_chat: Callable[..., ChatSession]) -> None:
     questions = [f"question number {number}" for number in range(6)]
     with open_chat(system="be brief") as chat, pytest.raises(GenerationError, match="/clear"):
-        for question in questions:
-            chat.generate(question, max_tokens=6)
+        _ = [chat.generate(question, max_tokens=6) for question in questions]
     with open_chat(system="be brief", context_policy="shift") as chat:
         for question in questions:
             chat.generate(question, max_tokens=6)
