@@ -69,7 +69,7 @@ def open(
     one installed that runs it. ``gpu_layers`` is how many of the last layers a GPU computes, None
     as many as fit into it. ``adapters`` are LoRA adapters to apply beside the model, each
     ``PATH[=WEIGHT]`` or the name of one that was kept beside it; None takes those that were kept,
-    an empty list none. ``draft`` guesses tokens ahead, which makes answers faster and no other:
+    an empty list none. ``draft`` guesses tokens ahead, which makes answers faster and no worse:
     ``lookup`` from the text so far, or the path of a smaller model with the same tokens.
     ``prefix_cache`` remembers prompts: one that begins as another did, in this session or another
     that shares it, starts behind that. ``context_policy`` says what happens when the context is

@@ -107,7 +107,7 @@ def run(
         str | None,
         typer.Option(
             metavar="lookup|PATH",
-            help="Guess tokens ahead, from the text so far or by a smaller model: same answers.",
+            help="Guess tokens ahead, from the text so far or by a smaller model.",
         ),
     ] = None,
     load_session: Annotated[
