@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 FLOAT = "float"
 """The runtime's name that stands for the float network."""
 
-TORCH = "torch"
-"""The runtime that opens Hugging Face folders of others."""
-
 HIDDEN_BYTES = 256 << 20
 """Hidden states that are alive between layers: windows are computed in groups of so many, and each
 group reads all weights once."""
@@ -186,19 +183,26 @@ def runnable(path: str, runtime: str | None = None) -> Artifact | None:
     """
     place = Path(path)
     foreign = not place.exists() or (place.is_dir() and not (place / MANIFEST).exists())
-    if foreign and runtime != TORCH:
+    if foreign and not (runtime and _opens_folders(runtime)):
         return None
     artifact = open_artifact(place)
     return None if artifact.container == "hf" and runtime is None else artifact
 
 
+def _opens_folders(runtime: str) -> bool:
+    from edgellm.hardware import detect
+    from edgellm.runtimes import runtime_named
+
+    return "hf" in runtime_named(runtime).capabilities(detect()).containers
+
+
 def runs_quickly(container: str) -> bool:
     """Whether the runtime that runs ``container`` here, if any, is one for texts."""
     from edgellm.hardware import detect, pick
-    from edgellm.runtimes import runtime_named, runtime_names
+    from edgellm.runtimes import capabilities_on
 
     hardware = detect()
-    found = [runtime_named(name).capabilities(hardware) for name in runtime_names()]
+    found = capabilities_on(hardware)
     try:
         chosen = pick(container, hardware, found).runtime
     except EdgeError:

@@ -321,7 +321,8 @@ class ChatSession:
             text, prompt_ids = "", tuple(self.tokenizer.encode(prompt, add_special=True))
         else:
             text, prompt_ids = self._fitting_prompt(prompt)
-            beginning = self._beginning(prompt_ids)
+            if self.context_policy == "shift":
+                beginning = self._beginning(prompt_ids)
 
         def remember(stream: AnswerStream) -> None:
             if text and (stream.token_ids or stream.finish_reason != "cancelled"):

@@ -163,11 +163,13 @@ def pick(
             installs.append(found.install)
     message = f"nothing here runs {container} files"
     message += " with adapters beside them" if adapters else ""
+    message += f" with keys and values in {kv_dtype}" if kv_dtype else ""
     message += f" on {device}" if device != "auto" else ""
     message += f" ({'; '.join(refusals)})"
     if installs:
         raise RuntimeMissing(f"{message}. Install one: {' or '.join(installs)}")
-    raise UnsupportedTarget(f"{message}. Choose another --runtime or --device, or convert again")
+    options = "--runtime, --device or --kv-cache" if kv_dtype else "--runtime or --device"
+    raise UnsupportedTarget(f"{message}. Choose another {options}, or convert again")
 
 
 def _refusal(

@@ -71,6 +71,11 @@ def check_state(
         )
 
 
+def first_line(error: BaseException) -> str:
+    """What a backend's exception says, in one line."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def closed() -> GenerationError:
     """The error of a session that is used after ``close``."""
     return GenerationError("this session is closed: open the model again")

@@ -162,9 +162,9 @@ def _gpu_layers(stored: GgufFile, options: RunOptions, hardware: Hardware, path:
     if options.gpu_layers is not None:
         return options.gpu_layers
     known = [gpu.memory_bytes for gpu in hardware.gpus.value if gpu.memory_bytes]
-    if not known:
+    trained = stored.metadata.get(f"{stored.metadata['general.architecture']}.context_length")
+    if not known or not trained:
         return ALL_LAYERS
-    trained = int(stored.metadata[f"{stored.metadata['general.architecture']}.context_length"])
     room = limits.context_tokens(options.context_tokens, trained, path)
     kind = NAMED[options.kv_dtype or DEFAULT_KV]
     kv_by_layer = [room * nbytes for nbytes in kv_token_bytes(stored.metadata, kind)]

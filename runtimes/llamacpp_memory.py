@@ -20,10 +20,10 @@ _BLOCK = re.compile(r"blk\.(\d+)\.")
 def kv_token_bytes(metadata: dict[str, Any], kind: GgmlType) -> list[int]:
     """Bytes of keys and values for one token, by layer. Windows keep all tokens here too."""
     arch = metadata["general.architecture"]
-    layers = int(metadata[f"{arch}.block_count"])
-    heads = _by_layer(metadata[f"{arch}.attention.head_count"], layers)
+    layers = int(metadata.get(f"{arch}.block_count", 0))
+    heads = _by_layer(metadata.get(f"{arch}.attention.head_count", 0), layers)
     kv_heads = _by_layer(metadata.get(f"{arch}.attention.head_count_kv", heads), layers)
-    default = int(metadata[f"{arch}.embedding_length"]) // max(1, *heads)
+    default = int(metadata.get(f"{arch}.embedding_length", 0)) // max(1, 1, *heads)
     key = int(metadata.get(f"{arch}.attention.key_length", default))
     value = int(metadata.get(f"{arch}.attention.value_length", default))
     return [count * (key + value) * kind.block_bytes // kind.block for count in kv_heads]

@@ -8,7 +8,6 @@ every layer has one that keeps all, and the window is a mask alone.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from edgellm.hardware import Hardware, detect
 from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
-from edgellm.runtimes.versions import version_numbers
+from edgellm.runtimes.versions import installed_version, version_numbers
 
 INSTALL = "pip install 'edgellm[mlx]'"
 
@@ -39,7 +38,9 @@ KV_GROUPS = (64, 32)
 """Values of a key that share a scale in a quantized cache: the first that divides a head."""
 
 ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, MemoryError)
-"""What mlx and mlx-lm raise, which have no exceptions of their own."""
+"""What mlx and mlx-lm raise as they load, which have no exceptions of their own."""
+
+COMPUTE_ERRORS = (RuntimeError, ValueError, MemoryError)
 
 
 class MlxRuntime:
@@ -49,12 +50,12 @@ class MlxRuntime:
 
     def capabilities(self, hardware: Hardware) -> Capabilities:
         """What the installed packages can do; none is imported."""
-        version, devices = _version("mlx-lm"), _devices(hardware)
+        version, devices = installed_version("mlx-lm"), _devices(hardware)
         refusal = _refusal(version, devices)
         return Capabilities(
             runtime=self.name,
             available=not refusal,
-            reason=refusal or f"mlx-lm {version} on mlx {_version('mlx')}",
+            reason=refusal or f"mlx-lm {version} on mlx {installed_version('mlx')}",
             version=version,
             install=INSTALL,
             containers=frozenset({"mlx"}),
@@ -111,8 +112,8 @@ class MlxSession:
                     self._model.set_dtype(mx.float32)
         except ERRORS as error:
             raise GenerationError(
-                f"mlx could not load {artifact.path}: {_first_line(error)}. Check the artifact "
-                "with `edgellm verify`"
+                f"mlx could not load {artifact.path}: {limits.first_line(error)}. Check the "
+                "artifact with `edgellm verify`"
             ) from error
         kept = "f32" if device == "cpu" else FLOATS[config["dtype"]]
         self.kv_dtype = options.kv_dtype or kept
@@ -200,9 +201,9 @@ class MlxSession:
                     mx.eval([_arrays(cache) for cache in self._caches])
                 else:
                     rows[:] = np.array(logits[0, -len(rows) :].astype(mx.float32))
-        except ERRORS as error:
+        except COMPUTE_ERRORS as error:
             raise GenerationError(
-                f"mlx could not compute {len(token_ids)} tokens: {_first_line(error)}"
+                f"mlx could not compute {len(token_ids)} tokens: {limits.first_line(error)}"
             ) from error
         self._tokens.extend(token_ids)
 
@@ -267,7 +268,7 @@ def _kinds(arrays: Sequence[npt.NDArray[Any]]) -> list[Any]:
 
 def _refusal(version: str, devices: tuple[str, ...]) -> str:
     """Why nothing can be opened, with the next step; empty where it can."""
-    if not version or not _version("mlx"):
+    if not version or not installed_version("mlx"):
         return f"mlx and mlx-lm are not installed: {INSTALL}"
     if version_numbers(version) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
@@ -279,21 +280,10 @@ def _refusal(version: str, devices: tuple[str, ...]) -> str:
 
 def _devices(hardware: Hardware) -> tuple[str, ...]:
     """What can be computed on, the fastest first; Metal's package brings the CPU's code too."""
-    found = [device for package, device in BACKENDS.items() if _version(package)]
+    found = [device for package, device in BACKENDS.items() if installed_version(package)]
     if "metal" in found and not hardware.apple_silicon.value:
         found.remove("metal")
     if "cuda" in found and not any(gpu.vendor == "NVIDIA" for gpu in hardware.gpus.value):
         found.remove("cuda")
     gpus = [device for device in dict.fromkeys(found) if device != "cpu"]
     return (*gpus, "cpu") if found else ()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -6,7 +6,6 @@ appends to. Inputs and outputs are bound by address once; a token copies nothing
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -24,7 +23,7 @@ from edgellm.runtimes import limits
 from edgellm.runtimes.huge_pages import HugePages, anonymous_ranges
 from edgellm.runtimes.kv_buffers import allocate, next_room
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
-from edgellm.runtimes.versions import version_numbers
+from edgellm.runtimes.versions import installed_version, version_numbers
 
 INSTALL = "pip install onnxruntime"
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
@@ -127,8 +126,8 @@ class OnnxSession:
             )
         except self._errors as error:
             raise GenerationError(
-                f"onnxruntime could not load {path}: {_first_line(error)}. Check the artifact with "
-                "`edgellm verify`"
+                f"onnxruntime could not load {path}: {limits.first_line(error)}. Check the "
+                "artifact with `edgellm verify`"
             ) from error
         # Begun before the caches are made, whose untouched places must not be filled.
         self._pages = HugePages(before)
@@ -280,7 +279,7 @@ class OnnxSession:
             self._session.run_with_iobinding(self._binding)
         except self._errors as error:
             raise GenerationError(
-                f"onnxruntime could not compute {count} tokens: {_first_line(error)}"
+                f"onnxruntime could not compute {count} tokens: {limits.first_line(error)}"
             ) from error
         self._tokens.extend(token_ids)
 
@@ -309,13 +308,4 @@ def _session_options(onnxruntime: Any, threads: int) -> Any:
 
 
 def _version() -> str:
-    for name in DISTRIBUTIONS:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ""
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return next(filter(None, map(installed_version, DISTRIBUTIONS)), "")

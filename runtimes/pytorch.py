@@ -7,7 +7,6 @@ that no kernel library is needed; they take the memory of floats. On a CPU all c
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from edgellm.json_file import read_json
 from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
-from edgellm.runtimes.versions import version_numbers
+from edgellm.runtimes.versions import installed_version, version_numbers
 from edgellm.source.matching import listed
 
 INSTALL = "pip install 'edgellm[torch]'"
@@ -40,7 +39,9 @@ DEVICES = {"cuda": "cuda", "metal": "mps", "cpu": "cpu"}
 KV_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, ImportError, AttributeError)
-"""What torch and transformers raise, which have no exceptions of their own."""
+"""What torch and transformers raise as they load, which have no exceptions of their own."""
+
+COMPUTE_ERRORS = (RuntimeError, ValueError, MemoryError)
 
 
 class TorchRuntime:
@@ -50,7 +51,7 @@ class TorchRuntime:
 
     def capabilities(self, hardware: Hardware) -> Capabilities:
         """What the installed packages can do; none is imported."""
-        torch, transformers = _version("torch"), _version("transformers")
+        torch, transformers = installed_version("torch"), installed_version("transformers")
         refusal = ""
         if not torch or not transformers:
             refusal = f"torch and transformers are not installed: {INSTALL}"
@@ -115,6 +116,11 @@ class TorchSession:
 
         self.device = device
         self._torch = torch
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UnsupportedTarget(
+                f"this torch ({torch.__version__}) finds no CUDA device: install the build for "
+                "your driver (pytorch.org), or choose --device cpu"
+            )
         torch.set_num_threads(threads)
         folder = artifact.main.parent
         try:
@@ -123,7 +129,7 @@ class TorchSession:
             self._model.to(DEVICES[device]).eval()
         except ERRORS as error:
             raise GenerationError(
-                f"transformers could not load {folder}: {_first_line(error)}"
+                f"transformers could not load {folder}: {limits.first_line(error)}"
             ) from error
         kept = KV_TYPES[str(self._model.dtype).removeprefix("torch.")]
         if options.kv_dtype not in (None, kept):
@@ -212,9 +218,9 @@ class TorchSession:
                 ids = torch.tensor([list(token_ids)], device=self._model.device)
                 found = self._model(ids, past_key_values=self._cache, use_cache=True, **kept)
                 logits: Logits = found.logits[0, -outputs:].float().cpu().numpy()
-        except ERRORS as error:
+        except COMPUTE_ERRORS as error:
             raise GenerationError(
-                f"torch could not compute {len(token_ids)} tokens: {_first_line(error)}"
+                f"torch could not compute {len(token_ids)} tokens: {limits.first_line(error)}"
             ) from error
         self._tokens.extend(token_ids)
         return logits
@@ -323,14 +329,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
         if bars:
             logging.enable_progress_bar()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

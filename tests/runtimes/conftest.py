@@ -70,6 +70,18 @@ def artifact(
     return make
 
 
+MODULES = {"onnx": "onnxruntime", "gguf": "llama_cpp", "hf": "transformers", "mlx": "mlx_lm"}
+"""What runs each container."""
+
+
+@pytest.fixture(params=MODULES)
+def container(request: pytest.FixtureRequest) -> str:
+    """Each container in turn; skipped where what runs it is missing."""
+    if importlib.util.find_spec(MODULES[request.param]) is None:
+        pytest.skip(f"{MODULES[request.param]} is not installed")
+    return str(request.param)
+
+
 @pytest.fixture(
     params=[(case, model) for case in CASES for model in MODELS],
     ids=lambda given: f"{given[0].runtime}-{given[0].kv_dtype}-{given[1]}",

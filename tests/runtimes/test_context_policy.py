@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -15,20 +14,14 @@ from edgellm.generate import SINK_TOKENS, AnswerStream
 from edgellm.manifest import Artifact
 from edgellm.runtimes.fake import FakeSession
 
-CONTAINERS = {"onnx": "onnxruntime", "gguf": "llama_cpp", "hf": "transformers", "mlx": "mlx_lm"}
 ROOM = 64
 
 
-@pytest.fixture(params=CONTAINERS)
-def open_chat(
-    request: pytest.FixtureRequest, artifact: Callable[..., Artifact]
-) -> Callable[..., ChatSession]:
-    if importlib.util.find_spec(CONTAINERS[request.param]) is None:
-        pytest.skip(f"{CONTAINERS[request.param]} is not installed")
-
+@pytest.fixture
+def open_chat(container: str, artifact: Callable[..., Artifact]) -> Callable[..., ChatSession]:
     def make(**options: Any) -> ChatSession:
-        kv_dtype = "f32" if request.param in ("onnx", "gguf") else None
-        path = artifact("llama", request.param).path
+        kv_dtype = "f32" if container in ("onnx", "gguf") else None
+        path = artifact("llama", container).path
         return edgellm.open(path, threads=1, context_tokens=ROOM, kv_dtype=kv_dtype, **options)
 
     return make

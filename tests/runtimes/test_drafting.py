@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,12 @@ from edgellm.manifest import Artifact
 from edgellm.runtimes.fake import FakeSession
 from edgellm.sampling import Sampler, SamplingOptions
 
-CONTAINERS = {"onnx": "onnxruntime", "gguf": "llama_cpp", "hf": "transformers", "mlx": "mlx_lm"}
 
-
-@pytest.fixture(params=CONTAINERS)
-def open_chat(
-    request: pytest.FixtureRequest, artifact: Callable[..., Artifact]
-) -> Callable[..., ChatSession]:
-    if importlib.util.find_spec(CONTAINERS[request.param]) is None:
-        pytest.skip(f"{CONTAINERS[request.param]} is not installed")
-
+@pytest.fixture
+def open_chat(container: str, artifact: Callable[..., Artifact]) -> Callable[..., ChatSession]:
     def make(**options: Any) -> ChatSession:
-        kv_dtype = "f32" if request.param in ("onnx", "gguf") else None
-        made = artifact("llama", request.param)
+        kv_dtype = "f32" if container in ("onnx", "gguf") else None
+        made = artifact("llama", container)
         return edgellm.open(made.path, threads=1, kv_dtype=kv_dtype, **options)
 
     return make

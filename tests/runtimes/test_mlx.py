@@ -44,7 +44,7 @@ def test_packages_decide_what_it_can_do(
     said: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(mlx, "_version", lambda package: packages.get(package, ""))
+    monkeypatch.setattr(mlx, "installed_version", lambda package: packages.get(package, ""))
     found = mlx.MlxRuntime().capabilities(hardware)
     assert found.devices == devices
     assert found.available == bool(devices)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -15,19 +14,13 @@ from edgellm.manifest import Artifact
 from edgellm.prefix_cache import BLOCK_TOKENS, PrefixCache
 from edgellm.runtimes.fake import BYTES_PER_TOKEN, FakeSession
 
-CONTAINERS = {"onnx": "onnxruntime", "gguf": "llama_cpp", "hf": "transformers", "mlx": "mlx_lm"}
 SYSTEM = "You know this page by heart, and nothing else in the whole wide world. " * 2
 
 
-@pytest.fixture(params=CONTAINERS)
-def open_chat(
-    request: pytest.FixtureRequest, artifact: Callable[..., Artifact]
-) -> Callable[..., ChatSession]:
-    if importlib.util.find_spec(CONTAINERS[request.param]) is None:
-        pytest.skip(f"{CONTAINERS[request.param]} is not installed")
-
+@pytest.fixture
+def open_chat(container: str, artifact: Callable[..., Artifact]) -> Callable[..., ChatSession]:
     def make(model: str = "llama", **options: Any) -> ChatSession:
-        return edgellm.open(artifact(model, request.param).path, threads=1, **options)
+        return edgellm.open(artifact(model, container).path, threads=1, **options)
 
     return make
 

@@ -76,3 +76,14 @@ def test_what_cannot_be_tried_is_said() -> None:
         selftest("abacus")
     with pytest.raises(UnsupportedTarget, match="nothing to try on metal"):
         selftest("fake", "metal")
+
+
+def test_what_a_backend_raises_is_a_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(self: FakeSession, token: int) -> None:
+        raise ZeroDivisionError("a kernel's own words\nand more")
+
+    monkeypatch.setattr(FakeSession, "decode", crash)
+    found = outcomes()
+    assert not found["token by token"].passed
+    assert found["token by token"].reason == "a kernel's own words"
+    assert found["a prompt in pieces"].passed

@@ -55,7 +55,7 @@ def test_packages_decide_what_it_can_do(
     said: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pytorch, "_version", lambda package: packages.get(package, ""))
+    monkeypatch.setattr(pytorch, "installed_version", lambda package: packages.get(package, ""))
     found = pytorch.TorchRuntime().capabilities(hardware)
     assert (found.available, found.devices) == (bool(devices), devices)
     assert said in found.reason
@@ -112,7 +112,7 @@ def test_a_folder_is_evaluated_by_torch_where_that_is_asked_for(tiny_model: Tiny
 def test_without_torch_the_next_steps_are_named(
     tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pytorch, "_version", lambda package: "")
+    monkeypatch.setattr(pytorch, "installed_version", lambda package: "")
     with pytest.raises(RuntimeMissing, match=r"edgellm\[torch\].*edgellm convert"):
         edgellm.open(tiny_model("llama"))
 
