@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from edgellm.errors import EdgeError, UnsupportedTarget
 from edgellm.evaluation import Logits, session_logits
 from edgellm.json_file import read_json
-from edgellm.manifest import MANIFEST, Artifact, open_artifact
+from edgellm.manifest import GENAI_CONFIG, MANIFEST, Artifact, open_artifact
 from edgellm.plain_onnx import PlainOnnxAnswers, onnx_file
 from edgellm.progress import Progress, ProgressEvent, unwatched
 
@@ -177,8 +177,9 @@ def open_answers(
 def runnable(path: str, runtime: str | None = None) -> Artifact | None:
     """The artifact or GGUF file at ``path``, or None for a model that no runtime opens.
 
-    A Hugging Face folder is one for ``runtime`` where that is named, and else for the float
-    network, which needs no torch and holds one layer at a time. Raises ``SourceError``
+    A folder without a manifest is one for ``runtime`` where that is named. Else a Hugging Face one
+    is for the float network, which needs no torch and holds one layer at a time, and an ONNX one is
+    computed at once. Raises ``SourceError``
     (``VerificationError``) for a damaged manifest.
     """
     place = Path(path)
@@ -193,7 +194,7 @@ def _opens_folders(runtime: str) -> bool:
     from edgellm.hardware import detect
     from edgellm.runtimes import runtime_named
 
-    return "hf" in runtime_named(runtime).capabilities(detect()).containers
+    return bool({"hf", "genai"} & runtime_named(runtime).capabilities(detect()).containers)
 
 
 def runs_quickly(container: str) -> bool:
@@ -220,6 +221,9 @@ def context_length(path: str, runtime: str | None = None) -> int | None:
     if artifact.container == "hf":
         stated: int | None = read_json(artifact.path / "config.json").get("max_position_embeddings")
         return stated
+    if artifact.container == "genai":
+        said: int | None = read_json(artifact.path / GENAI_CONFIG)["model"].get("context_length")
+        return said
     from edgellm.source.gguf_file import read_gguf_model
 
     metadata = read_gguf_model(artifact.main).metadata

@@ -12,9 +12,12 @@ import msgspec
 
 from edgellm.digests import file_sha256, ranges_sha256
 from edgellm.errors import SourceError, VerificationError
+from edgellm.json_file import read_json
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+GENAI_CONFIG = "genai_config.json"
+"""What a folder that onnxruntime-genai runs has, whoever made it."""
 
 PART_SUFFIXES = (".data", ".gguf", ".jinja", ".json", ".model", ".onnx", ".safetensors")
 """Files that a reader of an artifact's folder may take for a part of it."""
@@ -247,8 +250,8 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def open_artifact(path: str | os.PathLike[str]) -> Artifact:
-    """What can be run at ``path``: a folder with a manifest, or a Hugging Face folder or single
-    GGUF file of others (unverified).
+    """What can be run at ``path``: a folder with a manifest, or a Hugging Face folder, a folder of
+    onnxruntime-genai or single GGUF file of others (unverified).
 
     The model file inside a folder with a manifest stands for the folder.
 
@@ -260,10 +263,12 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
             f"{path} does not exist: give an artifact folder or a .gguf file (a model on the Hub "
             "is converted first: `edgellm convert`)"
         )
-    if path.is_dir() and not (path / MANIFEST).exists() and (path / "config.json").exists():
+    if path.is_dir() and not (path / MANIFEST).exists():
         weights = sorted(path.glob("*.safetensors"))
-        if weights:
+        if weights and (path / "config.json").exists():
             return Artifact(path=path, main=weights[0], container="hf")
+        if (path / GENAI_CONFIG).exists():
+            return Artifact(path=path, main=_genai_graph(path), container="genai")
     if path.is_dir():
         manifest = read_manifest(path)
         main = path / manifest.artifact.main_file
@@ -283,6 +288,23 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
         f"{path} is not a GGUF file (it starts with {magic!r}): give an artifact folder or a .gguf "
         "file, or convert the model first with `edgellm convert`"
     )
+
+
+def _genai_graph(folder: Path) -> Path:
+    """The graph of the decoder in a folder that onnxruntime-genai runs."""
+    config = read_json(folder / GENAI_CONFIG)
+    try:
+        graph = folder / str(config["model"]["decoder"]["filename"])
+    except (KeyError, TypeError):
+        raise SourceError(
+            f"{folder / GENAI_CONFIG} names no graph of a decoder (model.decoder.filename): fetch "
+            "the folder again, or make it anew"
+        ) from None
+    if not graph.is_file():
+        raise SourceError(
+            f"{folder} lacks {graph.name}, which its {GENAI_CONFIG} names: fetch it again"
+        )
+    return graph
 
 
 def _is_main_file(path: Path) -> bool:

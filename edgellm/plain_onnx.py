@@ -16,7 +16,7 @@ import numpy as np
 
 from edgellm.errors import GenerationError, RuntimeMissing, SourceError, UnsupportedTarget
 from edgellm.evaluation import Logits
-from edgellm.manifest import MANIFEST
+from edgellm.manifest import GENAI_CONFIG, MANIFEST
 
 if TYPE_CHECKING:
     from edgellm.evaluation_text import Passage
@@ -158,7 +158,7 @@ class PlainOnnxAnswers:
 def _configs(folder: Path) -> dict[str, Any]:
     """What ``config.json`` and onnxruntime-genai's config say, in one; the first goes first."""
     merged: dict[str, Any] = {}
-    for name in ("genai_config.json", "config.json"):
+    for name in (GENAI_CONFIG, "config.json"):
         path = folder / name
         if not path.is_file():
             continue

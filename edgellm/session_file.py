@@ -21,6 +21,7 @@ import numpy.typing as npt
 from edgellm.digests import combined_sha256, file_sha256
 from edgellm.errors import OutputError, SourceError, UsageError, VerificationError
 from edgellm.export.to_safetensors import header_bytes
+from edgellm.manifest import GENAI_CONFIG
 from edgellm.runtimes.session import KvState
 from edgellm.source.safetensors_file import SafetensorsFile, read_safetensors
 
@@ -190,6 +191,8 @@ def _model_sha256(artifact: Artifact | None) -> str:
     files = [artifact.main]
     if artifact.container == "hf":
         files = [artifact.path / "config.json", *artifact.path.glob("*.safetensors")]
+    elif artifact.container == "genai":
+        files = [artifact.path / GENAI_CONFIG, *artifact.path.glob("*.onnx*")]
     return combined_sha256({file.name: file_sha256(file) for file in files})
 
 

@@ -21,6 +21,7 @@ from edgellm.export.layout import Container, Layout, OutputTensor
 from edgellm.export.onnx_graph import DATA_FILE, GraphBuilder
 from edgellm.export.onnx_operators import operators_of
 from edgellm.export.tensor_grids import grids_by_role
+from edgellm.manifest import GENAI_CONFIG
 from edgellm.quant.grid import GRIDS, Grid
 from edgellm.registry import suggestion
 
@@ -88,7 +89,7 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     tokenizer = source.tokenizer
     files = {
         MODEL_FILE: graph.serialize({"edgellm.family": decoder.family}),
-        "genai_config.json": genai_config(
+        GENAI_CONFIG: genai_config(
             decoder,
             context_length=context_length,
             model_file=MODEL_FILE,

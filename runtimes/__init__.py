@@ -20,6 +20,7 @@ ENTRY_POINTS = "edgellm.runtimes"
 RUNTIMES = {
     "llamacpp": "edgellm.runtimes.llamacpp:LlamaCppRuntime",
     "onnxruntime": "edgellm.runtimes.ort:OnnxRuntime",
+    "onnxruntime-genai": "edgellm.runtimes.genai:GenaiRuntime",
     "mlx": "edgellm.runtimes.mlx:MlxRuntime",
     "torch": "edgellm.runtimes.pytorch:TorchRuntime",
     "fake": "edgellm.runtimes.fake:FakeRuntime",

@@ -19,6 +19,7 @@ from edgellm.hardware import Hardware, detect
 from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
+from edgellm.runtimes.stepped import SteppedSession
 from edgellm.runtimes.versions import installed_version, version_numbers
 
 INSTALL = "pip install 'edgellm[mlx]'"
@@ -28,9 +29,6 @@ OLDEST = (0, 32, 0)
 
 BACKENDS = {"mlx-metal": "metal", "mlx-cuda-13": "cuda", "mlx-cuda-12": "cuda", "mlx-cpu": "cpu"}
 """Packages that mlx computes with, and the device that each brings."""
-
-STEP_TOKENS = 512
-"""Tokens computed at once: bounds the memory of a long prompt. Ctrl-C is heard between steps."""
 
 FLOATS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 KV_BITS = {"int8": 8, "int4": 4}
@@ -86,7 +84,7 @@ class MlxRuntime:
         return MlxSession(artifact, options, device)
 
 
-class MlxSession:
+class MlxSession(SteppedSession):
     """One model of mlx-lm and the caches of one sequence."""
 
     runtime = "mlx"
@@ -96,6 +94,7 @@ class MlxSession:
         import mlx.core as mx
         from mlx_lm.utils import load_model
 
+        super().__init__()
         assert artifact.manifest is not None
         facts = artifact.manifest.artifact.model
         self.device = device
@@ -118,39 +117,6 @@ class MlxSession:
         kept = "f32" if device == "cpu" else FLOATS[config["dtype"]]
         self.kv_dtype = options.kv_dtype or kept
         self._caches = _caches(len(self._model.layers), facts.head_dim, self.kv_dtype, kept)
-        self._tokens: list[int] = []
-
-    @property
-    def tokens(self) -> Sequence[int]:
-        return self._tokens
-
-    def prefill(self, token_ids: Sequence[int], *, all_logits: bool = False) -> Logits:
-        self._check_open()
-        limits.check_tokens(token_ids, len(self._tokens), self.context_tokens, self.vocab_size)
-        start = len(self._tokens)
-        rows = np.empty((len(token_ids) if all_logits else 1, self.vocab_size), np.float32)
-        # What nobody looks at is never computed: the last token alone goes through the head.
-        body = len(token_ids) - (0 if all_logits else 1)
-        try:
-            for first in range(0, body, STEP_TOKENS):
-                step = token_ids[first : min(first + STEP_TOKENS, body)]
-                rows_of_step = rows[first : first + len(step)] if all_logits else None
-                self._run(step, rows_of_step)
-            if not all_logits:
-                self._run(token_ids[-1:], rows)
-        except BaseException:  # Ctrl-C as well: the cache goes back to where it was
-            self._forget(start)
-            raise
-        return rows
-
-    def decode(self, token_id: int) -> Logits:
-        logits: Logits = self.prefill((token_id,))[0]
-        return logits
-
-    def trim(self, length: int) -> None:
-        self._check_open()
-        limits.check_trim(length, len(self._tokens))
-        self._forget(length)
 
     def save(self) -> KvState:
         self._check_open()
@@ -168,7 +134,7 @@ class MlxSession:
             likes = self._arrays_of_caches()
             if _kinds(state.data) != _kinds([self._to_numpy(array) for array in likes]):
                 raise GenerationError("this cache is of another model: it cannot be restored here")
-        self._forget(0)
+        self._keep(0)
         each = len(state.data) // len(self._caches)
         for place, cache in enumerate(self._caches if used else ()):
             of_cache = slice(place * each, (place + 1) * each)
@@ -183,33 +149,31 @@ class MlxSession:
         return sum(array.nbytes for cache in self._caches for array in _arrays(cache))
 
     def close(self) -> None:
+        self._closed = True
         self._model = None
         self._caches, self._tokens = [], []
         self._mx.clear_cache()
 
-    def _check_open(self) -> None:
-        if self._model is None:
-            raise limits.closed()
-
-    def _run(self, token_ids: Sequence[int], rows: Logits | None) -> None:
-        """Append ``token_ids``; logits of the last ``len(rows)`` of them into ``rows``."""
+    def _compute(self, token_ids: Sequence[int], outputs: int) -> Logits | None:
         mx = self._mx
+        # What nobody looks at goes through the layers only, not through the head.
+        unseen = len(token_ids) - outputs
         try:
             with mx.stream(self._where):
-                logits = self._model(mx.array([token_ids]), cache=self._caches)
-                if rows is None:
+                if unseen:
+                    self._model(mx.array([token_ids[:unseen]]), cache=self._caches)
                     mx.eval([_arrays(cache) for cache in self._caches])
-                else:
-                    rows[:] = np.array(logits[0, -len(rows) :].astype(mx.float32))
+                if not outputs:
+                    return None
+                logits = self._model(mx.array([token_ids[unseen:]]), cache=self._caches)
+                found: Logits = np.array(logits[0].astype(mx.float32))
         except COMPUTE_ERRORS as error:
             raise GenerationError(
                 f"mlx could not compute {len(token_ids)} tokens: {limits.first_line(error)}"
             ) from error
-        self._tokens.extend(token_ids)
+        return found
 
     def _forget(self, length: int) -> None:
-        """Keep the first ``length`` tokens; an interrupted step may have reached some layers."""
-        del self._tokens[length:]
         for cache in self._caches:
             cache.trim(max(0, cache.offset - length))
 
@@ -224,7 +188,7 @@ class MlxSession:
     def _arrays_of_caches(self) -> list[Any]:
         """Keys and values of all layers; of one token where nothing was held yet."""
         if self._caches[0].keys is None:
-            self._run((0,), None)
+            self._compute((0,), 0)
             self._forget(0)
         return [array[..., :1, :] for cache in self._caches for array in _arrays(cache)]
 

@@ -290,20 +290,33 @@ def _kind(cache: Cache) -> tuple[np.dtype[Any], int, int]:
     return cache.dtype, heads, width
 
 
+def session_settings(version: str, threads: int) -> dict[str, str | int]:
+    """How onnxruntime of this version computes for us, as ``genai_config.json`` words it."""
+    short_spin = version_numbers(version) >= SHORT_SPIN_SINCE
+    settings: dict[str, str | int] = {
+        "intra_op_num_threads": threads,
+        "inter_op_num_threads": 1,
+        "log_severity_level": 4,
+        # Without VNNI, pairs of unsigned by signed bytes are summed in 16 bits and overflow: one
+        # large activation spoils every answer of int8-dynamic. Exact sums cost such processors
+        # time alone.
+        "session.x64quantprecision": "1",
+        "session.intra_op.allow_spinning": str(int(short_spin)),
+    }
+    if short_spin:
+        settings["session.intra_op.spin_duration_us"] = SPIN_US
+    return settings
+
+
 def _session_options(onnxruntime: Any, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
+    for name, value in session_settings(onnxruntime.__version__, threads).items():
+        if isinstance(value, str):
+            options.add_session_config_entry(name, value)
+        else:
+            setattr(options, name, value)
     # Its cache of memory plans is keyed by shapes, and every token has a new one.
     options.enable_mem_pattern = False
-    options.log_severity_level = 4
-    # Without VNNI, pairs of unsigned by signed bytes are summed in 16 bits and overflow: one large
-    # activation spoils every answer of int8-dynamic. Exact sums cost such processors time alone.
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    short_spin = version_numbers(onnxruntime.__version__) >= SHORT_SPIN_SINCE
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(short_spin)))
-    if short_spin:
-        options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
     return options
 
 

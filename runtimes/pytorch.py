@@ -22,6 +22,7 @@ from edgellm.json_file import read_json
 from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
+from edgellm.runtimes.stepped import SteppedSession
 from edgellm.runtimes.versions import installed_version, version_numbers
 from edgellm.source.matching import listed
 
@@ -29,9 +30,6 @@ INSTALL = "pip install 'edgellm[torch]'"
 
 OLDEST = (5, 0, 0)
 """Of transformers: where caches came to consist of layers."""
-
-STEP_TOKENS = 512
-"""Tokens computed at once: bounds the memory of a long prompt. Ctrl-C is heard between steps."""
 
 DEVICES = {"cuda": "cuda", "metal": "mps", "cpu": "cpu"}
 """Our devices as torch names them."""
@@ -98,7 +96,7 @@ class TorchRuntime:
         return TorchSession(artifact, options, device=device, threads=threads)
 
 
-class TorchSession:
+class TorchSession(SteppedSession):
     """One model of transformers and the cache of one sequence."""
 
     runtime = "torch"
@@ -114,6 +112,7 @@ class TorchSession:
 
         from edgellm.runtimes.torch_cache import growing_cache
 
+        super().__init__()
         self.device = device
         self._torch = torch
         if device == "cuda" and not torch.cuda.is_available():
@@ -145,38 +144,6 @@ class TorchSession:
         self.vocab_size = int(config.vocab_size)
         self._cache: Any = growing_cache(config, self.context_tokens)
         self._keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
-        self._tokens: list[int] = []
-
-    @property
-    def tokens(self) -> Sequence[int]:
-        return self._tokens
-
-    def prefill(self, token_ids: Sequence[int], *, all_logits: bool = False) -> Logits:
-        self._check_open()
-        limits.check_tokens(token_ids, len(self._tokens), self.context_tokens, self.vocab_size)
-        start = len(self._tokens)
-        rows = np.empty((len(token_ids) if all_logits else 1, self.vocab_size), np.float32)
-        try:
-            for first in range(0, len(token_ids), STEP_TOKENS):
-                step = token_ids[first : first + STEP_TOKENS]
-                logits = self._run(step, len(step) if all_logits else 1)
-                if all_logits:
-                    rows[first : first + len(step)] = logits
-                else:
-                    rows[:] = logits
-        except BaseException:  # Ctrl-C as well: the cache goes back to where it was
-            self._forget(start)
-            raise
-        return rows
-
-    def decode(self, token_id: int) -> Logits:
-        logits: Logits = self.prefill((token_id,))[0]
-        return logits
-
-    def trim(self, length: int) -> None:
-        self._check_open()
-        limits.check_trim(length, len(self._tokens))
-        self._forget(length)
 
     def save(self) -> KvState:
         self._check_open()
@@ -190,7 +157,7 @@ class TorchSession:
         used = len(state.tokens)
         if used:
             self._check_kind(state.data)
-        self._forget(0)
+        self._keep(0)
         with self._torch.inference_mode():
             for place, layer in enumerate(self._cache.layers if used else ()):
                 keys, values = state.data[2 * place : 2 * place + 2]
@@ -202,16 +169,13 @@ class TorchSession:
         return sum(each.nbytes for layer in self._cache.layers for each in layer.buffers)
 
     def close(self) -> None:
+        self._closed = True
         self._model = self._cache = None
         self._tokens = []
 
-    def _check_open(self) -> None:
-        if self._model is None:
-            raise limits.closed()
-
-    def _run(self, token_ids: Sequence[int], outputs: int) -> Logits:
-        """Append ``token_ids``; logits ``[outputs, vocab]`` of the last of them."""
+    def _compute(self, token_ids: Sequence[int], outputs: int) -> Logits | None:
         torch = self._torch
+        outputs = max(outputs, 1)  # none would mean all, to transformers
         kept = {"logits_to_keep": outputs} if self._keeps else {}
         try:
             with torch.inference_mode():
@@ -222,12 +186,9 @@ class TorchSession:
             raise GenerationError(
                 f"torch could not compute {len(token_ids)} tokens: {limits.first_line(error)}"
             ) from error
-        self._tokens.extend(token_ids)
         return logits
 
     def _forget(self, length: int) -> None:
-        """Keep the first ``length`` tokens; an interrupted step may have reached some layers."""
-        del self._tokens[length:]
         for layer in self._cache.layers:
             layer.used = min(layer.used, length)
 
@@ -245,7 +206,7 @@ class TorchSession:
     def _check_kind(self, data: Sequence[npt.NDArray[Any]]) -> None:
         """Raise ``GenerationError`` where saved keys and values are another model's."""
         if not self._cache.layers[0].buffers:
-            self._run((0,), 1)
+            self._compute((0,), 0)
             self._forget(0)
         layers = self._cache.layers
         likes = [self._to_numpy(each[:, :, :1]) for layer in layers for each in layer.buffers]

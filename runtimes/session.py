@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from edgellm.manifest import Artifact
 
 Logits = npt.NDArray[np.float32]
-Device = Literal["auto", "cpu", "cuda", "metal"]
+Device = Literal["auto", "cpu", "cuda", "metal", "directml", "coreml"]
 KvDtype = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "int8", "int4"]
 
 
@@ -51,7 +51,8 @@ class Capabilities:
     ``AdaptingSession``, which apply LoRA adapters beside the model. ``sets_threads``: heeds the
     number of threads that it is given. ``splits_layers``: can leave some layers to the CPU.
     ``quick``: a text of some thousand tokens takes seconds with a small model, so that answers may
-    be compared on it unasked.
+    be compared on it unasked. ``restores``: puts a saved cache back; where not, ``restore``
+    computes its tokens anew.
     """
 
     runtime: str
@@ -69,6 +70,7 @@ class Capabilities:
     sets_threads: bool = True
     splits_layers: bool = False
     quick: bool = True
+    restores: bool = True
 
 
 @dataclass(frozen=True, slots=True)

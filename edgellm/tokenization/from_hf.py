@@ -10,6 +10,7 @@ import tokenizers
 
 from edgellm.errors import SourceError, UnsupportedTokenizer
 from edgellm.json_file import read_json
+from edgellm.manifest import GENAI_CONFIG
 from edgellm.tokenization.tokenizer import SPECIAL_NAMES, Settings, Tokenizer, surroundings
 
 # What travels with a model, beside tokenizer.json.
@@ -56,8 +57,11 @@ def read(folder: Path) -> Tokenizer:
     # nor add_eos_token of the config.
     prefix, suffix = surroundings(backend)
     eos: list[int] = [special_ids["eos"]] if "eos" in special_ids else []
-    # As transformers: the model's config speaks where there is no generation config.
-    eos += _ids(generation.get("eos_token_id")) or _ids(model.get("eos_token_id"))
+    # As transformers: the model's config speaks where there is no generation config. Folders of
+    # onnxruntime-genai's builder have neither.
+    built = _json_object(folder / GENAI_CONFIG).get("model")
+    said = (generation, model, built if isinstance(built, dict) else {})
+    eos += next(filter(None, (_ids(each.get("eos_token_id")) for each in said)), [])
     settings = Settings(
         special_ids=special_ids,
         eos_token_ids=tuple(dict.fromkeys(eos)),

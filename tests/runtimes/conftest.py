@@ -42,6 +42,8 @@ CASES = (
     Case("onnxruntime", "onnx", "onnxruntime", 2e-2, kv_dtype="int8"),
     Case("llamacpp", "gguf", "llama_cpp", 1e-3),
     Case("llamacpp", "gguf", "llama_cpp", 2e-2, kv_dtype="q8_0"),
+    Case("onnxruntime-genai", "onnx", "onnxruntime_genai", 1e-4),
+    Case("onnxruntime-genai", "onnx", "onnxruntime_genai", 2e-2, kv_dtype="int8"),
     Case("torch", "hf", "transformers", 1e-4),
     Case("mlx", "mlx", "mlx_lm", 1e-4),
     Case("mlx", "mlx", "mlx_lm", 1e-4, kv_dtype="int8"),
@@ -114,7 +116,9 @@ def open_session(
             "kv_dtype": chosen.kv_dtype,
             **options,
         }
-        stored = chosen.runtime == "onnxruntime" and chosen.kv_dtype != "f32"
+        stored = (
+            chosen.container == "onnx" and chosen.runtime != "fake" and chosen.kv_dtype != "f32"
+        )
         kv_cache = chosen.kv_dtype if stored else None
         model_folder = artifact(model, chosen.container, kv_cache)
         opened.append(runtime_named(chosen.runtime).open(model_folder, RunOptions(**settings)))

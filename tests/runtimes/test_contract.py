@@ -11,7 +11,7 @@ import pytest
 
 from edgellm.errors import GenerationError, UnsupportedTarget, UsageError
 from edgellm.hardware import detect
-from edgellm.runtimes import RUNTIMES, llamacpp, mlx, ort, pytorch, runtime_named
+from edgellm.runtimes import RUNTIMES, llamacpp, ort, runtime_named, stepped
 from edgellm.runtimes.session import KvState, Session
 from edgellm.selftest import CHECKS
 
@@ -19,8 +19,9 @@ STEPS = {
     "fake": "_append",
     "onnxruntime": "_run",
     "llamacpp": "_evaluate",
-    "mlx": "_run",
-    "torch": "_run",
+    "mlx": "_compute",
+    "torch": "_compute",
+    "onnxruntime-genai": "_compute",
 }
 """What each session computes a step of a prompt with."""
 
@@ -203,8 +204,7 @@ def test_interrupted_prefill_leaves_the_cache_as_it_was(
     # Ctrl-C is heard between two steps of a long prompt; here a step is 16 tokens.
     monkeypatch.setattr(ort, "STEP_TOKENS", 16)
     monkeypatch.setattr(llamacpp, "BATCH_TOKENS", 16)
-    monkeypatch.setattr(mlx, "STEP_TOKENS", 16)
-    monkeypatch.setattr(pytorch, "STEP_TOKENS", 16)
+    monkeypatch.setattr(stepped, "STEP_TOKENS", 16)
     session = open_session()
     wanted = fresh(session, [*IDS[:10], 3])
     session.trim(10)
@@ -212,12 +212,13 @@ def test_interrupted_prefill_leaves_the_cache_as_it_was(
     compute = getattr(session, step)
     calls = 0
 
-    def interrupt(*args: object, **kwargs: object) -> None:
+    def interrupt(*args: object, **kwargs: object) -> object:
         nonlocal calls
         calls += 1
-        compute(*args, **kwargs)
+        found = compute(*args, **kwargs)
         if calls == 2:
             raise KeyboardInterrupt
+        return found
 
     monkeypatch.setattr(session, step, interrupt)
     with pytest.raises(KeyboardInterrupt):

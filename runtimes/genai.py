@@ -1,0 +1,231 @@
+"""onnxruntime-genai: ONNX folders that edgellm makes, and those of genai's own builder.
+
+Its ``Generator`` is driven token by token, and never samples. Two things it cannot do: it hands out
+copies of its cache but takes none back, so that ``restore`` computes the tokens anew; and where a
+graph gives the last position's logits alone, all of them cost a step each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from edgellm.errors import GenerationError, RuntimeMissing, SourceError, UnsupportedTarget
+from edgellm.hardware import Hardware, detect
+from edgellm.json_file import read_json
+from edgellm.manifest import GENAI_CONFIG, Artifact
+from edgellm.runtimes import limits
+from edgellm.runtimes.ort import session_settings
+from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
+from edgellm.runtimes.stepped import SteppedSession
+from edgellm.runtimes.versions import installed_version, version_numbers
+
+INSTALL = "pip install 'edgellm[genai]'"
+
+OLDEST = (0, 9, 0)
+"""Where ``Config.overlay`` and ``Generator.rewind_to`` had come."""
+
+DISTRIBUTIONS = {
+    "onnxruntime-genai": "cpu",
+    "onnxruntime-genai-cuda": "cuda",
+    "onnxruntime-genai-directml": "directml",
+}
+"""Packages that bring the module ``onnxruntime_genai``, and the device that each is for."""
+
+PROVIDERS = {"cuda": "cuda", "directml": "dml"}
+"""Our devices as genai names what computes on them; the CPU has no name there."""
+
+KV_TYPES = {"float32": "f32", "float16": "f16", "int8": "int8"}
+
+ERRORS = (RuntimeError, ValueError, MemoryError)
+"""What genai raises, which has no exceptions of its own."""
+
+
+class GenaiRuntime:
+    """Opens ONNX folders with a ``genai_config.json``, whoever made them."""
+
+    name = "onnxruntime-genai"
+
+    def capabilities(self, hardware: Hardware) -> Capabilities:
+        """What the installed package can do; it is not imported."""
+        found = {name: installed_version(name) for name in DISTRIBUTIONS}
+        version = next(filter(None, found.values()), "")
+        refusal = ""
+        if not version:
+            refusal = f"onnxruntime-genai is not installed: {INSTALL}"
+        elif version_numbers(version) < OLDEST:
+            oldest = ".".join(map(str, OLDEST))
+            refusal = f"onnxruntime-genai {version} is older than {oldest}: {INSTALL} --upgrade"
+        nvidia = any(gpu.vendor == "NVIDIA" for gpu in hardware.gpus.value)
+        here = {
+            "cuda": bool(found["onnxruntime-genai-cuda"]) and nvidia,
+            "directml": bool(found["onnxruntime-genai-directml"]),
+            "cpu": True,
+        }
+        return Capabilities(
+            runtime=self.name,
+            available=not refusal,
+            reason=refusal or f"onnxruntime-genai {version}",
+            version=version,
+            install=INSTALL,
+            containers=frozenset({"onnx", "genai"}),
+            devices=() if refusal else tuple(device for device in here if here[device]),
+            possible_devices=tuple(here),
+            kv_dtypes=tuple(KV_TYPES.values()),
+            speed_rank=25,
+            restores=False,
+        )
+
+    def open(self, artifact: Artifact, options: RunOptions) -> GenaiSession:
+        """A session on an ONNX folder of edgellm's or of genai's own builder."""
+        if artifact.container not in ("onnx", "genai"):
+            raise UnsupportedTarget(
+                f"onnxruntime-genai runs ONNX folders, and {artifact.path} is "
+                f"{artifact.container}: choose another --runtime, or convert it with --format onnx"
+            )
+        hardware = detect()
+        found = self.capabilities(hardware)
+        if not found.available:
+            raise RuntimeMissing(found.reason)
+        device = found.devices[0] if options.device == "auto" else options.device
+        if device not in found.devices:
+            raise UnsupportedTarget(
+                f"onnxruntime-genai has no {device} here ({found.reason}): choose --device "
+                f"{' or '.join(found.devices)}"
+            )
+        threads = options.threads or hardware.physical_cores.value
+        return GenaiSession(artifact, options, device=device, threads=threads)
+
+
+class GenaiSession(SteppedSession):
+    """One model of genai and the generator of one sequence."""
+
+    runtime = "onnxruntime-genai"
+
+    def __init__(
+        self, artifact: Artifact, options: RunOptions, *, device: str, threads: int
+    ) -> None:
+        """Raises ``SourceError`` for a folder that is no decoder's, and ``GenerationError`` with
+        genai's own words when it cannot load it."""
+        import onnxruntime_genai as genai
+
+        super().__init__()
+        folder = artifact.main.parent
+        config = read_json(folder / GENAI_CONFIG)
+        model = _decoder_of(config, artifact)
+        self.device = device
+        self.context_tokens = limits.context_tokens(
+            options.context_tokens, int(model["context_length"]), artifact.path
+        )
+        self.vocab_size = int(model["vocab_size"])
+        self._decoder: dict[str, Any] = model["decoder"]
+        self._shares = bool(config.get("search", {}).get("past_present_share_buffer", True))
+        try:
+            settings = genai.Config(str(folder))
+            settings.clear_providers()
+            if device in PROVIDERS:
+                settings.append_provider(PROVIDERS[device])
+            ours = {"session_options": session_settings(installed_version("onnxruntime"), threads)}
+            settings.overlay(json.dumps({"model": {"decoder": ours}}))
+            self._model: Any = genai.Model(settings)
+            params = genai.GeneratorParams(self._model)
+            params.set_search_options(
+                max_length=self.context_tokens, min_length=0, do_sample=False, num_beams=1
+            )
+            self._generator: Any = genai.Generator(self._model, params)
+            first = self._generator.get_input(self._decoder["inputs"]["past_key_names"] % 0)
+        except ERRORS as error:
+            raise GenerationError(
+                f"onnxruntime-genai could not load {artifact.path}: {limits.first_line(error)}. "
+                "Check an artifact with `edgellm verify`; other folders may need another --device"
+            ) from error
+        self._value_bytes = first.dtype.itemsize
+        self.kv_dtype = KV_TYPES[str(first.dtype)]
+        if options.kv_dtype not in (None, self.kv_dtype):
+            self.close()
+            raise UnsupportedTarget(
+                f"{artifact.path} was made to cache keys and values in {self.kv_dtype}, not "
+                f"{options.kv_dtype}: leave the choice out, or convert again with --kv-cache"
+            )
+
+    def save(self) -> KvState:
+        self._check_open()
+        return KvState(self.runtime, tuple(self._tokens), ())
+
+    def restore(self, state: KvState) -> None:
+        """As ``Session.restore``; the tokens are computed anew."""
+        self._check_open()
+        limits.check_state(state, self.runtime, self.context_tokens)
+        shared = 0
+        for held, wanted in zip(self._tokens, state.tokens, strict=False):
+            if held != wanted:
+                break
+            shared += 1
+        self._keep(shared)
+        if len(state.tokens) > shared:
+            self.prefill(state.tokens[shared:])
+
+    def kv_bytes(self) -> int:
+        self._check_open()
+        decoder = self._decoder
+        values = 2 * decoder["num_hidden_layers"] * decoder["num_key_value_heads"]
+        values *= decoder["head_size"] * self._value_bytes
+        return int(values * (self.context_tokens if self._shares else len(self._tokens)))
+
+    def close(self) -> None:
+        self._closed = True
+        self._generator = self._model = None
+        self._tokens = []
+
+    def _compute(self, token_ids: Sequence[int], outputs: int) -> Logits | None:
+        try:
+            self._generator.append_tokens(np.asarray([token_ids], np.int32))
+            if not outputs:
+                return None
+            if outputs == 1:
+                last: Logits = self._generator.get_logits()[0]
+                return last
+            rows: Logits = self._generator.get_output("logits")[0]
+            if len(rows) >= outputs:
+                return rows[-outputs:].astype(np.float32, copy=False)
+            # The graph computed the last position only: once more, one by one.
+            self._generator.rewind_to(len(self._tokens))
+            return np.concatenate([self._compute((each,), 1) for each in token_ids])
+        except ERRORS as error:
+            raise GenerationError(
+                f"onnxruntime-genai could not compute {len(token_ids)} tokens: "
+                f"{limits.first_line(error)}"
+            ) from error
+
+    def _forget(self, length: int) -> None:
+        if self._generator.token_count() > length:
+            self._generator.rewind_to(length)
+
+
+def _decoder_of(config: dict[str, Any], artifact: Artifact) -> dict[str, Any]:
+    """The part ``model`` of a ``genai_config.json``.
+
+    Raises ``SourceError`` where it lacks what a decoder's has, and ``UnsupportedTarget`` for models
+    that take more than text.
+    """
+    model = config.get("model")
+    more = sorted({"encoder", "vision", "speech", "embedding"} & set(model or ()))
+    if more:
+        raise UnsupportedTarget(
+            f"{artifact.path} has {' and '.join(more)} beside its decoder, and edgellm runs models "
+            "of text alone: use onnxruntime-genai itself"
+        )
+    decoder = model.get("decoder") if isinstance(model, dict) else None
+    wanted = ("inputs", "num_hidden_layers", "num_key_value_heads", "head_size")
+    lacks = [f"model.{key}" for key in ("context_length", "vocab_size") if key not in (model or ())]
+    lacks += [f"model.decoder.{key}" for key in wanted if key not in (decoder or ())]
+    if lacks:
+        raise SourceError(
+            f"{artifact.path}: {GENAI_CONFIG} lacks {', '.join(lacks)}: fetch the folder again, or "
+            "make it anew"
+        )
+    assert isinstance(model, dict)
+    return model
