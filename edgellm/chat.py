@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self, cast, get_args
 
+from edgellm.architectures.rope_scaling import parse_scaling
 from edgellm.drafting import LOOKUP, Drafter, DraftModel, PromptLookup
 from edgellm.errors import RuntimeMissing, UnsupportedTarget, UsageError
 from edgellm.generate import Answer, AnswerStream, ContextPolicy, Decoding
@@ -60,6 +61,7 @@ def open(
     draft: str | Path | None = None,
     prefix_cache: PrefixCache | None = None,
     context_policy: ContextPolicy = "stop",
+    rope_scaling: str | None = None,
     ignore_config_keys: Collection[str] = (),
 ) -> ChatSession:
     """A conversation with the model at ``path``: an artifact folder, or any GGUF file.
@@ -73,9 +75,10 @@ def open(
     ``lookup`` from the text so far, or the path of a smaller model with the same tokens.
     ``prefix_cache`` remembers prompts: one that begins as another did, in this session or another
     that shares it, starts behind that. ``context_policy`` says what happens when the context is
-    full (``generate.ContextPolicy``). ``ignore_config_keys`` are keys of adapters' configs that
-    edgellm does not know and the user vouches for. Raises ``SourceError`` (``AdapterError``),
-    ``VerificationError``, ``RuntimeMissing``, ``UnsupportedTarget`` or ``GenerationError``.
+    full (``generate.ContextPolicy``). ``rope_scaling`` (``yarn:4``) reaches further than the model
+    was trained for, where the runtime can be told (``architectures.rope_scaling``).
+    ``ignore_config_keys`` are keys of adapters' configs that edgellm does not know and the user
+    vouches for. Raises ``SourceError`` (``AdapterError``), ``VerificationError``, ``RuntimeMissing``, ``UnsupportedTarget`` or ``GenerationError``.
     """
     if device not in get_args(Device):
         raise UsageError(f"no device named {device!r}: choose {', '.join(get_args(Device))}")
@@ -122,7 +125,25 @@ def open(
         raise UnsupportedTarget(
             f"{choice.runtime} computes all layers on one device: leave --gpu-layers out"
         )
-    options = RunOptions(chosen, context_tokens, threads, kv_dtype, gpu_layers)
+    if rope_scaling is not None:
+        rope_scaling = str(parse_scaling(rope_scaling))
+        able = sorted(one.runtime for one in capabilities if one.scales_rope)
+        if choice.runtime not in able:
+            others = f", or choose --runtime {' or '.join(able)}" if able else ""
+            raise UnsupportedTarget(
+                f"{choice.runtime} takes rope scaling from the artifact alone: convert the model "
+                f"again with --rope-scaling {rope_scaling}{others}"
+            )
+        notes.append(
+            f"rope scaling {rope_scaling} as asked: the model was not trained with it, and may "
+            "answer worse, also in short texts"
+        )
+    if prefix_cache is not None and not any(
+        one.restores for one in capabilities if one.runtime == choice.runtime
+    ):
+        notes.append(f"{choice.runtime} takes no cache back: no prefix is reused across sessions")
+        prefix_cache = None
+    options = RunOptions(chosen, context_tokens, threads, kv_dtype, gpu_layers, rope_scaling)
     from edgellm.tokenization.artifact import artifact_tokenizer
 
     tokenizer = artifact_tokenizer(artifact.main, artifact.container)
@@ -150,6 +171,7 @@ def open(
     )
     chat.prefix_cache = prefix_cache
     chat.context_policy = context_policy
+    chat.rope_scaling = rope_scaling
     if draft is not None:
         try:
             chat.drafter = _drafter(draft, chat, device, threads, verify)
@@ -216,6 +238,7 @@ class ChatSession:
         self.drafter: Drafter | None = None
         self.prefix_cache: PrefixCache | None = None
         self.context_policy: ContextPolicy = "stop"
+        self.rope_scaling: str | None = None
         self.forgotten = 0
         self._bound: str | None = None
         self.system = system

@@ -185,6 +185,7 @@ def make_plan(
         recipe.source,
         ignore_config_keys=recipe.ignore_config_keys,
         context=recipe.context,
+        rope_scaling=recipe.rope_scaling,
         quantized=True,
         progress=progress,
     )

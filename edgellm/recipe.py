@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from edgellm.architectures.rope_scaling import parse_scaling
 from edgellm.calibration import BUILT_IN
 from edgellm.errors import OutputError, UnknownGrid, UsageError
 from edgellm.lora.adapter import AdapterSpec, parse_spec
@@ -30,7 +31,7 @@ int4-g64 rtn 1 and 0.644, imatrix 0.741 and 0.537; q4_0 rtn 1 and 0.615, imatrix
 
 LOWERED = (
     "format", "quant", "layout", "embed", "head", "kv_cache", "combine", "sign", "merge_base",
-    "calibrate_on", "device",
+    "calibrate_on", "device", "rope_scaling",
 )  # fmt: skip
 """Fields that hold names, which are compared in lower case."""
 
@@ -66,7 +67,7 @@ the step towards what float layers gave (GPTAQ, arXiv 2504.02692, section 3) los
 and by the whole step they were useless.
 """
 
-OPTIONAL = ("layout", "seed", "tune", "tensor_grids", "fit", "bits", "device")
+OPTIONAL = ("layout", "seed", "tune", "tensor_grids", "fit", "bits", "device", "rope_scaling")
 """Fields that the digest of a recipe without them is not to know of."""
 
 ONLY_CHECKED = (
@@ -87,6 +88,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     embedding and the output head. ``layout``: how codes are laid out, where the container has
     several ways (``export.hf_layouts.LAYOUTS``). ``kv_cache``: what keys and values are cached in,
     where the container fixes it. ``context``: cap on the context length in tokens.
+    ``rope_scaling``: ``KIND:FACTOR``, a rope for more context than the model was trained for
+    (``architectures.rope_scaling``).
     ``tensor_grids``: the grids of tensors that are named one by one, by role or by a pattern of
     roles (``export.tensor_grids.grids_by_role``), which go before ``quant``. ``fit``: a size of all
     files (``90MB``), ``bits``: of a weight, for which they are chosen (``budget.fitting.fit``); a
@@ -125,6 +128,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     bits: float | None = None
     kv_cache: str | None = None
     context: int | None = None
+    rope_scaling: str | None = None
     ignore_config_keys: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
     combine: str | None = None
@@ -318,6 +322,9 @@ def make_recipe(fields: Mapping[str, Any], origin: str = "the options") -> Recip
     recipe = msgspec.structs.replace(
         recipe, tensor_grids={k.strip(): v.strip().lower() for k, v in recipe.tensor_grids.items()}
     )
+    if recipe.rope_scaling is not None:
+        asked = str(parse_scaling(recipe.rope_scaling))
+        recipe = msgspec.structs.replace(recipe, rope_scaling=asked)
     if recipe.seed is not None and not 0 <= recipe.seed < 2**63:
         raise UsageError(f"{origin}: seed must be 0 or more, got {recipe.seed}")
     if recipe.calibration_tokens is not None and recipe.calibration_tokens < 1:

@@ -47,6 +47,7 @@ MEANINGS = {
     "runtime_version": "another version of the runtime",
     "kv_dtype": "keys and values in another type",
     "adapters": "other adapters beside the model",
+    "rope_scaling": "another rope scaling",
 }
 """What it means that a session was saved with another value of a key of ``Bound``."""
 
@@ -61,6 +62,7 @@ class Bound(msgspec.Struct, frozen=True, kw_only=True):
     runtime_version: str
     kv_dtype: str
     adapters: tuple[tuple[str, float], ...] = ()
+    rope_scaling: str | None = None
 
 
 class Saved(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,6 +180,7 @@ def bound_of(chat: ChatSession) -> Bound:
         runtime=chat.session.runtime,
         runtime_version=runtime_named(chat.session.runtime).capabilities(detect()).version,
         kv_dtype=chat.session.kv_dtype,
+        rope_scaling=chat.rope_scaling,
         adapters=tuple((file_sha256(each.path), each.weight) for each in applied),
     )
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from edgellm.architectures.rope_scaling import parse_scaling
 from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget
 from edgellm.hardware import Hardware, detect
 from edgellm.manifest import Artifact
@@ -34,6 +35,7 @@ from edgellm.runtimes.llamacpp_library import (
     miscompiled_amx,
 )
 from edgellm.runtimes.llamacpp_memory import kv_token_bytes, layers_that_fit
+from edgellm.runtimes.llamacpp_rope import set_rope
 from edgellm.runtimes.session import AdapterFile, Capabilities, KvState, Logits, RunOptions
 from edgellm.runtimes.versions import version_numbers
 
@@ -88,6 +90,7 @@ class LlamaCppRuntime:
                 speed_rank=10,
                 applies_adapters=True,
                 splits_layers=True,
+                scales_rope=True,
             )
 
         if importlib.util.find_spec("llama_cpp") is None:
@@ -206,11 +209,14 @@ class LlamaCppSession:
             raise GenerationError(f"llama.cpp could not load {artifact.main}: {last_words()}")
         self._free: Any = weakref.finalize(self, library.llama_model_free, model)
 
-        trained = int(library.llama_model_n_ctx_train(model))
-        self.context_tokens = limits.context_tokens(options.context_tokens, trained, artifact.main)
+        context_options = library.llama_context_default_params()
+        reach = int(library.llama_model_n_ctx_train(model))
+        if options.rope_scaling is not None:
+            asked = parse_scaling(options.rope_scaling)
+            reach = asked.context(set_rope(context_options, library, stored, asked, reach))
+        self.context_tokens = limits.context_tokens(options.context_tokens, reach, artifact.main)
         self.vocab_size = int(library.llama_vocab_n_tokens(library.llama_model_get_vocab(model)))
 
-        context_options = library.llama_context_default_params()
         context_options.n_ctx = self.context_tokens
         context_options.n_batch = context_options.n_ubatch = min(BATCH_TOKENS, self.context_tokens)
         context_options.n_outputs_max = min(OUTPUT_ROWS, self.context_tokens)

@@ -73,6 +73,7 @@ class TorchRuntime:
             possible_devices=tuple(DEVICES),
             kv_dtypes=tuple(KV_TYPES.values()),
             speed_rank=40,
+            scales_rope=True,
         )
 
     def open(self, artifact: Artifact, options: RunOptions) -> TorchSession:
@@ -124,7 +125,8 @@ class TorchSession(SteppedSession):
         folder = artifact.main.parent
         try:
             with _quiet():
-                self._model: Any = _load(folder, None if device == "cpu" else "auto")
+                dtype = None if device == "cpu" else "auto"
+                self._model: Any = _load(folder, dtype, options.rope_scaling)
             self._model.to(DEVICES[device]).eval()
         except ERRORS as error:
             raise GenerationError(
@@ -218,7 +220,7 @@ class TorchSession(SteppedSession):
             raise GenerationError("this cache is of another model: it cannot be restored here")
 
 
-def _load(folder: Path, dtype: str | None) -> Any:
+def _load(folder: Path, dtype: str | None, rope_scaling: str | None) -> Any:
     """The model of ``folder``, in float32 or, with ``auto``, as its floats are stored."""
     import torch
     import transformers
@@ -228,11 +230,12 @@ def _load(folder: Path, dtype: str | None) -> Any:
     read_checkpoint(folder)  # damaged files are found here, and said in our words
     config = read_json(folder / "config.json")
     if "quantization_config" in config:
-        model, found = _with_values(folder, dtype)
+        model, found = _with_values(folder, dtype, rope_scaling)
     else:
         load: Any = transformers.AutoModelForCausalLM.from_pretrained
         model, found = load(
             folder,
+            config=_config(folder, rope_scaling),
             dtype=dtype or torch.float32,
             use_safetensors=True,
             local_files_only=True,
@@ -247,7 +250,19 @@ def _load(folder: Path, dtype: str | None) -> Any:
     return model
 
 
-def _with_values(folder: Path, dtype: str | None) -> tuple[Any, Any]:
+def _config(folder: Path, rope_scaling: str | None) -> Any:
+    """What transformers makes of the config of ``folder``, or of one with another rope."""
+    import transformers
+
+    from edgellm.source import open_source
+
+    if rope_scaling is None:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = open_source(str(folder), quantized=True, rope_scaling=rope_scaling).config
+    return transformers.AutoConfig.for_model(**config)
+
+
+def _with_values(folder: Path, dtype: str | None, rope_scaling: str | None) -> tuple[Any, Any]:
     """The model of a quantized folder, with the values that its codes stand for."""
     import torch
     import transformers
@@ -265,8 +280,8 @@ def _with_values(folder: Path, dtype: str | None) -> tuple[Any, Any]:
         if ref is not None:
             ref = transposed(ref) if row.transposed else ref
             values[row.source] = torch.from_numpy(ref.load()).reshape(ref.shape).to(kind)
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    del config.quantization_config
+    config = _config(folder, rope_scaling)
+    config.quantization_config = None
     config.tie_word_embeddings = source.decoder.tied_head
     family = getattr(transformers, source.family.architecture)
     made: tuple[Any, Any] = family.from_pretrained(

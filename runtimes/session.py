@@ -30,6 +30,7 @@ class RunOptions:
     ``context_tokens``: room in the KV cache, None for min(model's, 4096). ``threads``: None for the
     physical cores. ``kv_dtype``: None for the backend's default. ``gpu_layers``: how many of the
     last layers a GPU computes, where a runtime can split them; None for as many as fit.
+    ``rope_scaling``: ``KIND:FACTOR``, where a runtime can be told (``rope_scaling.parse_scaling``).
     """
 
     device: Device = "auto"
@@ -37,6 +38,7 @@ class RunOptions:
     threads: int | None = None
     kv_dtype: KvDtype | None = None
     gpu_layers: int | None = None
+    rope_scaling: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class Capabilities:
     number of threads that it is given. ``splits_layers``: can leave some layers to the CPU.
     ``quick``: a text of some thousand tokens takes seconds with a small model, so that answers may
     be compared on it unasked. ``restores``: puts a saved cache back; where not, ``restore``
-    computes its tokens anew.
+    computes its tokens anew. ``scales_rope``: heeds ``RunOptions.rope_scaling``.
     """
 
     runtime: str
@@ -71,6 +73,7 @@ class Capabilities:
     splits_layers: bool = False
     quick: bool = True
     restores: bool = True
+    scales_rope: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,7 @@ def convert(
     context: Annotated[
         int | None, typer.Option(metavar="TOKENS", help="Cap the context length.")
     ] = None,
+    rope_scaling: options.RopeScaling = None,
     calibration: options.Calibration = None,
     calibration_tokens: options.CalibrationTokens = None,
     calibrate_on: Annotated[
@@ -212,6 +213,7 @@ def convert(
             "bits": bits,
             "kv_cache": kv_cache,
             "context": context,
+            "rope_scaling": rope_scaling,
             "ignore_config_keys": ignore_config_key or None,
             "adapters": adapter or None,
             "combine": combine,

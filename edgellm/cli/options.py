@@ -36,6 +36,13 @@ MinSurvival: TypeAlias = Annotated[
         metavar="SHARE", help="Fail when less of the fine-tune survives rounding. Default: 0.25."
     ),
 ]
+RopeScaling: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND:FACTOR",
+        help="More context than was trained for: linear, ntk, yarn or llama3, such as yarn:4.",
+    ),
+]
 Calibration: TypeAlias = Annotated[
     str | None,
     typer.Option(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from edgellm.cli import render
+from edgellm.cli import options, render
 from edgellm.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def run(
     context: Annotated[
         int | None, typer.Option(metavar="TOKENS", help="Room for prompt and answer.")
     ] = None,
+    rope_scaling: options.RopeScaling = None,
     context_policy: Annotated[
         str,
         typer.Option(
@@ -164,7 +165,7 @@ def run(
     from edgellm.chat import open as open_model
     from edgellm.sampling import SamplingOptions
 
-    options: dict[str, Any] = {
+    answering: dict[str, Any] = {
         "sampling": SamplingOptions(
             temperature=temperature,
             top_p=top_p,
@@ -183,6 +184,7 @@ def run(
             device=cast("Device", device),  # checked there, with the choices in the message
             context_tokens=context,
             threads=threads,
+            rope_scaling=rope_scaling,
             context_policy=cast("ContextPolicy", context_policy),
             gpu_layers=_layers(gpu_layers),
             kv_dtype=cast("KvDtype | None", kv_cache),
@@ -203,12 +205,12 @@ def run(
         if prompt is None:
             from edgellm.cli.chat import Chat
 
-            Chat(session, options, show_stats=stats).run()
+            Chat(session, answering, show_stats=stats).run()
             return
         if as_json:
-            render.show_json(session.generate(prompt, raw=raw, **options).as_dict())
+            render.show_json(session.generate(prompt, raw=raw, **answering).as_dict())
             return
-        answer = render.show_stream(session.stream(prompt, raw=raw, **options))
+        answer = render.show_stream(session.stream(prompt, raw=raw, **answering))
         why = render.why_cut(answer, max_tokens, session.context_tokens)
         if why and answer.new_tokens != max_tokens:  # that many were asked for: no news
             render.say_notes([f"cut: {why}"])

@@ -6,6 +6,8 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+from edgellm.architectures.config import Config
+from edgellm.architectures.rope_scaling import parse_scaling, rescaled_config
 from edgellm.errors import SourceError
 from edgellm.progress import Progress, unwatched
 from edgellm.source.model import ModelSource
@@ -19,6 +21,7 @@ def open_source(
     *,
     ignore_config_keys: Collection[str] = (),
     context: int | None = None,
+    rope_scaling: str | None = None,
     quantized: bool = False,
     progress: Progress = unwatched,
 ) -> ModelSource:
@@ -27,11 +30,21 @@ def open_source(
     A Hub id is ``org/name``, with ``@revision`` and, in a repository of GGUF files, ``:file.gguf``
     behind it; what exists on disk goes first. Headers and the tokenizer are read, weights are not.
     ``context``: the context length that the model is wanted for, where its maths depends on it.
+    ``rope_scaling``: a rope to describe it with, not its own (``rope_scaling.parse_scaling``).
     ``quantized``: take a folder whose weights are quantized already as the values that they stand
     for (a GGUF file always is). ``progress`` is told of a download. Raises ``SourceError``
     (``HubError``, ``TensorError``) for what is missing or damaged and ``UnsupportedModel`` for what
     is not understood.
     """
+    if rope_scaling is not None:
+        source = open_source(
+            text,
+            ignore_config_keys=ignore_config_keys,
+            context=context,
+            quantized=quantized,
+            progress=progress,
+        )
+        return _rescaled(source, rope_scaling, ignore_config_keys)
     try:
         path = Path(text).expanduser()
     except RuntimeError as error:  # ~name of nobody
@@ -55,6 +68,20 @@ def open_source(
         licence=found.licence or source.licence,
         url=wanted.url,
         notes=(*found.notes, *source.notes),
+    )
+
+
+def _rescaled(
+    source: ModelSource, rope_scaling: str, ignore_config_keys: Collection[str]
+) -> ModelSource:
+    """``source`` with another rope, in its config and in the network that this describes."""
+    asked = parse_scaling(rope_scaling)
+    config, trained = rescaled_config(source.config, source.decoder, asked, source.name)
+    decoder = source.family.describe(
+        Config(config, ignore=ignore_config_keys, where=f"{source.name} with --rope-scaling")
+    )
+    return replace(
+        source, config=config, decoder=decoder, notes=(*source.notes, asked.warning(trained))
     )
 
 
