@@ -78,7 +78,8 @@ def open(
     full (``generate.ContextPolicy``). ``rope_scaling`` (``yarn:4``) reaches further than the model
     was trained for, where the runtime can be told (``architectures.rope_scaling``).
     ``ignore_config_keys`` are keys of adapters' configs that edgellm does not know and the user
-    vouches for. Raises ``SourceError`` (``AdapterError``), ``VerificationError``, ``RuntimeMissing``, ``UnsupportedTarget`` or ``GenerationError``.
+    vouches for. Raises ``SourceError`` (``AdapterError``), ``VerificationError``,
+    ``RuntimeMissing``, ``UnsupportedTarget`` or ``GenerationError``.
     """
     if device not in get_args(Device):
         raise UsageError(f"no device named {device!r}: choose {', '.join(get_args(Device))}")

@@ -19,6 +19,7 @@ from edgellm.json_file import read_json
 from edgellm.manifest import GENAI_CONFIG, Artifact
 from edgellm.runtimes import limits
 from edgellm.runtimes.ort import session_settings
+from edgellm.runtimes.ort_package import found_package
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
 from edgellm.runtimes.stepped import SteppedSession
 from edgellm.runtimes.versions import installed_version, version_numbers
@@ -59,6 +60,7 @@ class GenaiRuntime:
         elif version_numbers(version) < OLDEST:
             oldest = ".".join(map(str, OLDEST))
             refusal = f"onnxruntime-genai {version} is older than {oldest}: {INSTALL} --upgrade"
+        clash = found_package().clash
         nvidia = any(gpu.vendor == "NVIDIA" for gpu in hardware.gpus.value)
         here = {
             "cuda": bool(found["onnxruntime-genai-cuda"]) and nvidia,
@@ -68,7 +70,7 @@ class GenaiRuntime:
         return Capabilities(
             runtime=self.name,
             available=not refusal,
-            reason=refusal or f"onnxruntime-genai {version}",
+            reason=refusal or "; ".join(filter(None, (f"onnxruntime-genai {version}", clash))),
             version=version,
             install=INSTALL,
             containers=frozenset({"onnx", "genai"}),
@@ -128,7 +130,7 @@ class GenaiSession(SteppedSession):
             settings.clear_providers()
             if device in PROVIDERS:
                 settings.append_provider(PROVIDERS[device])
-            ours = {"session_options": session_settings(installed_version("onnxruntime"), threads)}
+            ours = {"session_options": session_settings(found_package().version, threads)}
             settings.overlay(json.dumps({"model": {"decoder": ours}}))
             self._model: Any = genai.Model(settings)
             params = genai.GeneratorParams(self._model)
@@ -139,7 +141,7 @@ class GenaiSession(SteppedSession):
             first = self._generator.get_input(self._decoder["inputs"]["past_key_names"] % 0)
         except ERRORS as error:
             raise GenerationError(
-                f"onnxruntime-genai could not load {artifact.path}: {limits.first_line(error)}. "
+                f"onnxruntime-genai could not load {artifact.path}: {limits.explained(error)}. "
                 "Check an artifact with `edgellm verify`; other folders may need another --device"
             ) from error
         self._value_bytes = first.dtype.itemsize
@@ -197,7 +199,7 @@ class GenaiSession(SteppedSession):
         except ERRORS as error:
             raise GenerationError(
                 f"onnxruntime-genai could not compute {len(token_ids)} tokens: "
-                f"{limits.first_line(error)}"
+                f"{limits.explained(error)}"
             ) from error
 
     def _forget(self, length: int) -> None:

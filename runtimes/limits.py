@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,6 +75,32 @@ def check_state(
 def first_line(error: BaseException) -> str:
     """What a backend's exception says, in one line."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+NO_MEMORY = re.compile(
+    r"out of memory|failed to allocate|bad_alloc|bad allocation|cudaerrormemoryallocation|"
+    r"unable to allocate|insufficient memory|attempting to allocate",
+    re.IGNORECASE,
+)
+DEVICE_GONE = re.compile(
+    r"device (is |was )?(lost|removed|not available|unavailable)|device_removed|device_hung|"
+    r"no cuda-capable device|unspecified launch failure|cudaerrordevicesunavailable|fallen off",
+    re.IGNORECASE,
+)
+"""What backends say, each in its own way."""
+
+
+def explained(error: BaseException) -> str:
+    """``first_line``, and what to do where memory ran out or the device went away."""
+    said = first_line(error)
+    if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+        return (
+            f"{said} (memory ran out: a smaller --context, a --kv-cache or weights of fewer bits "
+            "take less, and --device cpu has the computer's own)"
+        )
+    if DEVICE_GONE.search(str(error)):
+        return f"{said} (the device went away: open the model again, or choose --device cpu)"
+    return said
 
 
 def closed() -> GenerationError:

@@ -111,7 +111,7 @@ class MlxSession(SteppedSession):
                     self._model.set_dtype(mx.float32)
         except ERRORS as error:
             raise GenerationError(
-                f"mlx could not load {artifact.path}: {limits.first_line(error)}. Check the "
+                f"mlx could not load {artifact.path}: {limits.explained(error)}. Check the "
                 "artifact with `edgellm verify`"
             ) from error
         kept = "f32" if device == "cpu" else FLOATS[config["dtype"]]
@@ -169,7 +169,7 @@ class MlxSession(SteppedSession):
                 found: Logits = np.array(logits[0].astype(mx.float32))
         except COMPUTE_ERRORS as error:
             raise GenerationError(
-                f"mlx could not compute {len(token_ids)} tokens: {limits.first_line(error)}"
+                f"mlx could not compute {len(token_ids)} tokens: {limits.explained(error)}"
             ) from error
         return found
 

@@ -1,14 +1,13 @@
-"""onnxruntime on the CPU: our own loop over one graph, keys and values written in place.
+"""onnxruntime: our own loop over one graph, keys and values written in place (``ort_caches``).
 
-Every past and its present are one buffer, which GroupQueryAttention recognizes by its address and
-appends to. Inputs and outputs are bound by address once; a token copies nothing but itself.
+Inputs and outputs are bound by address once; a token copies nothing but itself. On a device,
+onnxruntime takes its copy of an input as it is bound, so ids and mask are bound for every step.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import warnings
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,13 +20,10 @@ from edgellm.hardware import Hardware, detect
 from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
 from edgellm.runtimes.huge_pages import HugePages, anonymous_ranges
-from edgellm.runtimes.kv_buffers import allocate, next_room
+from edgellm.runtimes.ort_caches import Caches, DeviceCaches, HostCaches, pasts_of
+from edgellm.runtimes.ort_package import INSTALL, PROVIDERS, found_package
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
-from edgellm.runtimes.versions import installed_version, version_numbers
-
-INSTALL = "pip install onnxruntime"
-DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
-"""Packages that bring the module ``onnxruntime``."""
+from edgellm.runtimes.versions import version_numbers
 
 STEP_TOKENS = 128
 """Tokens computed at once: bounds the memory of a long prompt, and keeps a layer's values in a
@@ -41,9 +37,11 @@ with 20 us, 6.8 and 27 with onnxruntime's default of a millisecond."""
 SHORT_SPIN_SINCE = (1, 32)
 """The oldest release that is known to heed ``spin_duration_us``; older ones do not spin here."""
 
-Cache = npt.NDArray[np.float32] | npt.NDArray[np.int8]
-CACHE_TYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
-"""Types of the keys and values that a graph takes, as onnxruntime names them."""
+IN_HOST_MEMORY = ("cpu", "coreml")
+"""Devices that work on the computer's own memory."""
+
+MEMORIES = {"cuda": "cuda", "directml": "dml"}
+"""Of the others, as onnxruntime names them."""
 
 ERROR_NAMES = (
     "EPFail", "EngineError", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf",
@@ -60,22 +58,25 @@ def errors_of(onnxruntime: ModuleType) -> tuple[type[Exception], ...]:
 
 
 class OnnxRuntime:
-    """Opens ONNX artifacts with onnxruntime's CPU provider."""
+    """Opens ONNX artifacts with onnxruntime."""
 
     name = "onnxruntime"
 
     def capabilities(self, hardware: Hardware) -> Capabilities:
-        """Whether onnxruntime is installed; it is not imported."""
-        version = _version()
-        found = importlib.util.find_spec("onnxruntime") is not None
+        """What the installed package can do; it is not imported."""
+        package = found_package()
+        reason = (
+            f"{package.name} {package.version}" if package.name else f"not installed: {INSTALL}"
+        )
         return Capabilities(
             runtime=self.name,
-            available=found,
-            reason=f"onnxruntime {version}" if found else f"it is not installed: {INSTALL}",
-            version=version,
+            available=bool(package.name),
+            reason=f"{reason}; {package.clash}" if package.clash else reason,
+            version=package.version,
             install=INSTALL,
             containers=frozenset({"onnx"}),
-            devices=("cpu",) if found else (),
+            devices=package.devices(hardware),
+            possible_devices=tuple(PROVIDERS),
             kv_dtypes=("f32", "int8"),
             speed_rank=20,
         )
@@ -87,10 +88,15 @@ class OnnxRuntime:
                 f"onnxruntime runs ONNX artifacts made by edgellm, and {artifact.path} is "
                 f"{artifact.container}: choose --runtime llamacpp, or convert it with --format onnx"
             )
-        if options.device not in ("auto", "cpu"):
+        hardware = detect()
+        found = self.capabilities(hardware)
+        if not found.available:
+            raise RuntimeMissing(f"onnxruntime is {found.reason}")
+        device = found.devices[0] if options.device == "auto" else options.device
+        if device not in found.devices:
             raise UnsupportedTarget(
-                f"this runtime computes on the CPU only, not on {options.device}: choose --device "
-                "cpu, or convert with --format gguf and run on llama.cpp"
+                f"onnxruntime has no {device} here ({found.reason}): choose --device "
+                f"{' or '.join(found.devices)}, or convert with --format gguf and run on llama.cpp"
             )
         kv_dtype = artifact.manifest.artifact.recipe.get("kv_cache") or "f32"
         if options.kv_dtype not in (None, kv_dtype):
@@ -99,34 +105,34 @@ class OnnxRuntime:
                 f"{options.kv_dtype}: leave the choice out, convert again with --kv-cache f32 or "
                 "int8, or use llama.cpp"
             )
-        if importlib.util.find_spec("onnxruntime") is None:
-            raise RuntimeMissing(f"onnxruntime is not installed: {INSTALL}")
         trained = artifact.manifest.artifact.model.context_length
         room = limits.context_tokens(options.context_tokens, trained, artifact.path)
-        threads = options.threads or detect().physical_cores.value
-        return OnnxSession(artifact.main, room, threads, kv_dtype)
+        threads = options.threads or hardware.physical_cores.value
+        return OnnxSession(artifact.main, room, threads, kv_dtype, device)
 
 
 class OnnxSession:
     """One ONNX decoder graph and the buffers of one sequence."""
 
     runtime = "onnxruntime"
-    device = "cpu"
 
-    def __init__(self, path: Path, context_tokens: int, threads: int, kv_dtype: str) -> None:
+    def __init__(
+        self, path: Path, context_tokens: int, threads: int, kv_dtype: str, device: str = "cpu"
+    ) -> None:
         """Raises ``GenerationError`` with onnxruntime's own words when it cannot load the graph."""
         import onnxruntime
+
+        self.device = device
 
         self._errors = errors_of(onnxruntime)
         before = anonymous_ranges()
         try:
             settings = _session_options(onnxruntime, threads)
-            self._session: Any = onnxruntime.InferenceSession(
-                str(path), settings, providers=["CPUExecutionProvider"]
-            )
+            providers = list(dict.fromkeys((PROVIDERS[device], PROVIDERS["cpu"])))
+            self._session: Any = _open_graph(onnxruntime, path, settings, providers)
         except self._errors as error:
             raise GenerationError(
-                f"onnxruntime could not load {path}: {limits.first_line(error)}. Check the "
+                f"onnxruntime could not load {path}: {limits.explained(error)}. Check the "
                 "artifact with `edgellm verify`"
             ) from error
         # Begun before the caches are made, whose untouched places must not be filled.
@@ -144,36 +150,24 @@ class OnnxSession:
         self._logits: Logits = np.empty((1, 1, self.vocab_size), np.float32)
         self._binding: Any = self._session.io_binding()
         self._bound_step = 0
-        # Plain values: onnxruntime's own descriptions would keep its session alive.
-        self._past = [
-            (given.name, given.shape[1], given.shape[3], CACHE_TYPES[given.type])
-            for given in self._session.get_inputs()
-            if given.name.startswith("past_key_values.")
-        ]
-        self._room = 0
-        self._caches: list[Cache] = []
+        pasts = pasts_of(self._session)
+        self._caches: Caches = (
+            HostCaches(self._binding, pasts)
+            if device in IN_HOST_MEMORY
+            else DeviceCaches(self._binding, pasts, MEMORIES[device])
+        )
         self._reserve(1)
         self._bind_input("logits_from", self._logits_from, (1,))
         self._bind_output("logits", self._logits)
-        self._logits_place = len(self._past)  # among the outputs, in the order they were bound
+        self._logits_place = len(self._caches)  # among the outputs, in the order they were bound
 
     def _reserve(self, total: int) -> None:
-        """Have room for ``total`` tokens: caches ``[1, kv_heads, room, head_dim]``, bound.
-
-        Raises ``GenerationError`` when there is no memory; the cache is then as it was.
-        """
-        if total <= self._room:
-            return
-        room = next_room(self._room, total, self.context_tokens)
-        shapes = [(1, heads, room, width) for _, heads, width, _ in self._past]
-        grown = allocate(shapes, [kind for *_, kind in self._past])
-        used = len(self._tokens)
-        for (name, *_), cache, old in zip_longest(self._past, grown, self._caches):
-            if old is not None:
-                cache[:, :, :used] = old[:, :, :used]
-            self._bind_input(name, cache, cache.shape)
-            self._bind_output(name.replace("past_key_values.", "present."), cache)
-        self._caches, self._room = grown, room
+        try:
+            self._caches.reserve(total, len(self._tokens), self.context_tokens)
+        except self._errors as error:
+            raise GenerationError(
+                f"no room for {total} tokens on {self.device}: {limits.explained(error)}"
+            ) from error
 
     def _bind_input(self, name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
@@ -218,30 +212,26 @@ class OnnxSession:
 
     def save(self) -> KvState:
         self._check_open()
-        used = len(self._tokens)
-        copies = tuple(cache[:, :, :used].copy() for cache in self._caches)
-        return KvState(self.runtime, tuple(self._tokens), copies)
+        return KvState(self.runtime, tuple(self._tokens), self._caches.read(len(self._tokens)))
 
     def restore(self, state: KvState) -> None:
         self._check_open()
         limits.check_state(state, self.runtime, self.context_tokens)
-        used = len(state.tokens)
-        if [_kind(copy) for copy in state.data] != [_kind(cache) for cache in self._caches]:
+        if not self._caches.takes(state.data):
             raise GenerationError("this cache is of another model: it cannot be restored here")
-        self._reserve(used)
+        self._reserve(len(state.tokens))
         self._tokens.clear()
-        for cache, copy in zip(self._caches, state.data, strict=True):
-            cache[:, :, :used] = copy
+        self._caches.write(state.data)
         self._tokens.extend(state.tokens)
 
     def kv_bytes(self) -> int:
         self._check_open()
-        return sum(cache.nbytes for cache in self._caches)
+        return self._caches.nbytes
 
     def close(self) -> None:
         self._pages.stop()
         self._binding = self._session = None
-        self._caches = []
+        self._caches = HostCaches(None, [])
         self._tokens = []
 
     def _last(self) -> Logits:
@@ -271,23 +261,37 @@ class OnnxSession:
     def _run(self, token_ids: Sequence[int]) -> None:
         count, total = len(token_ids), len(self._tokens) + len(token_ids)
         self._step_ids[0, :count] = token_ids
-        if count != self._bound_step:
+        copies = self.device not in IN_HOST_MEMORY
+        if copies or count != self._bound_step:
             self._bind_input("input_ids", self._step_ids, (1, count))
             self._bound_step = count
+        if copies:
+            self._bind_input("logits_from", self._logits_from, (1,))
         self._bind_input("attention_mask", self._mask, (1, total))
         try:
             self._session.run_with_iobinding(self._binding)
         except self._errors as error:
             raise GenerationError(
-                f"onnxruntime could not compute {count} tokens: {limits.first_line(error)}"
+                f"onnxruntime could not compute {count} tokens: {limits.explained(error)}"
             ) from error
         self._tokens.extend(token_ids)
 
 
-def _kind(cache: Cache) -> tuple[np.dtype[Any], int, int]:
-    """What caches of one model share: the type, the heads and their width."""
-    _, heads, _, width = cache.shape
-    return cache.dtype, heads, width
+def _open_graph(onnxruntime: Any, path: Path, settings: Any, providers: list[str]) -> Any:
+    """A session that really has the first of ``providers``, for onnxruntime falls back in silence.
+
+    Raises ``GenerationError`` where it has not.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the provider is missing, which is said below
+        session = onnxruntime.InferenceSession(str(path), settings, providers=providers)
+    if session.get_providers()[0] != providers[0]:
+        raise GenerationError(
+            f"this onnxruntime cannot use its {providers[0]}: for CUDA, the driver, CUDA and cuDNN "
+            "of the versions that it was built for must be installed (pip install "
+            "'onnxruntime-gpu[cuda,cudnn]' brings the last two); or choose --device cpu"
+        )
+    return session
 
 
 def session_settings(version: str, threads: int) -> dict[str, str | int]:
@@ -318,7 +322,3 @@ def _session_options(onnxruntime: Any, threads: int) -> Any:
     # Its cache of memory plans is keyed by shapes, and every token has a new one.
     options.enable_mem_pattern = False
     return options
-
-
-def _version() -> str:
-    return next(filter(None, map(installed_version, DISTRIBUTIONS)), "")

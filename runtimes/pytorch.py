@@ -130,7 +130,7 @@ class TorchSession(SteppedSession):
             self._model.to(DEVICES[device]).eval()
         except ERRORS as error:
             raise GenerationError(
-                f"transformers could not load {folder}: {limits.first_line(error)}"
+                f"transformers could not load {folder}: {limits.explained(error)}"
             ) from error
         kept = KV_TYPES[str(self._model.dtype).removeprefix("torch.")]
         if options.kv_dtype not in (None, kept):
@@ -186,7 +186,7 @@ class TorchSession(SteppedSession):
                 logits: Logits = found.logits[0, -outputs:].float().cpu().numpy()
         except COMPUTE_ERRORS as error:
             raise GenerationError(
-                f"torch could not compute {len(token_ids)} tokens: {limits.first_line(error)}"
+                f"torch could not compute {len(token_ids)} tokens: {limits.explained(error)}"
             ) from error
         return logits
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -12,13 +14,21 @@ import numpy as np
 import pytest
 
 from edgellm.errors import GenerationError, UnsupportedTarget
-from edgellm.hardware import detect
+from edgellm.hardware import Fact, Gpu, detect
 from edgellm.manifest import Artifact
-from edgellm.runtimes import kv_buffers, ort
+from edgellm.runtimes import kv_buffers, limits, ort, ort_package
 from edgellm.runtimes.ort import OnnxRuntime
+from edgellm.runtimes.ort_caches import DeviceCaches
+from edgellm.runtimes.ort_package import OrtPackage
 from edgellm.runtimes.session import RunOptions
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+
+PLAIN_MACHINE = dataclasses.replace(
+    detect(), apple_silicon=Fact(False, "test"), gpus=Fact((), "test")
+)
+CUDA_MACHINE = dataclasses.replace(PLAIN_MACHINE, gpus=Fact((Gpu("RTX", "NVIDIA"),), "test"))
+MAC = dataclasses.replace(PLAIN_MACHINE, apple_silicon=Fact(True, "test"))
 
 
 @pytest.fixture
@@ -88,14 +98,14 @@ def test_cache_of_another_model_is_refused(artifact: Callable[[str, str], Artifa
 
 def test_caches_are_written_in_place(artifact: Callable[[str, str], Artifact]) -> None:
     session = OnnxRuntime().open(artifact("llama", "onnx"), RunOptions(context_tokens=32))
+    caches = session._caches._arrays  # type: ignore[attr-defined]
     session.prefill([5, 6])
-    for cache in session._caches:
+    for cache in caches:
         assert cache[:, :, :2].any()
         assert not cache[:, :, 2:].any()
-    addresses = [cache.ctypes.data for cache in session._caches]
     session.decode(7)
-    assert [cache.ctypes.data for cache in session._caches] == addresses
-    for cache in session._caches:
+    assert session._caches._arrays is caches  # type: ignore[attr-defined]
+    for cache in caches:
         assert cache[:, :, 2].any()
         assert not cache[:, :, 3:].any()
     session.close()
@@ -187,3 +197,94 @@ def test_no_memory_for_a_longer_cache_keeps_what_is_there(
     np.testing.assert_array_equal(session.decode(1), again.decode(1))
     session.close()
     again.close()
+
+
+def test_caches_in_a_devices_memory_give_the_same_logits(
+    artifact: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code of CUDA and DirectML, with the computer's memory as onnxruntime allocates it."""
+    monkeypatch.setattr(kv_buffers, "FIRST_TOKENS", 16)
+    ids = [int(token) for token in np.random.default_rng(4).integers(0, 500, 60)]
+    for kv_cache in (None, "int8"):
+        model = artifact("llama", "onnx", kv_cache)
+        plain = OnnxRuntime().open(model, RunOptions(context_tokens=90))
+        with monkeypatch.context() as patch:
+            patch.setattr(ort, "IN_HOST_MEMORY", ())
+            patch.setattr(ort, "MEMORIES", {"cpu": "cpu"})
+            session = OnnxRuntime().open(model, RunOptions(context_tokens=90))
+            assert isinstance(session._caches, DeviceCaches)
+            for one in (plain, session):
+                one.prefill(ids[:10])
+            for token in ids[10:40]:  # past the first room, and the second
+                np.testing.assert_array_equal(session.decode(token), plain.decode(token))
+            assert session.kv_bytes() == plain.kv_bytes()
+            state = session.save()
+            for mine, theirs in zip(state.data, plain.save().data, strict=True):
+                np.testing.assert_array_equal(mine, theirs)
+            for one in (plain, session):
+                one.trim(20)
+            rows = [one.prefill(ids[40:], all_logits=True).copy() for one in (plain, session)]
+            np.testing.assert_array_equal(*rows)
+            session.restore(state)
+            plain.restore(state)
+            np.testing.assert_array_equal(session.decode(7), plain.decode(7))
+            session.close()
+        plain.close()
+
+
+def test_a_provider_that_is_not_used_is_no_silent_cpu(
+    artifact: Callable[[str, str], Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This onnxruntime has no CUDA and falls back by itself, with no more than a warning."""
+    has_gpu = OrtPackage("onnxruntime-gpu", "1.32.0")
+    monkeypatch.setattr(ort, "found_package", lambda: has_gpu)
+    monkeypatch.setattr(ort, "detect", lambda: CUDA_MACHINE)
+    assert OnnxRuntime().capabilities(CUDA_MACHINE).devices == ("cuda", "cpu")
+    with pytest.raises(GenerationError, match="cannot use its CUDAExecutionProvider"):
+        OnnxRuntime().open(artifact("llama", "onnx"), RunOptions())
+
+
+@pytest.mark.parametrize(
+    ("package", "hardware", "devices"),
+    [
+        ("onnxruntime", "plain", ("cpu",)),
+        ("onnxruntime", "cuda", ("cpu",)),
+        ("onnxruntime", "mac", ("cpu", "coreml")),
+        ("onnxruntime-gpu", "cuda", ("cuda", "cpu")),
+        ("onnxruntime-gpu", "plain", ("cpu",)),
+        ("onnxruntime-directml", "plain", ("directml", "cpu")),
+    ],
+)
+def test_package_and_machine_decide_on_the_devices(
+    package: str, hardware: str, devices: tuple[str, ...]
+) -> None:
+    machine = {"plain": PLAIN_MACHINE, "cuda": CUDA_MACHINE, "mac": MAC}[hardware]
+    assert OrtPackage(package, "1.32.0").devices(machine) == devices
+
+
+def test_two_packages_that_overwrite_each_other_are_found_and_explained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    both = {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.32.0"}
+    monkeypatch.setattr(ort_package, "installed_version", lambda name: both.get(name, ""))
+    found = ort_package.found_package()
+    assert found.name == "onnxruntime", "the build that is really there, by its own word"
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu" in found.clash
+    assert "then pip install onnxruntime-gpu" in found.clash
+    reason = OnnxRuntime().capabilities(CUDA_MACHINE).reason
+    assert found.clash in reason
+    assert OnnxRuntime().capabilities(CUDA_MACHINE).devices == ("cpu",)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "memory ran out"),
+        (RuntimeError("Failed to allocate memory for requested buffer of size 9"), "memory ran"),
+        (MemoryError(), "memory ran out"),
+        (RuntimeError("DXGI_ERROR_DEVICE_REMOVED"), "the device went away"),
+        (RuntimeError("shape mismatch"), "^shape mismatch$"),
+    ],
+)
+def test_what_backends_say_is_explained(error: Exception, said: str) -> None:
+    assert re.search(said, limits.explained(error))
