@@ -35,6 +35,8 @@ DEVICES = {"cuda": "cuda", "metal": "mps", "cpu": "cpu"}
 """Our devices as torch names them."""
 
 KV_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+ROUNDED_KV = ("int8", "int4")
+"""What keys and values may be rounded to; they are taken back layer by layer for attention."""
 
 ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, ImportError, AttributeError)
 """What torch and transformers raise as they load, which have no exceptions of their own."""
@@ -71,7 +73,7 @@ class TorchRuntime:
             containers=frozenset({"hf"}),
             devices=() if refusal else tuple(device for device in found if found[device]),
             possible_devices=tuple(DEVICES),
-            kv_dtypes=tuple(KV_TYPES.values()),
+            kv_dtypes=(*KV_TYPES.values(), *ROUNDED_KV),
             speed_rank=40,
             scales_rope=True,
         )
@@ -133,18 +135,19 @@ class TorchSession(SteppedSession):
                 f"transformers could not load {folder}: {limits.explained(error)}"
             ) from error
         kept = KV_TYPES[str(self._model.dtype).removeprefix("torch.")]
-        if options.kv_dtype not in (None, kept):
+        if options.kv_dtype not in (None, kept, *ROUNDED_KV):
             raise UnsupportedTarget(
                 f"torch keeps keys and values in the type that the model computes in, {kept} here, "
-                f"not in {options.kv_dtype}: leave the choice out"
+                f"or in {' or '.join(ROUNDED_KV)}, not in {options.kv_dtype}: choose one of those, "
+                "or leave the choice out"
             )
-        self.kv_dtype = kept
+        self.kv_dtype = options.kv_dtype or kept
         config = self._model.config
         self.context_tokens = limits.context_tokens(
             options.context_tokens, int(config.max_position_embeddings), artifact.path
         )
         self.vocab_size = int(config.vocab_size)
-        self._cache: Any = growing_cache(config, self.context_tokens)
+        self._cache: Any = growing_cache(config, self.context_tokens, self.kv_dtype)
         self._keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
 
     def save(self) -> KvState:
@@ -161,9 +164,9 @@ class TorchSession(SteppedSession):
             self._check_kind(state.data)
         self._keep(0)
         with self._torch.inference_mode():
-            for place, layer in enumerate(self._cache.layers if used else ()):
-                keys, values = state.data[2 * place : 2 * place + 2]
-                layer.update(self._from_numpy(keys), self._from_numpy(values))
+            copies = iter(state.data)
+            for layer in self._cache.layers if used else ():
+                layer.append(tuple(self._from_numpy(next(copies), each) for each in layer.buffers))
         self._tokens = list(state.tokens)
 
     def kv_bytes(self) -> int:
@@ -201,9 +204,9 @@ class TorchSession(SteppedSession):
         copy: npt.NDArray[Any] = whole.cpu().numpy().copy()
         return copy
 
-    def _from_numpy(self, array: npt.NDArray[Any]) -> Any:
+    def _from_numpy(self, array: npt.NDArray[Any], like: Any) -> Any:
         tensor = self._torch.from_numpy(np.ascontiguousarray(array))
-        return tensor.view(self._model.dtype).to(self._model.device)
+        return tensor.view(like.dtype).to(self._model.device)
 
     def _check_kind(self, data: Sequence[npt.NDArray[Any]]) -> None:
         """Raise ``GenerationError`` where saved keys and values are another model's."""

@@ -14,42 +14,62 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from edgellm.errors import UnsupportedModel
 from edgellm.runtimes.kv_buffers import next_room
 
+Arrays = tuple[torch.Tensor, ...]
+
+GROUP = 32
+"""Values of a key that share a scale where the cache is rounded, as in ggml's q8_0."""
+
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """One layer's keys and values ``[1, kv_heads, used, head_dim]``: views into larger buffers."""
+    """One layer's keys and values, each ``[1, kv_heads, used, head_dim]``.
+
+    What is kept of them are arrays with the tokens in the third place, views into larger buffers.
+    """
 
     def __init__(self, most_tokens: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.most_tokens = most_tokens
         self.used = 0
-        self.buffers: tuple[torch.Tensor, ...] = ()
+        self.buffers: Arrays = ()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the new ones; all of them."""
-        start, used = self.used, self.used + key_states.shape[-2]
-        self.reserve(used, (key_states, value_states))
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start:used] = states
-        self.used = used
-        self.keys, self.values = self.held()
+        self.append((*self.encoded(key_states), *self.encoded(value_states)))
+        held = self.held()
+        half = len(held) // 2
+        self.keys = self.decoded(held[:half], key_states)
+        self.values = self.decoded(held[half:], value_states)
         return self.keys, self.values
 
-    def reserve(self, total: int, like: tuple[torch.Tensor, ...]) -> None:
-        """Have room for ``total`` tokens in buffers of the heads, widths and types of ``like``."""
-        room = self.buffers[0].shape[2] if self.buffers else 0
-        if total <= room:
-            return
-        room = next_room(room, total, self.most_tokens)
-        grown = tuple(each.new_empty((1, each.shape[1], room, each.shape[3])) for each in like)
-        for buffer, old in zip(grown, self.held(), strict=False):
-            buffer[:, :, : self.used] = old
-        self.buffers = grown
-        self.is_initialized = True
+    def encoded(self, states: torch.Tensor) -> Arrays:
+        """What is kept of keys or values."""
+        return (states,)
 
-    def held(self) -> tuple[torch.Tensor, ...]:
-        """Keys and values of the tokens that are held; nothing before the first one ever."""
+    def decoded(self, arrays: Arrays, like: torch.Tensor) -> torch.Tensor:
+        """Keys or values of the type of ``like``, from what was kept of them."""
+        return arrays[0]
+
+    def append(self, arrays: Arrays) -> None:
+        """Keep these arrays behind those that are held, in buffers that grow where they must."""
+        start, used = self.used, self.used + arrays[0].shape[2]
+        room = self.buffers[0].shape[2] if self.buffers else 0
+        if used > room:
+            room = next_room(room, used, self.most_tokens)
+            grown = tuple(
+                each.new_empty((1, each.shape[1], room, each.shape[3])) for each in arrays
+            )
+            for buffer, old in zip(grown, self.held(), strict=False):
+                buffer[:, :, :start] = old
+            self.buffers = grown
+            self.is_initialized = True
+        for buffer, new in zip(self.buffers, arrays, strict=True):
+            buffer[:, :, start:used] = new
+        self.used = used
+
+    def held(self) -> Arrays:
+        """What is kept of the tokens that are held; nothing before the first one ever."""
         return tuple(buffer[:, :, : self.used] for buffer in self.buffers)
 
     def get_seq_length(self) -> int:
@@ -57,8 +77,60 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self.used
 
 
-def growing_cache(config: Any, most_tokens: int) -> Any:
-    """A cache for a model of ``config``; raises ``UnsupportedModel`` for other kinds of layers."""
+class Int8Layer(GrowingLayer):  # type: ignore[no-untyped-call]
+    """Keys and values as whole numbers of -127 to 127 times a half for each group."""
+
+    def encoded(self, states: torch.Tensor) -> Arrays:
+        groups = _grouped(states)
+        scales = (groups.abs().amax(-1) / 127).to(torch.float16)
+        codes = torch.round(groups / _divisors(scales)).clamp(-127, 127).to(torch.int8)
+        return codes.reshape(states.shape), scales
+
+    def decoded(self, arrays: Arrays, like: torch.Tensor) -> torch.Tensor:
+        codes, scales = arrays
+        values = _grouped(codes) * scales.float().unsqueeze(-1)
+        return values.reshape(codes.shape).to(like.dtype)
+
+
+class Int4Layer(GrowingLayer):  # type: ignore[no-untyped-call]
+    """Keys and values as one of 16 even steps from a minimum, two to a byte."""
+
+    def encoded(self, states: torch.Tensor) -> Arrays:
+        groups = _grouped(states)
+        least = groups.amin(-1).to(torch.float16)
+        scales = ((groups.amax(-1) - least.float()) / 15).to(torch.float16)
+        steps = (groups - least.float().unsqueeze(-1)) / _divisors(scales)
+        codes = torch.round(steps).clamp(0, 15).to(torch.uint8).reshape(states.shape)
+        return codes[..., 0::2] | codes[..., 1::2] << 4, scales, least
+
+    def decoded(self, arrays: Arrays, like: torch.Tensor) -> torch.Tensor:
+        pairs, scales, least = arrays
+        codes = torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
+        values = _grouped(codes) * scales.float().unsqueeze(-1) + least.float().unsqueeze(-1)
+        return values.reshape(codes.shape).to(like.dtype)
+
+
+ROUNDED: dict[str, type[GrowingLayer]] = {"int8": Int8Layer, "int4": Int4Layer}
+
+
+def _grouped(values: torch.Tensor) -> torch.Tensor:
+    """``[..., groups, values]`` in float32: of ``GROUP`` where that divides a head, else of one."""
+    width = values.shape[-1]
+    group = GROUP if width % GROUP == 0 else width
+    return values.float().reshape(*values.shape[:-1], width // group, group)
+
+
+def _divisors(scales: torch.Tensor) -> torch.Tensor:
+    """As they are kept, so that codes are the nearest ones; 1 where all values are the same."""
+    kept = scales.float().unsqueeze(-1)
+    return torch.where(kept == 0, 1.0, kept)
+
+
+def growing_cache(config: Any, most_tokens: int, kv_dtype: str) -> Any:
+    """A cache for a model of ``config``, rounded where ``kv_dtype`` is of ``ROUNDED``.
+
+    Raises ``UnsupportedModel`` for other kinds of layers.
+    """
     usual = DynamicCache(config=config)
     kinds = {type(layer) for layer in usual.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
     if kinds:
@@ -67,4 +139,5 @@ def growing_cache(config: Any, most_tokens: int) -> Any:
             f"{config.model_type} keeps more than keys and values ({names}), which cannot be "
             "forgotten token by token: run it with transformers itself"
         )
-    return Cache(layers=[GrowingLayer(most_tokens) for _ in usual.layers])
+    kind = ROUNDED.get(kv_dtype, GrowingLayer)
+    return Cache(layers=[kind(most_tokens) for _ in usual.layers])

@@ -45,6 +45,7 @@ CASES = (
     Case("onnxruntime-genai", "onnx", "onnxruntime_genai", 1e-4),
     Case("onnxruntime-genai", "onnx", "onnxruntime_genai", 2e-2, kv_dtype="int8"),
     Case("torch", "hf", "transformers", 1e-4),
+    Case("torch", "hf", "transformers", 2e-2, kv_dtype="int8"),
     Case("mlx", "mlx", "mlx_lm", 1e-4),
     Case("mlx", "mlx", "mlx_lm", 1e-4, kv_dtype="int8"),
 )

@@ -119,7 +119,7 @@ def test_without_torch_the_next_steps_are_named(
 
 def test_a_cache_in_another_type_is_refused(tiny_model: TinyModel) -> None:
     artifact = open_artifact(tiny_model("llama"))
-    with pytest.raises(UnsupportedTarget, match="f32 here, not in f16"):
+    with pytest.raises(UnsupportedTarget, match="f32 here, or in int8 or int4, not in f16"):
         runtime_named("torch").open(artifact, RunOptions(device="cpu", kv_dtype="f16"))
 
 
@@ -168,4 +168,51 @@ def test_states_other_than_keys_and_values_are_refused(tmp_path: Path) -> None:
 
     config = transformers.Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"])
     with pytest.raises(UnsupportedModel, match="lfm2 keeps more than keys and values"):
-        growing_cache(config, 64)
+        growing_cache(config, 64, "f32")
+
+
+@pytest.mark.parametrize(("kv_dtype", "levels"), [("int8", 254), ("int4", 15)])
+@pytest.mark.parametrize("width", [64, 40])
+def test_rounded_keys_are_the_nearest_of_their_groups(
+    kv_dtype: str, levels: int, width: int
+) -> None:
+    """By the definition: even steps over the values of a group, which a half spaces."""
+    import torch
+
+    from edgellm.runtimes.torch_cache import ROUNDED
+
+    layer = ROUNDED[kv_dtype](96)
+    states = torch.randn((1, 3, 50, width), generator=torch.Generator().manual_seed(2))
+    states[0, 1, 7] = 0.25  # all the same
+    found, _ = layer.update(states[:, :, :20], states[:, :, :20])
+    found, values = layer.update(states[:, :, 20:], states[:, :, 20:])
+    torch.testing.assert_close(found, values, rtol=0, atol=0)
+    groups = states.unflatten(-1, (-1, 32 if width == 64 else width))
+    if kv_dtype == "int8":
+        span = 2 * groups.abs().amax(-1, keepdim=True)
+    else:
+        span = groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)
+    step = span / levels
+    off = (found.unflatten(-1, groups.shape[-2:]) - groups).abs()
+    # Half a step, and what halves round the scale and the minimum by.
+    assert (off <= 0.5 * step + 2e-3 * groups.abs().amax(-1, keepdim=True)).all()
+    assert (off.mean() > 0.2 * step.mean()).item(), "rounded at all"
+    assert layer.buffers[0].dtype == (torch.int8 if kv_dtype == "int8" else torch.uint8)
+
+
+def test_rounded_caches_are_smaller_and_cost_little(tiny_model: TinyModel, tmp_path: Path) -> None:
+    made = edgellm.convert(
+        tiny_model("llama-256"), tmp_path / "out", format="hf", quant="f32", check=False
+    )
+    nbytes, logits = {}, {}
+    for kv_dtype in ("f32", "int8", "int4"):
+        options = RunOptions(kv_dtype=kv_dtype, threads=1)  # type: ignore[arg-type]
+        session = runtime_named("torch").open(made, options)
+        logits[kv_dtype] = session.prefill(IDS, all_logits=True).copy()
+        nbytes[kv_dtype] = session.kv_bytes()
+        session.close()
+    assert nbytes["int8"] / nbytes["f32"] == (1 + 2 / 32) / 4
+    assert nbytes["int4"] / nbytes["f32"] == (1 / 2 + 4 / 32) / 4
+    off = {kind: np.abs(logits[kind] - logits["f32"]).mean() for kind in ("int8", "int4")}
+    assert 0 < off["int8"] < off["int4"] / 8
+    assert off["int4"] < 1.0
