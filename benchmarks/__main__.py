@@ -18,6 +18,7 @@ BENCHMARKS = {
     "decode_onnx": "prefill and decode of equal int4 graphs",
     "best_int4": "our best int4 recipe against the peer's default build: decode and KL",
     "llamacpp_loop": "prefill and decode through our llama.cpp runtime",
+    "runtime_loops": "prefill and decode through genai, MLX and torch",
     "adapters": "what rounding leaves of a fine-tune, and rsLoRA by llama.cpp's own way",
     "quality": "answers of calibrated GGUF files in llama.cpp against its importance matrix",
     "k_quants": "answers of each k-quant alone, on the matrices that divide, against the same",
