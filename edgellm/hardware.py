@@ -212,6 +212,15 @@ def memory_bandwidth_bytes_per_s(threads: int, *, seconds: float = 0.3) -> float
     return best
 
 
+def free_memory_bytes() -> int:
+    """What this process could still take without swapping; limits of containers count."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    limit, used = _cgroup_number("memory.max"), _cgroup_number("memory.current")
+    return free if limit is None or used is None else min(free, max(0, limit - used))
+
+
 CPU_PRESSURE = Path("/proc/pressure/cpu")
 BUSY_PERCENT = 5.0
 """Share of the last ten seconds in which some thread waited for a CPU; our own threads, one to a

@@ -25,6 +25,21 @@ def context_tokens(wanted: int | None, trained: int, path: Path) -> int:
     return wanted
 
 
+def check_kv_memory(token_bytes: int, tokens: int, free_bytes: int, where: str) -> None:
+    """Raise ``GenerationError`` where keys and values of ``tokens`` would not fit.
+
+    ``token_bytes: of one token in all layers.
+    """
+    if token_bytes * tokens <= free_bytes:
+        return
+    fit = free_bytes // token_bytes
+    raise GenerationError(
+        f"keys and values of {tokens} tokens take {token_bytes * tokens / 1e6:,.0f} MB, and "
+        f"{free_bytes / 1e6:,.0f} MB are free {where}: choose --context {max(fit, 1)} or less, or "
+        "fewer bits for them (--kv-cache)"
+    )
+
+
 def check_tokens(token_ids: Sequence[int], held: int, room: int, vocab_size: int) -> None:
     """Raise ``GenerationError`` unless ``token_ids`` exist and fit behind the ``held`` ones."""
     if not len(token_ids):

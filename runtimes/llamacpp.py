@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from edgellm.architectures.rope_scaling import parse_scaling
 from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget
-from edgellm.hardware import Hardware, detect
+from edgellm.hardware import Hardware, detect, free_memory_bytes
 from edgellm.manifest import Artifact
 from edgellm.quant.ggml_types import NAMED
 from edgellm.runtimes import limits
@@ -148,6 +148,7 @@ class LlamaCppRuntime:
         repack = not miscompiled_amx(library_folder(), hardware.cpu_features.value)
         threads = options.threads or hardware.physical_cores.value
         layers = 0 if device == "cpu" else _gpu_layers(stored, options, hardware, artifact.main)
+        _check_kv_memory(stored, options, artifact.main, on_gpu=layers == ALL_LAYERS)
         return LlamaCppSession(
             load_library(),
             artifact,
@@ -172,6 +173,19 @@ def _gpu_layers(stored: GgufFile, options: RunOptions, hardware: Hardware, path:
     kind = NAMED[options.kv_dtype or DEFAULT_KV]
     kv_by_layer = [room * nbytes for nbytes in kv_token_bytes(stored.metadata, kind)]
     return layers_that_fit(stored, kv_by_layer, max(known))
+
+
+def _check_kv_memory(stored: GgufFile, options: RunOptions, path: Path, *, on_gpu: bool) -> None:
+    """Raise ``GenerationError`` where the cache, all of which is taken at once, does not fit."""
+    trained = stored.metadata.get(f"{stored.metadata['general.architecture']}.context_length")
+    if not trained or on_gpu:  # or llama.cpp says it, for how much a GPU has left is its driver's
+        return
+    reach = trained
+    if options.rope_scaling is not None:
+        reach = parse_scaling(options.rope_scaling).context(trained)
+    room = limits.context_tokens(options.context_tokens, reach, path)
+    token_bytes = sum(kv_token_bytes(stored.metadata, NAMED[options.kv_dtype or DEFAULT_KV]))
+    limits.check_kv_memory(token_bytes, room, free_memory_bytes(), "in this computer's memory")
 
 
 class LlamaCppSession:

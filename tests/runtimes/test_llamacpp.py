@@ -13,11 +13,17 @@ import pytest
 
 import edgellm
 from edgellm import hardware
-from edgellm.errors import EdgeError, RuntimeMissing, SourceError, UnsupportedTarget
+from edgellm.errors import (
+    EdgeError,
+    GenerationError,
+    RuntimeMissing,
+    SourceError,
+    UnsupportedTarget,
+)
 from edgellm.hardware import Fact, Gpu, detect
 from edgellm.manifest import Artifact
 from edgellm.quant.ggml_types import NAMED
-from edgellm.runtimes import llamacpp_library
+from edgellm.runtimes import llamacpp, llamacpp_library
 from edgellm.runtimes.llamacpp import LlamaCppRuntime
 from edgellm.runtimes.llamacpp_library import miscompiled_amx
 from edgellm.runtimes.llamacpp_memory import WORKING_BYTES, kv_token_bytes, layers_that_fit
@@ -271,3 +277,15 @@ def test_layers_for_a_gpu_without_one_are_refused(
         LlamaCppRuntime().open(artifact("llama", "gguf"), RunOptions(device="cpu", gpu_layers=3))
     with pytest.raises(UnsupportedTarget, match="--gpu-layers"):
         edgellm.open(artifact("llama", "onnx").path, gpu_layers=3)
+
+
+def test_a_context_that_does_not_fit_is_refused_before_it_is_made(
+    artifact: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = artifact("llama", "gguf")
+    token_bytes = sum(kv_token_bytes(read_gguf_model(made.main).metadata, NAMED["f32"]))
+    monkeypatch.setattr(llamacpp, "free_memory_bytes", lambda: 40 * token_bytes)
+    with pytest.raises(GenerationError, match="41 tokens .* choose --context 40 or less"):
+        LlamaCppRuntime().open(made, RunOptions(context_tokens=41, kv_dtype="f32"))
+    LlamaCppRuntime().open(made, RunOptions(context_tokens=40, kv_dtype="f32")).close()
+    LlamaCppRuntime().open(made, RunOptions(context_tokens=41, kv_dtype="f16")).close()
