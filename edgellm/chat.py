@@ -128,7 +128,11 @@ def open(
         )
     if rope_scaling is not None:
         rope_scaling = str(parse_scaling(rope_scaling))
-        able = sorted(one.runtime for one in capabilities if one.scales_rope)
+        able = sorted(
+            one.runtime
+            for one in capabilities
+            if one.scales_rope and artifact.container in one.containers
+        )
         if choice.runtime not in able:
             others = f", or choose --runtime {' or '.join(able)}" if able else ""
             raise UnsupportedTarget(
