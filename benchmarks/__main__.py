@@ -18,6 +18,7 @@ BENCHMARKS = {
     "decode_onnx": "prefill and decode of equal int4 graphs",
     "best_int4": "our best int4 recipe against the peer's default build: decode and KL",
     "llamacpp_loop": "prefill and decode through our llama.cpp runtime",
+    "onnx_llamacpp": "prefill, decode and KL of our ONNX artifacts against llama.cpp's files",
     "runtime_loops": "prefill and decode through genai, MLX and torch",
     "adapters": "what rounding leaves of a fine-tune, and rsLoRA by llama.cpp's own way",
     "quality": "answers of calibrated GGUF files in llama.cpp against its importance matrix",

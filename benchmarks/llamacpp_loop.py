@@ -24,7 +24,7 @@ def measure(*, quick: bool) -> Result:
     run(convert)
     file = next((WORK / "ours-gguf").glob("*.gguf")).relative_to(WORK)
     bare = [sys.executable, str(LOOPS / "llamacpp_bare.py"), str(file), text.path.name]
-    repack = _repack(bare)
+    repack = repack_of(bare)
     comparisons: list[Comparison] = []
     agreement = {}
     commands = {"the file, made by": shown(convert)}
@@ -56,7 +56,7 @@ def measure(*, quick: bool) -> Result:
     )
 
 
-def _repack(bare: list[str]) -> str:
+def repack_of(bare: list[str]) -> str:
     """``1``, or ``0`` where this build of llama.cpp crashes on rearranged weights."""
     try:
         with Loop([*bare, "1", "1", "1"]) as loop:

@@ -24,7 +24,7 @@ def measure(*, quick: bool) -> Result:
     model = smollm2()
     text = tokens(model)
     count = str(speed.new_tokens(quick=quick))
-    convert = [*edgellm(), "convert", model.name, "--format", "mlx", "--quant", "rtn:int4-g64"]
+    convert = [*edgellm(), "convert", model.name, "--format", "mlx", "--quant", "rtn:int4-g64-min"]
     convert += ["--out", "ours-mlx", "--no-check", "--force"]
     run(convert)
     build = genai_builds.build(model, "peer-equal", genai_builds.LAST_LOGITS)
@@ -50,7 +50,7 @@ def measure(*, quick: bool) -> Result:
         benchmark="runtime_loops",
         peer="the backend's own generator",
         setting=(
-            f"{SMOLLM2}; symmetric int4 built by onnxruntime-genai, int4-g64 by mlx in float32, "
+            f"{SMOLLM2}; symmetric int4 built by onnxruntime-genai, int4-g64-min by mlx in float32, "
             f"float32 by torch; {PROMPT_TOKENS} tokens of prompt, {count} new ones, {THREADS} "
             "threads (mlx takes its own)."
         ),

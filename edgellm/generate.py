@@ -15,6 +15,7 @@ from edgellm.errors import GenerationError, UsageError
 from edgellm.hardware import peak_memory_bytes
 from edgellm.prefix_cache import PrefixCache
 from edgellm.runtimes.session import Logits, Session
+from edgellm.runtimes.token_prefix import shared_length
 from edgellm.sampling import Sampler, SamplingOptions
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -123,12 +124,8 @@ def reuse_prefix(session: Session, prompt_ids: Sequence[int]) -> int:
 
     At least one token is left to compute, because its logits are needed.
     """
-    cached = session.tokens
-    limit = min(len(cached), len(prompt_ids) - 1)
-    shared = 0
-    while shared < limit and cached[shared] == prompt_ids[shared]:
-        shared += 1
-    if shared < len(cached):
+    shared = min(shared_length(session.tokens, prompt_ids), len(prompt_ids) - 1)
+    if shared < len(session.tokens):
         session.trim(shared)
     return shared
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from edgellm.errors import UsageError
 from edgellm.runtimes.session import KvState, Session
+from edgellm.runtimes.token_prefix import shared_length
 
 BLOCK_TOKENS = 32
 """Tokens that are shared or not as one."""
@@ -59,7 +60,7 @@ class PrefixCache:
 
         with self._lock:
             known = self._longest(tokens, owner)
-            if known is None or known[0] <= _shared(session.tokens, tokens):
+            if known is None or known[0] <= shared_length(session.tokens, tokens):
                 return reuse_prefix(session, tokens)
             length, state = known
             self.hits += 1
@@ -119,12 +120,3 @@ def _keys(tokens: Sequence[int], owner: str) -> Iterator[Key]:
 
 def _nbytes(state: KvState) -> int:
     return sum(array.nbytes for array in state.data)
-
-
-def _shared(held: Sequence[int], tokens: Sequence[int]) -> int:
-    count = 0
-    for one, other in zip(held, tokens, strict=False):
-        if one != other:
-            break
-        count += 1
-    return count

@@ -22,6 +22,7 @@ from edgellm.runtimes.ort import session_settings
 from edgellm.runtimes.ort_package import found_package
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
 from edgellm.runtimes.stepped import SteppedSession
+from edgellm.runtimes.token_prefix import shared_length
 from edgellm.runtimes.versions import installed_version, version_numbers
 
 INSTALL = "pip install 'edgellm[genai]'"
@@ -144,8 +145,9 @@ class GenaiSession(SteppedSession):
                 f"onnxruntime-genai could not load {artifact.path}: {limits.explained(error)}. "
                 "Check an artifact with `edgellm verify`; other folders may need another --device"
             ) from error
+        self._one_by_one = False
         self._value_bytes = first.dtype.itemsize
-        self.kv_dtype = KV_TYPES[str(first.dtype)]
+        self.kv_dtype = KV_TYPES.get(str(first.dtype), str(first.dtype))
         if options.kv_dtype not in (None, self.kv_dtype):
             self.close()
             raise UnsupportedTarget(
@@ -161,11 +163,7 @@ class GenaiSession(SteppedSession):
         """As ``Session.restore``; the tokens are computed anew."""
         self._check_open()
         limits.check_state(state, self.runtime, self.context_tokens)
-        shared = 0
-        for held, wanted in zip(self._tokens, state.tokens, strict=False):
-            if held != wanted:
-                break
-            shared += 1
+        shared = shared_length(self._tokens, state.tokens)
         self._keep(shared)
         if len(state.tokens) > shared:
             self.prefill(state.tokens[shared:])
@@ -183,6 +181,8 @@ class GenaiSession(SteppedSession):
         self._tokens = []
 
     def _compute(self, token_ids: Sequence[int], outputs: int) -> Logits | None:
+        if outputs > 1 and self._one_by_one:
+            return np.concatenate([self._compute((each,), 1) for each in token_ids])
         try:
             self._generator.append_tokens(np.asarray([token_ids], np.int32))
             if not outputs:
@@ -191,11 +191,11 @@ class GenaiSession(SteppedSession):
                 last: Logits = self._generator.get_logits()[0]
                 return last
             rows: Logits = self._generator.get_output("logits")[0]
-            if len(rows) >= outputs:
-                return rows[-outputs:].astype(np.float32, copy=False)
-            # The graph computed the last position only: once more, one by one.
-            self._generator.rewind_to(len(self._tokens))
-            return np.concatenate([self._compute((each,), 1) for each in token_ids])
+            if len(rows) < outputs:  # the graph's last position only: once more, one by one
+                self._one_by_one = True
+                self._generator.rewind_to(len(self._tokens))
+                return self._compute(token_ids, outputs)
+            return rows[-outputs:].astype(np.float32, copy=False)
         except ERRORS as error:
             raise GenerationError(
                 f"onnxruntime-genai could not compute {len(token_ids)} tokens: "
