@@ -1,4 +1,4 @@
-"""Our ONNX artifacts in onnxruntime against llama.cpp on files of like grids: speed, and KL of both.
+"""Our ONNX artifacts in onnxruntime against llama.cpp on like grids: speed, and KL of both.
 
 int4 in blocks of 32 against Q4_0, whose blocks are the same, and int8-dynamic, which multiplies
 whole numbers, against Q8_0. Both sides hold keys and values in their usual type (f32 and f16).

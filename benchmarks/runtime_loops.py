@@ -50,9 +50,9 @@ def measure(*, quick: bool) -> Result:
         benchmark="runtime_loops",
         peer="the backend's own generator",
         setting=(
-            f"{SMOLLM2}; symmetric int4 built by onnxruntime-genai, int4-g64-min by mlx in float32, "
-            f"float32 by torch; {PROMPT_TOKENS} tokens of prompt, {count} new ones, {THREADS} "
-            "threads (mlx takes its own)."
+            f"{SMOLLM2}; symmetric int4 built by onnxruntime-genai, int4-g64-min by mlx in "
+            f"float32, float32 by torch; {PROMPT_TOKENS} tokens of prompt, {count} new ones, "
+            f"{THREADS} threads (mlx takes its own)."
         ),
         comparisons=comparisons,
         commands=commands,

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib.util
-import os
 import re
 import threading
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from edgellm.errors import RuntimeMissing
-from edgellm.hardware import machine_is_busy
+from edgellm.runtimes.openmp import short_spin
 
 INSTALL = 'pip install "edgellm[llamacpp]"'
 """The command that brings it."""
-
-OPENMP_WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
-QUIET_SPIN_COUNT, BUSY_SPIN_COUNT = "30000", "2000"
-"""Turns of a waiting loop, 10 to 45 ns each by CPU. SmolLM2 Q4_0 on two cores took, in ms a token:
-on a nearly idle machine 10 at 30000 turns and 17 without spinning; on one shared with busy others
-255 by libgomp's default, 70 at 3000, 45 at 1000, 33 without spinning."""
 
 WITHOUT_AMX = "CFLAGS and CXXFLAGS set to '-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'"
 AMX_SYMBOL = b"ggml_backend_amx_mul_mat"
@@ -49,7 +40,7 @@ def load_library() -> Any:
     Raises ``RuntimeMissing`` where llama-cpp-python is not installed or its build does not load.
     """
     global _log_callback
-    with _loading, _short_spin():
+    with _loading, short_spin():
         try:
             import llama_cpp
         except ModuleNotFoundError as error:
@@ -86,24 +77,6 @@ def miscompiled_amx(folder: Path, features: frozenset[str]) -> str | None:
             if major < 11 or minor < FIRST_SOUND_GCC.get(major, 0):
                 return f"GCC {major}.{minor}"
     return None
-
-
-@contextlib.contextmanager
-def _short_spin() -> Iterator[None]:
-    """Let OpenMP's threads give up spinning early, unless the environment says how they wait.
-
-    libgomp reads this once, when it is loaded. By default its threads spin for milliseconds at the
-    end of every operation, which on a busy machine keeps the very thread from running that they
-    wait for: a token then takes ten times as long. On a quiet one a longer wait is quicker.
-    """
-    if OPENMP_WAITING & os.environ.keys():
-        yield
-        return
-    os.environ["GOMP_SPINCOUNT"] = BUSY_SPIN_COUNT if machine_is_busy() else QUIET_SPIN_COUNT
-    try:
-        yield
-    finally:
-        del os.environ["GOMP_SPINCOUNT"]
 
 
 def _remember(level: int, text: bytes, user_data: object) -> None:

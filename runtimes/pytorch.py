@@ -21,6 +21,7 @@ from edgellm.hardware import Hardware, detect
 from edgellm.json_file import read_json
 from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
+from edgellm.runtimes.openmp import short_spin
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
 from edgellm.runtimes.stepped import SteppedSession
 from edgellm.runtimes.versions import installed_version, version_numbers
@@ -111,7 +112,8 @@ class TorchSession(SteppedSession):
 
         ``threads`` are torch's, which all of its sessions in a process share.
         """
-        import torch
+        with short_spin():
+            import torch
 
         from edgellm.runtimes.torch_cache import growing_cache
 

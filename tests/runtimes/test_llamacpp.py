@@ -23,7 +23,7 @@ from edgellm.errors import (
 from edgellm.hardware import Fact, Gpu, detect
 from edgellm.manifest import Artifact
 from edgellm.quant.ggml_types import NAMED
-from edgellm.runtimes import llamacpp, llamacpp_library
+from edgellm.runtimes import llamacpp, openmp
 from edgellm.runtimes.llamacpp import LlamaCppRuntime
 from edgellm.runtimes.llamacpp_library import miscompiled_amx
 from edgellm.runtimes.llamacpp_memory import WORKING_BYTES, kv_token_bytes, layers_that_fit
@@ -67,22 +67,22 @@ def test_broken_amx_code_does_not_matter_where_it_is_not_run(tmp_path: Path) -> 
 def test_waiting_of_threads_is_shortened_and_the_environment_left_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name in llamacpp_library.OPENMP_WAITING:
+    for name in openmp.OPENMP_WAITING:
         monkeypatch.delenv(name, raising=False)
     pressure = tmp_path / "cpu"
     monkeypatch.setattr(hardware, "CPU_PRESSURE", pressure)
     for content, turns in (
-        (None, llamacpp_library.BUSY_SPIN_COUNT),
-        ("some avg10=0.40 avg60=9.00", llamacpp_library.QUIET_SPIN_COUNT),
-        ("some avg10=62.10 avg60=0.00", llamacpp_library.BUSY_SPIN_COUNT),
+        (None, openmp.BUSY_SPIN_COUNT),
+        ("some avg10=0.40 avg60=9.00", openmp.QUIET_SPIN_COUNT),
+        ("some avg10=62.10 avg60=0.00", openmp.BUSY_SPIN_COUNT),
     ):
         if content is not None:
             pressure.write_text(content)
-        with llamacpp_library._short_spin():
+        with openmp.short_spin():
             assert os.environ["GOMP_SPINCOUNT"] == turns
     assert "GOMP_SPINCOUNT" not in os.environ
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    with llamacpp_library._short_spin():
+    with openmp.short_spin():
         assert "GOMP_SPINCOUNT" not in os.environ
 
 
