@@ -23,7 +23,7 @@ from edgellm.errors import (
 from edgellm.hardware import Fact, Gpu, detect
 from edgellm.manifest import Artifact
 from edgellm.quant.ggml_types import NAMED
-from edgellm.runtimes import llamacpp, openmp
+from edgellm.runtimes import llamacpp, llamacpp_library, openmp
 from edgellm.runtimes.llamacpp import LlamaCppRuntime
 from edgellm.runtimes.llamacpp_library import miscompiled_amx
 from edgellm.runtimes.llamacpp_memory import WORKING_BYTES, kv_token_bytes, layers_that_fit
