@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from edgellm.hardware import free_memory_bytes
+from edgellm.runtimes import limits
 from edgellm.runtimes.kv_buffers import allocate, next_room
 
 Cache = npt.NDArray[np.float32] | npt.NDArray[np.int8]
@@ -56,10 +58,13 @@ class Caches(ABC):
         return len(self._pasts)
 
     @property
+    def token_bytes(self) -> int:
+        """Of one token in all caches."""
+        return sum(past.heads * past.width * np.dtype(past.dtype).itemsize for past in self._pasts)
+
+    @property
     def nbytes(self) -> int:
-        return self.room * sum(
-            past.heads * past.width * np.dtype(past.dtype).itemsize for past in self._pasts
-        )
+        return self.room * self.token_bytes
 
     def reserve(self, total: int, used: int, limit: int) -> None:
         """Have room for ``total`` tokens, of which the first ``used`` stay as they are.
@@ -98,6 +103,9 @@ class HostCaches(Caches):
         self._arrays: list[Cache] = []
 
     def _grow(self, shapes: Sequence[tuple[int, ...]], used: int) -> None:
+        # Linux promises memory that it has not, and ends programs that believe it.
+        free = free_memory_bytes()
+        limits.check_kv_memory(self.token_bytes, shapes[0][2], free, "in this computer's memory")
         grown = allocate(shapes, [past.dtype for past in self._pasts])
         for past, array, old in zip_longest(self._pasts, grown, self._arrays):
             if old is not None:

@@ -16,7 +16,7 @@ import pytest
 from edgellm.errors import GenerationError, UnsupportedTarget
 from edgellm.hardware import Fact, Gpu, detect
 from edgellm.manifest import Artifact
-from edgellm.runtimes import kv_buffers, limits, ort, ort_package
+from edgellm.runtimes import kv_buffers, limits, ort, ort_caches, ort_package
 from edgellm.runtimes.ort import OnnxRuntime
 from edgellm.runtimes.ort_caches import DeviceCaches
 from edgellm.runtimes.ort_package import OrtPackage
@@ -288,3 +288,20 @@ def test_two_packages_that_overwrite_each_other_are_found_and_explained(
 )
 def test_what_backends_say_is_explained(error: Exception, said: str) -> None:
     assert re.search(said, limits.explained(error))
+
+
+def test_keys_and_values_that_do_not_fit_are_refused_before_they_are_made(
+    artifact: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_buffers, "FIRST_TOKENS", 16)
+    session = OnnxRuntime().open(artifact("llama", "onnx"), RunOptions(context_tokens=90))
+    session.prefill(list(range(16)))
+    token_bytes = session.kv_bytes() // 16
+    monkeypatch.setattr(ort_caches, "free_memory_bytes", lambda: 31 * token_bytes)
+    with pytest.raises(GenerationError, match=r"of 32 tokens .* choose --context 31 or less"):
+        session.decode(5)
+    assert (len(session.tokens), session.kv_bytes()) == (16, 16 * token_bytes)
+    monkeypatch.setattr(ort_caches, "free_memory_bytes", lambda: 32 * token_bytes)
+    session.decode(5)
+    assert session.kv_bytes() == 32 * token_bytes
+    session.close()
