@@ -218,7 +218,9 @@ def free_memory_bytes() -> int:
 
     free = int(psutil.virtual_memory().available)
     limit, used = _cgroup_number("memory.max"), _cgroup_number("memory.current")
-    return free if limit is None or used is None else min(free, max(0, limit - used))
+    if limit is None or used is None:
+        return free
+    return min(free, max(0, limit - used + _cgroup_file_pages()))
 
 
 CPU_PRESSURE = Path("/proc/pressure/cpu")
@@ -344,6 +346,18 @@ def _cgroup_number(name: str, word: int = 0) -> int | None:
     except OSError:
         return None
     return int(words[word]) if len(words) > word and words[word].isdigit() else None
+
+
+def _cgroup_file_pages() -> int:
+    """Pages of files that the kernel keeps as long as nobody needs the memory."""
+    try:
+        words = [
+            line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+        ]
+    except OSError:
+        return 0
+    kinds = ("inactive_file", "active_file")
+    return sum(int(line[1]) for line in words if len(line) == 2 and line[0] in kinds)
 
 
 def _memory() -> Fact[int]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from edgellm.errors import GenerationError, RuntimeMissing, SourceError, UnsupportedTarget
-from edgellm.hardware import Hardware, detect
+from edgellm.hardware import Hardware, detect, free_memory_bytes
 from edgellm.json_file import read_json
 from edgellm.manifest import GENAI_CONFIG, Artifact
 from edgellm.runtimes import limits
@@ -125,7 +125,8 @@ class GenaiSession(SteppedSession):
         )
         self.vocab_size = int(model["vocab_size"])
         self._decoder: dict[str, Any] = model["decoder"]
-        self._shares = bool(config.get("search", {}).get("past_present_share_buffer", True))
+        self._shares = bool(config.get("search", {}).get("past_present_share_buffer", False))
+        past = self._decoder["inputs"].get("past_key_names", "past_key_values.%d.key")
         try:
             settings = genai.Config(str(folder))
             settings.clear_providers()
@@ -133,27 +134,38 @@ class GenaiSession(SteppedSession):
                 settings.append_provider(PROVIDERS[device])
             ours = {"session_options": session_settings(found_package().version, threads)}
             settings.overlay(json.dumps({"model": {"decoder": ours}}))
-            self._model: Any = genai.Model(settings)
-            params = genai.GeneratorParams(self._model)
-            params.set_search_options(
-                max_length=self.context_tokens, min_length=0, do_sample=False, num_beams=1
-            )
-            self._generator: Any = genai.Generator(self._model, params)
-            first = self._generator.get_input(self._decoder["inputs"]["past_key_names"] % 0)
-        except ERRORS as error:
+            self._genai, self._model = genai, genai.Model(settings)
+            first = self._new_generator(1).get_input(past % 0)
+        except (*ERRORS, TypeError) as error:
+            said = limits.explained(error, device)
             raise GenerationError(
-                f"onnxruntime-genai could not load {artifact.path}: {limits.explained(error)}. "
-                "Check an artifact with `edgellm verify`; other folders may need another --device"
+                f"onnxruntime-genai could not load {artifact.path}: "
+                f"{said}. Check an artifact with `edgellm verify`; other "
+                "folders may need another --device"
             ) from error
         self._one_by_one = False
         self._value_bytes = first.dtype.itemsize
         self.kv_dtype = KV_TYPES.get(str(first.dtype), str(first.dtype))
         if options.kv_dtype not in (None, self.kv_dtype):
-            self.close()
             raise UnsupportedTarget(
                 f"{artifact.path} was made to cache keys and values in {self.kv_dtype}, not "
                 f"{options.kv_dtype}: leave the choice out, or convert again with --kv-cache"
             )
+        if device == "cpu":
+            limits.check_kv_memory(self.kv_bytes(), free_memory_bytes(), "a smaller --context")
+        self._generator: Any = self._new_generator(self.context_tokens)
+
+    def _new_generator(self, tokens: int) -> Any:
+        """One with room for ``tokens``, which is taken at once where past and present share it."""
+        params = self._genai.GeneratorParams(self._model)
+        params.set_search_options(max_length=tokens, min_length=0, do_sample=False, num_beams=1)
+        try:
+            return self._genai.Generator(self._model, params)
+        except ERRORS as error:
+            said = limits.explained(error, self.device)
+            raise GenerationError(
+                f"onnxruntime-genai could not make room for {tokens} tokens: {said}"
+            ) from error
 
     def save(self) -> KvState:
         self._check_open()
@@ -197,14 +209,21 @@ class GenaiSession(SteppedSession):
                 return self._compute(token_ids, outputs)
             return rows[-outputs:].astype(np.float32, copy=False)
         except ERRORS as error:
+            said = limits.explained(error, self.device)
             raise GenerationError(
-                f"onnxruntime-genai could not compute {len(token_ids)} tokens: "
-                f"{limits.explained(error)}"
+                f"onnxruntime-genai could not compute {len(token_ids)} tokens: {said}"
             ) from error
 
     def _forget(self, length: int) -> None:
-        if self._generator.token_count() > length:
+        if self._generator.token_count() <= length:
+            return
+        try:
             self._generator.rewind_to(length)
+        except ERRORS:  # some kinds of models cannot: their tokens are computed anew
+            self._generator = self._new_generator(self.context_tokens)
+            kept, self._tokens = self._tokens, []
+            if kept:
+                self.prefill(kept)
 
 
 def _decoder_of(config: dict[str, Any], artifact: Artifact) -> dict[str, Any]:
@@ -221,6 +240,11 @@ def _decoder_of(config: dict[str, Any], artifact: Artifact) -> dict[str, Any]:
             "of text alone: use onnxruntime-genai itself"
         )
     decoder = model.get("decoder") if isinstance(model, dict) else None
+    if decoder and "past_names" in decoder.get("inputs", {}):
+        raise UnsupportedTarget(
+            f"{artifact.path} has keys and values of a layer in one input (past_names), as "
+            "GPT-2's builds: convert the model itself with edgellm"
+        )
     wanted = ("inputs", "num_hidden_layers", "num_key_value_heads", "head_size")
     lacks = [f"model.{key}" for key in ("context_length", "vocab_size") if key not in (model or ())]
     lacks += [f"model.decoder.{key}" for key in wanted if key not in (decoder or ())]

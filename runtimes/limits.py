@@ -25,19 +25,16 @@ def context_tokens(wanted: int | None, trained: int, path: Path) -> int:
     return wanted
 
 
-def check_kv_memory(token_bytes: int, tokens: int, free_bytes: int, where: str) -> None:
-    """Raise ``GenerationError`` where keys and values of ``tokens`` would not fit.
+def check_kv_memory(nbytes: int, free_bytes: int, smaller: str) -> None:
+    """Raise ``GenerationError`` where keys and values of ``nbytes`` would not fit.
 
-    ``token_bytes: of one token in all layers.
+    ``smaller``: what takes less, in words.
     """
-    if token_bytes * tokens <= free_bytes:
-        return
-    fit = free_bytes // token_bytes
-    raise GenerationError(
-        f"keys and values of {tokens} tokens take {token_bytes * tokens / 1e6:,.0f} MB, and "
-        f"{free_bytes / 1e6:,.0f} MB are free {where}: choose --context {max(fit, 1)} or less, or "
-        "fewer bits for them (--kv-cache)"
-    )
+    if nbytes > free_bytes:
+        raise GenerationError(
+            f"keys and values would take {nbytes / 1e6:,.1f} MB, and {free_bytes / 1e6:,.1f} MB of "
+            f"memory are free: choose {smaller}"
+        )
 
 
 def check_tokens(token_ids: Sequence[int], held: int, room: int, vocab_size: int) -> None:
@@ -105,16 +102,16 @@ DEVICE_GONE = re.compile(
 """What backends say, each in its own way."""
 
 
-def explained(error: BaseException) -> str:
+def explained(error: BaseException, device: str = "cpu") -> str:
     """``first_line``, and what to do where memory ran out or the device went away."""
     said = first_line(error)
+    instead = "" if device == "cpu" else ", or --device cpu"
     if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
         return (
-            f"{said} (memory ran out: a smaller --context, a --kv-cache or weights of fewer bits "
-            "take less, and --device cpu has the computer's own)"
+            f"{said} (memory ran out: choose a smaller --context, weights of fewer bits{instead})"
         )
     if DEVICE_GONE.search(str(error)):
-        return f"{said} (the device went away: open the model again, or choose --device cpu)"
+        return f"{said} (the device went away: open the model again{instead})"
     return said
 
 

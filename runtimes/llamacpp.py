@@ -35,7 +35,7 @@ from edgellm.runtimes.llamacpp_library import (
     miscompiled_amx,
 )
 from edgellm.runtimes.llamacpp_memory import kv_token_bytes, layers_that_fit
-from edgellm.runtimes.llamacpp_rope import set_rope
+from edgellm.runtimes.llamacpp_rope import RopeSettings, rope_settings
 from edgellm.runtimes.session import AdapterFile, Capabilities, KvState, Logits, RunOptions
 from edgellm.runtimes.versions import version_numbers
 
@@ -147,8 +147,15 @@ class LlamaCppRuntime:
         stored = read_gguf_model(artifact.main)
         repack = not miscompiled_amx(library_folder(), hardware.cpu_features.value)
         threads = options.threads or hardware.physical_cores.value
-        layers = 0 if device == "cpu" else _gpu_layers(stored, options, hardware, artifact.main)
-        _check_kv_memory(stored, options, artifact.main, on_gpu=layers == ALL_LAYERS)
+        rope = None
+        if options.rope_scaling is not None:
+            rope = rope_settings(stored, parse_scaling(options.rope_scaling))
+        kv_by_layer = _kv_by_layer(stored, options, rope, artifact.main)
+        layers = 0
+        if device != "cpu":
+            layers = _gpu_layers(stored, options, hardware, kv_by_layer)
+        if layers != ALL_LAYERS:  # how much a GPU has left is known to its driver alone
+            _check_kv_memory(kv_by_layer[: max(0, len(kv_by_layer) + 1 - layers)])
         return LlamaCppSession(
             load_library(),
             artifact,
@@ -158,34 +165,40 @@ class LlamaCppRuntime:
             gpu_layers=layers,
             threads=threads,
             repack=repack,
+            rope=rope,
         )
 
 
-def _gpu_layers(stored: GgufFile, options: RunOptions, hardware: Hardware, path: Path) -> int:
+def _kv_by_layer(
+    stored: GgufFile, options: RunOptions, rope: RopeSettings | None, path: Path
+) -> list[int]:
+    """Bytes of keys and values in each layer, all of which are taken at once."""
+    arch = stored.metadata["general.architecture"]
+    reach = rope.context if rope else stored.metadata.get(f"{arch}.context_length")
+    if not reach:
+        return []  # llama.cpp will say that it is missing
+    room = limits.context_tokens(options.context_tokens, reach, path)
+    kind = NAMED[options.kv_dtype or DEFAULT_KV]
+    return [room * nbytes for nbytes in kv_token_bytes(stored.metadata, kind)]
+
+
+def _gpu_layers(
+    stored: GgufFile, options: RunOptions, hardware: Hardware, kv_by_layer: Sequence[int]
+) -> int:
     """How many layers go to the GPU: as many as asked for, or as fit where its memory is known."""
     if options.gpu_layers is not None:
         return options.gpu_layers
     known = [gpu.memory_bytes for gpu in hardware.gpus.value if gpu.memory_bytes]
-    trained = stored.metadata.get(f"{stored.metadata['general.architecture']}.context_length")
-    if not known or not trained:
+    if not known or not kv_by_layer:
         return ALL_LAYERS
-    room = limits.context_tokens(options.context_tokens, trained, path)
-    kind = NAMED[options.kv_dtype or DEFAULT_KV]
-    kv_by_layer = [room * nbytes for nbytes in kv_token_bytes(stored.metadata, kind)]
     return layers_that_fit(stored, kv_by_layer, max(known))
 
 
-def _check_kv_memory(stored: GgufFile, options: RunOptions, path: Path, *, on_gpu: bool) -> None:
-    """Raise ``GenerationError`` where the cache, all of which is taken at once, does not fit."""
-    trained = stored.metadata.get(f"{stored.metadata['general.architecture']}.context_length")
-    if not trained or on_gpu:  # or llama.cpp says it, for how much a GPU has left is its driver's
-        return
-    reach = trained
-    if options.rope_scaling is not None:
-        reach = parse_scaling(options.rope_scaling).context(trained)
-    room = limits.context_tokens(options.context_tokens, reach, path)
-    token_bytes = sum(kv_token_bytes(stored.metadata, NAMED[options.kv_dtype or DEFAULT_KV]))
-    limits.check_kv_memory(token_bytes, room, free_memory_bytes(), "in this computer's memory")
+def _check_kv_memory(kv_by_layer: Sequence[int]) -> None:
+    """Raise ``GenerationError`` where the keys and values of these layers do not fit."""
+    limits.check_kv_memory(
+        sum(kv_by_layer), free_memory_bytes(), "a smaller --context, or --kv-cache q8_0 or q4_0"
+    )
 
 
 class LlamaCppSession:
@@ -204,6 +217,7 @@ class LlamaCppSession:
         gpu_layers: int,
         threads: int,
         repack: bool,
+        rope: RopeSettings | None,
     ) -> None:
         """Raises ``GenerationError`` with llama.cpp's own words when it cannot load the file.
 
@@ -225,9 +239,14 @@ class LlamaCppSession:
 
         context_options = library.llama_context_default_params()
         reach = int(library.llama_model_n_ctx_train(model))
-        if options.rope_scaling is not None:
-            asked = parse_scaling(options.rope_scaling)
-            reach = asked.context(set_rope(context_options, library, stored, asked, reach))
+        if rope is not None:
+            if library.llama_model_rope_type(model) == library.LLAMA_ROPE_TYPE_NONE:
+                raise UnsupportedTarget(
+                    f"{artifact.main.name} has no rotary positions, so its context cannot be "
+                    "stretched: leave --rope-scaling out"
+                )
+            rope.set_in(context_options, library)
+            reach = rope.context
         self.context_tokens = limits.context_tokens(options.context_tokens, reach, artifact.main)
         self.vocab_size = int(library.llama_vocab_n_tokens(library.llama_model_get_vocab(model)))
 

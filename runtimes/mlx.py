@@ -110,8 +110,9 @@ class MlxSession(SteppedSession):
                 if device == "cpu":
                     self._model.set_dtype(mx.float32)
         except ERRORS as error:
+            said = limits.explained(error, self.device)
             raise GenerationError(
-                f"mlx could not load {artifact.path}: {limits.explained(error)}. Check the "
+                f"mlx could not load {artifact.path}: {said}. Check the "
                 "artifact with `edgellm verify`"
             ) from error
         kept = "f32" if device == "cpu" else FLOATS[config["dtype"]]
@@ -168,8 +169,9 @@ class MlxSession(SteppedSession):
                 logits = self._model(mx.array([token_ids[unseen:]]), cache=self._caches)
                 found: Logits = np.array(logits[0].astype(mx.float32))
         except COMPUTE_ERRORS as error:
+            said = limits.explained(error, self.device)
             raise GenerationError(
-                f"mlx could not compute {len(token_ids)} tokens: {limits.explained(error)}"
+                f"mlx could not compute {len(token_ids)} tokens: {said}"
             ) from error
         return found
 

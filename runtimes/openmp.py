@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 
 from edgellm.hardware import machine_is_busy
@@ -15,6 +16,9 @@ on a nearly idle machine 10 at 30000 turns and 17 without spinning; on one share
 255 by libgomp's default, 70 at 3000, 45 at 1000, 33 without spinning."""
 
 
+_changing = threading.RLock()
+
+
 @contextlib.contextmanager
 def short_spin() -> Iterator[None]:
     """Let OpenMP's threads give up spinning early, unless the environment says how they wait.
@@ -23,11 +27,12 @@ def short_spin() -> Iterator[None]:
     end of every operation, which on a busy machine keeps the very thread from running that they
     wait for: a token then takes ten times as long. On a quiet one a longer wait is quicker.
     """
-    if OPENMP_WAITING & os.environ.keys():
-        yield
-        return
-    os.environ["GOMP_SPINCOUNT"] = BUSY_SPIN_COUNT if machine_is_busy() else QUIET_SPIN_COUNT
-    try:
-        yield
-    finally:
-        del os.environ["GOMP_SPINCOUNT"]
+    with _changing:
+        if OPENMP_WAITING & os.environ.keys():
+            yield
+            return
+        os.environ["GOMP_SPINCOUNT"] = BUSY_SPIN_COUNT if machine_is_busy() else QUIET_SPIN_COUNT
+        try:
+            yield
+        finally:
+            del os.environ["GOMP_SPINCOUNT"]

@@ -123,7 +123,6 @@ class OnnxSession:
         import onnxruntime
 
         self.device = device
-
         self._errors = errors_of(onnxruntime)
         before = anonymous_ranges()
         try:
@@ -131,12 +130,21 @@ class OnnxSession:
             providers = list(dict.fromkeys((PROVIDERS[device], PROVIDERS["cpu"])))
             self._session: Any = _open_graph(onnxruntime, path, settings, providers)
         except self._errors as error:
+            said = limits.explained(error, self.device)
             raise GenerationError(
-                f"onnxruntime could not load {path}: {limits.explained(error)}. Check the "
+                f"onnxruntime could not load {path}: {said}. Check the "
                 "artifact with `edgellm verify`"
             ) from error
         # Begun before the caches are made, whose untouched places must not be filled.
         self._pages = HugePages(before)
+        try:
+            self._prepare(context_tokens, kv_dtype)
+        except BaseException:
+            self._pages.stop()
+            raise
+
+    def _prepare(self, context_tokens: int, kv_dtype: str) -> None:
+        """Make what the graph is bound to; raises ``GenerationError`` where it does not fit."""
         self.context_tokens = context_tokens
         self.kv_dtype = kv_dtype
         shapes = {output.name: output.shape for output in self._session.get_outputs()}
@@ -153,8 +161,8 @@ class OnnxSession:
         pasts = pasts_of(self._session)
         self._caches: Caches = (
             HostCaches(self._binding, pasts)
-            if device in IN_HOST_MEMORY
-            else DeviceCaches(self._binding, pasts, MEMORIES[device])
+            if self.device in IN_HOST_MEMORY
+            else DeviceCaches(self._binding, pasts, MEMORIES[self.device])
         )
         self._reserve(1)
         self._bind_input("logits_from", self._logits_from, (1,))
@@ -165,9 +173,8 @@ class OnnxSession:
         try:
             self._caches.reserve(total, len(self._tokens), self.context_tokens)
         except self._errors as error:
-            raise GenerationError(
-                f"no room for {total} tokens on {self.device}: {limits.explained(error)}"
-            ) from error
+            said = limits.explained(error, self.device)
+            raise GenerationError(f"no room for {total} tokens on {self.device}: {said}") from error
 
     def _bind_input(self, name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
@@ -271,8 +278,9 @@ class OnnxSession:
         try:
             self._session.run_with_iobinding(self._binding)
         except self._errors as error:
+            said = limits.explained(error, self.device)
             raise GenerationError(
-                f"onnxruntime could not compute {count} tokens: {limits.explained(error)}"
+                f"onnxruntime could not compute {count} tokens: {said}"
             ) from error
         self._tokens.extend(token_ids)
 

@@ -72,9 +72,13 @@ class Caches(ABC):
         Raises ``GenerationError`` when there is no memory; the caches are then as they were.
         """
         if total > self.room:
-            room = next_room(self.room, total, limit)
+            room = self._fitting(next_room(self.room, total, limit), total)
             self._grow([(1, past.heads, room, past.width) for past in self._pasts], used)
             self.room = room
+
+    def _fitting(self, room: int, total: int) -> int:
+        """``room``, or no more than ``total`` where that does not fit."""
+        return room
 
     @abstractmethod
     def _grow(self, shapes: Sequence[tuple[int, ...]], used: int) -> None:
@@ -102,10 +106,15 @@ class HostCaches(Caches):
         super().__init__(binding, pasts)
         self._arrays: list[Cache] = []
 
-    def _grow(self, shapes: Sequence[tuple[int, ...]], used: int) -> None:
+    def _fitting(self, room: int, total: int) -> int:
         # Linux promises memory that it has not, and ends programs that believe it.
         free = free_memory_bytes()
-        limits.check_kv_memory(self.token_bytes, shapes[0][2], free, "in this computer's memory")
+        room = room if room * self.token_bytes <= free else total
+        smaller = "a smaller --context, or convert again with --kv-cache int8"
+        limits.check_kv_memory(room * self.token_bytes, free, smaller)
+        return room
+
+    def _grow(self, shapes: Sequence[tuple[int, ...]], used: int) -> None:
         grown = allocate(shapes, [past.dtype for past in self._pasts])
         for past, array, old in zip_longest(self._pasts, grown, self._arrays):
             if old is not None:

@@ -133,9 +133,8 @@ class TorchSession(SteppedSession):
                 self._model: Any = _load(folder, dtype, options.rope_scaling)
             self._model.to(DEVICES[device]).eval()
         except ERRORS as error:
-            raise GenerationError(
-                f"transformers could not load {folder}: {limits.explained(error)}"
-            ) from error
+            said = limits.explained(error, self.device)
+            raise GenerationError(f"transformers could not load {folder}: {said}") from error
         kept = KV_TYPES[str(self._model.dtype).removeprefix("torch.")]
         if options.kv_dtype not in (None, kept, *ROUNDED_KV):
             raise UnsupportedTarget(
@@ -190,8 +189,9 @@ class TorchSession(SteppedSession):
                 found = self._model(ids, past_key_values=self._cache, use_cache=True, **kept)
                 logits: Logits = found.logits[0, -outputs:].float().cpu().numpy()
         except COMPUTE_ERRORS as error:
+            said = limits.explained(error, self.device)
             raise GenerationError(
-                f"torch could not compute {len(token_ids)} tokens: {limits.explained(error)}"
+                f"torch could not compute {len(token_ids)} tokens: {said}"
             ) from error
         return logits
 

@@ -39,9 +39,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.append((*self.encoded(key_states), *self.encoded(value_states)))
         held = self.held()
         half = len(held) // 2
-        self.keys = self.decoded(held[:half], key_states)
-        self.values = self.decoded(held[half:], value_states)
-        return self.keys, self.values
+        # Not kept as the layer's own: that would be all of them as floats, until the next token.
+        return self.decoded(held[:half], key_states), self.decoded(held[half:], value_states)
 
     def encoded(self, states: torch.Tensor) -> Arrays:
         """What is kept of keys or values."""

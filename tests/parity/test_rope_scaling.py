@@ -161,6 +161,8 @@ def test_models_that_cannot_be_stretched_are_refused(
         ("llama-256", "gguf", "llama3:4", "from the file alone"),
         ("llama-linear", "gguf", "yarn:4", "linear rope scaling already"),
         ("gemma3-pattern", "gguf", "yarn:4", "the layers with a window"),
+        ("gpt2", "gguf", "yarn:4", "no rotary positions"),
+        ("llama-yarn-odd", "gguf", "linear:2", "attn_factor. would stay in force|rope_freqs"),
         ("llama-256", "onnx", "yarn:4", "from the artifact alone: convert.*rope-scaling yarn:4"),
     ],
 )

@@ -201,3 +201,34 @@ def test_a_cache_of_another_type_is_refused(artifact: Callable[..., Artifact]) -
     made = artifact("llama", "onnx")
     with pytest.raises(UnsupportedTarget, match="made to cache keys and values in f32"):
         runtime_named("onnxruntime-genai").open(made, RunOptions(kv_dtype="int8"))
+
+
+def test_models_that_cannot_be_rewound_are_computed_anew(
+    artifact: Callable[..., Artifact],
+) -> None:
+    class NoRewinding:
+        def __init__(self, generator: object) -> None:
+            self._generator = generator
+
+        def rewind_to(self, length: int) -> None:
+            raise RuntimeError("RewindTo is currently not supported for abacus")
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._generator, name)
+
+    session = runtime_named("onnxruntime-genai").open(artifact("llama", "onnx"), RunOptions())
+    wanted = session.prefill(IDS[:20]).copy()
+    session.prefill(IDS[20:])
+    session._generator = NoRewinding(session._generator)
+    session.trim(15)
+    assert list(session.tokens) == IDS[:15]
+    np.testing.assert_allclose(session.prefill(IDS[15:20]), wanted, rtol=0, atol=1e-4)
+    session.close()
+
+
+def test_combined_caches_are_refused_in_words(foreign: Path) -> None:
+    change_config(
+        foreign, lambda config: config["model"]["decoder"]["inputs"].update(past_names="past_%d")
+    )
+    with pytest.raises(UnsupportedTarget, match="past_names"):
+        edgellm.open(foreign)

@@ -285,7 +285,7 @@ def test_a_context_that_does_not_fit_is_refused_before_it_is_made(
     made = artifact("llama", "gguf")
     token_bytes = sum(kv_token_bytes(read_gguf_model(made.main).metadata, NAMED["f32"]))
     monkeypatch.setattr(llamacpp, "free_memory_bytes", lambda: 40 * token_bytes)
-    with pytest.raises(GenerationError, match=r"41 tokens .* choose --context 40 or less"):
+    with pytest.raises(GenerationError, match=r"would take .* choose a smaller --context"):
         LlamaCppRuntime().open(made, RunOptions(context_tokens=41, kv_dtype="f32"))
     LlamaCppRuntime().open(made, RunOptions(context_tokens=40, kv_dtype="f32")).close()
     LlamaCppRuntime().open(made, RunOptions(context_tokens=41, kv_dtype="f16")).close()

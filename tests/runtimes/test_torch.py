@@ -197,6 +197,8 @@ def test_rounded_keys_are_the_nearest_of_their_groups(
     # Half a step, and what halves round the scale and the minimum by.
     assert (off <= 0.5 * step + 2e-3 * groups.abs().amax(-1, keepdim=True)).all()
     assert (off.mean() > 0.2 * step.mean()).item(), "rounded at all"
+    assert layer.keys is None, "no copy in floats stays"
+    assert layer.values is None
     assert layer.buffers[0].dtype == (torch.int8 if kv_dtype == "int8" else torch.uint8)
 
 
