@@ -1,6 +1,6 @@
 """Prefill and greedy decode through mlx-lm's own generator, one round for each line on stdin.
 
-Arguments: FOLDER TOKENS.json NEW_TOKENS. The prompt's tokens but the last are its prefill, and the
+Arguments: FOLDER TOKENS.json THREADS NEW_TOKENS; MLX has its own number of threads. The prompt's tokens but the last are its prefill, and the
 first new token ends it. On a CPU in float32, as edgellm computes there.
 """
 
@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
-folder, tokens, new_tokens = sys.argv[1:]
+folder, tokens, _, new_tokens = sys.argv[1:]
 prompt = mx.array(json.loads(Path(tokens).read_text())["prompt"])
 count = int(new_tokens)
 model, _ = load_model(Path(folder))
