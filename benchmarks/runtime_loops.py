@@ -23,7 +23,7 @@ AT_LEAST = 0.98
 
 
 FEWER_TOKENS = {"mlx": 32}
-"""New tokens of runtimes that are slow on a CPU, where they are only tried: MLX makes six a second."""
+"""New tokens of runtimes that are slow on a CPU, where they are only tried."""
 
 
 def measure(*, quick: bool, runtimes: Sequence[str] = ()) -> Result:
@@ -61,7 +61,7 @@ def measure(*, quick: bool, runtimes: Sequence[str] = ()) -> Result:
         setting=(
             f"{SMOLLM2}; symmetric int4 built by onnxruntime-genai, int4-g64-min by mlx in "
             f"float32, float32 by torch; {PROMPT_TOKENS} tokens of prompt, "
-            f"{counts['torch']} new ones ({counts['mlx']} by mlx), {THREADS} threads (mlx takes its "
+            f"{counts['torch']} new ones ({counts['mlx']} by mlx), {THREADS} threads (mlx has its "
             "own)."
         ),
         comparisons=comparisons,

@@ -1,7 +1,8 @@
 """Prefill and greedy decode through mlx-lm's own generator, one round for each line on stdin.
 
-Arguments: FOLDER TOKENS.json THREADS NEW_TOKENS; MLX has its own number of threads. The prompt's tokens but the last are its prefill, and the
-first new token ends it. On a CPU in float32, as edgellm computes there.
+Arguments: FOLDER TOKENS.json THREADS NEW_TOKENS; MLX has its own number of threads. The prompt's
+tokens but the last are its prefill, and the first new token ends it. On a CPU in float32, as
+edgellm computes there.
 """
 
 from __future__ import annotations
