@@ -193,26 +193,30 @@ class GenaiSession(SteppedSession):
         self._tokens = []
 
     def _compute(self, token_ids: Sequence[int], outputs: int) -> Logits | None:
-        if outputs > 1 and self._one_by_one:
-            return np.concatenate([self._compute((each,), 1) for each in token_ids])
         try:
-            self._generator.append_tokens(np.asarray([token_ids], np.int32))
-            if not outputs:
-                return None
-            if outputs == 1:
-                last: Logits = self._generator.get_logits()[0]
-                return last
-            rows: Logits = self._generator.get_output("logits")[0]
-            if len(rows) < outputs:  # the graph's last position only: once more, one by one
-                self._one_by_one = True
-                self._generator.rewind_to(len(self._tokens))
-                return self._compute(token_ids, outputs)
-            return rows[-outputs:].astype(np.float32, copy=False)
+            if self._one_by_one and outputs > 1:
+                return np.concatenate([self._append((token,), 1) for token in token_ids])
+            rows = self._append(token_ids, outputs)
+            if len(rows) >= outputs:
+                return rows[len(rows) - outputs :].astype(np.float32, copy=False)
+            # The graph computes the last position only: once more, one by one.
+            self._one_by_one = True
+            self._generator.rewind_to(len(self._tokens))
+            return np.concatenate([self._append((token,), 1) for token in token_ids])
         except ERRORS as error:
             said = limits.explained(error, self.device)
             raise GenerationError(
                 f"onnxruntime-genai could not compute {len(token_ids)} tokens: {said}"
             ) from error
+
+    def _append(self, token_ids: Sequence[int], outputs: int) -> Logits:
+        """Compute these tokens; logits of the last, or of more where ``outputs`` are wanted."""
+        self._generator.append_tokens(np.asarray([token_ids], np.int32))
+        logits: Logits = (
+            self._generator.get_logits() if outputs < 2 else self._generator.get_output("logits")
+        )
+        found: Logits = logits[0]
+        return found
 
     def _forget(self, length: int) -> None:
         if self._generator.token_count() <= length:
