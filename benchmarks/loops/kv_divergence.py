@@ -1,7 +1,7 @@
 """What a rounded KV cache costs: KL divergence of answers to those of another, on windows.
 
-Arguments: RUNTIME TOKENS.json ARTIFACT=TYPE ARTIFACT=TYPE..., the first being what the others are
-compared with. Prints JSON: the figures of ``edgellm eval`` and the cache's bytes, by type.
+Arguments: RUNTIME TOKENS.json WINDOWS ARTIFACT=TYPE ARTIFACT=TYPE..., the first being what the
+others are compared with, on so many windows. Prints JSON: the figures of ``edgellm eval`` and the cache's bytes, by type.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from edgellm.manifest import open_artifact
 from edgellm.runtimes import runtime_named
 from edgellm.runtimes.session import KvDtype, RunOptions
 
-runtime, tokens, *named = sys.argv[1:]
-windows = json.loads(Path(tokens).read_text())["windows"]
+runtime, tokens, count, *named = sys.argv[1:]
+windows = json.loads(Path(tokens).read_text())["windows"][: int(count)]
 sizes: dict[str, int] = {}
 
 
