@@ -1,7 +1,8 @@
 """What a rounded KV cache costs: KL divergence of answers to those of another, on windows.
 
 Arguments: RUNTIME TOKENS.json WINDOWS ARTIFACT=TYPE ARTIFACT=TYPE..., the first being what the
-others are compared with, on so many windows. Prints JSON: the figures of ``edgellm eval`` and the cache's bytes, by type.
+others are compared with, on so many windows. Prints JSON: the figures of ``edgellm eval`` and the
+cache's bytes, by type.
 """
 
 from __future__ import annotations
