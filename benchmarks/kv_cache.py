@@ -1,9 +1,8 @@
 """What keys and values in fewer bits cost: KL divergence to answers with the runtime's usual cache.
 
 The weights are floats, the same on both sides: kernels for rounded weights round activations too,
-which can hide what a cache costs (behind q8_0 weights a q8_0 cache gave 0.0051 nats). onnxruntime's
-cache is made with the graph, so that there are two artifacts. MLX is left out: on a CPU its rounded
-caches take minutes for a window.
+which can hide what a cache costs. onnxruntime's cache is made with the graph, so that there are two
+artifacts. MLX is left out: on a CPU its rounded caches take minutes for a window.
 """
 
 from __future__ import annotations

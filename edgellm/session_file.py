@@ -195,7 +195,8 @@ def _model_sha256(artifact: Artifact | None) -> str:
     if artifact.container == "hf":
         files = [artifact.path / "config.json", *artifact.path.glob("*.safetensors")]
     elif artifact.container == "genai":
-        files = [artifact.path / GENAI_CONFIG, *artifact.path.glob("*.onnx*")]
+        weights = [*artifact.path.glob("*.onnx*"), *artifact.path.glob("*.data")]
+        files = [artifact.path / GENAI_CONFIG, *dict.fromkeys(weights)]
     return combined_sha256({file.name: file_sha256(file) for file in files})
 
 

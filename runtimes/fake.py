@@ -15,6 +15,7 @@ from edgellm.hardware import Hardware
 from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
+from edgellm.runtimes.stepped import SteppedSession
 
 TRAINED_CONTEXT = 8192
 VOCAB_SIZE = 256
@@ -51,7 +52,7 @@ class FakeRuntime:
         return FakeSession(facts.vocab_size if facts else VOCAB_SIZE, room)
 
 
-class FakeSession:
+class FakeSession(SteppedSession):
     """Logits in [-8, 8) that depend on every token in the cache and its place."""
 
     runtime = "fake"
@@ -59,38 +60,11 @@ class FakeSession:
     kv_dtype = "f32"
 
     def __init__(self, vocab_size: int, context_tokens: int) -> None:
+        super().__init__()
         self.vocab_size = vocab_size
         self.context_tokens = context_tokens
-        self._tokens: list[int] = []
         self._states: list[np.uint64] = []
         self._mix = np.arange(1, vocab_size + 1, dtype=np.uint64) * MULTIPLIER
-        self._open = True
-
-    @property
-    def tokens(self) -> Sequence[int]:
-        return self._tokens
-
-    def prefill(self, token_ids: Sequence[int], *, all_logits: bool = False) -> Logits:
-        self._check_open()
-        limits.check_tokens(token_ids, len(self._tokens), self.context_tokens, self.vocab_size)
-        rows, start = [], len(self._tokens)
-        try:
-            for token in token_ids:
-                self._append(token)
-                if all_logits:
-                    rows.append(self._logits())
-        except BaseException:  # Ctrl-C: keep none of them
-            self.trim(start)
-            raise
-        return np.array(rows) if all_logits else self._logits()[np.newaxis]
-
-    def decode(self, token_id: int) -> Logits:
-        return self.prefill((token_id,)).reshape(self.vocab_size)
-
-    def trim(self, length: int) -> None:
-        self._check_open()
-        limits.check_trim(length, len(self._tokens))
-        del self._tokens[length:], self._states[length:]
 
     def save(self) -> KvState:
         self._check_open()
@@ -106,17 +80,19 @@ class FakeSession:
         return BYTES_PER_TOKEN * self.context_tokens
 
     def close(self) -> None:
-        self._open = False
+        self._closed = True
         self._tokens, self._states = [], []
 
-    def _check_open(self) -> None:
-        if not self._open:
-            raise limits.closed()
+    def _compute(self, token_ids: Sequence[int], outputs: int) -> Logits | None:
+        rows = []
+        for token in token_ids:
+            before = int(self._states[-1]) if self._states else 0
+            self._states.append(np.uint64((before * 0x100000001B3 + token + 1) % (1 << 64)))
+            rows.append(self._logits())
+        return np.array(rows[-outputs:]) if outputs else None
 
-    def _append(self, token: int) -> None:
-        before = int(self._states[-1]) if self._states else 0
-        self._tokens.append(token)
-        self._states.append(np.uint64((before * 0x100000001B3 + token + 1) % (1 << 64)))
+    def _forget(self, length: int) -> None:
+        del self._states[length:]
 
     def _logits(self) -> Logits:
         spread = ((self._mix ^ self._states[-1]) * MULTIPLIER) >> np.uint64(40)

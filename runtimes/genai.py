@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from edgellm.errors import GenerationError, RuntimeMissing, SourceError, UnsupportedTarget
+from edgellm.errors import GenerationError, SourceError, UnsupportedTarget
 from edgellm.hardware import Hardware, detect, free_memory_bytes
 from edgellm.json_file import read_json
 from edgellm.manifest import GENAI_CONFIG, Artifact
@@ -90,15 +90,7 @@ class GenaiRuntime:
                 f"{artifact.container}: choose another --runtime, or convert it with --format onnx"
             )
         hardware = detect()
-        found = self.capabilities(hardware)
-        if not found.available:
-            raise RuntimeMissing(found.reason)
-        device = found.devices[0] if options.device == "auto" else options.device
-        if device not in found.devices:
-            raise UnsupportedTarget(
-                f"onnxruntime-genai has no {device} here ({found.reason}): choose --device "
-                f"{' or '.join(found.devices)}"
-            )
+        device = limits.chosen_device(self.capabilities(hardware), options.device)
         threads = options.threads or hardware.physical_cores.value
         return GenaiSession(artifact, options, device=device, threads=threads)
 

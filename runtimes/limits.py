@@ -6,11 +6,29 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgellm.errors import GenerationError, UsageError
-from edgellm.runtimes.session import AdapterFile, KvState
+from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget, UsageError
+from edgellm.runtimes.session import AdapterFile, Capabilities, Device, KvState
 
 DEFAULT_CONTEXT_TOKENS = 4096
 """Room in the KV cache when nobody asked for more: a model's own limit may take gigabytes."""
+
+
+def chosen_device(found: Capabilities, wanted: Device, otherwise: str = "") -> str:
+    """The device to open something on: ``wanted``, or the first that the runtime has.
+
+    ``otherwise``: one more way out, in words. Raises ``RuntimeMissing`` where the runtime cannot
+    open anything here, and ``UnsupportedTarget`` for a device that it has not.
+    """
+    if not found.available:
+        raise RuntimeMissing(found.reason)
+    device = found.devices[0] if wanted == "auto" else wanted
+    if device not in found.devices:
+        more = f", or {otherwise}" if otherwise else ""
+        raise UnsupportedTarget(
+            f"{found.runtime} has no {device} here ({found.reason}): choose --device "
+            f"{' or '.join(found.devices)}{more}"
+        )
+    return device
 
 
 def context_tokens(wanted: int | None, trained: int, path: Path) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm.architectures.rope_scaling import parse_scaling
-from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget
+from edgellm.errors import GenerationError, UnsupportedTarget
 from edgellm.hardware import Hardware, detect, free_memory_bytes
 from edgellm.manifest import Artifact
 from edgellm.quant.ggml_types import NAMED
@@ -53,7 +53,7 @@ DEFAULT_KV = "f16"
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 ROUNDED_KV = ("q8_0", "q4_0")
 """Types of keys and values that llama.cpp reads in its flash attention alone."""
-GPU_LIBRARIES = {"cuda": "ggml-cuda", "metal": "ggml-metal"}
+GPU_LIBRARIES = {"cuda": "ggml-cuda", "metal": "ggml-metal", "vulkan": "ggml-vulkan"}
 ALL_LAYERS = -1
 
 DECODE_FAILURES = {
@@ -123,14 +123,7 @@ class LlamaCppRuntime:
             )
         hardware = detect()
         found = self.capabilities(hardware)
-        if not found.available:
-            raise RuntimeMissing(found.reason)
-        device = found.devices[0] if options.device == "auto" else options.device
-        if device not in found.devices:
-            raise UnsupportedTarget(
-                f"llama.cpp was built without {device}, or this machine has none ({found.reason}): "
-                f"choose --device {' or '.join(found.devices)}"
-            )
+        device = limits.chosen_device(found, options.device)
         if options.kv_dtype not in (None, *KV_TYPES):
             raise UnsupportedTarget(
                 f"llama.cpp keeps keys and values in {', '.join(KV_TYPES)} here, not in "
@@ -469,4 +462,5 @@ def _bytes_of(buffer: npt.NDArray[np.uint8]) -> Any:
 def _has_gpu(hardware: Hardware, device: str) -> bool:
     if device == "metal":
         return hardware.apple_silicon.value
-    return any(gpu.vendor == "NVIDIA" for gpu in hardware.gpus.value)
+    vendors = {gpu.vendor for gpu in hardware.gpus.value}
+    return "NVIDIA" in vendors if device == "cuda" else bool(vendors)

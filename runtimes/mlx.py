@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget
+from edgellm.errors import GenerationError, UnsupportedTarget
 from edgellm.hardware import Hardware, detect
 from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
@@ -72,15 +72,7 @@ class MlxRuntime:
                 f"mlx runs folders made with --format mlx, and {artifact.path} is "
                 f"{artifact.container}: choose another --runtime, or convert it with --format mlx"
             )
-        found = self.capabilities(detect())
-        if not found.available:
-            raise RuntimeMissing(found.reason)
-        device = found.devices[0] if options.device == "auto" else options.device
-        if device not in found.devices:
-            raise UnsupportedTarget(
-                f"mlx has no {device} here ({found.reason}): choose --device "
-                f"{' or '.join(found.devices)}"
-            )
+        device = limits.chosen_device(self.capabilities(detect()), options.device)
         return MlxSession(artifact, options, device)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget
+from edgellm.errors import GenerationError, UnsupportedTarget
 from edgellm.hardware import Hardware, detect
 from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
@@ -65,9 +65,9 @@ class OnnxRuntime:
     def capabilities(self, hardware: Hardware) -> Capabilities:
         """What the installed package can do; it is not imported."""
         package = found_package()
-        reason = (
-            f"{package.name} {package.version}" if package.name else f"not installed: {INSTALL}"
-        )
+        reason = f"onnxruntime is not installed: {INSTALL}"
+        if package.name:
+            reason = f"{package.name} {package.version}"
         return Capabilities(
             runtime=self.name,
             available=bool(package.name),
@@ -89,15 +89,11 @@ class OnnxRuntime:
                 f"{artifact.container}: choose --runtime llamacpp, or convert it with --format onnx"
             )
         hardware = detect()
-        found = self.capabilities(hardware)
-        if not found.available:
-            raise RuntimeMissing(f"onnxruntime is {found.reason}")
-        device = found.devices[0] if options.device == "auto" else options.device
-        if device not in found.devices:
-            raise UnsupportedTarget(
-                f"onnxruntime has no {device} here ({found.reason}): choose --device "
-                f"{' or '.join(found.devices)}, or convert with --format gguf and run on llama.cpp"
-            )
+        device = limits.chosen_device(
+            self.capabilities(hardware),
+            options.device,
+            "convert with --format gguf and run on llama.cpp",
+        )
         kv_dtype = artifact.manifest.artifact.recipe.get("kv_cache") or "f32"
         if options.kv_dtype not in (None, kv_dtype):
             raise UnsupportedTarget(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgellm.errors import GenerationError, RuntimeMissing, SourceError, UnsupportedTarget
+from edgellm.errors import GenerationError, SourceError, UnsupportedTarget
 from edgellm.hardware import Hardware, detect
 from edgellm.json_file import read_json
 from edgellm.manifest import Artifact
@@ -87,15 +87,7 @@ class TorchRuntime:
                 "choose another --runtime, or convert it with --format hf"
             )
         hardware = detect()
-        found = self.capabilities(hardware)
-        if not found.available:
-            raise RuntimeMissing(found.reason)
-        device = found.devices[0] if options.device == "auto" else options.device
-        if device not in found.devices:
-            raise UnsupportedTarget(
-                f"torch has no {device} here ({found.reason}): choose --device "
-                f"{' or '.join(found.devices)}"
-            )
+        device = limits.chosen_device(self.capabilities(hardware), options.device)
         threads = options.threads or hardware.physical_cores.value
         return TorchSession(artifact, options, device=device, threads=threads)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from edgellm.manifest import Artifact
 
 Logits = npt.NDArray[np.float32]
-Device = Literal["auto", "cpu", "cuda", "metal", "directml", "coreml"]
+Device = Literal["auto", "cpu", "cuda", "metal", "vulkan", "directml", "coreml"]
 KvDtype = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "int8", "int4"]
 
 

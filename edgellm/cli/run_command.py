@@ -89,7 +89,12 @@ def run(
     runtime: Annotated[
         str | None, typer.Option(metavar="NAME", help="Default: the fastest here (edgellm doctor).")
     ] = None,
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or metal.")] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="auto, cpu, cuda, metal, vulkan, directml or coreml; see doctor."
+        ),
+    ] = "auto",
     gpu_layers: Annotated[
         str | None,
         typer.Option(

@@ -16,7 +16,7 @@ from edgellm.runtimes.session import KvState, Session
 from edgellm.selftest import CHECKS
 
 STEPS = {
-    "fake": "_append",
+    "fake": "_compute",
     "onnxruntime": "_run",
     "llamacpp": "_evaluate",
     "mlx": "_compute",
