@@ -260,6 +260,6 @@ def test_prefix_is_reused_and_one_token_left(
 
 def test_without_reuse_the_cache_is_emptied_first() -> None:
     session = Scripted(2, [ord("a"), EOS])
-    session._append(1)
+    FakeSession.prefill(session, [1])  # not counted as computed
     AnswerStream(session, ByteTokenizer(), [1, 2]).answer()
     assert session.computed == [1, 2, ord("a")]
