@@ -8,14 +8,16 @@ and computed in float32, over 16,384 tokens of held-out text.
 Each peer computes in float32 and is set as its documentation advises for quality: gptqmodel with
 ``desc_act``; llm-compressor's GPTQ in its own static order, its AWQ searching with and without the
 weights' sizes; auto-round with its defaults but for ``AUTOROUND_ITERATIONS``. Their folders take
-hours: one which the same command made from the same files before is taken as it is.
+hours, and no figure here is a time: what was found of one is kept in ``results/peers/int4.json`` as
+soon as it is found, and taken from there for as long as nothing that it was made of has changed.
 
-`python -m benchmarks.int4 gptqmodel "llm-compressor GPTQ"` tries these peers only and changes no
-result.
+`python -m benchmarks.int4 gptqmodel "llm-compressor GPTQ"` asks these peers only and changes no
+other result.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -26,7 +28,7 @@ from typing import Any
 from benchmarks import results, tables
 from benchmarks.measure import fresh, output_of, run
 from benchmarks.models import SMOLLM2, smollm2
-from benchmarks.places import LOOPS, WORK, edgellm, peer_python, peer_version, shown
+from benchmarks.places import LOOPS, RESULTS, WORK, edgellm, peer_python, peer_version, shown
 from benchmarks.results import Comparison, Result
 from benchmarks.text import tokens
 
@@ -65,8 +67,14 @@ PEERS = {
 }
 QUICK_PEERS = ("gptqmodel", "llm-compressor GPTQ")
 
-Figures = dict[str, dict[str, dict[str, Any]]]
-"""What ``float_divergences.py`` says, by cell and by who made the folder."""
+KEPT = RESULTS / "peers" / "int4.json"
+"""By peer and cell: the digest of what its folder was made of, and ``Found`` of it."""
+
+Found = dict[str, Any]
+"""What ``float_divergences.py`` says of a folder."""
+
+Figures = dict[str, dict[str, Found]]
+"""By cell and by who made the folder."""
 
 
 def measure(*, quick: bool, names: Sequence[str] = ()) -> Result:
@@ -77,43 +85,47 @@ def measure(*, quick: bool, names: Sequence[str] = ()) -> Result:
     windows = WORK / f"calibration-{seen}.json"
     run([sys.executable, str(LOOPS / "calibration_tokens.py"), model.name, windows.name, str(seen)])
     peers = {name: PEERS[name] for name in names or (QUICK_PEERS if quick else PEERS)}
-    folders: dict[str, dict[str, str]] = {}
+    judge = [sys.executable, str(LOOPS / "float_divergences.py"), model.name, text.path.name]
+    judged = {"weights": _sha256(model / "model.safetensors"), "text": text.sha256}
+    kept_in = WORK / "int4-peers.json" if quick else KEPT
+    figures: Figures = {}
     commands = {}
     for group, zeros in CELLS[:1] if quick else CELLS:
         cell = f"int4-g{group}{'-sym' if zeros == 'sym' else ''}"
+        figures[cell] = {}
+        for name, peer in peers.items():
+            folder = f"{name.replace(' ', '-').lower()}-{cell}-{seen}"
+            command = [peer_python(peer.environment), str(LOOPS / peer.loop), model.name]
+            command += [windows.name, folder, str(group), zeros, *peer.options]
+            made_of = judged | {
+                "command": shown(command),
+                "program": Path(command[1]).read_text(),
+                "packages": Path(command[0]).parents[1].joinpath("installed").read_text(),
+                "tokens": windows.read_text(),
+            }
+            figures[cell][name] = _found_once(
+                f"{name}, {cell}", made_of, folder, command, judge, kept_in
+            )
+            commands[f"{name}, {cell}"] = shown(command)
         command = [*edgellm(), "convert", model.name, "--format", "hf", "--layout", LAYOUTS[zeros]]
         command += ["--quant", f"gptq:{cell}", "--calibration-tokens", str(seen)]
         command += ["--out", f"ours-{cell}", "--no-check"]
         fresh(f"ours-{cell}")
         run(command)
-        folders[cell] = {"edgellm": f"ours-{cell}"}
+        figures[cell]["edgellm"] = output_of([*judge, f"ours-{cell}"])[f"ours-{cell}"]
         commands[f"edgellm, {cell}"] = shown(command)
-        for name, peer in peers.items():
-            folder = f"{name.replace(' ', '-').lower()}-{cell}-{seen}"
-            command = [peer_python(peer.environment), str(LOOPS / peer.loop), model.name]
-            command += [windows.name, folder, str(group), zeros, *peer.options]
-            _make_once(folder, command, windows)
-            folders[cell][name] = folder
-            commands[f"{name}, {cell}"] = shown(command)
-    judge = [sys.executable, str(LOOPS / "float_divergences.py"), model.name, text.path.name]
-    judge += [folder for named in folders.values() for folder in named.values()]
-    found = output_of(judge)
-    commands["KL"] = shown(judge)
-    figures: Figures = {
-        cell: {name: found[folder] for name, folder in named.items()}
-        for cell, named in folders.items()
-    }
+    commands["KL"] = shown([*judge, "FOLDER"])
     versions = {
         each.package: peer_version(each.environment, each.package) for each in peers.values()
     }
+    light = f" ({AUTOROUND_ITERATIONS} iterations)" if "auto-round" in peers else ""
     return Result(
         benchmark="int4",
         peer="the best of the peers",
         setting=(
             f"{SMOLLM2}; mean KL to it of the dequantized weights, over held-out text, "
             f"{_weights(figures)} linear weights rounded on every side, {seen:,} tokens of "
-            f"calibration. Peers: {', '.join(map(' '.join, versions.items()))} "
-            f"({AUTOROUND_ITERATIONS} iterations)."
+            f"calibration. Peers: {', '.join(map(' '.join, versions.items()))}{light}."
         ),
         comparisons=[_against_the_best(cell, of) for cell, of in figures.items()],
         commands=commands,
@@ -126,19 +138,32 @@ def measure(*, quick: bool, names: Sequence[str] = ()) -> Result:
     )
 
 
-def _make_once(folder: str, command: list[str], windows: Path) -> None:
-    """Run ``command`` unless ``folder`` is what it made before, of the same program and tokens."""
-    stamp = WORK / folder / "made_by.json"
-    made_by = {
-        "command": shown(command),
-        "program": Path(command[1]).read_text(),
-        "packages": Path(command[0]).parents[1].joinpath("installed").read_text(),
-        "tokens": windows.read_text(),
-    }
-    if not stamp.exists() or json.loads(stamp.read_text()) != made_by:
+def _found_once(
+    which: str,
+    made_of: dict[str, str],
+    folder: str,
+    command: list[str],
+    judge: list[str],
+    kept_in: Path,
+) -> Found:
+    """What ``judge`` says of the folder that ``command`` makes, or said when it was made before."""
+    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    kept = json.loads(kept_in.read_text()) if kept_in.exists() else {}
+    if kept.get(which, {}).get("made_of_sha256") != digest:
         fresh(folder)
         run(command, GPTQMODEL_CPU_WORKERS="2")
-        stamp.write_text(json.dumps(made_by))
+        found = output_of([*judge, folder])[folder]
+        kept = json.loads(kept_in.read_text()) if kept_in.exists() else {}
+        kept_in.parent.mkdir(exist_ok=True)
+        kept[which] = {"made_of_sha256": digest, "found": found}
+        kept_in.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+    answer: Found = kept[which]["found"]
+    return answer
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _weights(figures: Figures) -> int:

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm.errors import GenerationError, UnsupportedTarget
-from edgellm.hardware import Hardware, detect
-from edgellm.manifest import Artifact
+from edgellm.hardware import Hardware, detect, free_memory_bytes
+from edgellm.manifest import Artifact, ModelFacts
 from edgellm.runtimes import limits
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
 from edgellm.runtimes.stepped import SteppedSession
@@ -31,9 +31,13 @@ BACKENDS = {"mlx-metal": "metal", "mlx-cuda-13": "cuda", "mlx-cuda-12": "cuda", 
 """Packages that mlx computes with, and the device that each brings."""
 
 FLOATS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+FLOAT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 KV_BITS = {"int8": 8, "int4": 4}
 KV_GROUPS = (64, 32)
 """Values of a key that share a scale in a quantized cache: the first that divides a head."""
+
+GROWS_BY = 256
+"""Tokens that mlx-lm's caches make room for at once."""
 
 ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, MemoryError)
 """What mlx and mlx-lm raise as they load, which have no exceptions of their own."""
@@ -110,6 +114,7 @@ class MlxSession(SteppedSession):
         kept = "f32" if device == "cpu" else FLOATS[config["dtype"]]
         self.kv_dtype = options.kv_dtype or kept
         self._caches = _caches(len(self._model.layers), facts.head_dim, self.kv_dtype, kept)
+        self._token_bytes = kv_token_bytes(facts, self.kv_dtype, kept)
 
     def save(self) -> KvState:
         self._check_open()
@@ -149,6 +154,7 @@ class MlxSession(SteppedSession):
 
     def _compute(self, token_ids: Sequence[int], outputs: int) -> Logits | None:
         mx = self._mx
+        self._check_memory(len(token_ids))
         # What nobody looks at goes through the layers only, not through the head.
         unseen = len(token_ids) - outputs
         try:
@@ -166,6 +172,15 @@ class MlxSession(SteppedSession):
                 f"mlx could not compute {len(token_ids)} tokens: {said}"
             ) from error
         return found
+
+    def _check_memory(self, count: int) -> None:
+        """Raise ``GenerationError`` where the caches would grow beyond what is free."""
+        if self.device == "cuda":
+            return  # how much it has left is known to its driver alone
+        needed = -(-(len(self._tokens) + count) // GROWS_BY) * GROWS_BY * self._token_bytes
+        if needed > self.kv_bytes():
+            smaller = "a smaller --context, or --kv-cache int8 or int4"
+            limits.check_kv_memory(needed, free_memory_bytes(), smaller)
 
     def _forget(self, length: int) -> None:
         for cache in self._caches:
@@ -185,6 +200,15 @@ class MlxSession(SteppedSession):
             self._compute((0,), 0)
             self._forget(0)
         return [array[..., :1, :] for cache in self._caches for array in _arrays(cache)]
+
+
+def kv_token_bytes(facts: ModelFacts, kv_dtype: str, kept: str) -> int:
+    """Bytes of one token's keys and values in all layers; ``kept``: the type of their scales."""
+    values = 2 * facts.layer_count * facts.kv_head_count * facts.head_dim
+    if kv_dtype not in KV_BITS:
+        return values * FLOAT_BYTES[kv_dtype]
+    group = next(group for group in KV_GROUPS if not facts.head_dim % group)
+    return values * KV_BITS[kv_dtype] // 8 + 2 * values // group * FLOAT_BYTES[kept]
 
 
 def _caches(layers: int, head_dim: int, kv_dtype: str, kept: str) -> list[Any]:

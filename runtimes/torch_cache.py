@@ -12,6 +12,8 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from edgellm.errors import UnsupportedModel
+from edgellm.hardware import free_memory_bytes
+from edgellm.runtimes import limits
 from edgellm.runtimes.kv_buffers import next_room
 
 Arrays = tuple[torch.Tensor, ...]
@@ -24,11 +26,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """One layer's keys and values, each ``[1, kv_heads, used, head_dim]``.
 
     What is kept of them are arrays with the tokens in the third place, views into larger buffers.
+    ``following``: how many layers grow after this one, which take about as much.
     """
 
-    def __init__(self, most_tokens: int) -> None:
+    def __init__(self, most_tokens: int, following: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.most_tokens = most_tokens
+        self.most_tokens, self.following = most_tokens, following
         self.used = 0
         self.buffers: Arrays = ()
 
@@ -51,11 +54,14 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return arrays[0]
 
     def append(self, arrays: Arrays) -> None:
-        """Keep these arrays behind those that are held, in buffers that grow where they must."""
+        """Keep these arrays behind those that are held, in buffers that grow where they must.
+
+        Raises ``GenerationError`` before a CPU's memory is taken that it has not.
+        """
         start, used = self.used, self.used + arrays[0].shape[2]
         room = self.buffers[0].shape[2] if self.buffers else 0
         if used > room:
-            room = next_room(room, used, self.most_tokens)
+            room = self._fitting(next_room(room, used, self.most_tokens), used, arrays)
             grown = tuple(
                 each.new_empty((1, each.shape[1], room, each.shape[3])) for each in arrays
             )
@@ -66,6 +72,16 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         for buffer, new in zip(self.buffers, arrays, strict=True):
             buffer[:, :, start:used] = new
         self.used = used
+
+    def _fitting(self, room: int, needed: int, arrays: Arrays) -> int:
+        """``room``, or no more than ``needed`` where that does not fit."""
+        if arrays[0].device.type != "cpu":
+            return room  # how much a GPU has left is known to its driver alone
+        token_bytes = sum(each.nbytes // each.shape[2] for each in arrays) * (1 + self.following)
+        free = free_memory_bytes()
+        room = room if room * token_bytes <= free else needed
+        limits.check_kv_memory(room * token_bytes, free, "a smaller --context, or --kv-cache int8")
+        return room
 
     def held(self) -> Arrays:
         """What is kept of the tokens that are held; nothing before the first one ever."""
@@ -139,4 +155,5 @@ def growing_cache(config: Any, most_tokens: int, kv_dtype: str) -> Any:
             "forgotten token by token: run it with transformers itself"
         )
     kind = ROUNDED.get(kv_dtype, GrowingLayer)
-    return Cache(layers=[kind(most_tokens) for _ in usual.layers])
+    count = len(usual.layers)
+    return Cache(layers=[kind(most_tokens, count - 1 - place) for place in range(count)])

@@ -25,6 +25,7 @@ MEGABYTE = 1 << 20
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(int4, "WORK", tmp_path)
     monkeypatch.setattr(measure, "WORK", tmp_path)
     monkeypatch.setattr(places, "WORK", tmp_path)
     monkeypatch.setattr(measure, "PAUSE_S", 0.0)
@@ -146,31 +147,24 @@ def test_the_best_peer_is_named_and_all_must_have_rounded_the_same() -> None:
         int4._weights({"int4-g64": of | {"a": found(0.1, "int4-g64", weights=209)}})
 
 
-def test_a_peers_folder_is_made_once_and_again_when_its_program_changes(
-    work: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_peers_folder_is_made_and_judged_once_and_again_when_what_it_was_made_of_changes(
+    work: Path,
 ) -> None:
-    monkeypatch.setattr(int4, "WORK", work)
-    (work / "bin").mkdir()
-    (work / "bin" / "python").symlink_to(sys.executable)
-    (work / "installed").write_text("a==1")
-    (work / "tokens.json").write_text("[]")
-    program = work / "program.py"
-    program.write_text("import pathlib, sys; pathlib.Path(sys.argv[1]).mkdir()")
-    command = [str(work / "bin" / "python"), str(program), "out"]
+    judge = python("import json, pathlib, sys; name = sys.argv[1]; "
+                   "print(json.dumps({name: {'kl': float(pathlib.Path(name, 'kl').read_text())}}))")  # fmt: skip
 
-    def make() -> bool:
-        (work / "out").mkdir(exist_ok=True)
-        (work / "out" / "kept").touch()
-        int4._make_once("out", command, work / "tokens.json")
-        return not (work / "out" / "kept").exists()
+    def ask(which: str, made_of: str, kl: float) -> dict[str, Any]:
+        code = "import pathlib, sys; f = pathlib.Path('out'); f.mkdir(); (f / 'kl').write_text"
+        command = python(f"{code}('{kl}')")
+        return int4._found_once(
+            which, {"packages": made_of}, "out", command, judge, work / "peers" / "kept.json"
+        )
 
-    assert [make(), make()] == [True, False]
-    program.write_text(program.read_text() + "\n")
-    assert [make(), make()] == [True, False]
-    (work / "installed").write_text("a==2")
-    assert make()
-    (work / "tokens.json").write_text("[1]")
-    assert make()
+    assert ask("a", "a==1", 0.5) == {"kl": 0.5}
+    assert ask("a", "a==1", 0.25) == {"kl": 0.5}
+    assert ask("b", "a==1", 0.75) == {"kl": 0.75}
+    assert ask("a", "a==2", 0.25) == {"kl": 0.25}
+    assert ask("b", "a==1", 0.0) == {"kl": 0.75}
 
 
 @pytest.mark.parametrize("name", command_line.BENCHMARKS)

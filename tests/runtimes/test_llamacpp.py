@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import foreign_gguf
 import numpy as np
 import pytest
 
@@ -21,7 +22,7 @@ from edgellm.errors import (
     UnsupportedTarget,
 )
 from edgellm.hardware import Fact, Gpu, detect
-from edgellm.manifest import Artifact
+from edgellm.manifest import Artifact, open_artifact
 from edgellm.quant.ggml_types import NAMED
 from edgellm.runtimes import llamacpp, llamacpp_library, openmp
 from edgellm.runtimes.llamacpp import LlamaCppRuntime
@@ -233,6 +234,28 @@ def test_the_caches_size_is_known_from_the_header(
     session.close()
     assert abs(predicted / measured - 1) < 0.05
     assert predicted == session_bytes(made, kv_dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16"])
+@pytest.mark.parametrize("write", [foreign_gguf.write_deepseek2, foreign_gguf.write_gemma4])
+def test_latent_narrow_and_shared_keys_are_counted_as_what_they_take(
+    write: Callable[[Path, Path], Path],
+    kv_dtype: str,
+    artifact: Callable[..., Artifact],
+    tmp_path: Path,
+) -> None:
+    """Against what llama.cpp writes down of a full cache."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    path = write(tmp_path / "model.gguf", artifact("llama", "gguf").main)
+    session = LlamaCppRuntime().open(
+        open_artifact(path),
+        RunOptions(context_tokens=512, kv_dtype=kv_dtype),  # type: ignore[arg-type]
+    )
+    assert np.isfinite(session.prefill([token % 400 + 5 for token in range(512)])).all()
+    measured = session.save().data[0].nbytes
+    session.close()
+    predicted = 512 * sum(kv_token_bytes(read_gguf_model(path).metadata, NAMED[kv_dtype]))
+    assert abs(predicted / measured - 1) < 0.05
 
 
 def session_bytes(artifact: Artifact, kv_dtype: str) -> int:

@@ -84,6 +84,24 @@ def test_a_cache_of_four_bits_is_smaller_and_near(folder: Artifact) -> None:
     assert errors["int8"] < errors["int4"] < 0.3
 
 
+def test_a_cache_is_refused_before_it_takes_more_than_there_is(
+    folder: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert folder.manifest is not None
+    for kv_dtype in ("f32", "int8", "int4"):
+        token_bytes = mlx.kv_token_bytes(folder.manifest.artifact.model, kv_dtype, "f32")
+        options = RunOptions(device="cpu", kv_dtype=kv_dtype)  # type: ignore[arg-type]
+        session = runtime_named("mlx").open(folder, options)
+        monkeypatch.setattr(mlx, "free_memory_bytes", lambda lacks=256 * token_bytes - 1: lacks)
+        with pytest.raises(GenerationError, match=r"would take .* choose a smaller --context"):
+            session.prefill([7] * 100)
+        assert (len(session.tokens), session.kv_bytes()) == (0, 0)
+        monkeypatch.setattr(mlx, "free_memory_bytes", lambda fits=256 * token_bytes: fits)
+        session.prefill([7] * 100)
+        assert session.kv_bytes() == 256 * token_bytes, "as predicted"
+        session.close()
+
+
 def test_on_a_cpu_it_computes_in_float32(folder: Artifact) -> None:
     """Halves of these weights would differ from float32 by a hundred times as much."""
     session = runtime_named("mlx").open(folder, RunOptions(device="cpu"))

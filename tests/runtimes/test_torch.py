@@ -12,7 +12,13 @@ import tiny_models
 
 import edgellm
 from edgellm.answers import open_answers
-from edgellm.errors import RuntimeMissing, SourceError, UnsupportedModel, UnsupportedTarget
+from edgellm.errors import (
+    GenerationError,
+    RuntimeMissing,
+    SourceError,
+    UnsupportedModel,
+    UnsupportedTarget,
+)
 from edgellm.evaluation_text import Passage
 from edgellm.hardware import Fact, Gpu, Hardware, detect
 from edgellm.manifest import open_artifact
@@ -158,6 +164,27 @@ def test_the_cache_grows_by_doubling_and_not_by_token(
         sizes.append(session.kv_bytes())
     per_token = sizes[0] // 8
     assert [size // per_token for size in sizes] == [8] * 8 + [16] * 8 + [32] * 16 + [64] * 8
+    session.close()
+
+
+def test_a_cache_is_refused_before_it_takes_more_than_there_is(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgellm.runtimes import kv_buffers, torch_cache
+
+    monkeypatch.setattr(kv_buffers, "FIRST_TOKENS", 16)
+    session = runtime_named("torch").open(
+        open_artifact(tiny_model("llama")), RunOptions(device="cpu", context_tokens=64)
+    )
+    session.prefill(IDS[:16])
+    token_bytes = session.kv_bytes() // 16
+    monkeypatch.setattr(torch_cache, "free_memory_bytes", lambda: 16 * token_bytes)
+    with pytest.raises(GenerationError, match=r"would take .* choose a smaller --context"):
+        session.decode(5)
+    assert (len(session.tokens), session.kv_bytes()) == (16, 16 * token_bytes)
+    monkeypatch.setattr(torch_cache, "free_memory_bytes", lambda: 31 * token_bytes)
+    session.decode(5)
+    assert session.kv_bytes() == 17 * token_bytes, "no more than must be, where twice does not fit"
     session.close()
 
 
