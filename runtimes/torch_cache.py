@@ -26,12 +26,13 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """One layer's keys and values, each ``[1, kv_heads, used, head_dim]``.
 
     What is kept of them are arrays with the tokens in the third place, views into larger buffers.
-    ``following``: how many layers grow after this one, which take about as much.
+    The first of ``count`` layers, which is the ``lead`` of the others, chooses how much room all
+    make.
     """
 
-    def __init__(self, most_tokens: int, following: int = 0) -> None:
+    def __init__(self, most_tokens: int, count: int = 1, lead: GrowingLayer | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.most_tokens, self.following = most_tokens, following
+        self.most_tokens, self.count, self.lead = most_tokens, count, lead
         self.used = 0
         self.buffers: Arrays = ()
 
@@ -59,9 +60,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         Raises ``GenerationError`` before a CPU's memory is taken that it has not.
         """
         start, used = self.used, self.used + arrays[0].shape[2]
-        room = self.buffers[0].shape[2] if self.buffers else 0
-        if used > room:
-            room = self._fitting(next_room(room, used, self.most_tokens), used, arrays)
+        if used > self.room:
+            room = self.lead.room if self.lead else self._fitting(used, arrays)
             grown = tuple(
                 each.new_empty((1, each.shape[1], room, each.shape[3])) for each in arrays
             )
@@ -73,11 +73,17 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             buffer[:, :, start:used] = new
         self.used = used
 
-    def _fitting(self, room: int, needed: int, arrays: Arrays) -> int:
-        """``room``, or no more than ``needed`` where that does not fit."""
+    @property
+    def room(self) -> int:
+        """How many tokens there is memory for."""
+        return self.buffers[0].shape[2] if self.buffers else 0
+
+    def _fitting(self, needed: int, arrays: Arrays) -> int:
+        """Room to grow to: no more than ``needed`` where the usual does not fit into all layers."""
+        room = next_room(self.room, needed, self.most_tokens)
         if arrays[0].device.type != "cpu":
             return room  # how much a GPU has left is known to its driver alone
-        token_bytes = sum(each.nbytes // each.shape[2] for each in arrays) * (1 + self.following)
+        token_bytes = sum(each.nbytes // each.shape[2] for each in arrays) * self.count
         free = free_memory_bytes()
         room = room if room * token_bytes <= free else needed
         limits.check_kv_memory(room * token_bytes, free, "a smaller --context, or --kv-cache int8")
@@ -155,5 +161,5 @@ def growing_cache(config: Any, most_tokens: int, kv_dtype: str) -> Any:
             "forgotten token by token: run it with transformers itself"
         )
     kind = ROUNDED.get(kv_dtype, GrowingLayer)
-    count = len(usual.layers)
-    return Cache(layers=[kind(most_tokens, count - 1 - place) for place in range(count)])
+    lead = kind(most_tokens, len(usual.layers))
+    return Cache(layers=[lead, *(kind(most_tokens, lead=lead) for _ in usual.layers[1:])])

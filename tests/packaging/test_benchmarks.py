@@ -150,8 +150,10 @@ def test_the_best_peer_is_named_and_all_must_have_rounded_the_same() -> None:
 def test_a_peers_folder_is_made_and_judged_once_and_again_when_what_it_was_made_of_changes(
     work: Path,
 ) -> None:
-    judge = python("import json, pathlib, sys; name = sys.argv[1]; "
-                   "print(json.dumps({name: {'kl': float(pathlib.Path(name, 'kl').read_text())}}))")  # fmt: skip
+    judge = python(
+        "import json, pathlib; print(json.dumps("
+        "{'out': {'kl': float(pathlib.Path('out', 'kl').read_text())}}))"
+    )
 
     def ask(which: str, made_of: str, kl: float) -> dict[str, Any]:
         code = "import pathlib, sys; f = pathlib.Path('out'); f.mkdir(); (f / 'kl').write_text"
