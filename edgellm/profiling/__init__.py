@@ -1,0 +1,1 @@
+"""How fast artifacts answer here: cells measured in rounds, each in a process of its own."""
