@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self, cast, get_args
@@ -20,6 +19,7 @@ from edgellm.prefix_cache import PrefixCache
 from edgellm.runtimes import runtime_named, runtime_names
 from edgellm.runtimes.session import AdaptingSession, Device, KvDtype, RunOptions, Session
 from edgellm.sampling import SamplingOptions
+from edgellm.token_times import clock
 from edgellm.tokenization.parity import check_parity
 
 ANSWER_TOKENS = 256
@@ -339,7 +339,7 @@ class ChatSession:
 
         Raises ``GenerationError`` when the conversation does not fit the context any more.
         """
-        started_s = time.perf_counter()
+        started_s = clock()
         beginning = 0
         if raw or self.tokenizer.chat_template is None:
             if not raw and self.system:

@@ -5,7 +5,6 @@ The engine below knows token ids only and the tokenizer knows text only; here th
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, Self
@@ -17,6 +16,7 @@ from edgellm.prefix_cache import PrefixCache
 from edgellm.runtimes.session import Logits, Session
 from edgellm.runtimes.token_prefix import shared_length
 from edgellm.sampling import Sampler, SamplingOptions
+from edgellm.token_times import TokenTimes, clock
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -52,7 +52,8 @@ class Answer:
 
     ``token_ids``: the new tokens, without the one that ended the text. ``finish_reason``: ``stop``
     (the model ended, or a stop string appeared), ``length`` (``max_tokens``, or the context is
-    full), ``cancelled``. ``time_to_first_token_s`` starts before the prompt is tokenized.
+    full), ``cancelled``. ``time_to_first_token_s``: from before the prompt is tokenized to the
+    first token's text.
     ``prefilled_tokens``: tokens of the prompt that had to be computed; the others were cached.
     Rates exclude the time that whoever reads the stream takes; ``decode_tokens_per_s`` is None when
     only one token was generated. ``drafted_tokens`` were guessed ahead, and ``accepted_tokens`` of
@@ -135,7 +136,7 @@ class AnswerStream(Iterator[str]):
 
     ``close`` (or leaving the ``with`` block, or Ctrl-C while it computes) cancels: the cache then
     holds exactly the tokens that were computed, and the session can go on. The pieces joined are
-    ``text``: the decoded tokens, cut at a stop string.
+    ``text``: the decoded tokens, cut at a stop string. ``times``: what each token took.
     """
 
     def __init__(
@@ -154,12 +155,15 @@ class AnswerStream(Iterator[str]):
         context_policy: ContextPolicy = "stop",
         beginning_tokens: int = 0,
         started_s: float | None = None,
+        ignore_end: bool = False,
         reason: str = "",
         on_end: Callable[[AnswerStream], None] | None = None,
     ) -> None:
         """Raises ``GenerationError`` when the prompt is empty or does not fit the context.
 
-        ``beginning_tokens``: how many of the prompt ``shift`` must keep.
+        ``beginning_tokens``: how many of the prompt ``shift`` must keep. ``ignore_end``: go on
+        behind tokens that end a text. ``started_s``: when it was asked for, by
+        ``token_times.clock``.
         """
         if max_tokens is not None and max_tokens < 1:
             raise UsageError(f"max_tokens is {max_tokens}: choose 1 or more")
@@ -183,13 +187,13 @@ class AnswerStream(Iterator[str]):
         self._held = [*prompt_ids]
         self._prefixes, self._owner = prefixes, owner
         self._ahead = None if drafter is None else Lookahead(session, drafter)
-        self._started_s = time.perf_counter() if started_s is None else started_s
+        self._ends = frozenset(() if ignore_end else tokenizer.eos_token_ids)
+        self.times = TokenTimes(clock() if started_s is None else started_s)
         self._reason = reason
         self._on_end = on_end
         self._shown: list[str] = []
         self._token_ids: list[int] = []
-        self._prefilled = self._decoded = 0
-        self._first_token_s = self._prefill_s = self._decode_s = 0.0
+        self._prefilled = 0
         self._finish_reason: FinishReason = "cancelled"
         self._ended = False
         self._pieces: Generator[str, None, None] = self._generate()
@@ -231,7 +235,7 @@ class AnswerStream(Iterator[str]):
         """The whole answer, or what there is of it once closed; reads the stream to its end."""
         for _ in self:
             pass
-        sampling = self._sampler.options
+        sampling, times = self._sampler.options, self.times
         return Answer(
             text=self.text,
             token_ids=self.token_ids,
@@ -239,9 +243,9 @@ class AnswerStream(Iterator[str]):
             prefilled_tokens=self._prefilled,
             new_tokens=len(self._token_ids),
             finish_reason=self._finish_reason,
-            time_to_first_token_s=self._first_token_s,
-            prefill_tokens_per_s=self._prefilled / self._prefill_s if self._prefill_s else 0.0,
-            decode_tokens_per_s=self._decoded / self._decode_s if self._decoded else None,
+            time_to_first_token_s=times.first_token_s,
+            prefill_tokens_per_s=self._prefilled / times.prefill_s if times.prefill_s else 0.0,
+            decode_tokens_per_s=times.decode_tokens_per_s,
             peak_memory_bytes=peak_memory_bytes(),
             runtime=self._session.runtime,
             device=self._session.device,
@@ -286,11 +290,15 @@ class AnswerStream(Iterator[str]):
         logits: Logits = self._session.prefill(rest)[-1]
         return logits
 
+    def _chosen(self, logits: Logits, seen: Sequence[int]) -> int:
+        token = self._sampler.pick(logits, seen)
+        self.times.chosen(ends=token in self._ends)
+        return token
+
     def _texts(self) -> Generator[str, None, None]:
-        session, sampler, stops = self._session, self._sampler, self._stops
+        session, stops, times = self._session, self._stops, self.times
         steps = self._tokenizer.decode_stream()
-        ends = frozenset(self._tokenizer.eos_token_ids)
-        begun = time.perf_counter()
+        times.begin()
         if self._prefixes is not None:
             reused = self._prefixes.reuse(session, self._prompt_ids, self._owner)
         elif self._reuse_cache:
@@ -303,21 +311,19 @@ class AnswerStream(Iterator[str]):
         if self._prefixes is not None:
             logits = logits.copy()
             self._prefixes.keep(session, self._owner)
-        token = sampler.pick(logits, self._prompt_ids)
-        now = time.perf_counter()
-        self._prefill_s, self._first_token_s = now - begun, now - self._started_s
+        times.computed()
         seen = [*self._prompt_ids]
-        begun = now
-        while token not in ends:
+        token = self._chosen(logits, seen)
+        while token not in self._ends:
             self._token_ids.append(token)
             seen.append(token)
             self._held.append(token)
             piece = stops.push(steps.step(token) or "")
+            times.said()
             if piece:
                 self._shown.append(piece)
-                paused = time.perf_counter()
                 yield piece
-                begun += time.perf_counter() - paused
+                times.resumed()
             if stops.found:
                 break
             full = self._policy == "stop" and len(self._held) > session.context_tokens
@@ -325,9 +331,8 @@ class AnswerStream(Iterator[str]):
                 self._finish_reason = "length"
                 break
             logits = self._next_logits()
-            token = sampler.pick(logits, seen)
-            self._decoded += 1
-            self._decode_s = time.perf_counter() - begun
+            times.computed()
+            token = self._chosen(logits, seen)
         if self._finish_reason != "length":
             self._finish_reason = "stop"
         rest = "" if stops.found else stops.push(steps.finish() or "") + stops.flush()

@@ -47,6 +47,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "edgellm.cli.sweep_command:sweep",
         "Convert a model on several grids and compare each with it.",
     ),
+    "profile": (
+        "edgellm.cli.profile_command:profile",
+        "Measure how fast artifacts answer here, and what that takes.",
+    ),
+    "compare": (
+        "edgellm.cli.compare_command:compare",
+        "Compare profiles, with a verdict that can stop a build.",
+    ),
     "inspect": (
         "edgellm.cli.inspect_command:inspect",
         "Show what is inside an artifact or a model file.",
@@ -62,6 +70,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "selftest": (
         "edgellm.cli.selftest_command:selftest",
         "Try the runtimes of this machine with a tiny model.",
+    ),
+    "schema": (
+        "edgellm.cli.schema_command:schema",
+        "Show the JSON Schema of a document that edgellm writes.",
     ),
 }
 """Command to ``module:function`` and the first line of its help."""

@@ -309,7 +309,7 @@ def schema() -> dict[str, Any]:
 
 
 def read_profile(path: Path) -> Profile:
-    """The profile in ``path``; raises ``SourceError`` for a file that is none, or of a newer one."""
+    """The profile in ``path``; raises ``SourceError`` for a file that is none, or is newer."""
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -1,0 +1,195 @@
+"""``edgellm profile``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgellm.cli import options, render
+from edgellm.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgellm.profiling.document import Cell, Profile
+
+INTERRUPTED = 130
+FAILED = 9
+
+
+def profile(
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="PATH...", help="Artifacts, GGUF files or Hugging Face folders."),
+    ],
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="all: every one that opens it. Repeatable."),
+    ] = None,
+    device: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, ... Repeatable.")
+    ] = None,
+    prompt_tokens: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Lengths of the prompt.")
+    ] = "512",
+    new_tokens: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Tokens to generate; ends of text do not end it.")
+    ] = "128",
+    depth: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Tokens in the cache before the prompt.")
+    ] = "0",
+    threads: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Default: the physical cores.")
+    ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE,...", help="Keys and values in f32, f16, q8_0, ...; see doctor."
+        ),
+    ] = None,
+    repeat: Annotated[
+        int | None, typer.Option(metavar="N", help="Rounds that count. Default: 5.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="As many rounds as fit into 60s, 5m; in place of N."),
+    ] = None,
+    warmup: Annotated[int, typer.Option(metavar="N", help="Rounds before that do not count.")] = 1,
+    timeout: Annotated[
+        str, typer.Option(metavar="TIME", help="Give a cell up that does not answer for so long.")
+    ] = "600s",
+    operators: Annotated[
+        bool, typer.Option("--operators", help="Where a token's time goes, by kind and layer.")
+    ] = False,
+    output: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help=".html, .json, .md, .csv or .prom. Repeatable."
+        ),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure how fast artifacts answer here, and what that takes.
+
+    Every combination of what is given is a cell, in a process of its own. Cells take turns, round
+    by round, so that heat and other programs hit all alike. Times go from the prompt's text to the
+    answer's; docs/profiling.md says what each figure counts. A cell that fails is a row with its
+    reason; Ctrl-C keeps what was measured.
+
+    \b
+    Examples:
+      edgellm profile small
+      edgellm profile q4 q8 --output report.html --output report.json
+      edgellm profile small --runtime all --threads 1,2
+      edgellm profile small --prompt-tokens 128,512,2048 --depth 0,4096 --budget 5m
+      edgellm profile small.gguf --kv-cache f16,q8_0 --operators
+      edgellm profile small --json | jq '.cells[].decode_tokens_per_s.median'
+    """
+    from edgellm.profiling.matrix import Asked
+    from edgellm.profiling.measuring import ROUNDS, Effort
+    from edgellm.profiling.measuring import profile as measure
+    from edgellm.report import check_output, write_report
+
+    if repeat is not None and budget is not None:
+        raise UsageError("--repeat and --budget both say how long to measure: leave one out")
+    if repeat is not None and repeat < 1:
+        raise UsageError(f"--repeat {repeat}: choose 1 or more")
+    if warmup < 0:
+        raise UsageError(f"--warmup {warmup}: choose 0 or more")
+    for path in output or ():
+        check_output(path)
+    asked = Asked(
+        runtimes=runtime or (None,),
+        devices=device or ("auto",),
+        threads=_numbers("--threads", threads) if threads else (None,),
+        kv_caches=kv_cache.split(",") if kv_cache else (None,),
+        prompt_tokens=_numbers("--prompt-tokens", prompt_tokens),
+        new_tokens=_numbers("--new-tokens", new_tokens),
+        depth_tokens=_numbers("--depth", depth),
+    )
+    effort = Effort(
+        rounds=repeat or ROUNDS,
+        warmup_rounds=warmup,
+        budget_s=_seconds("--budget", budget) if budget else None,
+        timeout_s=_seconds("--timeout", timeout),
+    )
+    from edgellm.cli.profile_view import watched
+
+    with watched(quiet=as_json) as watch:
+        found = measure(paths, asked, effort, command=_command(), watch=watch)
+    for path in output or ():
+        write_report([found], path)
+    if as_json:
+        render.show_json(found)
+    else:
+        _show(found, output or ())
+    if found.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if all(cell.failure for cell in found.cells):
+        raise typer.Exit(FAILED)
+
+
+def _show(found: Profile, written: list[Path] | tuple[()]) -> None:
+    render.say_notes(found.notes)
+    render.show_table(
+        ("cell", "first token", "prefill", "decode", "p50", "p99", "peak memory"),
+        [_row(cell) for cell in found.cells],
+        right="123456",
+    )
+    notes = [f"{cell.name}: {cell.failure}" for cell in found.cells if cell.failure]
+    notes += [
+        f"{cell.name} is noisy: {'; '.join(cell.noisy)}" for cell in found.cells if cell.noisy
+    ]
+    render.show_notes(notes)
+    render.say_notes([f"written: {path}" for path in written])
+
+
+def _row(cell: Cell) -> tuple[str, ...]:
+    first, prefill, decode = (
+        cell.time_to_first_token_s,
+        cell.prefill_tokens_per_s,
+        cell.decode_tokens_per_s,
+    )
+    latency = cell.inter_token_latency_s
+    return (
+        cell.name,
+        render.duration(first.median) if first else "-",
+        f"{prefill.median:,.0f} tokens/s" if prefill else "-",
+        f"{decode.median:.1f} tokens/s" if decode else "-",
+        f"{latency.p50 * 1e3:.1f} ms" if latency else "-",
+        f"{latency.p99 * 1e3:.1f} ms" if latency else "-",
+        render.size(cell.memory.peak_bytes) if cell.memory else "-",
+    )
+
+
+def _numbers(option: str, given: str) -> tuple[int, ...]:
+    words = [word.strip() for word in given.split(",")]
+    wrong = [word for word in words if not word.isdecimal()]
+    if wrong:
+        raise UsageError(f"{option} {given}: {wrong[0]!r} is no number; give some as 128,512")
+    return tuple(dict.fromkeys(map(int, words)))
+
+
+def _seconds(option: str, given: str) -> float:
+    scale = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    unit = given[-1:] if given[-1:] in scale else "s"
+    try:
+        seconds = float(given.removesuffix(unit)) * scale[unit]
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"{option} {given}: give a time as 90s, 5m or 1h")
+    return seconds
+
+
+def _command() -> str:
+    """The command line as it was typed, of paths the last part alone."""
+    shown = []
+    for word in sys.argv[1:]:
+        option, equals, value = word.partition("=")
+        named = f"{option}={Path(value).name}" if equals else Path(word).name
+        shown.append(named if os.sep in word else word)
+    return " ".join(["edgellm", *map(shlex.quote, shown)])

@@ -1,0 +1,213 @@
+"""Which cells a profile has: artifacts x runtimes x settings, and why some cannot be."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast, get_args
+
+from edgellm.errors import EdgeError, UsageError
+from edgellm.hardware import Hardware, pick
+from edgellm.manifest import Artifact
+from edgellm.runtimes.session import Capabilities, Device, KvDtype
+
+ALL = "all"
+"""The name that stands for every runtime here that opens the artifact."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What to vary; every combination is a cell. None leaves the choice to edgellm.
+
+    ``runtimes``: names, or ``all``.
+    """
+
+    runtimes: Sequence[str | None] = (None,)
+    devices: Sequence[str] = ("auto",)
+    threads: Sequence[int | None] = (None,)
+    kv_caches: Sequence[str | None] = (None,)
+    prompt_tokens: Sequence[int] = (512,)
+    new_tokens: Sequence[int] = (128,)
+    depth_tokens: Sequence[int] = (0,)
+
+    def check(self) -> None:
+        """Raise ``UsageError`` for what no cell can have."""
+        allowed = {
+            "--device": (self.devices, get_args(Device)),
+            "--kv-cache": ([each for each in self.kv_caches if each], get_args(KvDtype)),
+        }
+        for option, (given, names) in allowed.items():
+            wrong = [each for each in given if each not in names]
+            if wrong:
+                raise UsageError(f"{option} {wrong[0]!r} is none: choose {', '.join(names)}")
+        least = {
+            "--threads": (self.threads, 1),
+            "--prompt-tokens": (self.prompt_tokens, 1),
+            "--new-tokens": (self.new_tokens, 1),
+            "--depth": (self.depth_tokens, 0),
+        }
+        for option, (counts, low) in least.items():
+            few = [each for each in counts if each is not None and each < low]
+            if few:
+                raise UsageError(f"{option} {few[0]}: choose {low} or more")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One cell before it is measured; ``refusal``: why it cannot be."""
+
+    artifact: Artifact
+    runtime: str
+    device: str
+    threads: int | None
+    kv_cache: str | None
+    prompt_tokens: int
+    new_tokens: int
+    depth_tokens: int
+    runtime_version: str = ""
+    refusal: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """``cells`` with a ``names`` entry each, and what was chosen or left out, for people."""
+
+    cells: tuple[Wanted, ...]
+    names: tuple[str, ...]
+    notes: tuple[str, ...] = field(default=())
+
+
+def matrix(
+    artifacts: Sequence[Artifact],
+    asked: Asked,
+    hardware: Hardware,
+    capabilities: Sequence[Capabilities],
+) -> Matrix:
+    """Every combination of what was ``asked`` for that the runtimes can do.
+
+    A runtime that does not open an artifact's container makes no cell beside others that do. Raises
+    ``UsageError`` for a name that no runtime has.
+    """
+    asked.check()
+    cells: list[Wanted] = []
+    notes: list[str] = []
+    for artifact in artifacts:
+        runtimes, refused = _runtimes(artifact, asked, hardware, capabilities)
+        notes += refused
+        for runtime, device, kv_cache in itertools.product(
+            runtimes, asked.devices, asked.kv_caches
+        ):
+            chosen = _chosen(artifact, runtime, device, kv_cache, hardware, capabilities)
+            threads: Sequence[int | None] = asked.threads
+            if not chosen.sets_threads and threads != (None,):
+                notes.append(f"{chosen.runtime} chooses its threads itself: --threads not heeded")
+                threads = (None,)
+            cells += [
+                Wanted(
+                    artifact,
+                    chosen.runtime,
+                    chosen.device,
+                    count,
+                    kv_cache,
+                    prompt,
+                    new,
+                    depth,
+                    runtime_version=chosen.version,
+                    refusal=chosen.refusal,
+                )
+                for count, prompt, new, depth in itertools.product(
+                    threads, asked.prompt_tokens, asked.new_tokens, asked.depth_tokens
+                )
+            ]
+    cells = list(dict.fromkeys(cells))
+    return Matrix(tuple(cells), _names(cells), tuple(dict.fromkeys(notes)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    runtime: str
+    device: str
+    version: str = ""
+    sets_threads: bool = True
+    refusal: str = ""
+
+
+def _runtimes(
+    artifact: Artifact,
+    asked: Asked,
+    hardware: Hardware,
+    capabilities: Sequence[Capabilities],
+) -> tuple[list[str | None], list[str]]:
+    """Names to try for ``artifact``, and which of those asked for do not open it."""
+    named: list[str | None] = []
+    for name in asked.runtimes:
+        if name == ALL:
+            named += [
+                one.runtime
+                for one in capabilities
+                if one.available and one.automatic and artifact.container in one.containers
+            ]
+        else:
+            named.append(name)
+    named = list(dict.fromkeys(named))
+    known = {one.runtime: one for one in capabilities}
+    for name in named:
+        if name is not None and name not in known:
+            raise UsageError(f"no runtime named {name!r}: choose {', '.join(known)}, or {ALL}")
+    opening = [
+        name for name in named if name is None or artifact.container in known[name].containers
+    ]
+    left = [
+        f"{artifact.path.name}: {name} does not open {artifact.container}"
+        for name in named
+        if name not in opening
+    ]
+    return (opening, left) if opening else (named or [None], [])
+
+
+def _chosen(
+    artifact: Artifact,
+    runtime: str | None,
+    device: str,
+    kv_cache: str | None,
+    hardware: Hardware,
+    capabilities: Sequence[Capabilities],
+) -> _Chosen:
+    try:
+        choice = pick(
+            artifact.container,
+            hardware,
+            capabilities,
+            runtime=runtime,
+            device=cast("Device", device),
+            kv_dtype=kv_cache,
+        )
+    except EdgeError as refusal:
+        return _Chosen(runtime or "none", device, refusal=str(refusal))
+    found = next(one for one in capabilities if one.runtime == choice.runtime)
+    return _Chosen(choice.runtime, choice.device, found.version, found.sets_threads)
+
+
+def _names(cells: Sequence[Wanted]) -> tuple[str, ...]:
+    """The artifact's name and whatever differs between the cells."""
+    shown = {cell.artifact.path: cell.artifact.path.name for cell in cells}
+    twice = {name for name, count in Counter(shown.values()).items() if count > 1}
+    for path, name in shown.items():
+        if name in twice:
+            shown[path] = f"{path.resolve().parent.name}/{name}"
+    parts = {
+        "runtime": [cell.runtime for cell in cells],
+        "device": [cell.device for cell in cells],
+        "threads": [f"{cell.threads or 'own'} threads" for cell in cells],
+        "kv_cache": [f"{cell.kv_cache or 'usual'} cache" for cell in cells],
+        "prompt_tokens": [f"{cell.prompt_tokens} in" for cell in cells],
+        "new_tokens": [f"{cell.new_tokens} out" for cell in cells],
+        "depth_tokens": [f"depth {cell.depth_tokens}" for cell in cells],
+    }
+    varied = [words for words in parts.values() if len(set(words)) > 1]
+    return tuple(
+        ", ".join([shown[cell.artifact.path], *(words[place] for words in varied)])
+        for place, cell in enumerate(cells)
+    )

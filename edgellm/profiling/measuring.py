@@ -1,0 +1,249 @@
+"""Measures a matrix of cells in rounds: every cell once, then every cell again.
+
+So whatever drifts (heat, other programs) hits all cells alike, and cells of one round can be
+compared as pairs. A cell that fails is a row with its reason, and the others go on; Ctrl-C ends the
+measuring, and what was done until then is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from edgellm import __version__
+from edgellm.hardware import detect, free_memory_bytes
+from edgellm.manifest import open_artifact
+from edgellm.profiling import document
+from edgellm.profiling.artifacts import artifact_facts
+from edgellm.profiling.conditions import conditions_now, gauge
+from edgellm.profiling.matrix import Asked, Wanted, matrix
+from edgellm.profiling.process import CellFailed, CellProcess
+from edgellm.profiling.roofline import measure_limits
+from edgellm.profiling.summing import ratios, summed
+from edgellm.profiling.worker import Job, Ready, Round
+from edgellm.runtimes import capabilities_on
+
+ROUNDS = 5
+WARMUP_ROUNDS = 1
+TIMEOUT_S = 600.0
+
+FREE_SHARE = 0.8
+"""Of the free memory, what the processes of all cells may be expected to take together."""
+
+PROCESS_BYTES = 300 << 20
+"""What a process takes beside weights, keys and values: Python, the runtime, its work space."""
+
+NOT_COUNTED = (
+    "loading, but in load_s",
+    "computing the depth's tokens, which the cache holds before the prompt",
+    "warm-up rounds",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long to measure: so many rounds or, with ``budget_s``, as many as that time allows.
+
+    ``timeout_s``: after which a cell that does not answer is given up.
+    """
+
+    rounds: int = ROUNDS
+    warmup_rounds: int = WARMUP_ROUNDS
+    budget_s: float | None = None
+    timeout_s: float = TIMEOUT_S
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How far it is: ``cell`` is about to be measured (or loaded), ``decode_tokens_per_s`` and
+    ``first_token_s`` are of the cell that was measured last; ``round`` counts from 1, warm-ups from
+    0 down."""
+
+    cell: str
+    round: int
+    rounds: int
+    done_cells: int
+    cells: int
+    stage: str
+    last_cell: str = ""
+    decode_tokens_per_s: float | None = None
+    first_token_s: float | None = None
+
+
+Watch = Callable[[Step], None]
+
+
+@dataclass(slots=True)
+class Running:
+    """A cell as it is measured."""
+
+    name: str
+    wanted: Wanted
+    facts: document.ArtifactFacts
+    process: CellProcess | None = None
+    ready: Ready | None = None
+    loads_s: list[float] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    gauges: list[tuple[document.Gauge, document.Gauge]] = field(default_factory=list)
+    """Before and after each of the ``rounds``."""
+    failure: str = ""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can still be measured."""
+        return not self.failure
+
+
+def profile(
+    paths: Sequence[str],
+    asked: Asked | None = None,
+    effort: Effort | None = None,
+    *,
+    command: str = "",
+    watch: Watch | None = None,
+) -> document.Profile:
+    """The profile of the artifacts at ``paths``, each with every setting that was ``asked`` for.
+
+    Raises ``EdgeError`` for what cannot be opened or understood, before anything is measured.
+    """
+    asked, effort = asked or Asked(), effort or Effort()
+    hardware = detect()
+    artifacts = [open_artifact(path) for path in paths]
+    found = matrix(artifacts, asked, hardware, capabilities_on(hardware))
+    facts = {artifact.path: artifact_facts(artifact) for artifact in artifacts}
+    cells = [
+        Running(name, wanted, facts[wanted.artifact.path], failure=wanted.refusal)
+        for name, wanted in zip(found.names, found.cells, strict=True)
+    ]
+    counts = sorted({cell.wanted.threads or hardware.physical_cores.value for cell in cells})
+    started, begun = datetime.now(UTC), time.perf_counter()
+    limits = measure_limits(counts)
+    before = gauge()
+    stays = _all_fit(cells)
+    interrupted = False
+    try:
+        _rounds(cells, effort, stays, watch or (lambda step: None))
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        for cell in cells:
+            if cell.process is not None:
+                cell.process.kill()
+    cores = hardware.physical_cores.value
+    measured = tuple(summed(cell, limits, cores, effort.warmup_rounds) for cell in cells)
+    return document.Profile(
+        edgellm=__version__,
+        started=started.isoformat(timespec="seconds"),
+        seconds=time.perf_counter() - begun,
+        method=document.Method(
+            command=command,
+            rounds=max((len(cell.rounds) for cell in cells), default=0),
+            warmup_rounds=effort.warmup_rounds,
+            budget_s=effort.budget_s,
+            stayed_loaded=stays,
+            prompt="the built-in English text for measuring, the same tokens every time",
+            not_counted=NOT_COUNTED,
+        ),
+        conditions=conditions_now(hardware, limits, before, gauge()),
+        limits=limits,
+        cells=measured,
+        ratios=ratios(cells, measured),
+        interrupted=interrupted,
+        notes=found.notes,
+    )
+
+
+def _rounds(cells: Sequence[Running], effort: Effort, stays: bool, watch: Watch) -> None:
+    """Measure warm-ups and rounds, until there were enough or the time is over."""
+    end_s = None if effort.budget_s is None else time.perf_counter() + effort.budget_s
+    number = 1 - effort.warmup_rounds
+    last = Step("", number, 0 if end_s else effort.rounds, 0, len(cells), "")
+    while end_s is not None or number <= effort.rounds:
+        for place, cell in enumerate(cells):
+            if end_s is not None and number > 1 and time.perf_counter() >= end_s:
+                return
+            if not cell.alive:
+                continue
+            last = dataclasses.replace(
+                last,
+                cell=cell.name,
+                round=number,
+                done_cells=place,
+                stage="measure" if cell.process else "load",
+            )
+            watch(last)
+            took = _measure(cell, effort, counted=number > 0)
+            if took is not None:
+                last = dataclasses.replace(
+                    last,
+                    last_cell=cell.name,
+                    decode_tokens_per_s=(
+                        len(took.latencies_s) / sum(took.latencies_s) if took.latencies_s else None
+                    ),
+                    first_token_s=took.first_token_s,
+                )
+            if not stays:
+                _end(cell)
+        if not any(cell.alive for cell in cells):
+            return
+        number += 1
+
+
+def _measure(cell: Running, effort: Effort, *, counted: bool) -> Round | None:
+    """One round of one cell, whose process is started where it does not run; None: it failed.
+
+    A process that begins in a counted round warms up first.
+    """
+    try:
+        if cell.process is None:
+            cell.process = CellProcess(_job(cell.wanted), effort.timeout_s)
+            cell.ready = cell.process.ready
+            cell.loads_s.append(cell.ready.load_s)
+            if counted and effort.warmup_rounds:
+                cell.process.round()
+        before = gauge()
+        took = cell.process.round()
+    except CellFailed as failure:
+        cell.failure, cell.process = str(failure), None
+        return None
+    if counted:
+        cell.rounds.append(took)
+        cell.gauges.append((before, gauge()))
+    return took
+
+
+def _end(cell: Running) -> None:
+    if cell.process is not None:
+        cell.process.close()
+        cell.process = None
+
+
+def _job(wanted: Wanted) -> Job:
+    return Job(
+        path=str(wanted.artifact.path),
+        runtime=wanted.runtime,
+        device=wanted.device,
+        threads=wanted.threads,
+        kv_cache=wanted.kv_cache,
+        prompt_tokens=wanted.prompt_tokens,
+        new_tokens=wanted.new_tokens,
+        depth_tokens=wanted.depth_tokens,
+    )
+
+
+def _all_fit(cells: Sequence[Running]) -> bool:
+    """Whether the processes of all cells may stay in memory together."""
+    return sum(map(_expected_bytes, cells)) <= FREE_SHARE * free_memory_bytes()
+
+
+def _expected_bytes(cell: Running) -> int:
+    """What a cell's process will take at about: torch and MLX hold floats on a CPU."""
+    if not cell.alive:
+        return 0
+    weights = cell.facts.size_bytes
+    if cell.wanted.runtime in ("torch", "mlx") and cell.facts.weights:
+        weights = max(weights, 4 * cell.facts.weights)
+    return PROCESS_BYTES + weights

@@ -1,0 +1,209 @@
+"""A cell's own process: it loads the artifact and measures a round each time it is asked.
+
+`python -m edgellm.profiling.worker` reads a line of JSON (``Job``), answers with one (``Ready``),
+and then measures a ``Round`` for every further line, until its input ends. Each answer is a line of
+JSON with the field ``error`` where it failed. What backends print goes to stderr.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
+
+import msgspec
+
+from edgellm.errors import EdgeError
+
+if TYPE_CHECKING:
+    from edgellm.profiling.energy import Counter
+    from edgellm.profiling.prompts import Prompt
+    from edgellm.runtimes.session import Device, KvDtype, Session
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What to load and what to ask; the rest as in ``document.Settings``."""
+
+    path: str
+    runtime: str
+    device: str
+    threads: int | None
+    kv_cache: str | None
+    prompt_tokens: int
+    new_tokens: int
+    depth_tokens: int
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True):
+    """The artifact is loaded; ``kv_cache`` and ``device`` as they came to be."""
+
+    load_s: float
+    device: str
+    kv_cache: str
+
+
+class Round(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt and its answer. Seconds, bytes and joules; see ``document.Cell``.
+
+    ``energy``: by counter, of the prompt and of the rest.
+    """
+
+    tokenization_s: float
+    first_token_s: float
+    prefill_s: float
+    latencies_s: tuple[float, ...]
+    sampling_s: float
+    detokenization_s: float
+    end_to_end_s: float
+    cpu_s: float
+    seconds: float
+    peak_bytes: int
+    steady_bytes: int
+    steady_shared_bytes: int | None
+    device_bytes: int | None
+    kv_bytes: int
+    text_sha256: str
+    energy: dict[str, tuple[float, float]]
+
+
+def main(requests: IO[bytes], answers: IO[bytes]) -> int:
+    """Serve one cell until ``requests`` ends; the exit code."""
+    # Ctrl-C is for the process that asks: it ends this one, and keeps what was measured.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        cell = _Cell(msgspec.json.decode(requests.readline(), type=Job))
+        _say(answers, cell.ready)
+        for _ in requests:
+            _say(answers, cell.round())
+    except (EdgeError, MemoryError) as error:
+        _say(answers, {"error": str(error) or "memory ran out"})
+        return 1
+    return 0
+
+
+def _say(answers: IO[bytes], answer: Any) -> None:
+    answers.write(msgspec.json.encode(answer) + b"\n")
+    answers.flush()
+
+
+class _Cell:
+    def __init__(self, job: Job) -> None:
+        from edgellm.manifest import open_artifact
+        from edgellm.profiling.energy import counters
+        from edgellm.profiling.prompts import prompt_of
+        from edgellm.runtimes import runtime_named
+        from edgellm.runtimes.session import RunOptions
+        from edgellm.tokenization.artifact import artifact_tokenizer
+
+        artifact = open_artifact(Path(job.path))
+        self.tokenizer = artifact_tokenizer(artifact.main, artifact.container)
+        self.prompt: Prompt = prompt_of(self.tokenizer, job.prompt_tokens, job.depth_tokens)
+        self.new_tokens = job.new_tokens
+        options = RunOptions(
+            device=cast("Device", job.device),
+            context_tokens=job.depth_tokens + job.prompt_tokens + job.new_tokens,
+            threads=job.threads,
+            kv_dtype=cast("KvDtype | None", job.kv_cache),
+        )
+        begun = time.perf_counter()
+        self.session: Session = runtime_named(job.runtime).open(artifact, options)
+        load_s = time.perf_counter() - begun
+        self.ready = Ready(
+            load_s=load_s, device=self.session.device, kv_cache=self.session.kv_dtype
+        )
+        self.counters: Sequence[Counter] = counters()[0]
+        if self.prompt.depth_ids:
+            self.session.prefill(self.prompt.depth_ids)
+
+    def round(self) -> Round:
+        """Ask once; the cache holds the depth's tokens alone before."""
+        from edgellm.generate import AnswerStream
+        from edgellm.hardware import peak_memory_bytes
+        from edgellm.token_times import clock
+
+        session, prompt = self.session, self.prompt
+        session.trim(len(prompt.depth_ids))
+        counted = [counter.read_j() for counter in self.counters]
+        cpu_s = time.process_time()
+        begun = clock()
+        self.tokenizer.encode(prompt.text)
+        tokenized = clock()
+        stream = AnswerStream(
+            session,
+            self.tokenizer,
+            (*prompt.depth_ids, *prompt.ids),
+            max_tokens=self.new_tokens,
+            reuse_cache=bool(prompt.depth_ids),
+            ignore_end=True,
+            started_s=begun,
+        )
+        at_first = counted
+        for place, _ in enumerate(stream):
+            if place == 0 and self.counters:
+                at_first = [counter.read_j() for counter in self.counters]
+        ended = clock()
+        cpu_s = time.process_time() - cpu_s
+        at_end = [counter.read_j() for counter in self.counters]
+        answer, times = stream.answer(), stream.times
+        resident, shared = _resident()
+        ids = ",".join(map(str, answer.token_ids))
+        return Round(
+            tokenization_s=tokenized - begun,
+            first_token_s=times.first_token_s,
+            prefill_s=times.prefill_s,
+            latencies_s=tuple(times.latencies_s),
+            sampling_s=sum(times.sampling_s) / len(times.sampling_s),
+            detokenization_s=sum(times.text_s) / len(times.text_s),
+            end_to_end_s=times.first_token_s + sum(times.latencies_s),
+            cpu_s=cpu_s,
+            seconds=ended - begun,
+            peak_bytes=peak_memory_bytes(),
+            steady_bytes=resident,
+            steady_shared_bytes=shared,
+            device_bytes=_device_bytes(session.device),
+            kv_bytes=session.kv_bytes(),
+            text_sha256=hashlib.sha256(ids.encode()).hexdigest(),
+            energy={
+                counter.name: (first - start, end - first)
+                for counter, start, first, end in zip(
+                    self.counters, counted, at_first, at_end, strict=True
+                )
+            },
+        )
+
+
+def _resident() -> tuple[int, int | None]:
+    """Bytes resident now, and with shared pages counted in parts where the system says it."""
+    import psutil
+
+    process = psutil.Process()
+    try:
+        whole = process.memory_full_info()
+    except (psutil.Error, OSError):
+        return process.memory_info().rss, None
+    return whole.rss, getattr(whole, "pss", None)
+
+
+def _device_bytes(device: str) -> int | None:
+    """What torch or MLX took of a GPU at most, where one of them computes there."""
+    torch, mlx = sys.modules.get("torch"), sys.modules.get("mlx.core")
+    if device == "cuda" and torch is not None:
+        return int(torch.cuda.max_memory_allocated())
+    if device == "metal" and mlx is not None:
+        return int(mlx.get_peak_memory())
+    if device == "metal" and torch is not None:
+        return int(torch.mps.driver_allocated_memory())
+    return None
+
+
+if __name__ == "__main__":
+    # Backends print to stdout too: its number becomes stderr's, and the answers get another one.
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    with os.fdopen(kept, "wb") as answers:
+        raise SystemExit(main(sys.stdin.buffer, answers))
