@@ -13,7 +13,7 @@ import msgspec
 
 from edgellm.errors import UsageError
 from edgellm.profiling import document
-from edgellm.profiling.intervals import UNCERTAIN, unpaired
+from edgellm.profiling.intervals import NOT_SHOWN, unpaired
 
 By = Literal["backend", "machine", "quant"]
 
@@ -230,7 +230,7 @@ def _failed(pairs: Sequence[Pair], conditions: Sequence[Condition]) -> list[str]
     for condition in conditions:
         for pair in pairs:
             change = 100 * (pair.ratio.median - 1)
-            meant = pair.quantity == condition.quantity and pair.verdict != UNCERTAIN
+            meant = pair.quantity == condition.quantity and pair.verdict != NOT_SHOWN
             if meant and condition.holds(change, condition.percent):
                 found.append(
                     f"{condition.text}: {pair.of} differs by {change:+.1f} % from {pair.to}"

@@ -150,7 +150,7 @@ def profile(
         conditions=conditions_now(hardware, limits, before, gauge()),
         limits=limits,
         cells=measured,
-        ratios=ratios(cells, measured),
+        ratios=ratios(measured),
         interrupted=interrupted,
         notes=found.notes,
     )

@@ -100,16 +100,14 @@ def ratios(cells: Iterable[document.Cell]) -> tuple[document.Ratio, ...]:
             of, to = getattr(cell, quantity), getattr(base, quantity)
             if of is None or to is None:
                 continue
-            both = min(len(of.samples), len(to.samples))
             found.append(
                 ratio(
-                    of.samples[:both],
-                    to.samples[:both],
-                    quantity=quantity,
-                    of_name=cell.name,
-                    to_name=base.name,
+                    of.samples,
+                    to.samples,
+                    quantity,
                     better=better,
                     noisy=bool(cell.noisy or base.noisy),
+                    names=(cell.name, base.name),
                 )
             )
     return tuple(found)

@@ -1,0 +1,197 @@
+"""Measuring for real, on tiny models: what a process says, and what becomes of failed ones."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+import edgellm
+from edgellm.manifest import Artifact
+from edgellm.profiling import measuring, process
+from edgellm.profiling.matrix import Asked
+from edgellm.profiling.measuring import Effort, Step, profile
+from edgellm.profiling.process import CellFailed, CellProcess
+from edgellm.profiling.prompts import prompt_of
+from edgellm.profiling.worker import Job
+from edgellm.tokenization.artifact import artifact_tokenizer
+
+FEW = Asked(prompt_tokens=(20,), new_tokens=(6,), depth_tokens=(0, 30))
+QUICK = Effort(rounds=2, warmup_rounds=1)
+
+
+def job(artifact: Artifact, runtime: str = "onnxruntime", **changes: object) -> Job:
+    asked = {"prompt_tokens": 20, "new_tokens": 6, "depth_tokens": 0} | changes
+    return Job(
+        path=str(artifact.path), runtime=runtime, device="cpu", threads=1, kv_cache=None, **asked
+    )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("container", ["onnx", "gguf"])
+def test_a_cells_answer_is_that_of_a_plain_session(
+    container: str, artifact: Callable[..., Artifact]
+) -> None:
+    """The tokens of a cell behind a depth are those that the model says to all of the text."""
+    if container == "gguf":
+        pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    made = artifact("llama", container)
+    runtime = {"onnx": "onnxruntime", "gguf": "llamacpp"}[container]
+    asked = Asked(threads=(1,), kv_caches=("f32",), prompt_tokens=(20,), new_tokens=(6,),
+                  depth_tokens=(30,))  # fmt: skip
+    found = profile([str(made.path)], asked, QUICK)
+    (cell,) = found.cells
+    assert cell.failure == ""
+    assert (cell.settings.runtime, cell.settings.device) == (runtime, "cpu")
+    prompt = prompt_of(artifact_tokenizer(made.main, made.container), 20, 30)
+    with edgellm.open(made.path, threads=1, kv_dtype="f32", context_tokens=56) as chat:
+        logits = chat.session.prefill((*prompt.depth_ids, *prompt.ids))[-1]
+        tokens = [int(logits.argmax())]
+        while len(tokens) < 6:
+            tokens.append(int(chat.session.decode(tokens[-1]).argmax()))
+        assert cell.memory is not None
+        assert cell.memory.kv_bytes == chat.session.kv_bytes()
+    assert cell.text_sha256 == hashlib.sha256(",".join(map(str, tokens)).encode()).hexdigest()
+
+
+def test_figures_agree_with_each_other(artifact: Callable[..., Artifact]) -> None:
+    found = profile([str(artifact("llama", "onnx").path)], FEW, QUICK)
+    assert [cell.settings.depth_tokens for cell in found.cells] == [0, 30]
+    for cell in found.cells:
+        assert (cell.rounds, cell.warmup_rounds, cell.failure) == (2, 1, "")
+        latencies = cell.inter_token_latency_s
+        assert latencies is not None
+        assert len(latencies.samples) == 2 * 5
+        for place in range(2):
+            of_round = latencies.samples[5 * place :][:5]
+            assert cell.decode_tokens_per_s is not None
+            assert cell.decode_tokens_per_s.samples[place] == pytest.approx(5 / sum(of_round))
+            assert cell.time_to_first_token_s is not None
+            assert cell.end_to_end_s is not None
+            first = cell.time_to_first_token_s.samples[place]
+            assert cell.end_to_end_s.samples[place] == pytest.approx(first + sum(of_round))
+            assert cell.prefill_tokens_per_s is not None
+            assert cell.tokenization_s is not None
+            prefill_s = 20 / cell.prefill_tokens_per_s.samples[place]
+            assert prefill_s + cell.tokenization_s.samples[place] < first
+        assert cell.load_s is not None
+        assert len(cell.load_s.samples) == 1
+        assert cell.memory is not None
+        assert 0 < cell.memory.steady_bytes <= cell.memory.peak_bytes
+    assert {ratio.quantity for ratio in found.ratios} == set()
+    assert found.method.stayed_loaded
+    assert found.limits[0].bandwidth_bytes_per_s > 1e9
+
+
+def test_cells_take_turns(artifact: Callable[..., Artifact]) -> None:
+    seen: list[tuple[int, str]] = []
+
+    def watch(step: Step) -> None:
+        seen.append((step.round, step.cell))
+
+    profile([str(artifact("llama", "onnx").path)], FEW, QUICK, watch=watch)
+    names = [name for _, name in seen[:2]]
+    assert len(set(names)) == 2
+    assert seen == [(number, name) for number in (0, 1, 2) for name in names]
+
+
+def test_processes_that_do_not_fit_together_are_started_anew_each_round(
+    artifact: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "free_memory_bytes", lambda: 1)
+    found = profile([str(artifact("llama", "onnx").path)], FEW, QUICK)
+    assert not found.method.stayed_loaded
+    for cell in found.cells:
+        assert cell.load_s is not None
+        assert (cell.rounds, len(cell.load_s.samples)) == (2, 3)
+
+
+def test_a_cell_that_cannot_be_is_a_row_and_the_others_go_on(
+    artifact: Callable[..., Artifact],
+) -> None:
+    asked = Asked(prompt_tokens=(20, 5000), new_tokens=(1,))
+    found = profile([str(artifact("llama", "onnx").path)], asked, QUICK)
+    good, bad = found.cells
+    assert good.rounds == 2
+    assert good.decode_tokens_per_s is None, "one token has no speed"
+    assert good.inter_token_latency_s is None
+    assert bad.rounds == 0
+    assert "a context of 5001 tokens is not possible" in bad.failure
+
+
+def test_a_prompt_of_one_token_is_measured(artifact: Callable[..., Artifact]) -> None:
+    asked = Asked(prompt_tokens=(1,), new_tokens=(3,))
+    (cell,) = profile([str(artifact("llama", "onnx").path)], asked, QUICK).cells
+    assert (cell.failure, cell.rounds) == ("", 2)
+
+
+def test_a_killed_process_is_said_to_be(artifact: Callable[..., Artifact]) -> None:
+    cell = CellProcess(job(artifact("llama", "onnx")), timeout_s=60)
+    assert cell.round().latencies_s
+    os.kill(cell._process.pid, signal.SIGKILL)
+    with pytest.raises(CellFailed, match="it was killed, as Linux does where memory runs out"):
+        cell.round()
+    cell.close()
+
+
+def test_a_crash_is_said_with_its_signal(artifact: Callable[..., Artifact]) -> None:
+    cell = CellProcess(job(artifact("llama", "onnx")), timeout_s=60)
+    os.kill(cell._process.pid, signal.SIGSEGV)
+    with pytest.raises(CellFailed, match="it crashed .SIGSEGV."):
+        cell.round()
+
+
+def test_a_process_that_hangs_is_given_up(artifact: Callable[..., Artifact]) -> None:
+    cell = CellProcess(job(artifact("llama", "onnx")), timeout_s=60)
+    cell._timeout_s = 0.5
+    os.kill(cell._process.pid, signal.SIGSTOP)
+    with pytest.raises(CellFailed, match=r"no answer within 0.5 s: .* --timeout"):
+        cell.round()
+    assert cell._process.returncode == -signal.SIGKILL
+
+
+def test_what_a_backend_prints_does_not_disturb(
+    artifact: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import runpy, sys; print('noise', flush=True); sys.argv = ['worker']; " \
+           "runpy.run_module('edgellm.profiling.worker', run_name='__main__')"  # fmt: skip
+    monkeypatch.setattr(process, "COMMAND", (sys.executable, "-c", code))
+    with pytest.raises(CellFailed):
+        CellProcess(job(artifact("llama", "onnx")), timeout_s=60)
+    inside = code.replace("print('noise', flush=True); ", "").replace(
+        "import runpy, sys;",
+        "import runpy, sys, os, edgellm.runtimes.ort as o; f = o.OnnxRuntime.open; "
+        "o.OnnxRuntime.open = lambda *a: (os.write(1, b'noise\\n'), f(*a))[1];",
+    )
+    monkeypatch.setattr(process, "COMMAND", (sys.executable, "-c", inside))
+    cell = CellProcess(job(artifact("llama", "onnx")), timeout_s=60)
+    assert cell.round().latencies_s
+    cell.close()
+
+
+def test_ctrl_c_keeps_what_was_measured(artifact: Callable[..., Artifact]) -> None:
+    begun = threading.Event()
+
+    def watch(step: Step) -> None:
+        if step.round == 2 and not begun.is_set():
+            begun.set()
+            raise KeyboardInterrupt
+
+    found = profile(
+        [str(artifact("llama", "onnx").path)], FEW, Effort(rounds=50, warmup_rounds=0), watch=watch
+    )
+    assert found.interrupted
+    assert [cell.rounds for cell in found.cells] == [1, 1]
+
+
+def test_a_budget_ends_the_rounds(artifact: Callable[..., Artifact]) -> None:
+    begun = time.perf_counter()
+    effort = Effort(warmup_rounds=0, budget_s=0.01)
+    found = profile([str(artifact("llama", "onnx").path)], FEW, effort)
+    assert [cell.rounds for cell in found.cells] == [1, 1], "each is measured once at least"
+    assert time.perf_counter() - begun < 300

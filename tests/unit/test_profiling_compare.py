@@ -1,0 +1,158 @@
+"""Profiles against each other: like with like, intervals, and conditions that stop a build."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edgellm.errors import SourceError, UsageError
+from edgellm.profiling import document
+from edgellm.profiling.comparing import compare
+from edgellm.profiling.document import read_profile, to_json
+from edgellm.profiling.intervals import figure
+
+FAST, SLOW = [100.0, 101, 99, 100, 102, 98], [80.0, 81, 79, 80, 82, 78]
+
+
+def cell(speeds: list[float], name: str = "small", **changes: object) -> document.Cell:
+    facts = document.ArtifactFacts(
+        name=name, container="onnx", sha256=name, model_sha256="base", size_bytes=10
+    )
+    given: dict[str, object] = {
+        "runtime": "onnxruntime", "device": "cpu", "threads": None, "kv_cache": "f32",
+        "prompt_tokens": 512, "new_tokens": 128,
+    }  # fmt: skip
+    noisy = changes.pop("noisy", ())
+    settings = document.Settings(**(given | changes))  # type: ignore[arg-type]
+    return document.Cell(
+        name=f"{name}, {settings.runtime}",
+        artifact=facts,
+        settings=settings,
+        rounds=len(speeds),
+        decode_tokens_per_s=figure(speeds),
+        noisy=noisy,  # type: ignore[arg-type]
+    )
+
+
+def of(*cells: document.Cell, cpu: str = "A CPU") -> document.Profile:
+    gauge = document.Gauge()
+    conditions = document.Conditions(
+        cpu=cpu, cpu_features=(), physical_cores=2, memory_bytes=1 << 33, gpus=(), os="Linux",
+        python="3.11", versions={}, before=gauge, after=gauge,
+    )  # fmt: skip
+    return document.Profile(
+        edgellm="0", started="2026-01-01T00:00:00+00:00", seconds=1.0,
+        method=document.Method(command="", rounds=6, warmup_rounds=1),
+        conditions=conditions, limits=(), cells=cells,
+    )  # fmt: skip
+
+
+def test_the_same_cell_of_two_runs_is_compared_by_medians() -> None:
+    found = compare([("a", of(cell(FAST))), ("b", of(cell(SLOW)))])
+    (pair,) = found.pairs
+    assert (pair.of, pair.to) == ("b: small, onnxruntime", "a: small, onnxruntime")
+    assert (pair.of_median, pair.to_median) == (80, 100)
+    assert pair.ratio.median == pytest.approx(0.8)
+    assert 0.75 < pair.ratio.low <= 0.8 <= pair.ratio.high < 0.85
+    assert pair.verdict == "slower"
+    assert compare([("a", of(cell(SLOW))), ("b", of(cell(FAST)))]).pairs[0].verdict == "faster"
+
+
+def test_what_noise_or_chance_may_have_done_is_no_difference() -> None:
+    noisy = cell(SLOW, noisy=("others took 10 % of the CPUs",))
+    same = [99.5, 100.5, 101, 99, 100, 103]
+    for other in (cell(same), noisy):
+        found = compare(
+            [("a", of(cell(FAST))), ("b", of(other))], fail_if=["decode_tokens_per_s < -1%"]
+        )
+        assert found.pairs[0].verdict == "no difference shown"
+        assert found.failed == ()
+
+
+@pytest.mark.parametrize(
+    ("condition", "fails"),
+    [
+        ("decode_tokens_per_s < -5%", True),
+        ("decode_tokens_per_s<-19.5 %", True),
+        ("decode_tokens_per_s < -21%", False),
+        ("decode_tokens_per_s > -30%", True),
+        ("decode_tokens_per_s > 5%", False),
+        ("load_s > 5%", False),
+    ],
+)
+def test_a_condition_fails_where_the_change_is_certain(condition: str, fails: bool) -> None:
+    found = compare([("a", of(cell(FAST))), ("b", of(cell(SLOW)))], fail_if=[condition])
+    assert bool(found.failed) == fails
+
+
+@pytest.mark.parametrize("text", ["decode < -5%", "decode_tokens_per_s -5%", "load_s < 5"])
+def test_a_condition_that_is_not_understood_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="decode_tokens_per_s < -5%"):
+        compare([("a", of(cell(FAST))), ("b", of(cell(SLOW)))], fail_if=[text])
+
+
+def test_unlike_runs_are_refused_with_what_differs_unless_told_to() -> None:
+    runs = [("a", of(cell(FAST))), ("b", of(cell(SLOW, prompt_tokens=128)))]
+    with pytest.raises(UsageError, match=r"prompt tokens 128 against 512.*--unlike"):
+        compare(runs)
+    found = compare(runs, unlike=True)
+    assert len(found.pairs) == 1
+    assert "prompt tokens 128 against 512" in found.differences[0]
+    with pytest.raises(UsageError, match="artifact other against small"):
+        compare([("a", of(cell(FAST))), ("b", of(cell(SLOW, "other")))])
+    with pytest.raises(UsageError, match=r"machine B CPU.* against A CPU"):
+        compare([("a", of(cell(FAST))), ("b", of(cell(SLOW), cpu="B CPU"))])
+
+
+def test_what_may_differ_is_said_and_works_within_one_file() -> None:
+    one = of(cell(FAST), cell(SLOW, runtime="genai"), cell(SLOW, prompt_tokens=9))
+    found = compare([("a", one)], by="backend")
+    assert [(pair.of, pair.to) for pair in found.pairs] == [("small, genai", "small, onnxruntime")]
+    two = of(cell(FAST), cell(SLOW, "other"))
+    assert len(compare([("a", two)], by="quant").pairs) == 1
+    machines = [("a", of(cell(FAST))), ("b", of(cell(SLOW), cpu="B CPU"))]
+    assert len(compare(machines, by="machine").pairs) == 1
+    with pytest.raises(UsageError, match="no two cells can be compared"):
+        compare(machines, by="quant")
+    with pytest.raises(UsageError, match="one profile has nothing to be compared with"):
+        compare([("a", one)])
+    with pytest.raises(UsageError, match="choose backend, machine, quant"):
+        compare([("a", one)], by="os")
+
+
+def test_another_base_model_is_never_compared_by_quant() -> None:
+    other = msgspec.structs.replace(cell(SLOW, "other"), artifact=document.ArtifactFacts(
+        name="x", container="onnx", sha256="x", model_sha256="another", size_bytes=1))  # fmt: skip
+    with pytest.raises(UsageError, match="no two cells"):
+        compare([("a", of(cell(FAST), other))], by="quant")
+
+
+def test_a_profile_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(to_json(of(cell(FAST))))
+    assert read_profile(path) == of(cell(FAST))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "cannot be understood as a profile"),
+        (b"\xff\xfe", "cannot be understood as a profile"),
+        (b"[]", "is JSON, but not a profile"),
+        (b'{"kind": "another"}', "is JSON, but not a profile"),
+        (b'{"kind": "edgellm profile", "schema_version": 99}', "has schema version 99"),
+        (b'{"kind": "edgellm profile", "schema_version": 1}', "cannot be understood"),
+    ],
+)
+def test_what_is_no_profile_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match=said):
+        read_profile(path)
+
+
+def test_a_missing_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="cannot read"):
+        read_profile(tmp_path / "none.json")
