@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+
 from edgellm.runtimes.session import Logits, Session
 
 LOOKUP = "lookup"
@@ -26,6 +28,10 @@ MOST_GUESSED = 10
 """Tokens guessed at once, at most."""
 PAUSE = 8
 """Tokens without a guess after one of a single token that failed."""
+
+SURE = 0.6
+"""A smaller model guesses on while it gives its likeliest token this probability: each guess costs
+one of its steps, and behind one that fails all are lost."""
 
 LONGEST, SHORTEST = 4, 2
 """Lengths of the end of the text that prompt lookup looks for further up."""
@@ -73,7 +79,7 @@ class PromptLookup:
 
 
 class DraftModel:
-    """Guesses the likeliest tokens of a smaller model with the same tokens."""
+    """Guesses the likeliest tokens of a smaller model with the same tokens, while it is sure."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -86,13 +92,23 @@ class DraftModel:
             return ()
         kept = reuse_prefix(self._session, tokens)
         logits = self._session.prefill(tokens[kept:])[-1]
-        guessed = [int(logits.argmax())]
-        while len(guessed) < min(count, room):
-            guessed.append(int(self._session.decode(guessed[-1]).argmax()))
-        return guessed
+        guessed: list[int] = []
+        while True:
+            token = int(logits.argmax())
+            if _probability(logits, token) < SURE:
+                return guessed
+            guessed.append(token)
+            if len(guessed) == min(count, room):
+                return guessed
+            logits = self._session.decode(token)
 
     def close(self) -> None:
         self._session.close()
+
+
+def _probability(logits: Logits, token: int) -> float:
+    """What ``logits`` ``[vocab]`` give the likeliest ``token``, between 0 and 1."""
+    return 1.0 / float(np.exp(logits - logits[token]).sum(dtype=np.float64))
 
 
 class Lookahead:

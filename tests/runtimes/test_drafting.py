@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import edgellm
+from edgellm import drafting
 from edgellm.chat import ChatSession
 from edgellm.drafting import MOST_GUESSED, DraftModel, Lookahead, PromptLookup
 from edgellm.errors import UsageError
@@ -35,8 +36,10 @@ def test_answers_are_those_without(
     sampling: SamplingOptions,
     open_chat: Callable[..., ChatSession],
     artifact: Callable[..., Artifact],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A random model repeats itself greedily, so that lookup has something to find."""
+    monkeypatch.setattr(drafting, "SURE", 0.0)  # such a model is sure of nothing
     prompts = ("one two three one two three one two", "and again one two three")
     with open_chat() as chat:
         wanted = [chat.generate(each, sampling=sampling, max_tokens=40) for each in prompts]
@@ -174,7 +177,21 @@ def test_a_draft_model_with_other_tokens_is_refused(
         edgellm.open(target, draft=other)
 
 
-def test_a_draft_model_starts_where_the_texts_part() -> None:
+def test_a_draft_model_guesses_while_it_is_sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own probabilities, by their definition, of what it would guess."""
+    prompt = [3, 1, 4]
+    guesses = plain(prompt, 8)[3:]
+    session = FakeSession(64, 30)
+    rows = session.prefill([*prompt, *guesses[:-1]], all_logits=True)[2:].astype(np.float64)
+    chances = [float(np.exp(row - row.max()).sum() ** -1) for row in rows]
+    for sure in (*chances, 1.0):
+        monkeypatch.setattr(drafting, "SURE", sure * (1 - 1e-6))
+        wanted = next((n for n, chance in enumerate(chances) if chance < drafting.SURE), 8)
+        assert list(DraftModel(FakeSession(64, 30)).draft(prompt, 8)) == guesses[:wanted]
+
+
+def test_a_draft_model_starts_where_the_texts_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafting, "SURE", 0.0)
     model = DraftModel(FakeSession(64, 30))
     wanted = plain([3, 1, 4], 5)
     assert list(model.draft(wanted[:4], 3)) == wanted[4:7]
