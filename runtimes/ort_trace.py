@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,21 +85,23 @@ def read_profile(content: bytes) -> list[TracedStep]:
     events = msgspec.json.decode(content)
     runs = _in_order([event for event in events if event["name"] == "model_run"])
     nodes = _in_order([event for event in events if event["name"].endswith(NODE_SUFFIX)])
-    steps = []
-    place = 0
-    for run in runs:
-        end = run["ts"] + run["dur"]
-        inside: list[OperatorEvent] = []
-        busy_until = run["ts"]
-        while place < len(nodes) and nodes[place]["ts"] <= end:
-            node = nodes[place]
-            place += 1
-            # A branch or loop is one operator; those of its own graph lie within its time.
-            if node["ts"] >= busy_until:
-                busy_until = node["ts"] + node["dur"]
-                inside.append(_operator(node))
-        steps.append(TracedStep(0, run["ts"] * TICK_S, run["dur"] * TICK_S, tuple(inside)))
-    return steps
+    starts = [run["ts"] for run in runs]
+    inside: list[list[OperatorEvent]] = [[] for _ in runs]
+    # Of every run, how long it is certain to have lasted. Beginnings and lengths are cut down to
+    # whole microseconds, each for itself, so that an operator may seem to end after its run.
+    ends = [run["ts"] + run["dur"] for run in runs]
+    busy_until = 0
+    for node in nodes:
+        place = bisect_right(starts, node["ts"]) - 1
+        # A branch or loop is one operator; those of its own graph lie within its time.
+        if place >= 0 and node["ts"] >= busy_until:
+            busy_until = node["ts"] + node["dur"]
+            ends[place] = max(ends[place], busy_until)
+            inside[place].append(_operator(node))
+    return [
+        TracedStep(0, start * TICK_S, (end - start) * TICK_S, tuple(events))
+        for start, end, events in zip(starts, ends, inside, strict=True)
+    ]
 
 
 def _in_order(events: list[Any]) -> list[Any]:

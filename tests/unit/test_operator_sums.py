@@ -188,6 +188,14 @@ def test_a_profile_is_read_run_by_run_and_nothing_counts_twice() -> None:
     assert (second.start_s, len(second.events)) == (pytest.approx(130e-6), 1)
 
 
+def test_a_last_operator_that_seems_to_end_after_its_run_is_still_its_own() -> None:
+    late = [run(10, 5), node("a", "Add", 11, 3), node("b", "Mul", 15, 2), run(30, 5)]
+    first, second = read_profile(json.dumps(late).encode())
+    assert [event.kind for event in first.events] == ["Add", "Mul"]
+    assert first.seconds == pytest.approx(7e-6)
+    assert second.events == ()
+
+
 def written(content: bytes, runs: int = 0) -> OrtTrace:
     trace = OrtTrace("cpu", ("cpu",))
     for _ in range(runs):
