@@ -18,8 +18,10 @@ from edgellm.hardware import Hardware, detect, free_memory_bytes
 from edgellm.json_file import read_json
 from edgellm.manifest import GENAI_CONFIG, Artifact
 from edgellm.runtimes import limits
+from edgellm.runtimes.operators import TracedStep
 from edgellm.runtimes.ort import session_settings
 from edgellm.runtimes.ort_package import found_package
+from edgellm.runtimes.ort_trace import CLOCK, OrtTrace
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
 from edgellm.runtimes.stepped import SteppedSession
 from edgellm.runtimes.token_prefix import shared_length
@@ -80,6 +82,8 @@ class GenaiRuntime:
             kv_dtypes=tuple(KV_TYPES.values()),
             speed_rank=25,
             restores=False,
+            traces_operators=True,
+            tracing=CLOCK,
         )
 
     def open(self, artifact: Artifact, options: RunOptions) -> GenaiSession:
@@ -108,6 +112,7 @@ class GenaiSession(SteppedSession):
         import onnxruntime_genai as genai
 
         super().__init__()
+        self._trace = OrtTrace(device, ("cpu",)) if options.trace else None
         folder = artifact.main.parent
         config = read_json(folder / GENAI_CONFIG)
         model = _decoder_of(config, artifact)
@@ -124,8 +129,10 @@ class GenaiSession(SteppedSession):
             settings.clear_providers()
             if device in PROVIDERS:
                 settings.append_provider(PROVIDERS[device])
-            ours = {"session_options": session_settings(found_package().version, threads)}
-            settings.overlay(json.dumps({"model": {"decoder": ours}}))
+            ours = session_settings(found_package().version, threads)
+            if self._trace is not None:
+                ours["enable_profiling"] = self._trace.prefix
+            settings.overlay(json.dumps({"model": {"decoder": {"session_options": ours}}}))
             self._genai, self._model = genai, genai.Model(settings)
             first = self._new_generator(1).get_input(past % 0)
         except (*ERRORS, TypeError) as error:
@@ -179,10 +186,20 @@ class GenaiSession(SteppedSession):
         values *= decoder["head_size"] * self._value_bytes
         return int(values * (self.context_tokens if self._shares else len(self._tokens)))
 
+    def finish_trace(self) -> Sequence[TracedStep]:
+        self._check_open()
+        if self._trace is None:
+            raise limits.untraced()
+        trace, self._trace = self._trace, None
+        self.close()  # with its model, genai's session goes, which ends the profile as it does
+        return trace.steps()
+
     def close(self) -> None:
         self._closed = True
         self._generator = self._model = None
         self._tokens = []
+        if self._trace is not None:
+            self._trace.discard()
 
     def _compute(self, token_ids: Sequence[int], outputs: int) -> Logits | None:
         try:
@@ -204,6 +221,8 @@ class GenaiSession(SteppedSession):
     def _append(self, token_ids: Sequence[int], outputs: int) -> Logits:
         """Compute these tokens; logits of the last, or of more where ``outputs`` are wanted."""
         self._generator.append_tokens(np.asarray([token_ids], np.int32))
+        if self._trace is not None:
+            self._trace.ran(len(token_ids))
         logits: Logits = (
             self._generator.get_logits() if outputs < 2 else self._generator.get_output("logits")
         )

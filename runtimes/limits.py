@@ -133,6 +133,11 @@ def explained(error: BaseException, device: str = "cpu") -> str:
     return said
 
 
+def untraced() -> GenerationError:
+    """The error of a session that is asked for a trace which it does not keep."""
+    return GenerationError("this session keeps no trace: open it with RunOptions(trace=True)")
+
+
 def closed() -> GenerationError:
     """The error of a session that is used after ``close``."""
     return GenerationError("this session is closed: open the model again")

@@ -35,7 +35,9 @@ from edgellm.runtimes.llamacpp_library import (
     miscompiled_amx,
 )
 from edgellm.runtimes.llamacpp_memory import kv_token_bytes, layers_that_fit
+from edgellm.runtimes.llamacpp_operators import CLOCK, OperatorWatch
 from edgellm.runtimes.llamacpp_rope import RopeSettings, rope_settings
+from edgellm.runtimes.operators import TracedStep
 from edgellm.runtimes.session import AdapterFile, Capabilities, KvState, Logits, RunOptions
 from edgellm.runtimes.versions import version_numbers
 
@@ -91,6 +93,8 @@ class LlamaCppRuntime:
                 applies_adapters=True,
                 splits_layers=True,
                 scales_rope=True,
+                traces_operators=True,
+                tracing=CLOCK,
             )
 
         if importlib.util.find_spec("llama_cpp") is None:
@@ -218,6 +222,7 @@ class LlamaCppSession:
         ``repack``: let llama.cpp lay weights out anew for this CPU, which is faster.
         """
         self._library = library
+        self._watch = OperatorWatch(library) if options.trace else None
         self.device = device
         self.kv_dtype = options.kv_dtype or DEFAULT_KV
         kv_type = NAMED[self.kv_dtype]
@@ -256,6 +261,8 @@ class LlamaCppSession:
         # A window's cache that forgets old tokens could not be trimmed back to them.
         context_options.swa_full = True
         context_options.no_perf = True
+        if self._watch is not None:
+            self._watch.set_in(context_options)
         context = library.llama_init_from_model(model, context_options)
         if not context:
             raise GenerationError(
@@ -363,6 +370,13 @@ class LlamaCppSession:
         self._check_open()
         return int(self._library.llama_n_ctx(self._context)) * self._kv_token_bytes
 
+    def finish_trace(self) -> Sequence[TracedStep]:
+        self._check_open()
+        if self._watch is None:
+            raise limits.untraced()
+        self.close()
+        return self._watch.steps
+
     def close(self) -> None:
         self._row_at.clear()
         self._free()
@@ -389,7 +403,11 @@ class LlamaCppSession:
         self._settle()
         self._unsure = True
         batch = self._batch.fill(token_ids, len(self._tokens), outputs)
+        if self._watch is not None:
+            self._watch.begin()
         status = self._library.llama_decode(self._context, batch)
+        if self._watch is not None:
+            self._watch.end(len(token_ids))
         if status != 0:
             self._forget_rest()
             cause = DECODE_FAILURES.get(status, f"status {status}")

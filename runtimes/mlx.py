@@ -36,6 +36,8 @@ KV_BITS = {"int8": 8, "int4": 4}
 KV_GROUPS = (64, 32)
 """Values of a key that share a scale in a quantized cache: the first that divides a head."""
 
+UNTRACED = "mlx computes whole graphs at once and tells nobody what an operator took"
+
 GROWS_BY = 256
 """Tokens that mlx-lm's caches make room for at once."""
 
@@ -67,6 +69,7 @@ class MlxRuntime:
             speed_rank=15 if "metal" in devices else 30,
             sets_threads=False,
             quick=devices != ("cpu",),
+            tracing=UNTRACED,
         )
 
     def open(self, artifact: Artifact, options: RunOptions) -> MlxSession:
@@ -76,6 +79,8 @@ class MlxRuntime:
                 f"mlx runs folders made with --format mlx, and {artifact.path} is "
                 f"{artifact.container}: choose another --runtime, or convert it with --format mlx"
             )
+        if options.trace:
+            raise UnsupportedTarget(f"{UNTRACED}: measure its tokens whole")
         device = limits.chosen_device(self.capabilities(detect()), options.device)
         return MlxSession(artifact, options, device)
 

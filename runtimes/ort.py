@@ -20,8 +20,10 @@ from edgellm.hardware import Hardware, detect
 from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
 from edgellm.runtimes.huge_pages import HugePages, anonymous_ranges
+from edgellm.runtimes.operators import TracedStep
 from edgellm.runtimes.ort_caches import Caches, DeviceCaches, HostCaches, pasts_of
 from edgellm.runtimes.ort_package import INSTALL, PROVIDERS, found_package
+from edgellm.runtimes.ort_trace import CLOCK, OrtTrace
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
 from edgellm.runtimes.versions import version_numbers
 
@@ -79,6 +81,8 @@ class OnnxRuntime:
             possible_devices=tuple(PROVIDERS),
             kv_dtypes=("f32", "int8"),
             speed_rank=20,
+            traces_operators=True,
+            tracing=CLOCK,
         )
 
     def open(self, artifact: Artifact, options: RunOptions) -> OnnxSession:
@@ -104,7 +108,8 @@ class OnnxRuntime:
         trained = artifact.manifest.artifact.model.context_length
         room = limits.context_tokens(options.context_tokens, trained, artifact.path)
         threads = options.threads or hardware.physical_cores.value
-        return OnnxSession(artifact.main, room, threads, kv_dtype, device)
+        trace = OrtTrace(device, IN_HOST_MEMORY) if options.trace else None
+        return OnnxSession(artifact.main, room, threads, kv_dtype, device, trace)
 
 
 class OnnxSession:
@@ -113,16 +118,26 @@ class OnnxSession:
     runtime = "onnxruntime"
 
     def __init__(
-        self, path: Path, context_tokens: int, threads: int, kv_dtype: str, device: str = "cpu"
+        self,
+        path: Path,
+        context_tokens: int,
+        threads: int,
+        kv_dtype: str,
+        device: str = "cpu",
+        trace: OrtTrace | None = None,
     ) -> None:
         """Raises ``GenerationError`` with onnxruntime's own words when it cannot load the graph."""
         import onnxruntime
 
         self.device = device
+        self._trace = trace
         self._errors = errors_of(onnxruntime)
         before = anonymous_ranges()
         try:
             settings = _session_options(onnxruntime, threads)
+            if trace is not None:
+                settings.enable_profiling = True
+                settings.profile_file_prefix = trace.prefix
             providers = list(dict.fromkeys((PROVIDERS[device], PROVIDERS["cpu"])))
             self._session: Any = _open_graph(onnxruntime, path, settings, providers)
         except self._errors as error:
@@ -231,11 +246,22 @@ class OnnxSession:
         self._check_open()
         return self._caches.nbytes
 
+    def finish_trace(self) -> Sequence[TracedStep]:
+        self._check_open()
+        if self._trace is None:
+            raise limits.untraced()
+        trace, self._trace = self._trace, None
+        self._session.end_profiling()
+        self.close()
+        return trace.steps()
+
     def close(self) -> None:
         self._pages.stop()
         self._binding = self._session = None
         self._caches = HostCaches(None, [])
         self._tokens = []
+        if self._trace is not None:
+            self._trace.discard()
 
     def _last(self) -> Logits:
         return self._logits.reshape(self.vocab_size)
@@ -279,6 +305,8 @@ class OnnxSession:
                 f"onnxruntime could not compute {count} tokens: {said}"
             ) from error
         self._tokens.extend(token_ids)
+        if self._trace is not None:
+            self._trace.ran(count)
 
 
 def _open_graph(onnxruntime: Any, path: Path, settings: Any, providers: list[str]) -> Any:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +22,14 @@ from edgellm.json_file import read_json
 from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
 from edgellm.runtimes.openmp import short_spin
+from edgellm.runtimes.operators import TracedStep
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
 from edgellm.runtimes.stepped import SteppedSession
 from edgellm.runtimes.versions import installed_version, version_numbers
 from edgellm.source.matching import listed
+
+if TYPE_CHECKING:
+    from edgellm.runtimes.torch_operators import OperatorWatch
 
 INSTALL = "pip install 'edgellm[torch]'"
 
@@ -41,6 +45,9 @@ ROUNDED_KV = ("int8", "int4")
 
 ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, ImportError, AttributeError)
 """What torch and transformers raise as they load, which have no exceptions of their own."""
+
+CLOCK = "torch's functions as Python calls them, one by one"
+"""Whose time a traced session tells (``torch_operators``)."""
 
 COMPUTE_ERRORS = (RuntimeError, ValueError, MemoryError)
 
@@ -77,6 +84,8 @@ class TorchRuntime:
             kv_dtypes=(*KV_TYPES.values(), *ROUNDED_KV),
             speed_rank=40,
             scales_rope=True,
+            traces_operators=True,
+            tracing=CLOCK,
         )
 
     def open(self, artifact: Artifact, options: RunOptions) -> TorchSession:
@@ -142,6 +151,11 @@ class TorchSession(SteppedSession):
         self.vocab_size = int(config.vocab_size)
         self._cache: Any = growing_cache(config, self.context_tokens, self.kv_dtype)
         self._keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
+        self._watch: OperatorWatch | None = None
+        if options.trace:
+            from edgellm.runtimes.torch_operators import OperatorWatch
+
+            self._watch = OperatorWatch(self._model, DEVICES[device])
 
     def save(self) -> KvState:
         self._check_open()
@@ -166,6 +180,13 @@ class TorchSession(SteppedSession):
         self._check_open()
         return sum(each.nbytes for layer in self._cache.layers for each in layer.buffers)
 
+    def finish_trace(self) -> Sequence[TracedStep]:
+        self._check_open()
+        if self._watch is None:
+            raise limits.untraced()
+        self.close()
+        return self._watch.steps
+
     def close(self) -> None:
         self._closed = True
         self._model = self._cache = None
@@ -176,7 +197,8 @@ class TorchSession(SteppedSession):
         outputs = max(outputs, 1)  # none would mean all, to transformers
         kept = {"logits_to_keep": outputs} if self._keeps else {}
         try:
-            with torch.inference_mode():
+            watched = self._watch.step(len(token_ids)) if self._watch else nullcontext()
+            with torch.inference_mode(), watched:
                 ids = torch.tensor([list(token_ids)], device=self._model.device)
                 found = self._model(ids, past_key_values=self._cache, use_cache=True, **kept)
                 logits: Logits = found.logits[0, -outputs:].float().cpu().numpy()

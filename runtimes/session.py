@@ -17,6 +17,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from edgellm.hardware import Hardware
     from edgellm.manifest import Artifact
+    from edgellm.runtimes.operators import TracedStep
 
 Logits = npt.NDArray[np.float32]
 Device = Literal["auto", "cpu", "cuda", "metal", "vulkan", "directml", "coreml"]
@@ -31,6 +32,7 @@ class RunOptions:
     physical cores. ``kv_dtype``: None for the backend's default. ``gpu_layers``: how many of the
     last layers a GPU computes, where a runtime can split them; None for as many as fit.
     ``rope_scaling``: ``KIND:FACTOR``, where a runtime can be told (``rope_scaling.parse_scaling``).
+    ``trace``: note what every operator takes; the session is then a ``TracedSession``, and slower.
     """
 
     device: Device = "auto"
@@ -39,6 +41,7 @@ class RunOptions:
     kv_dtype: KvDtype | None = None
     gpu_layers: int | None = None
     rope_scaling: str | None = None
+    trace: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ class Capabilities:
     ``quick``: a text of some thousand tokens takes seconds with a small model, so that answers may
     be compared on it unasked. ``restores``: puts a saved cache back; where not, ``restore``
     computes its tokens anew. ``scales_rope``: heeds ``RunOptions.rope_scaling``.
+    ``traces_operators``: heeds ``RunOptions.trace``; ``tracing``: whose clock tells it, or why
+    nothing does, in words.
     """
 
     runtime: str
@@ -74,6 +79,8 @@ class Capabilities:
     quick: bool = True
     restores: bool = True
     scales_rope: bool = False
+    traces_operators: bool = False
+    tracing: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +161,16 @@ class AdaptingSession(Session, Protocol):
         Where that changes anything the cache is emptied, because its keys and values were computed
         with other weights. A file that was applied before is not read again. Raises
         ``AdapterError`` for one that does not belong to the model; then nothing has changed.
+        """
+
+
+class TracedSession(Session, Protocol):
+    """A session that was opened with ``RunOptions.trace``."""
+
+    def finish_trace(self) -> Sequence[TracedStep]:
+        """Every step that it computed, oldest first; the session is closed, as some tell it then.
+
+        A ``decode`` is one step, the tokens of a ``prefill`` are one or more.
         """
 
 

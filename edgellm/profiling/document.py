@@ -134,16 +134,21 @@ class Operator(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Operators(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a decoded token's time goes, the dearest first; from a run of its own.
+    """Where a decoded token's time goes; from a run of its own.
 
-    ``source``: whose clock. ``overhead``: how much longer a token took while it was watched.
-    ``tokens``: how many were. ``trace``: the file for Perfetto, as it was named; empty for none.
-    ``reason``: why there is none of it, where ``by_kind`` is empty.
+    Kinds stand the dearest first, layers in their order, and shares are of the operators' sum.
+    ``source``: whose clock. ``overhead``: how much longer a token took while it was watched, as a
+    share of ``token_s``. ``tokens``: how many were. ``token_s`` and ``watched_token_s``: a token's
+    whole time just before without being watched, and while it was; medians. ``trace``: the file for
+    Perfetto, as it was named; empty for none. ``reason``: why there is none of it, where
+    ``by_kind`` is empty.
     """
 
     source: str = ""
     tokens: int = 0
     overhead: float | None = None
+    token_s: float | None = None
+    watched_token_s: float | None = None
     by_kind: tuple[Operator, ...] = ()
     by_layer: tuple[Operator, ...] = ()
     trace: str = ""
