@@ -45,6 +45,8 @@ def test_interval_holds_the_true_median_as_often_as_it_says(median: float, draw:
         ([5.0, 1.0, 2.0, 4.0, 3.0], 3, 1, 5),
         # Of seven, 1.0 % have the least and 12.6 % the least or the second.
         ([7.0, 1.0, 2.0, 4.0, 3.0, 6.0, 5.0], 4, 2, 6),
+        # Of thirteen, 1.6 % have one of the three least and 7 % one of the four.
+        ([float(value) for value in range(1, 14)], 7, 4, 10),
         ([2.0] * 9, 2, 2, 2),
     ],
 )
