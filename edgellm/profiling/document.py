@@ -224,8 +224,8 @@ class Gauge(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``load_average``: threads that wanted to run, mean of the last minute. ``stolen_s``: time that
     other virtual machines had of its CPUs, since it started; ``busy_s``: time that its CPUs
     worked, of all programs. ``throttled``: times that the CPU slowed down for heat, since it
-    started. ``temperature_c``: of the hottest sensor of the CPU. ``frequency_hz``: mean of the
-    CPUs now.
+    started. ``temperature_c``: of the hottest sensor of the CPU; ``temperature_limit_c``: where
+    that sensor says that the CPU slows down, or stops. ``frequency_hz``: mean of the CPUs now.
     """
 
     load_average: float | None = None
@@ -233,6 +233,7 @@ class Gauge(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     busy_s: float | None = None
     throttled: int | None = None
     temperature_c: float | None = None
+    temperature_limit_c: float | None = None
     frequency_hz: float | None = None
 
 
