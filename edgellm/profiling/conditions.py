@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import platform
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import edgellm
-from edgellm.hardware import Fact, Gpu, Hardware, detect
-from edgellm.profiling.document import Conditions, Gauge
-from edgellm.profiling.gauges import ask, read_gauge
+from edgellm.hardware import Fact, Gpu, Hardware
+from edgellm.profiling.document import Conditions, Gauge, Limit
+from edgellm.profiling.gauges import ask, gauge, noise, read_gauge
 from edgellm.profiling.system_files import SystemFiles, number, text
 from edgellm.profiling.virtualization import virtual_machine
 from edgellm.runtimes.versions import installed_version
+
+__all__ = ["conditions_now", "gauge", "noise"]
 
 PACKAGES = (
     "numpy",
@@ -41,21 +43,20 @@ PINNING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 MAINS, BATTERY = "mains", "battery"
 
 
-def conditions(
+def conditions_now(
+    hardware: Hardware,
+    limits: Sequence[Limit],
     before: Gauge,
     after: Gauge,
     *,
-    bandwidth_bytes_per_s: float | None = None,
-    hardware: Hardware | None = None,
     files: SystemFiles | None = None,
 ) -> Conditions:
     """The circumstances of what was measured between ``before`` and ``after``.
 
-    ``bandwidth_bytes_per_s``: what was measured of the memory, if it was. ``hardware``: what
-    ``detect`` found, to save finding it again. Never raises: what cannot be read stands in
-    ``unknown`` with the reason.
+    ``limits``: what was measured of the memory; the most of it is the machine's bandwidth. Never
+    raises: what cannot be read stands in ``unknown`` with the reason.
     """
-    hardware, files = hardware or detect(), files or SystemFiles()
+    files = files or SystemFiles()
     found = {
         "governor": _governor(files),
         "power source": _power_source(files),
@@ -81,7 +82,7 @@ def conditions(
         virtual_machine=found["virtual machine"].value,
         threads_pinned=found["pinning of threads"].value,
         load_average=before.load_average,
-        bandwidth_bytes_per_s=bandwidth_bytes_per_s,
+        bandwidth_bytes_per_s=max((limit.bandwidth_bytes_per_s for limit in limits), default=None),
         before=before,
         after=after,
         unknown=(*unknown, *read_gauge(files)[1]),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,34 +73,39 @@ def read_gauge(files: SystemFiles | None = None) -> tuple[Gauge, tuple[str, ...]
 
 
 def noise(
-    before: Gauge, after: Gauge, own_cpu_s: float, seconds: float, cores: int
+    gauges: Sequence[tuple[Gauge, Gauge]], *, own_cpu_s: float, seconds: float, cores: int
 ) -> tuple[str, ...]:
-    """Why what was measured between ``before`` and ``after`` may mislead; empty where quiet.
+    """Why what was measured between each pair of ``gauges`` may mislead; empty where quiet.
 
-    ``own_cpu_s``: CPU time of the processes that were measured and of those that measure them, on
-    all cores. ``seconds``: how long it took. ``cores``: logical CPUs that it could have used.
+    ``own_cpu_s``: CPU time of the process that was measured, on all cores, in all stretches
+    together; ``seconds``: how long they took. ``cores``: how many it could have used.
     """
     found = []
     capacity = seconds * cores
-    # Each counter may be a step short, before and after.
-    least = 2 * TICK_S * cores
-    stolen = _grown(before.stolen_s, after.stolen_s)
+    # A counter may be a step short before, and another after.
+    least = 2 * TICK_S * cores * len(gauges)
+    stolen = sum(_grown(before.stolen_s, after.stolen_s) for before, after in gauges)
     if stolen > max(STOLEN_SHARE * capacity, least):
         found.append(
             f"other virtual machines had {_share(stolen, capacity)} of the CPU time "
             f"({stolen:.2f} s stolen)"
         )
-    busy = _grown(before.busy_s, after.busy_s)
+    busy = sum(_grown(before.busy_s, after.busy_s) for before, after in gauges)
     others = busy - own_cpu_s
     if others > max(OTHERS_SHARE * capacity, least):
         found.append(
             f"other programs had {_share(others, capacity)} of the CPU time ({others:.2f} s)"
         )
-    throttled = _grown(before.throttled, after.throttled)
+    throttled = sum(_grown(before.throttled, after.throttled) for before, after in gauges)
     if throttled > 0:
         found.append(f"the CPU slowed down for heat ({throttled:.0f} times)")
-    hottest, limit = after.temperature_c, after.temperature_limit_c
-    if hottest is not None and limit is not None and hottest > limit - NEAR_LIMIT_C:
+    heats = [
+        (after.temperature_c, after.temperature_limit_c)
+        for _, after in gauges
+        if after.temperature_c is not None and after.temperature_limit_c is not None
+    ]
+    hottest, limit = max(heats, key=lambda heat: heat[0] - heat[1], default=(0.0, math.inf))
+    if hottest > limit - NEAR_LIMIT_C:
         found.append(f"the CPU was at {hottest:.0f} °C, and slows down at {limit:.0f} °C")
     return tuple(found)
 

@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from edgellm.errors import UsageError
 from edgellm.profiling.document import Distribution, Figure, Ratio
+
+Values = npt.NDArray[np.float64]
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -42,10 +45,7 @@ def figure(samples: Sequence[float]) -> Figure:
     if len(values) < FEWEST:
         low, high = float(values.min()), float(values.max())
     else:
-        drawn = np.random.default_rng(SEED).integers(0, len(values), (RESAMPLES, len(values)))
-        medians = np.median(values[drawn], axis=1)
-        tail = 100 * (1 - CONFIDENCE) / 2
-        low, high = (float(end) for end in np.percentile(medians, [tail, 100 - tail]))
+        low, high = _ends(_medians(values, np.random.default_rng(SEED)))
     return Figure(
         samples=tuple(values.tolist()), median=float(np.median(values)), low=low, high=high
     )
@@ -103,20 +103,65 @@ def ratio(
         of=names[0],
         to=names[1],
         ratio=found,
-        verdict=NOT_SHOWN if noisy else _verdict(found, better),
+        verdict=NOT_SHOWN if noisy else _verdict(found, better, rounds),
     )
 
 
-def _verdict(found: Figure, better: Literal["higher", "lower"]) -> str:
+def unpaired(
+    of: Sequence[float],
+    to: Sequence[float],
+    *,
+    better: Literal["higher", "lower"],
+    noisy: bool,
+) -> tuple[Figure, str]:
+    """The median of ``of`` divided by that of ``to``, of rounds that have no pairs, and a verdict.
+
+    The interval is of both medians, resampled apart; where either side has fewer than four samples,
+    from the least to the largest quotient. ``samples`` are those of ``of`` by the median of ``to``.
+    The verdict is as for ``ratio``, by the side that has fewer samples. Raises what that does.
+    """
+    over, under = _values(of), _values(to)
+    if not under.all():
+        raise UsageError("a sample is 0, and nothing can be divided by it: measure more tokens")
+    fewest = min(len(over), len(under))
+    if fewest < FEWEST:
+        ends = over.min() / under.max(), over.max() / under.min()
+    else:
+        random = np.random.default_rng(SEED)
+        ends = _ends(_medians(over, random) / _medians(under, random))
+    quotients = over / np.median(under)
+    found = Figure(
+        samples=tuple(quotients.tolist()),
+        median=float(np.median(quotients)),
+        low=float(ends[0]),
+        high=float(ends[1]),
+    )
+    return found, NOT_SHOWN if noisy else _verdict(found, better, fewest)
+
+
+def _verdict(found: Figure, better: Literal["higher", "lower"], rounds: int) -> str:
     nearest = max(found.low - 1, 1 - found.high)  # below 0 where the interval holds 1
-    if len(found.samples) < FEWEST_FOR_VERDICT or nearest <= 0:
+    if rounds < FEWEST_FOR_VERDICT or nearest <= 0:
         return NOT_SHOWN
-    if len(found.samples) < FEWEST_BY_INTERVAL and found.high - found.low > nearest:
+    if rounds < FEWEST_BY_INTERVAL and found.high - found.low > nearest:
         return NOT_SHOWN
     return FASTER if (found.low > 1) == (better == "higher") else SLOWER
 
 
-def _values(samples: Sequence[float]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _medians(values: Values, random: np.random.Generator) -> Values:
+    """The median of each resample of ``values``."""
+    drawn = random.integers(0, len(values), (RESAMPLES, len(values)))
+    medians: Values = np.median(values[drawn], axis=1)
+    return medians
+
+
+def _ends(medians: Values) -> tuple[float, float]:
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(medians, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def _values(samples: Sequence[float]) -> Values:
     values = np.asarray(samples, np.float64)
     if not len(values):
         raise UsageError("there is no sample to take a figure of: measure at least one round")

@@ -15,9 +15,9 @@ import msgspec
 import psutil
 import pytest
 
-from edgellm.hardware import Fact, Gpu, Hardware
-from edgellm.profiling.conditions import conditions
-from edgellm.profiling.document import Gauge
+from edgellm.hardware import Fact, Gpu, Hardware, detect
+from edgellm.profiling.conditions import conditions_now
+from edgellm.profiling.document import Conditions, Gauge, Limit
 from edgellm.profiling.gauges import gauge, noise, read_gauge
 from edgellm.profiling.system_files import SystemFiles
 from edgellm.profiling.virtualization import virtual_machine
@@ -169,8 +169,14 @@ HARDWARE = Hardware(
 )
 
 
-def found(files: SystemFiles, hardware: Hardware = HARDWARE, **options: Any) -> Any:
-    return conditions(gauge(files), gauge(files), hardware=hardware, files=files, **options)
+LIMITS = tuple(
+    Limit(threads=threads, bandwidth_bytes_per_s=3e10 + threads, flops_per_s=1e11)
+    for threads in (1, 2)
+)
+
+
+def found(files: SystemFiles, hardware: Hardware = HARDWARE) -> Conditions:
+    return conditions_now(hardware, LIMITS, gauge(files), gauge(files), files=files)
 
 
 def test_conditions_of_a_laptop(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +184,7 @@ def test_conditions_of_a_laptop(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda self: [0, 1, 2, 5])
     monkeypatch.setenv("OMP_PROC_BIND", "close")
     monkeypatch.delenv("KMP_AFFINITY", raising=False)
-    one = found(tree(LAPTOP), bandwidth_bytes_per_s=4e10)
+    one = found(tree(LAPTOP))
     assert one.governor == "powersave"
     assert one.power_source == "battery (71 %)"
     assert one.virtual_machine == "none seen"
@@ -188,7 +194,7 @@ def test_conditions_of_a_laptop(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> 
     assert one.cpu_features == ("avx2", "fma")
     assert one.gpus == ("a GPU, 24 GiB", "another")
     assert one.load_average == one.before.load_average == 0.52
-    assert one.bandwidth_bytes_per_s == 4e10
+    assert one.bandwidth_bytes_per_s == 3e10 + 2
     assert one.unknown == ()
 
 
@@ -283,7 +289,8 @@ def test_a_machine_that_says_nothing_is_listed(tree: Tree) -> None:
 
 
 def test_here_it_gives_no_names_and_no_paths() -> None:
-    here = conditions(gauge(), gauge())
+    here = conditions_now(detect(), (), gauge(), gauge())
+    assert here.bandwidth_bytes_per_s is None
     assert here.versions["numpy"] == importlib.metadata.version("numpy")
     assert here.versions["edgellm"]
     assert all(here.versions.values())
@@ -317,7 +324,8 @@ QUIET = Gauge(stolen_s=100.0, busy_s=500.0, throttled=7, temperature_c=60, tempe
     ],
 )
 def test_noise(after: dict[str, Any], own_cpu_s: float, why: list[str]) -> None:
-    said = noise(QUIET, msgspec.structs.replace(QUIET, **after), own_cpu_s, 10.0, 2)
+    pair = (QUIET, msgspec.structs.replace(QUIET, **after))
+    said = noise([pair], own_cpu_s=own_cpu_s, seconds=10.0, cores=2)
     assert len(said) == len(why)
     for sentence, part in zip(said, why, strict=True):
         assert part in sentence
@@ -325,4 +333,19 @@ def test_noise(after: dict[str, Any], own_cpu_s: float, why: list[str]) -> None:
 
 def test_noise_is_not_the_step_of_the_clock() -> None:
     step = msgspec.structs.replace(QUIET, stolen_s=100.02, busy_s=500.03)
-    assert noise(QUIET, step, 0.0, 0.1, 2) == ()
+    assert noise([(QUIET, step)], own_cpu_s=0.0, seconds=0.1, cores=2) == ()
+
+
+def test_noise_of_several_rounds_adds_up() -> None:
+    """What lies between the rounds was another cell's, and does not count."""
+    later = msgspec.structs.replace(QUIET, stolen_s=700.0, busy_s=900.0, temperature_c=98.0)
+    pairs = [
+        (QUIET, msgspec.structs.replace(QUIET, stolen_s=100.3, temperature_c=97.0)),
+        (later, msgspec.structs.replace(later, stolen_s=700.3, temperature_c=60.0)),
+    ]
+    heat, stolen = "was at 97 °C", "3.0% of the CPU time (0.60 s stolen)"
+    found = noise(pairs, own_cpu_s=0.0, seconds=10.0, cores=2)
+    assert len(found) == 2
+    assert stolen in found[0]
+    assert heat in found[1]
+    assert noise([], own_cpu_s=0.0, seconds=0.0, cores=2) == ()

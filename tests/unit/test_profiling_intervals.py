@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgellm.errors import UsageError
-from edgellm.profiling.intervals import distribution, figure, ratio
+from edgellm.profiling.intervals import distribution, figure, ratio, unpaired
 
 NAMES = ("new", "old")
 
@@ -121,8 +121,43 @@ def test_equal_cells_are_seldom_told_apart(rounds: int) -> None:
     assert found / 400 < 0.1
 
 
+@pytest.mark.parametrize(
+    ("of", "to", "verdict"),
+    [
+        ([8.0, 8.1, 7.9, 8.0, 8.2], [10.0, 10.1, 9.9, 10.2, 9.8, 10.0], "slower"),
+        ([12.0, 12.1, 11.9, 12.0, 12.2], [10.0, 10.1, 9.9, 10.2, 9.8], "faster"),
+        ([9.9, 10.1, 10.0, 10.2, 9.8], [10.0, 10.1, 9.9, 10.2, 9.8], "no difference shown"),
+        ([12.0], [10.0, 10.1, 9.9, 10.2, 9.8], "no difference shown"),
+        ([20.0, 20.1, 20.2], [10.0, 10.1, 9.9], "faster"),
+        ([11.0, 13.0, 12.0], [10.0, 10.1, 9.9], "no difference shown"),
+    ],
+)
+def test_verdicts_without_pairs(of: list[float], to: list[float], verdict: str) -> None:
+    found, said = unpaired(of, to, better="higher", noisy=False)
+    assert said == verdict
+    assert found.median == pytest.approx(np.median(of) / np.median(to))
+    assert found.low <= found.median <= found.high
+    assert unpaired(of, to, better="higher", noisy=True)[1] == "no difference shown"
+    if verdict == "faster":
+        assert unpaired(of, to, better="lower", noisy=False)[1] == "slower"
+
+
+def test_interval_without_pairs_holds_the_true_ratio() -> None:
+    random = np.random.default_rng(11)
+    held = told_apart = 0
+    for _ in range(400):
+        of, to = np.exp(0.05 * random.standard_normal((2, 12)))
+        found, _ = unpaired((1.2 * of).tolist(), to.tolist(), better="lower", noisy=False)
+        held += found.low <= 1.2 <= found.high
+        told_apart += unpaired(of[:5], to[:5], better="lower", noisy=False)[1] == "slower"
+    assert 0.90 <= held / 400 <= 0.99
+    assert told_apart / 400 < 0.05
+
+
 def test_without_samples_there_is_no_figure() -> None:
     with pytest.raises(UsageError, match="at least one round"):
         figure([])
+    with pytest.raises(UsageError, match="divided"):
+        unpaired([1.0], [0.0], better="lower", noisy=False)
     with pytest.raises(UsageError, match="old has a round whose energy is 0"):
         ratio([1.0, 2.0], [1.0, 0.0], "energy", better="lower", noisy=False, names=NAMES)
