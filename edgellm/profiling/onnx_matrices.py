@@ -26,6 +26,9 @@ ANGLES = re.compile(r"(^|[._/])(cos|sin)(_|$)")
 PACKED = {"MatMulNBits": 1, "GatherBlockQuantized": 0, "DequantizeLinear": 0}
 """Operators of quantized matrices, and which input the codes are; the others belong to them."""
 
+BIAS = 5
+"""The input of ``MatMulNBits`` that is no part of its matrix; the others have fewer inputs."""
+
 BITS = 4
 """Of codes where such an operator does not say (ONNX Runtime, contrib operators)."""
 
@@ -75,7 +78,7 @@ def _read_by(
         codes = inputs[PACKED[node.op_type]]
         if codes is None:
             return
-        parts = [each for each in inputs if each is not None]
+        parts = [each for each in inputs[:BIAS] if each is not None]
         yield _place(codes), _packed(node.op_type, codes, numbers, parts, vocab_size)
         return
     for each in inputs:
