@@ -52,7 +52,10 @@ class ArtifactFacts(msgspec.Struct, frozen=True, kw_only=True):
     of one base; empty where no manifest says it. ``size_bytes``: its files. ``weights``: how many
     numbers its matrices hold; ``weight_bytes``: what they take, and ``bytes_per_token`` what one
     token reads of them (a row of the embedding, all else whole); None where the container does not
-    say. ``kld_mean``: KL divergence to the source in nats, measured when it was made.
+    say. ``prompt_weights``: those that each token of a prompt is multiplied with: without embedding
+    and output head, which the last one alone needs. ``kv_values``: how many numbers are in the keys
+    and values of one token; ``kv_windows``: how far back each layer looks, where some do not look
+    at all tokens. ``kld_mean``: KL divergence to the source in nats, measured when it was made.
     """
 
     name: str
@@ -64,6 +67,9 @@ class ArtifactFacts(msgspec.Struct, frozen=True, kw_only=True):
     weights: int | None = None
     weight_bytes: int | None = None
     bytes_per_token: int | None = None
+    prompt_weights: int | None = None
+    kv_values: int | None = None
+    kv_windows: tuple[int | None, ...] = ()
     kld_mean: float | None = None
 
 
@@ -112,10 +118,11 @@ class Roofline(msgspec.Struct, frozen=True, kw_only=True):
     """How near a cell comes to what this machine could do at best.
 
     Decoding: the bytes that a token needs (weights, and keys and values of the middle of the
-    answer) times its speed, as a share of the memory bandwidth at these threads. Prefill: 2 x
-    weights floating-point operations a token, as a share of numpy's float32 matrix product at
-    these threads; kernels that compute in 8 bits may pass it. None where the artifact does not
-    say what it reads.
+    answer) times its speed, as a share of the memory bandwidth at these threads. Prefill: 2
+    floating-point operations a token for each weight that a prompt's tokens are multiplied with,
+    attention not counted, as a share of numpy's float32 matrix product at these threads; kernels
+    that compute in 8 bits may pass it. None where the artifact does not say what it reads, and on
+    devices other than the CPU.
     """
 
     bytes_per_token: int | None = None
@@ -229,8 +236,8 @@ class Gauge(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``load_average``: threads that wanted to run, mean of the last minute. ``stolen_s``: time that
     other virtual machines had of its CPUs, since it started; ``busy_s``: time that its CPUs
     worked, of all programs. ``throttled``: times that the CPU slowed down for heat, since it
-    started. ``temperature_c``: of the hottest sensor of the CPU. ``frequency_hz``: mean of the
-    CPUs now.
+    started. ``temperature_c``: of the hottest sensor of the CPU; ``temperature_limit_c``: where
+    that sensor says that the CPU slows down, or stops. ``frequency_hz``: mean of the CPUs now.
     """
 
     load_average: float | None = None
@@ -238,6 +245,7 @@ class Gauge(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     busy_s: float | None = None
     throttled: int | None = None
     temperature_c: float | None = None
+    temperature_limit_c: float | None = None
     frequency_hz: float | None = None
 
 
