@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgellm.cli import options, render
-from edgellm.errors import UsageError
+from edgellm.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from edgellm.profiling.document import Cell, Profile
+    from edgellm.profiling.document import Cell, Operators, Profile
 
 INTERRUPTED = 130
 FAILED = 9
+
+DEAREST = 10
+"""Kinds of operators that are shown."""
 
 
 def profile(
@@ -64,6 +68,12 @@ def profile(
     operators: Annotated[
         bool, typer.Option("--operators", help="Where a token's time goes, by kind and layer.")
     ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Traces of --operators for Perfetto. Default: beside the FILE."
+        ),
+    ] = None,
     output: Annotated[
         list[Path] | None,
         typer.Option(
@@ -119,7 +129,15 @@ def profile(
     from edgellm.cli.profile_view import watched
 
     with watched(quiet=as_json) as watch:
-        found = measure(paths, asked, effort, command=_command(), watch=watch)
+        found = measure(
+            paths,
+            asked,
+            effort,
+            operators=operators,
+            traces=_traces(trace, output or ()) if operators else None,
+            command=_command(),
+            watch=watch,
+        )
     for path in output or ():
         write_report([found], path)
     if as_json:
@@ -132,7 +150,7 @@ def profile(
         raise typer.Exit(FAILED)
 
 
-def _show(found: Profile, written: list[Path] | tuple[()]) -> None:
+def _show(found: Profile, written: Sequence[Path]) -> None:
     render.say_notes(found.notes)
     render.show_table(
         ("cell", "first token", "prefill", "decode", "p50", "p99", "peak memory"),
@@ -145,6 +163,14 @@ def _show(found: Profile, written: list[Path] | tuple[()]) -> None:
     ]
     render.show_notes(notes)
     render.say_notes([f"written: {path}" for path in written])
+
+
+def _dearest(name: str, found: Operators) -> str:
+    if not found.by_kind:
+        return f"{name}: no operators, for {found.reason}"
+    kinds = ", ".join(f"{kind.name} {kind.share:.0%}" for kind in found.by_kind[:DEAREST])
+    trace = f"; {found.trace} for ui.perfetto.dev" if found.trace else ""
+    return f"{name}: a token's time goes to {kinds}{trace}"
 
 
 def _row(cell: Cell) -> tuple[str, ...]:
@@ -163,6 +189,17 @@ def _row(cell: Cell) -> tuple[str, ...]:
         f"{latency.p99 * 1e3:.1f} ms" if latency else "-",
         render.size(cell.memory.peak_bytes) if cell.memory else "-",
     )
+
+
+def _traces(folder: Path | None, output: Sequence[Path]) -> Path | None:
+    """How the traces' files begin; None where nothing says a place for them."""
+    if folder is not None:
+        if not folder.is_dir():
+            raise OutputError(
+                f"there is no folder {folder} for the traces: make it, or leave it out"
+            )
+        return folder / (output[0].stem if output else "profile")
+    return output[0].with_suffix("") if output else None
 
 
 def _numbers(option: str, given: str) -> tuple[int, ...]:

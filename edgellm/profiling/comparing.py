@@ -17,7 +17,9 @@ from edgellm.profiling.intervals import NOT_SHOWN, unpaired
 
 By = Literal["backend", "machine", "quant"]
 
-QUANTITIES: dict[str, tuple[str, Callable[[document.Cell], Sequence[float]]]] = {
+Better = Literal["higher", "lower"]
+
+QUANTITIES: dict[str, tuple[Better, Callable[[document.Cell], Sequence[float]]]] = {
     "time_to_first_token_s": ("lower", lambda cell: _samples(cell.time_to_first_token_s)),
     "prefill_tokens_per_s": ("higher", lambda cell: _samples(cell.prefill_tokens_per_s)),
     "decode_tokens_per_s": ("higher", lambda cell: _samples(cell.decode_tokens_per_s)),

@@ -69,6 +69,12 @@ class Wanted:
     runtime_version: str = ""
     refusal: str = ""
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells it from other cells."""
+        counts = (self.threads, self.prompt_tokens, self.new_tokens, self.depth_tokens)
+        return (self.artifact.path, self.runtime, self.device, self.kv_cache, *counts)
+
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
@@ -121,7 +127,7 @@ def matrix(
                     threads, asked.prompt_tokens, asked.new_tokens, asked.depth_tokens
                 )
             ]
-    cells = list(dict.fromkeys(cells))
+    cells = list({cell.key: cell for cell in cells}.values())
     return Matrix(tuple(cells), _names(cells), tuple(dict.fromkeys(notes)))
 
 

@@ -12,6 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
 
 from edgellm import __version__
 from edgellm.hardware import detect, free_memory_bytes
@@ -19,8 +22,9 @@ from edgellm.manifest import open_artifact
 from edgellm.profiling import document
 from edgellm.profiling.artifacts import artifact_facts
 from edgellm.profiling.conditions import conditions_now, gauge
+from edgellm.profiling.energy import counters
 from edgellm.profiling.matrix import Asked, Wanted, matrix
-from edgellm.profiling.process import CellFailed, CellProcess
+from edgellm.profiling.process import CellFailed, CellProcess, operators_of
 from edgellm.profiling.roofline import measure_limits
 from edgellm.profiling.summing import ratios, summed
 from edgellm.profiling.worker import Job, Ready, Round
@@ -32,6 +36,9 @@ TIMEOUT_S = 600.0
 
 FREE_SHARE = 0.8
 """Of the free memory, what the processes of all cells may be expected to take together."""
+
+OPERATOR_TOKENS = 16
+"""Tokens that are watched for their operators: traces of more grow large and say no more."""
 
 PROCESS_BYTES = 300 << 20
 """What a process takes beside weights, keys and values: Python, the runtime, its work space."""
@@ -102,12 +109,16 @@ def profile(
     asked: Asked | None = None,
     effort: Effort | None = None,
     *,
+    operators: bool = False,
+    traces: Path | None = None,
     command: str = "",
     watch: Watch | None = None,
 ) -> document.Profile:
     """The profile of the artifacts at ``paths``, each with every setting that was ``asked`` for.
 
-    Raises ``EdgeError`` for what cannot be opened or understood, before anything is measured.
+    ``operators``: where a token's time goes, too; ``traces`` is then how files for Perfetto begin,
+    None for no files. Raises ``EdgeError`` for what cannot be opened or understood, before anything
+    is measured.
     """
     asked, effort = asked or Asked(), effort or Effort()
     hardware = detect()
@@ -124,8 +135,11 @@ def profile(
     before = gauge()
     stays = _all_fit(cells)
     interrupted = False
+    taken: dict[str, document.Operators] = {}
     try:
         _rounds(cells, effort, stays, watch or (lambda step: None))
+        if operators:
+            _watch_operators(cells, effort, traces, taken, watch or (lambda step: None))
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -133,7 +147,13 @@ def profile(
             if cell.process is not None:
                 cell.process.kill()
     cores = hardware.physical_cores.value
-    measured = tuple(summed(cell, limits, cores, effort.warmup_rounds) for cell in cells)
+    measured = tuple(
+        msgspec.structs.replace(
+            summed(cell, limits, cores, effort.warmup_rounds), operators=taken.get(cell.name)
+        )
+        for cell in cells
+    )
+    conditions = conditions_now(hardware, limits, before, gauge())
     return document.Profile(
         edgellm=__version__,
         started=started.isoformat(timespec="seconds"),
@@ -147,7 +167,9 @@ def profile(
             prompt="the built-in English text for measuring, the same tokens every time",
             not_counted=NOT_COUNTED,
         ),
-        conditions=conditions_now(hardware, limits, before, gauge()),
+        conditions=msgspec.structs.replace(
+            conditions, unknown=(*conditions.unknown, *counters()[1])
+        ),
         limits=limits,
         cells=measured,
         ratios=ratios(measured),
@@ -190,6 +212,29 @@ def _rounds(cells: Sequence[Running], effort: Effort, stays: bool, watch: Watch)
         if not any(cell.alive for cell in cells):
             return
         number += 1
+
+
+def _watch_operators(
+    cells: Sequence[Running],
+    effort: Effort,
+    traces: Path | None,
+    taken: dict[str, document.Operators],
+    watch: Watch,
+) -> None:
+    """Put what the operators of each cell take into ``taken``, by the cell's name."""
+    for cell in cells:
+        _end(cell)
+    for place, cell in enumerate(cells):
+        if not cell.rounds:
+            continue
+        watch(Step(cell.name, 0, 0, place, len(cells), "operators"))
+        job = _job(cell.wanted)
+        trace = "" if traces is None else f"{traces}.{place + 1}.trace.json"
+        wanted = msgspec.structs.replace(
+            job, operators=True, trace=trace, new_tokens=min(job.new_tokens, OPERATOR_TOKENS)
+        )
+        found = operators_of(wanted, effort.timeout_s)
+        taken[cell.name] = msgspec.structs.replace(found, trace=Path(found.trace).name)
 
 
 def _measure(cell: Running, effort: Effort, *, counted: bool) -> Round | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -14,13 +15,17 @@ from typing import IO, TypeVar
 import msgspec
 
 from edgellm.errors import GenerationError
+from edgellm.profiling.document import Operators
 from edgellm.profiling.worker import Job, Ready, Round
 
 COMMAND = (sys.executable, "-m", "edgellm.profiling.worker")
 
 LAST_WORDS_BYTES = 2000
 
-Answer = TypeVar("Answer", Ready, Round)
+ENDING_S = 5.0
+"""How long a process may take to end by itself."""
+
+Answer = TypeVar("Answer", Ready, Round, Operators)
 
 
 class CellFailed(GenerationError):
@@ -32,45 +37,59 @@ class CellProcess:
 
     def __init__(self, job: Job, timeout_s: float) -> None:
         """Start it and wait until the artifact is loaded."""
-        self._timeout_s = timeout_s
-        self._said = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._requests: IO[bytes] = self._process.stdin
-        self._lines: queue.Queue[bytes] = queue.Queue()
-        # Reading with a time limit needs a thread where pipes cannot be polled (Windows).
-        reader = threading.Thread(
-            target=_read, args=(self._process.stdout, self._lines), daemon=True
-        )
-        reader.start()
-        self.ready = self._ask(msgspec.json.encode(job), Ready)
+        self._worker = _Worker(timeout_s)
+        self.ready = self._worker.ask(msgspec.json.encode(job), Ready)
+
+    @property
+    def pid(self) -> int:
+        """Its number in the system."""
+        return self._worker.process.pid
 
     def round(self) -> Round:
         """The figures of one round."""
-        return self._ask(b"round", Round)
+        return self._worker.ask(b"round", Round)
 
     def close(self) -> None:
         """End it and give its memory back; harmless where it has ended."""
-        try:
-            self._requests.close()
-        except OSError:  # it has ended before it read what was sent
-            pass
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._said.close()
+        self._worker.close()
 
     def kill(self) -> None:
         """End it at once, in the middle of a round."""
-        self._process.kill()
-        self.close()
+        self._worker.process.kill()
+        self._worker.close()
 
-    def _ask(self, request: bytes, kind: type[Answer]) -> Answer:
+
+def operators_of(job: Job, timeout_s: float) -> Operators:
+    """Where a token's time goes, measured in a process of its own; says why where it cannot."""
+    worker = _Worker(timeout_s)
+    try:
+        return worker.ask(msgspec.json.encode(job), Operators)
+    except CellFailed as failure:
+        return Operators(reason=str(failure))
+    finally:
+        worker.close()
+
+
+class _Worker:
+    """A process that answers each line with one."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 -- as long as the process lives
+        self.process = subprocess.Popen(
+            COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self._requests: IO[bytes] = self.process.stdin
+        self._lines: queue.Queue[bytes] = queue.Queue()
+        # Reading with a time limit needs a thread where pipes cannot be polled (Windows).
+        reading = (self.process.stdout, self._lines)
+        self._reader = threading.Thread(target=_read, args=reading, daemon=True)
+        self._reader.start()
+
+    def ask(self, request: bytes, kind: type[Answer]) -> Answer:
+        """What it answers; raises ``CellFailed``, and then it has ended."""
         try:
             self._requests.write(request + b"\n")
             self._requests.flush()
@@ -79,22 +98,37 @@ class CellProcess:
         try:
             line = self._lines.get(timeout=self._timeout_s)
         except queue.Empty:
-            self._process.kill()
-            self._end()
+            self.process.kill()
             raise self._failed(
                 f"no answer within {self._timeout_s:g} s: give it longer with --timeout, or ask "
                 "for less"
             ) from None
         if not line:
             raise self._failed(self._end())
-        answer = msgspec.json.decode(line)
-        if "error" in answer:
-            raise self._failed(answer["error"])
-        return msgspec.convert(answer, kind)
+        try:
+            answer = msgspec.json.decode(line)
+            if "error" in answer:
+                raise self._failed(answer["error"])
+            return msgspec.convert(answer, kind)
+        except msgspec.MsgspecError:
+            said = line.decode(errors="replace").strip()
+            raise self._failed(f"it said what cannot be understood: {said[:80]}") from None
+
+    def close(self) -> None:
+        """End it; harmless where it has ended."""
+        with contextlib.suppress(OSError):  # it has ended before it read what was sent
+            self._requests.close()
+        try:
+            self.process.wait(timeout=ENDING_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._reader.join()
+        self._said.close()
 
     def _end(self) -> str:
         """How a process that says no more ended, with its last words."""
-        code = self._process.wait()
+        code = self.process.wait()
         size = self._said.seek(0, os.SEEK_END)
         self._said.seek(max(0, size - LAST_WORDS_BYTES))
         words = self._said.read().decode(errors="replace").strip().splitlines()

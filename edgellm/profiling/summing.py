@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from edgellm.profiling import document
 from edgellm.profiling.conditions import noise
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edgellm.profiling.measuring import Running
     from edgellm.profiling.worker import Round
 
-COMPARED = {
+COMPARED: dict[str, Literal["higher", "lower"]] = {
     "time_to_first_token_s": "lower",
     "prefill_tokens_per_s": "higher",
     "decode_tokens_per_s": "higher",
@@ -75,7 +75,7 @@ def summed(
         detokenization_s=over(lambda each: each.detokenization_s),
         cpu_s=over(lambda each: each.cpu_s),
         memory=memory,
-        energy=_energy(rounds, wanted.new_tokens),
+        energy=_energy(rounds, wanted.new_tokens, settings.device),
         roofline=roofline(cell.facts, settings, memory.kv_bytes, decode, prefill, limit),
         noisy=_noise(cell, cores),
         text_sha256=rounds[-1].text_sha256,
@@ -128,8 +128,8 @@ def _memory(rounds: Sequence[Round]) -> document.Memory:
     )
 
 
-def _energy(rounds: Sequence[Round], new_tokens: int) -> document.Energy | None:
-    name = quoted(list(rounds[0].energy))
+def _energy(rounds: Sequence[Round], new_tokens: int, device: str) -> document.Energy | None:
+    name = quoted(set.intersection(*(set(each.energy) for each in rounds)), device)
     if name is None:
         return None
     prefill = [each.energy[name][0] for each in rounds]

@@ -1,12 +1,14 @@
 """A cell's own process: it loads the artifact and measures a round each time it is asked.
 
 `python -m edgellm.profiling.worker` reads a line of JSON (``Job``), answers with one (``Ready``),
-and then measures a ``Round`` for every further line, until its input ends. Each answer is a line of
-JSON with the field ``error`` where it failed. What backends print goes to stderr.
+and then measures a ``Round`` for every further line, until its input ends. A job for ``operators``
+has those as its only answer. An answer has the field ``error`` where something failed. What
+backends print goes to stderr.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -18,16 +20,21 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from edgellm.errors import EdgeError
+from edgellm.errors import EdgeError, GenerationError
 
 if TYPE_CHECKING:
+    from edgellm.manifest import Artifact
+    from edgellm.profiling.document import Operators
     from edgellm.profiling.energy import Counter
     from edgellm.profiling.prompts import Prompt
-    from edgellm.runtimes.session import Device, KvDtype, Session
+    from edgellm.runtimes.session import Device, KvDtype, RunOptions, Session
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What to load and what to ask; the rest as in ``document.Settings``."""
+    """What to load and what to ask; the rest as in ``document.Settings``.
+
+    ``trace``: where to put the operators' trace, empty for nowhere.
+    """
 
     path: str
     runtime: str
@@ -37,6 +44,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     new_tokens: int
     depth_tokens: int
+    operators: bool = False
+    trace: str = ""
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +85,11 @@ def main(requests: IO[bytes], answers: IO[bytes]) -> int:
     # Ctrl-C is for the process that asks: it ends this one, and keeps what was measured.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        cell = _Cell(msgspec.json.decode(requests.readline(), type=Job))
+        job = msgspec.json.decode(requests.readline(), type=Job)
+        if job.operators:
+            _say(answers, _operators(job))
+            return 0
+        cell = _Cell(job)
         _say(answers, cell.ready)
         for _ in requests:
             _say(answers, cell.round())
@@ -91,25 +104,47 @@ def _say(answers: IO[bytes], answer: Any) -> None:
     answers.flush()
 
 
+def _opened(job: Job) -> tuple[Artifact, Any, Prompt, RunOptions]:
+    """The artifact, its tokenizer, the prompt in its tokens, and how to open it."""
+    from edgellm.manifest import open_artifact
+    from edgellm.profiling.prompts import prompt_of
+    from edgellm.runtimes.session import RunOptions
+    from edgellm.tokenization.artifact import artifact_tokenizer
+
+    artifact = open_artifact(Path(job.path))
+    tokenizer = artifact_tokenizer(artifact.main, artifact.container)
+    prompt = prompt_of(tokenizer, job.prompt_tokens, job.depth_tokens)
+    options = RunOptions(
+        device=cast("Device", job.device),
+        context_tokens=job.depth_tokens + job.prompt_tokens + job.new_tokens,
+        threads=job.threads,
+        kv_dtype=cast("KvDtype | None", job.kv_cache),
+    )
+    return artifact, tokenizer, prompt, options
+
+
+def _operators(job: Job) -> Operators:
+    from edgellm.profiling.operators import measure_operators
+    from edgellm.runtimes import runtime_named
+
+    artifact, _, prompt, options = _opened(job)
+    return measure_operators(
+        runtime_named(job.runtime),
+        artifact,
+        options,
+        (*prompt.depth_ids, *prompt.ids),
+        tokens=job.new_tokens,
+        trace=Path(job.trace) if job.trace else None,
+    )
+
+
 class _Cell:
     def __init__(self, job: Job) -> None:
-        from edgellm.manifest import open_artifact
         from edgellm.profiling.energy import counters
-        from edgellm.profiling.prompts import prompt_of
         from edgellm.runtimes import runtime_named
-        from edgellm.runtimes.session import RunOptions
-        from edgellm.tokenization.artifact import artifact_tokenizer
 
-        artifact = open_artifact(Path(job.path))
-        self.tokenizer = artifact_tokenizer(artifact.main, artifact.container)
-        self.prompt: Prompt = prompt_of(self.tokenizer, job.prompt_tokens, job.depth_tokens)
+        artifact, self.tokenizer, self.prompt, options = _opened(job)
         self.new_tokens = job.new_tokens
-        options = RunOptions(
-            device=cast("Device", job.device),
-            context_tokens=job.depth_tokens + job.prompt_tokens + job.new_tokens,
-            threads=job.threads,
-            kv_dtype=cast("KvDtype | None", job.kv_cache),
-        )
         begun = time.perf_counter()
         self.session: Session = runtime_named(job.runtime).open(artifact, options)
         load_s = time.perf_counter() - begun
@@ -128,7 +163,7 @@ class _Cell:
 
         session, prompt = self.session, self.prompt
         session.trim(len(prompt.depth_ids))
-        counted = [counter.read_j() for counter in self.counters]
+        counted = self._joules()
         cpu_s = time.process_time()
         begun = clock()
         self.tokenizer.encode(prompt.text)
@@ -145,10 +180,10 @@ class _Cell:
         at_first = counted
         for place, _ in enumerate(stream):
             if place == 0 and self.counters:
-                at_first = [counter.read_j() for counter in self.counters]
+                at_first = self._joules()
         ended = clock()
         cpu_s = time.process_time() - cpu_s
-        at_end = [counter.read_j() for counter in self.counters]
+        at_end = self._joules()
         answer, times = stream.answer(), stream.times
         resident, shared = _resident()
         ids = ",".join(map(str, answer.token_ids))
@@ -169,12 +204,19 @@ class _Cell:
             kv_bytes=session.kv_bytes(),
             text_sha256=hashlib.sha256(ids.encode()).hexdigest(),
             energy={
-                counter.name: (first - start, end - first)
-                for counter, start, first, end in zip(
-                    self.counters, counted, at_first, at_end, strict=True
-                )
+                name: (at_first[name] - counted[name], end - at_first[name])
+                for name, end in at_end.items()
+                if name in counted and name in at_first
             },
         )
+
+    def _joules(self) -> dict[str, float]:
+        """What the counters say now; one that says no more is left out."""
+        found = {}
+        for counter in self.counters:
+            with contextlib.suppress(GenerationError):
+                found[counter.name] = counter.read_j()
+        return found
 
 
 def _resident() -> tuple[int, int | None]:
