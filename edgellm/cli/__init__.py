@@ -61,7 +61,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "report": (
         "edgellm.cli.report_command:report",
-        "Make pages and tables of profiles, also of several machines.",
+        "Make pages and tables of profiles.",
     ),
     "selftest": (
         "edgellm.cli.selftest_command:selftest",

@@ -29,7 +29,7 @@ def report(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Make pages and tables of profiles, also of several machines.
+    """Make pages and tables of profiles.
 
     Without a file to write it prints Markdown. A report names no winner where intervals overlap or
     a side is noisy. Profiles of several machines are compared in one report.

@@ -12,7 +12,7 @@ from edgellm.report.line_charts import Curve, Dot, Place, curves, scatter
 from edgellm.report.quantities import DECODE, PREFILL, Quantity, words_of
 from edgellm.report.row_charts import Bar, BarRow, Box, bars, boxes, spans
 from edgellm.report.rows import Row, machine_names
-from edgellm.report.summary import FEWEST_ROUNDS, compared, names_of
+from edgellm.report.summary import FEWEST_ROUNDS, compared
 from edgellm.report.svg import DASHES, TINTS, Look, block_sign, line_sign
 from edgellm.report.wording import (
     count,
@@ -122,7 +122,10 @@ def timelines(found: Sequence[Row]) -> list[Chart]:
             groups.setdefault(row.lengths, []).append(row)
     charts = []
     for (prompt, new, depth), group in groups.items():
-        named = names_of(group)
+        alike = [row.series for row in group]
+        named = {
+            row.label: row.series if alike.count(row.series) == 1 else row.label for row in group
+        }
         title = "Latency token by token"
         if len(groups) > 1:
             title += f", prompt {prompt}" + (f", depth {depth}" if depth else "")

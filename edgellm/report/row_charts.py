@@ -147,7 +147,8 @@ def _framed(title: str, axis: str, height: float, scale: Scale) -> tuple[Canvas,
 
 def _label(canvas: Canvas, y: float, label: str, shown: str) -> None:
     room = RIGHT - LEFT - width_of(shown) * 0.85 - 12
-    canvas.text(LEFT, y + 13, fitted(label, room), kind="label", hint=label)
+    short = fitted(label, room)
+    canvas.text(LEFT, y + 13, short, kind="label", hint="" if short == label else label)
     canvas.text(RIGHT, y + 13, shown, "end", "shown")
 
 

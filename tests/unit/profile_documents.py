@@ -153,7 +153,8 @@ def cell(
 
 def failed(name: str, failure: str, **changed: Any) -> Cell:
     """A cell without figures."""
-    return Cell(name=name, artifact=artifact(name), settings=settings(), failure=failure, **changed)
+    facts = {"artifact": artifact(name), "settings": settings()} | changed
+    return Cell(name=name, failure=failure, **facts)
 
 
 def conditions(
@@ -234,7 +235,12 @@ def rich(rounds: int = 10, new: int = 32) -> Profile:
     cells[5] = msgspec.structs.replace(
         cells[5], noisy=("decode speed differs by 14 % between rounds", "3.1 % of the time stolen")
     )
-    cells[-1] = failed(cells[-1].name, "the context of 2048 tokens is full: choose --context 4096")
+    cells[-1] = failed(
+        cells[-1].name,
+        "the context of 2048 tokens is full: choose --context 4096",
+        artifact=cells[-1].artifact,
+        settings=cells[-1].settings,
+    )
     names = [each.name for each in cells]
     return profile(
         cells,
