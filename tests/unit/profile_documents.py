@@ -27,7 +27,7 @@ from edgellm.profiling.document import (
     Settings,
 )
 
-HOSTILE = "</script><script>alert('x')</script><!--&\"|`*_\n\\"
+HOSTILE = "</script ><script>alert('x')</script><!--&\"|`*_\n\\"
 """A name that breaks out of HTML, of attributes, of Markdown's tables and of exposition labels."""
 
 MODEL = "5ea1" * 16
