@@ -67,6 +67,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "edgellm.cli.doctor_command:doctor",
         "Show what this machine has and what would run here.",
     ),
+    "report": (
+        "edgellm.cli.report_command:report",
+        "Make pages and tables of profiles.",
+    ),
     "selftest": (
         "edgellm.cli.selftest_command:selftest",
         "Try the runtimes of this machine with a tiny model.",

@@ -1,0 +1,45 @@
+"""The figures of a cell, by field: what people call them, their unit, which end is the good one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgellm.profiling.document import Cell, Figure
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """``field`` of ``Cell``; ``unit`` as documents write it; ``more``: more of it is better."""
+
+    field: str
+    words: str
+    unit: str
+    more: bool = False
+
+    def of(self, cell: Cell) -> Figure | None:
+        """The cell's figure, None where it has none."""
+        figure: Figure | None = getattr(cell, self.field)
+        return figure
+
+
+LOAD = Quantity("load_s", "loading", "s")
+TOKENIZATION = Quantity("tokenization_s", "tokenizing the prompt", "s")
+FIRST_TOKEN = Quantity("time_to_first_token_s", "time to first token", "s")
+PREFILL = Quantity("prefill_tokens_per_s", "prefill speed", "tokens/s", more=True)
+DECODE = Quantity("decode_tokens_per_s", "decode speed", "tokens/s", more=True)
+END_TO_END = Quantity("end_to_end_s", "whole answer", "s")
+SAMPLING = Quantity("sampling_s", "sampling a token", "s")
+DETOKENIZATION = Quantity("detokenization_s", "a token to text", "s")
+CPU = Quantity("cpu_s", "processor time of a round", "s")
+
+FIGURES = (
+    LOAD, TOKENIZATION, FIRST_TOKEN, PREFILL, DECODE, END_TO_END, SAMPLING, DETOKENIZATION, CPU,
+)  # fmt: skip
+
+PERCENTILES = ("mean", "p50", "p90", "p95", "p99", "max")
+"""What a distribution says of itself."""
+
+
+def words_of(field: str) -> str:
+    """What people call ``field``; an unknown one with its underscores as spaces."""
+    return next((each.words for each in FIGURES if each.field == field), field.replace("_", " "))
