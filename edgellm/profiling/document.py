@@ -146,9 +146,9 @@ class Operators(msgspec.Struct, frozen=True, kw_only=True):
     Kinds stand the dearest first, layers in their order, and shares are of the operators' sum.
     ``source``: whose clock. ``overhead``: how much longer a token took while it was watched, as a
     share of ``token_s``. ``tokens``: how many were. ``token_s`` and ``watched_token_s``: a token's
-    whole time just before without being watched, and while it was; medians. ``trace``: the file for
-    Perfetto, as it was named; empty for none. ``reason``: why there is none of it, where
-    ``by_kind`` is empty.
+    whole time just before without being watched, and while it was. All times are means of the
+    quicker half of the tokens. ``trace``: the file for Perfetto, as it was named; empty for none.
+    ``reason``: why there is none of it, where ``by_kind`` is empty.
     """
 
     source: str = ""

@@ -253,6 +253,26 @@ def test_a_token_is_broken_down(tmp_path: Path) -> None:
     assert f"token {4 + operators.SETTLING_TOKENS}" in names
 
 
+def test_tokens_that_were_disturbed_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert operators.quicker_half([5.0, 1.0, 9.0, 2.0]) == [1, 3]
+    assert operators.quicker_half([5.0, 1.0, 9.0]) == [0, 1]
+    assert operators.quicker_half([5.0]) == [0]
+
+    def of_token(tokens: int, start_s: float, end_s: float) -> TracedStep:
+        return step(start_s, (f"kind {next(made)}", None, 1.0), tokens=tokens)
+
+    made = iter(range(99))
+    clock = iter([0.0, 0.1] * 6 + [0.0, 0.1] * 2 + [0.0, 8.0, 0.0, 2.0, 0.0, 9.0, 0.0, 4.0])
+    monkeypatch.setattr(fake, "_made_up", of_token)
+    monkeypatch.setattr(operators, "perf_counter", lambda: next(clock))
+    found = measure_operators(FakeRuntime(), PLAIN, RunOptions(), [1, 2, 3], tokens=4)
+    # 0 is the prompt, 1 and 2 settle; of 3 to 6 the second and the last were quicker.
+    assert [row.name for row in found.by_kind] == ["kind 4", "kind 6"]
+    assert (found.token_s, found.watched_token_s) == (pytest.approx(0.1), pytest.approx(3.0))
+    assert found.overhead == pytest.approx(29.0)
+    assert found.tokens == 4
+
+
 def test_only_the_last_tokens_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     def of_many(tokens: int, start_s: float, end_s: float) -> TracedStep:
         return step(start_s, ("Prompt" if tokens > 1 else "Token", None, 1.0), tokens=tokens)
