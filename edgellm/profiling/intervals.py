@@ -16,6 +16,9 @@ import numpy.typing as npt
 from edgellm.errors import UsageError
 from edgellm.profiling.document import Distribution, Figure, Ratio
 
+Better = Literal["higher", "lower"]
+"""Which way a quantity is faster: more tokens per second, fewer seconds."""
+
 Values = npt.NDArray[np.float64]
 
 CONFIDENCE = 0.95
@@ -74,7 +77,7 @@ def ratio(
     to: Sequence[float],
     quantity: str,
     *,
-    better: Literal["higher", "lower"],
+    better: Better,
     noisy: bool,
     names: tuple[str, str],
 ) -> Ratio:
@@ -111,7 +114,7 @@ def unpaired(
     of: Sequence[float],
     to: Sequence[float],
     *,
-    better: Literal["higher", "lower"],
+    better: Better,
     noisy: bool,
 ) -> tuple[Figure, str]:
     """The median of ``of`` divided by that of ``to``, of rounds that have no pairs, and a verdict.
@@ -139,7 +142,7 @@ def unpaired(
     return found, NOT_SHOWN if noisy else _verdict(found, better, fewest)
 
 
-def _verdict(found: Figure, better: Literal["higher", "lower"], rounds: int) -> str:
+def _verdict(found: Figure, better: Better, rounds: int) -> str:
     nearest = max(found.low - 1, 1 - found.high)  # below 0 where the interval holds 1
     if rounds < FEWEST_FOR_VERDICT or nearest <= 0:
         return NOT_SHOWN

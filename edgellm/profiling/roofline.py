@@ -38,16 +38,17 @@ runtimes keep one for as many numbers as they like."""
 def measure_limits(threads: Sequence[int]) -> tuple[Limit, ...]:
     """What memory and arithmetic give at best on each number of ``threads``, ascending.
 
-    Takes about a second for each, and 128 MiB of memory for each thread.
+    Takes about a second for each, and 128 MiB of memory for each thread. One thread is measured in
+    any case: more can do what fewer did, though another program kept one of them waiting.
     """
-    return tuple(
-        Limit(
-            threads=count,
-            bandwidth_bytes_per_s=memory_bandwidth_bytes_per_s(count),
-            flops_per_s=product_flops_per_s(count),
-        )
-        for count in sorted(set(threads))
-    )
+    found = []
+    bandwidth = flops = 0.0
+    for count in sorted({1, *threads}):
+        bandwidth = max(bandwidth, memory_bandwidth_bytes_per_s(count))
+        flops = max(flops, product_flops_per_s(count))
+        if count in threads:
+            found.append(Limit(threads=count, bandwidth_bytes_per_s=bandwidth, flops_per_s=flops))
+    return tuple(found)
 
 
 def product_flops_per_s(threads: int) -> float:

@@ -87,14 +87,21 @@ def test_what_is_not_known_has_no_share() -> None:
 def test_limits_are_measured_once_for_each_number_of_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(limits, "SIDES", (64,))
-    monkeypatch.setattr(limits, "PRODUCTS_S", 0.01)
-    monkeypatch.setattr(limits, "memory_bandwidth_bytes_per_s", lambda threads: 1e9 * threads)
-    found = measure_limits([2, 1, 2])
-    assert [limit.threads for limit in found] == [1, 2]
-    assert [limit.bandwidth_bytes_per_s for limit in found] == [1e9, 2e9]
-    # The slowest boards compute some 1e9 a second, and no CPU 1e14.
-    assert all(1e7 < limit.flops_per_s < 1e14 for limit in found)
+    measured = []
+
+    def bandwidth(threads: int) -> float:
+        measured.append(threads)
+        return 1e9 * threads
+
+    # Two threads were kept waiting.
+    flops = {1: 1e10, 2: 0.5e10, 4: 3e10}
+    monkeypatch.setattr(limits, "memory_bandwidth_bytes_per_s", bandwidth)
+    monkeypatch.setattr(limits, "product_flops_per_s", lambda threads: flops[threads])
+    assert measure_limits([4, 2, 4]) == (
+        Limit(threads=2, bandwidth_bytes_per_s=2e9, flops_per_s=1e10),
+        Limit(threads=4, bandwidth_bytes_per_s=4e9, flops_per_s=3e10),
+    )
+    assert measured == [1, 2, 4]
 
 
 def test_products_are_counted_and_run_on_so_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,3 +120,10 @@ def test_products_are_counted_and_run_on_so_many_threads(monkeypatch: pytest.Mon
     # 2 x side cubed operations in side cubed x 0.1 ns.
     assert limits.product_flops_per_s(1) == pytest.approx(2e10)
     assert set(threads) <= {1}
+
+
+def test_a_product_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SIDES", (64,))
+    monkeypatch.setattr(limits, "PRODUCTS_S", 0.01)
+    # The slowest boards compute some 1e9 a second, and no CPU 1e14.
+    assert 1e7 < limits.product_flops_per_s(1) < 1e14
