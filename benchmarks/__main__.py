@@ -31,6 +31,7 @@ BENCHMARKS = {
     "drafting": "decoding with prompt lookup, where the answer repeats the text",
     "prefix": "time to the first token behind a text that was computed before",
     "kv_cache": "KL of keys and values in fewer bits, by runtime",
+    "profiler": "what `edgellm profile` says against bare loops and llama-bench's definition",
     "cold_start": "time to help and to the first token",
 }
 

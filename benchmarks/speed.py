@@ -20,13 +20,14 @@ def compare(
     *,
     label: str,
     at_least: dict[str, float],
+    at_most: dict[str, float] | None = None,
     quick: bool,
 ) -> tuple[list[Comparison], float]:
     """Comparisons of prefill and decode, and the share of equal greedy tokens of the last round.
 
     Both programs are started anew several times, since where memory falls moves a process's speed;
     in each start they take turns round by round, after one round each that is not counted.
-    ``at_least`` bounds the ratio of a quantity, where there is a target.
+    ``at_least`` and ``at_most`` bound the ratio of a quantity, where there is a target.
     """
     samples: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in QUANTITIES}
     last: list[dict[str, Any]] = []
@@ -40,11 +41,17 @@ def compare(
             samples[name][1].extend(answer[key] for answer in b)
         last = [a[-1], b[-1]]
     comparisons = [
-        Comparison(f"{name}, {label}", "tokens/s", *samples[name], at_least=at_least.get(name))
+        Comparison(
+            f"{name}, {label}",
+            "tokens/s",
+            *samples[name],
+            at_least=at_least.get(name),
+            at_most=(at_most or {}).get(name),
+        )
         for name in QUANTITIES
     ]
     pairs = list(zip(last[0]["tokens"], last[1]["tokens"], strict=True))
-    return comparisons, sum(x == y for x, y in pairs) / len(pairs)
+    return comparisons, sum(x == y for x, y in pairs) / max(1, len(pairs))
 
 
 def new_tokens(*, quick: bool) -> int:

@@ -89,7 +89,7 @@ def main(requests: IO[bytes], answers: IO[bytes]) -> int:
         if job.operators:
             _say(answers, _operators(job))
             return 0
-        cell = _Cell(job)
+        cell = LoadedCell(job)
         _say(answers, cell.ready)
         for _ in requests:
             _say(answers, cell.round())
@@ -107,6 +107,7 @@ def _say(answers: IO[bytes], answer: Any) -> None:
 def _opened(job: Job) -> tuple[Artifact, Any, Prompt, RunOptions]:
     """The artifact, its tokenizer, the prompt in its tokens, and how to open it."""
     from edgellm.manifest import open_artifact
+    from edgellm.profiling.operators import SETTLING_TOKENS
     from edgellm.profiling.prompts import prompt_of
     from edgellm.runtimes.session import RunOptions
     from edgellm.tokenization.artifact import artifact_tokenizer
@@ -114,9 +115,10 @@ def _opened(job: Job) -> tuple[Artifact, Any, Prompt, RunOptions]:
     artifact = open_artifact(Path(job.path))
     tokenizer = artifact_tokenizer(artifact.main, artifact.container)
     prompt = prompt_of(tokenizer, job.prompt_tokens, job.depth_tokens)
+    spare = SETTLING_TOKENS if job.operators else 0
     options = RunOptions(
         device=cast("Device", job.device),
-        context_tokens=job.depth_tokens + job.prompt_tokens + job.new_tokens,
+        context_tokens=job.depth_tokens + job.prompt_tokens + job.new_tokens + spare,
         threads=job.threads,
         kv_dtype=cast("KvDtype | None", job.kv_cache),
     )
@@ -138,7 +140,9 @@ def _operators(job: Job) -> Operators:
     )
 
 
-class _Cell:
+class LoadedCell:
+    """An artifact, open, and what it is asked."""
+
     def __init__(self, job: Job) -> None:
         from edgellm.profiling.energy import counters
         from edgellm.runtimes import runtime_named

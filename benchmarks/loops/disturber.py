@@ -1,0 +1,13 @@
+"""Keeps one core busy now and then, until it is killed: half of the time, in spells of 0.1 to 2 s."""
+
+from __future__ import annotations
+
+import random
+import time
+
+chance = random.Random(1)
+while True:
+    end = time.perf_counter() + chance.uniform(0.1, 2.0)
+    while time.perf_counter() < end:
+        pass
+    time.sleep(chance.uniform(0.1, 2.0))

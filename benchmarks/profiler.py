@@ -1,0 +1,125 @@
+"""What `edgellm profile` says against bare loops and other benchmarks' definitions.
+
+Overhead: decoding as a cell measures it, against a bare loop over llama.cpp's functions. Agreement:
+the same quantity by llama-bench's definition (its tests pp512 and tg128) and by a bare loop over
+onnxruntime-genai. Repeatability: the ratio of two cells in several profiles, while another program
+has a core now and then.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from benchmarks import genai_builds, speed
+from benchmarks.llamacpp_loop import repack_of
+from benchmarks.measure import output_of, run
+from benchmarks.models import SMOLLM2, smollm2
+from benchmarks.places import LOOPS, WORK, edgellm, shown
+from benchmarks.results import Comparison, Result
+from benchmarks.text import PROMPT_TOKENS, tokens
+
+THREADS = 2
+AT_LEAST_OF_BARE = 0.99
+AGREEMENT = (0.97, 1.03)
+PROFILES = 5
+REPEATED_AT_MOST = 1.05
+
+
+def measure(*, quick: bool) -> Result:
+    """Ratios of speeds, and how far those of several profiles lie apart."""
+    model = smollm2()
+    text = tokens(model)
+    count = speed.new_tokens(quick=quick)
+    commands = {}
+    for name, container, quant in (("q4", "gguf", "rtn:q4_0"), ("q8", "gguf", "rtn:q8_0")):
+        convert = [*edgellm(), "convert", model.name, "--format", container, "--quant", quant]
+        convert += ["--out", f"profiled-{name}", "--no-check", "--force"]
+        run(convert)
+        commands[f"{name}, made by"] = shown(convert)
+    file = next((WORK / "profiled-q4").glob("*.gguf")).relative_to(WORK)
+    bare = [sys.executable, str(LOOPS / "llamacpp_bare.py"), str(file), text.path.name]
+    repack = repack_of(bare)
+    bare += [str(THREADS), str(count), repack]
+    rounds = [sys.executable, str(LOOPS / "profile_rounds.py"), "llamacpp", "profiled-q4"]
+    rounds += [str(THREADS), str(count), str(PROMPT_TOKENS)]
+    llamabench = [sys.executable, str(LOOPS / "llamabench_rounds.py"), str(file), str(THREADS)]
+    llamabench += [str(count), str(PROMPT_TOKENS), repack]
+    built = genai_builds.build(model, "peer-equal", genai_builds.LAST_LOGITS)
+    genai = [sys.executable, str(LOOPS / "genai_loop.py"), "peer-equal", text.path.name]
+    genai += [str(THREADS), str(count)]
+    of_genai = [sys.executable, str(LOOPS / "profile_rounds.py"), "onnxruntime-genai", "peer-equal"]
+    of_genai += [str(THREADS), str(count), str(PROMPT_TOKENS), str(PROMPT_TOKENS)]
+    pairs = {
+        "bare llama.cpp loop": ([*rounds, str(PROMPT_TOKENS)], bare),
+        "llama-bench": ([*rounds, "1"], llamabench),
+        "onnxruntime-genai": (of_genai, genai),
+    }
+    comparisons: list[Comparison] = []
+    for label, (ours, peer) in pairs.items():
+        overhead = label.startswith("bare")
+        found, _ = speed.compare(
+            ours,
+            peer,
+            label=label,
+            at_least={
+                "decode": AT_LEAST_OF_BARE if overhead else AGREEMENT[0],
+                **({} if overhead else {"prefill": AGREEMENT[0]}),
+            },
+            at_most={} if overhead else dict.fromkeys(speed.QUANTITIES, AGREEMENT[1]),
+            quick=quick,
+        )
+        comparisons += found
+        commands |= {f"edgellm, {label}": shown(ours), label: shown(peer)}
+    profile = [*edgellm(), "profile", "profiled-q4", "profiled-q8", "--prompt-tokens", "64"]
+    profile += ["--new-tokens", str(count // 2), "--repeat", "2" if quick else "10", "--json"]
+    ratios = _ratios(profile, 1 if quick else PROFILES)
+    comparisons.append(
+        Comparison(
+            f"largest ratio of q8_0 to q4_0 by the smallest, {len(ratios)} profiles",
+            "",
+            [max(ratios) / min(ratios)],
+            at_most=REPEATED_AT_MOST,
+        )
+    )
+    commands |= {
+        "genai folder, made by": shown(built),
+        "disturbed, again and again": shown(profile),
+        "by": shown([sys.executable, str(LOOPS / "disturber.py")]),
+    }
+    return Result(
+        benchmark="profiler",
+        peer="the other's own",
+        setting=(
+            f"{SMOLLM2}, q4_0 GGUF and symmetric int4 built by onnxruntime-genai; {PROMPT_TOKENS} "
+            f"tokens of prompt, {count} new ones, {THREADS} threads. llama-bench decodes on an "
+            "empty cache: so does a cell whose prompt has one token."
+        ),
+        comparisons=comparisons,
+        commands=commands,
+        facts={
+            "ratios_of_profiles": ratios,
+            "text_sha256": text.sha256,
+            "packages": ["llama-cpp-python", "onnxruntime-genai"],
+        },
+    )
+
+
+def _ratios(profile: list[str], times: int) -> list[float]:
+    """The second cell's decoding speed by the first's in each profile, measured while disturbed."""
+    disturber = subprocess.Popen([sys.executable, str(LOOPS / "disturber.py")])
+    try:
+        found = []
+        for _ in range(times):
+            document = output_of(profile)
+            found.append(
+                next(
+                    each["ratio"]["median"]
+                    for each in document["ratios"]
+                    if each["quantity"] == "decode_tokens_per_s"
+                )
+            )
+        return found
+    finally:
+        disturber.kill()
+        disturber.wait()
