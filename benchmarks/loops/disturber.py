@@ -1,4 +1,4 @@
-"""Keeps one core busy now and then, until it is killed: half of the time, in spells of 0.1 to 2 s."""
+"""Keeps one core busy half of the time, in spells of 0.1 to 2 s, until it is killed."""
 
 from __future__ import annotations
 

@@ -19,13 +19,17 @@ By = Literal["backend", "machine", "quant"]
 
 Better = Literal["higher", "lower"]
 
+MEMORY = "peak_memory_bytes"
+MEMORY_SPREAD = 0.02
+"""A cell has one peak, which differs by less between runs; busy neighbours do not change it."""
+
 QUANTITIES: dict[str, tuple[Better, Callable[[document.Cell], Sequence[float]]]] = {
     "time_to_first_token_s": ("lower", lambda cell: _samples(cell.time_to_first_token_s)),
     "prefill_tokens_per_s": ("higher", lambda cell: _samples(cell.prefill_tokens_per_s)),
     "decode_tokens_per_s": ("higher", lambda cell: _samples(cell.decode_tokens_per_s)),
     "end_to_end_s": ("lower", lambda cell: _samples(cell.end_to_end_s)),
     "load_s": ("lower", lambda cell: _samples(cell.load_s)),
-    "peak_memory_bytes": ("lower", lambda cell: [cell.memory.peak_bytes] if cell.memory else []),
+    MEMORY: ("lower", lambda cell: [cell.memory.peak_bytes] if cell.memory else []),
 }
 """What is compared: which way is better, and a cell's samples of it."""
 
@@ -35,7 +39,8 @@ CONDITION = re.compile(r"\s*(\w+)\s*([<>])\s*([+-]?\d+(?:\.\d+)?)\s*%\s*")
 class Pair(msgspec.Struct, frozen=True, kw_only=True):
     """``of`` against ``to`` in one quantity: ``ratio`` of medians, and what can be said of it.
 
-    Each is ``FILE: CELL``. ``verdict`` as in ``document.Ratio``.
+    Each is ``FILE: CELL``. ``verdict`` as in ``document.Ratio``; of memory
+    ``more`` or ``less``.
     """
 
     quantity: str
@@ -209,9 +214,10 @@ def _pairs(of: _Side, to: _Side) -> list[Pair]:
         ours, theirs = samples_of(of.cell), samples_of(to.cell)
         if not ours or not theirs:
             continue
-        ratio, verdict = unpaired(
-            ours, theirs, better=better, noisy=bool(of.cell.noisy or to.cell.noisy)
-        )
+        noisy = bool(of.cell.noisy or to.cell.noisy)
+        ratio, verdict = unpaired(ours, theirs, better=better, noisy=noisy)
+        if quantity == MEMORY and abs(ratio.median - 1) > MEMORY_SPREAD:
+            verdict = "more" if ratio.median > 1 else "less"
         found.append(
             Pair(
                 quantity=quantity,

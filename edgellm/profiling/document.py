@@ -120,8 +120,8 @@ class Roofline(msgspec.Struct, frozen=True, kw_only=True):
     Decoding: the bytes that a token needs (weights, and keys and values of the middle of the
     answer) times its speed, as a share of the memory bandwidth at these threads. Prefill: 2
     floating-point operations a token for each weight that a prompt's tokens are multiplied with,
-    attention not counted, as a share of numpy's float32 matrix product at these threads; kernels
-    that compute in 8 bits may pass it. None where the artifact does not say what it reads, and on
+    attention not counted, as a share of a float32 matrix product at these threads; kernels that
+    compute in 8 bits may pass it. None where the artifact does not say what it reads, and on
     devices other than the CPU.
     """
 
@@ -222,7 +222,8 @@ class Ratio(msgspec.Struct, frozen=True, kw_only=True):
 class Limit(msgspec.Struct, frozen=True, kw_only=True):
     """What this machine reads and computes at best on ``threads`` threads.
 
-    ``bandwidth_bytes_per_s``: reading memory. ``flops_per_s``: float32 matrix products of numpy.
+    ``bandwidth_bytes_per_s``: reading memory. ``flops_per_s``: float32 matrix products of
+    onnxruntime.
     """
 
     threads: int

@@ -105,21 +105,24 @@ def test_limits_are_measured_once_for_each_number_of_threads(
 
 
 def test_products_are_counted_and_run_on_so_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    from threadpoolctl import threadpool_info
+    made: list[tuple[int, int]] = []
 
-    threads = []
+    def product(side: int, threads: int) -> int:
+        made.append((side, threads))
+        return side
 
-    def product(left: Any, right: Any, product: Any) -> float:
-        threads.extend(
-            pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"
-        )
-        return left.shape[0] ** 3 * 1e-10
-
-    monkeypatch.setattr(limits, "_product_s", product)
+    monkeypatch.setattr(limits, "_product", product)
+    monkeypatch.setattr(limits, "_seconds", lambda side: side**3 * 1e-10)
     monkeypatch.setattr(limits, "PRODUCTS_S", 0.0)
-    # 2 x side cubed operations in side cubed x 0.1 ns.
-    assert limits.product_flops_per_s(1) == pytest.approx(2e10)
-    assert set(threads) <= {1}
+    # 2 x side cubed operations in side cubed x 0.1 ns; the first that takes 50 ms is the last.
+    assert limits.product_flops_per_s(3) == pytest.approx(2e10)
+    assert made == [(512, 3), (1024, 3)]
+
+
+def test_the_product_is_one_of_its_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    (product,) = limits._product(8, 1)()  # type: ignore[misc]
+    assert product.shape == (8, 8)
+    assert (product == 8).all()
 
 
 def test_a_product_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
