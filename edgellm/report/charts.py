@@ -12,7 +12,7 @@ from edgellm.report.line_charts import Curve, Dot, Place, curves, scatter
 from edgellm.report.quantities import DECODE, PREFILL, Quantity, words_of
 from edgellm.report.row_charts import Bar, BarRow, Box, bars, boxes, spans
 from edgellm.report.rows import Row, machine_names
-from edgellm.report.summary import FEWEST_ROUNDS, compared
+from edgellm.report.summary import FEWEST_ROUNDS, compared, what_intervals_are
 from edgellm.report.svg import DASHES, TINTS, Look, block_sign, line_sign
 from edgellm.report.wording import (
     count,
@@ -181,25 +181,16 @@ def size_quality_speed(found: Sequence[Row]) -> list[Chart]:
 
 
 def memory(found: Sequence[Row]) -> list[Chart]:
-    """Peak, steady and the part of keys and values, a group of bars for each cell."""
-    taken = [(row, each) for row in found if (each := row.cell.memory)]
-    if not taken:
-        return []
-    most = max(each.peak_bytes for _, each in taken)
-    unit, scale = ("GB", 1e9) if most >= 1e9 else ("MB", 1e6)
-    kinds = ("peak", "steady", "keys and values")
-    lines = []
-    for row, each in taken:
-        parts = (each.peak_bytes, each.steady_bytes, each.kv_bytes)
-        drawn = tuple(
-            Bar(part / scale, Look(f"bar m{kind}"), hint=f"{row.label}, {name}: {size(part)}")
-            for kind, (name, part) in enumerate(zip(kinds, parts, strict=True))
-        )
-        lines.append(BarRow(row.label, size(each.peak_bytes), drawn))
-    title = "Memory of the process"
-    legend = tuple(Key(block_sign(f"bar m{kind}"), name) for kind, name in enumerate(kinds))
-    note = "Right: the peak. File pages that the process maps are counted."
-    return [Chart(title, bars(title, f"{unit} (shorter is better)", lines), legend, note)]
+    """Peak, steady and the part of keys and values, a group of bars for each cell.
+
+    A chart for each machine: the bars' colours say what they are.
+    """
+    machines = dict.fromkeys(row.machine for row in found if row.cell.memory)
+    charts = []
+    for machine in machines:
+        title = "Memory of the process" + (f", {machine}" if len(machines) > 1 else "")
+        charts.append(_memory(title, [row for row in found if row.machine == machine]))
+    return charts
 
 
 def rooflines(found: Sequence[Row]) -> list[Chart]:
@@ -270,6 +261,24 @@ def ratios(profiles: Sequence[Profile]) -> list[Chart]:
     ]
 
 
+def _memory(title: str, found: Sequence[Row]) -> Chart:
+    taken = [(row, each) for row in found if (each := row.cell.memory)]
+    most = max(each.peak_bytes for _, each in taken)
+    unit, scale = ("GB", 1e9) if most >= 1e9 else ("MB", 1e6)
+    kinds = ("peak", "steady", "keys and values")
+    lines = []
+    for row, each in taken:
+        parts = (each.peak_bytes, each.steady_bytes, each.kv_bytes)
+        drawn = tuple(
+            Bar(part / scale, Look(f"bar m{kind}"), hint=f"{row.label}, {name}: {size(part)}")
+            for kind, (name, part) in enumerate(zip(kinds, parts, strict=True))
+        )
+        lines.append(BarRow(_marked(row), size(each.peak_bytes), drawn))
+    legend = tuple(Key(block_sign(f"bar m{kind}"), name) for kind, name in enumerate(kinds))
+    note = "Right: the peak. File pages that the process maps are counted."
+    return Chart(title, bars(title, f"{unit} (shorter is better)", lines), legend, note)
+
+
 def _timeline(title: str, new: int, group: Sequence[Row], named: dict[str, str]) -> Chart:
     rounds = {row.label: found for row in group if (found := _per_round(row)) is not None}
     medians = {label: np.median(found, axis=0) for label, found in rounds.items()}
@@ -338,7 +347,7 @@ def _over(
     if not drawn:
         return []
     title = f"{quantity.words.capitalize()} against {'depth' if kept == 'prompt' else 'prompt'}"
-    note = "Whiskers: where the median lies with 95 % confidence."
+    note = f"Whiskers: {what_intervals_are(found)}."
     svg = curves(title, across, quantity.unit, drawn)
     return [Chart(title, svg, _legend(drawn), note)]
 
@@ -346,10 +355,9 @@ def _over(
 def _operators(title: str, known: Sequence[Operator], row: Row) -> Chart:
     dearest = sorted(known, key=lambda each: -each.seconds)[:DEAREST]
     unit, scale = seconds_unit(each.seconds for each in dearest)
-    digits = places(dearest[0].seconds * scale)
     lines = []
     for each in dearest:
-        shown = f"{number(each.seconds * scale, digits)} {unit} · {percent(each.share)}"
+        shown = f"{seconds(each.seconds)} · {percent(each.share)}"
         hint = f"{plain(each.name)}: {seconds(each.seconds)}, {number(each.calls)} calls a token"
         bar = Bar(each.seconds * scale, Look("bar", row.tint), hint=hint)
         lines.append(BarRow(plain(each.name), shown, (bar,)))

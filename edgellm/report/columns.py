@@ -52,9 +52,7 @@ def columns(found: Sequence[Row]) -> list[Column]:
         _lengths(found),
         *(_figure(found, each) for each in (FIRST_TOKEN, PREFILL, DECODE)),
         _latency(found),
-        *(_figure(found, each) for each in (END_TO_END, LOAD)),
         _bytes(found, "memory", "peak", lambda row: getattr(row.cell.memory, "peak_bytes", None)),
-        _bytes(found, "of it KV", "", lambda row: getattr(row.cell.memory, "kv_bytes", None)),
         _bytes(found, "size", "files", lambda row: row.cell.artifact.size_bytes),
         Column(
             "KL",
@@ -64,6 +62,8 @@ def columns(found: Sequence[Row]) -> list[Column]:
                 for row in found
             ),
         ),
+        *(_figure(found, each) for each in (END_TO_END, LOAD)),
+        _bytes(found, "keys, values", "", lambda row: getattr(row.cell.memory, "kv_bytes", None)),
         _energy(found),
         Column("rounds", "", tuple(Shown(str(row.cell.rounds or "")) for row in found)),
     ]

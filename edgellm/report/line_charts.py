@@ -20,7 +20,7 @@ from edgellm.report.svg import WIDTH, Canvas, Look, fitted, joined
 
 HEIGHT = 300.0
 LEFT, RIGHT, TOP, BOTTOM = 58.0, WIDTH - 14.0, 26.0, HEIGHT - 44.0
-LABEL_ROOM = 180.0
+LABEL_ROOM = 260.0
 MOST_RADIUS = 15.0
 
 
@@ -108,19 +108,30 @@ def scatter(title: str, across: str, up: str, dots: Sequence[Dot]) -> str:
     ticks = round_ticks(0.0, horizontal.high)
     _axes(canvas, horizontal, vertical, (across, up), ticks, spread(ladder, vertical, 16))
     heaviest = max(dot.weight for dot in dots) or 1.0
-    boxes, points = [], []
+    boxes: list[Box] = []
+    points, radii = [], []
     for dot in sorted(dots, key=lambda dot: -dot.weight):
         x, y = horizontal.at(dot.x), vertical.at(dot.y)
         radius = max(3.0, MOST_RADIUS * math.sqrt(max(dot.weight, 0.0) / heaviest))
         canvas.circle(Look("dot", dot.tint), x, y, radius, dot.hint)
         boxes.append(Box(x - radius, y - radius, x + radius, y + radius))
         points.append((fitted(dot.label, LABEL_ROOM), x, y))
+        radii.append(radius)
     bounds = Box(LEFT + 2, TOP, RIGHT, bottom - 2)
-    for label in place_labels(points, boxes, bounds):
+    for label, radius in zip(place_labels(points, boxes, bounds), radii, strict=True):
         if label.leader:
-            canvas.line("leader", *label.leader)
+            _leader(canvas, label.leader, radius)
         canvas.text(label.x, label.y, label.text, label.anchor, "label halo")
     return canvas.svg()
+
+
+def _leader(canvas: Canvas, ends: tuple[float, float, float, float], radius: float) -> None:
+    """A line from a dot's edge to its name."""
+    x1, y1, x2, y2 = ends
+    distance = math.hypot(x2 - x1, y2 - y1)
+    if distance > radius + 3:
+        share = radius / distance
+        canvas.line("leader", x1 + (x2 - x1) * share, y1 + (y2 - y1) * share, x2, y2)
 
 
 def _lengths(xs: Sequence[float]) -> Scale:

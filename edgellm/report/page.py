@@ -19,7 +19,7 @@ from edgellm.report.columns import columns, ratio_rows
 from edgellm.report.conditions import conditions, method
 from edgellm.report.quantities import DECODE, FIRST_TOKEN
 from edgellm.report.rows import Row, machine_names, rows, several_machines
-from edgellm.report.summary import summary
+from edgellm.report.summary import summary, what_intervals_are
 from edgellm.report.wording import count, listed, moment, plain, seconds
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def html(profiles: Sequence[Profile]) -> str:
         rows=found,
         columns=columns(found),
         speeds=[*charts.speeds(found, DECODE), *charts.speeds(found, FIRST_TOKEN)],
+        intervals=what_intervals_are(found),
         sections=_sections(found),
         ratios=ratio_rows(profiles),
         ratio_charts=charts.ratios(profiles),
@@ -132,7 +133,7 @@ def _sections(found: Sequence[Row]) -> list[Section]:
     sections.append(
         Section("operators", "Where a token's time goes", (), tuple(folds), _no_operators(found))
     )
-    return sections
+    return [each for each in sections if each.charts or each.folds or each.missing]
 
 
 def _section(anchor: str, title: str, drawn: Sequence[Chart], missing: str) -> Section:
@@ -152,7 +153,7 @@ def _no_operators(found: Sequence[Row]) -> str:
         everywhere = not any(row.cell.operators for row in found)
         if everywhere:
             return "Operators were not watched."
-    return " ".join(f"None of {listed(names)}: {reason}." for reason, names in without.items())
+    return " ".join(f"No times for {listed(names)}: {reason}." for reason, names in without.items())
 
 
 def _headings(profiles: Sequence[Profile]) -> list[str]:

@@ -16,6 +16,8 @@ THIN_BAR_HEIGHT = 7.0
 GAP = 12.0
 AXIS_HEIGHT = 40.0
 TOP = 4.0
+BEYOND = 1.15
+"""An axis reaches so much further than its reference, whose line then crosses no number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class Box:
 def bars(title: str, axis: str, rows: Sequence[BarRow], reference: float | None = None) -> str:
     """Bars from 0 on; a line at ``reference`` where there is one."""
     ends = [max(bar.value, bar.high or 0.0) for row in rows for bar in row.bars]
-    top = round_top(max([*ends, reference or 0.0]))
+    top = round_top(max([*ends, (reference or 0.0) * BEYOND]))
     thick = BAR_HEIGHT if max(len(row.bars) for row in rows) == 1 else THIN_BAR_HEIGHT
     heights = [LABEL_HEIGHT + len(row.bars) * thick + GAP for row in rows]
     canvas, scale = _framed(title, axis, sum(heights), Scale(0.0, top, LEFT, RIGHT))

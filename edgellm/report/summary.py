@@ -37,7 +37,8 @@ def summary(profiles: Sequence[Profile]) -> list[Sentence]:
         said.append(_leading(group, named, DECODE))
         if any(FIRST_TOKEN.of(row.cell) for row in group):
             said.append(_leading(group, named, FIRST_TOKEN))
-        said += [*_memory(group, named), *_quality(group)]
+        said += _memory(group, named)
+        said += [each for each in _quality(group) if each not in said]
     if not groups:
         said.append(Sentence("Nothing measured", "No cell has a decode speed.", warns=True))
     if len(groups) > MOST_GROUPS:
@@ -57,6 +58,15 @@ def compared(found: Sequence[Row]) -> list[list[Row]]:
             of_model = groups.setdefault((row.machine, row.cell.artifact.model_sha256), {})
             of_model.setdefault(row.lengths, []).append(row)
     return [max(by_lengths.values(), key=len) for by_lengths in groups.values()]
+
+
+def what_intervals_are(found: Sequence[Row]) -> str:
+    """What stands in brackets beside a median, in words; few rounds give less than many."""
+    enough = {row.cell.rounds >= FEWEST_ROUNDS for row in found if row.cell.rounds}
+    sure, few = "where the median lies with 95 % confidence", "the least and the largest sample"
+    if enough == {False}:
+        return few
+    return sure if False not in enough else f"{sure}; of fewer than {FEWEST_ROUNDS} rounds {few}"
 
 
 def names_of(group: Sequence[Row]) -> dict[str, str]:
@@ -131,6 +141,7 @@ def _shown(quantity: Quantity, figure: Figure) -> str:
 
 
 def _setting(group: Sequence[Row], groups: Sequence[Sequence[Row]]) -> str:
+    """What the cells of ``group`` have in common; of the first one also what brackets mean."""
     prompt, new, depth = group[0].lengths
     text = count(len(group), "cell")
     if len(models(each[0] for each in groups)) > 1:
@@ -141,9 +152,10 @@ def _setting(group: Sequence[Row], groups: Sequence[Sequence[Row]]) -> str:
         text += f", behind {count(depth, 'token')} in the cache"
     if len({each[0].machine for each in groups}) > 1:
         text += f", on {group[0].machine}"
-    sure = min(row.cell.rounds for row in group) >= FEWEST_ROUNDS
-    span = "where the median lies with 95 % confidence" if sure else "the least and the most"
-    return f"{text}. In brackets: {span}."
+    if group is not groups[0]:
+        return f"{text}."
+    everywhere = [row for each in groups for row in each]
+    return f"{text}. In brackets: {what_intervals_are(everywhere)}."
 
 
 def _memory(group: Sequence[Row], named: dict[str, str]) -> list[Sentence]:

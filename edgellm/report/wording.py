@@ -40,8 +40,13 @@ def number(value: float, digits: int | None = None) -> str:
 
 
 def interval(figure: Figure, scale: float = 1.0) -> tuple[str, str]:
-    """The median, and ``low to high`` to the same place, each multiplied by ``scale``."""
+    """The median, and ``low to high`` to the same place, each multiplied by ``scale``.
+
+    A single sample has no interval, and is said to be one.
+    """
     digits = places(figure.median * scale)
+    if len(figure.samples) == 1:
+        return number(figure.median * scale, digits), "one sample"
     low, high = (number(each * scale, digits) for each in (figure.low, figure.high))
     return number(figure.median * scale, digits), f"{low} to {high}"
 

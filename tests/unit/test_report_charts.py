@@ -240,3 +240,15 @@ def test_colours_follow_machines_where_there_are_several() -> None:
         "ARM Cortex-A76": 1,
     }
     assert len({row.tint for row in rows([documents.rich()])}) == 3
+
+
+def test_memory_has_a_chart_for_each_machine() -> None:
+    (one,) = charts.memory(rows([documents.rich()]))
+    assert one.title == "Memory of the process"
+    (peak, steady, kept) = elements(one.svg, "rect", "bar")[:3]
+    assert number(steady, "width") / number(peak, "width") == pytest.approx(172 / 212, rel=0.01)
+    assert number(kept, "width") / number(peak, "width") == pytest.approx(11.8 / 212, rel=0.02)
+    both = charts.memory(rows([documents.rich(), documents.other_machine()]))
+    assert [chart.title.split(", ")[1] for chart in both] == [
+        "Intel Xeon Platinum 8375C", "ARM Cortex-A76",
+    ]  # fmt: skip

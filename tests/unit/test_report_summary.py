@@ -51,7 +51,7 @@ def test_no_winner_of_few_rounds() -> None:
     sentence = said(documents.cell("a", 20, rounds=3), documents.cell("b", 30, rounds=3))
     assert "3 rounds are too few to tell" in sentence.text
     setting = said(documents.cell("a", 20, rounds=3), topic="Compared")
-    assert "In brackets: the least and the most." in setting.text
+    assert "In brackets: the least and the largest sample." in setting.text
 
 
 def test_the_first_token_soonest_is_the_shortest() -> None:
@@ -66,6 +66,10 @@ def test_only_cells_of_equal_lengths_are_compared() -> None:
     long = documents.cell("long", 90, run=documents.settings(512))
     sentence = said(long, documents.cell("a", 20), documents.cell("b", 30))
     assert "long" not in sentence.text
+
+
+def test_one_sample_has_no_interval() -> None:
+    assert seconds_of(documents.figure(0.5, rounds=1)) == "500 ms (one sample)"
 
 
 def test_one_cell_is_told_without_a_race() -> None:
