@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from edgellm.profiling.document import Figure, Operator, Profile
-from edgellm.report.line_charts import Curve, Dot, Place, curves, scatter
-from edgellm.report.quantities import DECODE, PREFILL, Quantity, words_of
+from edgellm.profiling.document import Operator, Profile
+from edgellm.report.line_charts import Dot, scatter
+from edgellm.report.quantities import DECODE, Quantity, words_of
 from edgellm.report.row_charts import Bar, BarRow, Box, bars, boxes, spans
 from edgellm.report.rows import Row, machine_names
-from edgellm.report.summary import FEWEST_ROUNDS, compared, what_intervals_are
-from edgellm.report.svg import DASHES, TINTS, Look, block_sign, line_sign
+from edgellm.report.summary import compared
+from edgellm.report.svg import Look, block_sign
 from edgellm.report.wording import (
     count,
     interval,
@@ -25,12 +25,6 @@ from edgellm.report.wording import (
     seconds_unit,
     size,
 )
-
-MOST_CURVES = 6
-"""So many curves with bands are told apart in one chart; more are drawn in further charts."""
-
-MOST_PLACES = 200
-"""Of a curve over token numbers; a longer one is drawn by medians of neighbours."""
 
 MOST_DOTS = 160
 """Samples of a distribution that are drawn, evenly spread over their order by size."""
@@ -80,11 +74,11 @@ def speeds(found: Sequence[Row], quantity: Quantity) -> list[Chart]:
         low, high = (each * scale for each in (figure.low, figure.high))
         hint = f"{row.label}: {median} {unit}, {span}"
         bar = Bar(figure.median * scale, Look("bar", row.tint), low, high, hint)
-        lines.append(BarRow(_marked(row), median, (bar,)))
+        lines.append(BarRow(marked(row), median, (bar,)))
     better = "longer" if quantity.more else "shorter"
     title = quantity.words.capitalize()
     axis = f"{unit} ({better} is better)"
-    return [Chart(title, bars(title, axis, lines), _machines(row for row, _ in measured))]
+    return [Chart(title, bars(title, axis, lines), machines_legend(row for row, _ in measured))]
 
 
 def latencies(found: Sequence[Row]) -> list[Chart]:
@@ -104,49 +98,14 @@ def latencies(found: Sequence[Row]) -> list[Chart]:
         look = Look("box", row.tint)
         p95 = each.p95 * scale
         dots = tuple(map(float, strip)) if each.samples else ()
-        drawn.append(Box(_marked(row), shown, look, p5, p25, p50, p75, p95, p99, most, dots))
+        drawn.append(Box(marked(row), shown, look, p5, p25, p50, p75, p95, p99, most, dots))
     title = "Time between two tokens"
     note = (
         "Box: the middle half of all samples, with the median. Stem: 5th to 95th percentile. "
         "Diamond: 99th. Dots: samples. Right: median / 99th percentile / slowest."
     )
     svg = boxes(title, f"{unit} a token (further left is better)", drawn)
-    return [Chart(title, svg, _machines(row for row, _ in measured), note)]
-
-
-def timelines(found: Sequence[Row]) -> list[Chart]:
-    """Latency against the number of the token; a chart for each lengths, and few curves in each."""
-    groups: dict[tuple[int, int, int], list[Row]] = {}
-    for row in found:
-        if _per_round(row) is not None:
-            groups.setdefault(row.lengths, []).append(row)
-    charts = []
-    for (prompt, new, depth), group in groups.items():
-        alike = [row.series for row in group]
-        named = {
-            row.label: row.series if alike.count(row.series) == 1 else row.label for row in group
-        }
-        title = "Latency token by token"
-        if len(groups) > 1:
-            title += f", prompt {prompt}" + (f", depth {depth}" if depth else "")
-        for first in range(0, len(group), MOST_CURVES):
-            charts.append(_timeline(title, new, group[first : first + MOST_CURVES], named))
-    return charts
-
-
-def over_prompts(found: Sequence[Row]) -> list[Chart]:
-    """Prefill speed against the prompt's length, where there are several."""
-    return _over("prompt tokens", PREFILL, found, lambda row: (row.lengths[0], row.lengths[2]))
-
-
-def over_depths(found: Sequence[Row]) -> list[Chart]:
-    """Decode speed against what lies in the cache before, where there are several depths."""
-    return _over(
-        "tokens in the cache before the prompt",
-        DECODE,
-        found,
-        lambda row: (row.lengths[2], row.lengths[0]),
-    )
+    return [Chart(title, svg, machines_legend(row for row, _ in measured), note)]
 
 
 def size_quality_speed(found: Sequence[Row]) -> list[Chart]:
@@ -177,7 +136,11 @@ def size_quality_speed(found: Sequence[Row]) -> list[Chart]:
     title = "Size, quality and speed"
     note = "The further down and left, the better; the larger the dot, the faster it decodes."
     up = "KL divergence to the source, nats"
-    return [Chart(title, scatter(title, "size of all files, MB", up, dots), _machines(found), note)]
+    return [
+        Chart(
+            title, scatter(title, "size of all files, MB", up, dots), machines_legend(found), note
+        )
+    ]
 
 
 def memory(found: Sequence[Row]) -> list[Chart]:
@@ -208,7 +171,7 @@ def rooflines(found: Sequence[Row]) -> list[Chart]:
         if reached:
             lines = [
                 BarRow(
-                    _marked(row),
+                    marked(row),
                     percent(share),
                     (
                         Bar(
@@ -221,7 +184,7 @@ def rooflines(found: Sequence[Row]) -> list[Chart]:
                 for row, share in reached
             ]
             svg = bars(title, axis, lines, reference=100.0)
-            charts.append(Chart(title, svg, _machines(row for row, _ in reached)))
+            charts.append(Chart(title, svg, machines_legend(row for row, _ in reached)))
     return charts
 
 
@@ -273,83 +236,10 @@ def _memory(title: str, found: Sequence[Row]) -> Chart:
             Bar(part / scale, Look(f"bar m{kind}"), hint=f"{row.label}, {name}: {size(part)}")
             for kind, (name, part) in enumerate(zip(kinds, parts, strict=True))
         )
-        lines.append(BarRow(_marked(row), size(each.peak_bytes), drawn))
+        lines.append(BarRow(marked(row), size(each.peak_bytes), drawn))
     legend = tuple(Key(block_sign(f"bar m{kind}"), name) for kind, name in enumerate(kinds))
     note = "Right: the peak. File pages that the process maps are counted."
     return Chart(title, bars(title, f"{unit} (shorter is better)", lines), legend, note)
-
-
-def _timeline(title: str, new: int, group: Sequence[Row], named: dict[str, str]) -> Chart:
-    rounds = {row.label: found for row in group if (found := _per_round(row)) is not None}
-    medians = {label: np.median(found, axis=0) for label, found in rounds.items()}
-    unit, scale = seconds_unit(float(np.max(each)) for each in medians.values())
-    bundle = -(-(new - 1) // MOST_PLACES)
-    quartiles = all(len(found) >= FEWEST_ROUNDS for found in rounds.values())
-    ends = (25.0, 75.0) if quartiles else (0.0, 100.0)
-    drawn, highest = [], 0.0
-    for row in group:
-        samples = rounds[row.label]
-        low, high = np.percentile(samples, ends, axis=0)
-        marks = []
-        for first in range(0, samples.shape[1], bundle):
-            part = slice(first, first + bundle)
-            marks.append(
-                Place(
-                    # The first sample is the time to the second token.
-                    x=first + 2 + (min(bundle, samples.shape[1] - first) - 1) / 2,
-                    y=float(np.median(medians[row.label][part])) * scale,
-                    low=float(np.median(low[part])) * scale,
-                    high=float(np.median(high[part])) * scale,
-                )
-            )
-        # One stall must not flatten all the rest: it is cut off, and the boxes tell of it.
-        highest = max(highest, float(np.percentile([mark.high for mark in marks], 98)) * 1.15)
-        drawn.append(Curve(named[row.label], tuple(marks), row.tint, row.dash, band=True))
-    looks = [(curve.tint % TINTS, curve.dash % DASHES) for curve in drawn]
-    if len(set(looks)) < len(looks):
-        drawn = [
-            Curve(curve.label, curve.places, number, 0, band=True)
-            for number, curve in enumerate(drawn)
-        ]
-    note = "Line: median of the rounds. Band: " + (
-        "the middle half of them." if quartiles else "the least and the most."
-    )
-    if bundle > 1:
-        note += f" Each point: the median of {bundle} tokens."
-    svg = curves(title, "number of the token", f"{unit} a token", drawn, top=highest)
-    return Chart(title, svg, _legend(drawn), note)
-
-
-def _over(
-    across: str, quantity: Quantity, found: Sequence[Row], key: Callable[[Row], tuple[int, int]]
-) -> list[Chart]:
-    """``quantity`` over the first length that ``key`` gives; its second one stays the same."""
-    groups: dict[tuple[str, int], dict[int, tuple[Row, Figure]]] = {}
-    for row in found:
-        figure = quantity.of(row.cell)
-        if figure:
-            length, other = key(row)
-            groups.setdefault((row.series, other), {}).setdefault(length, (row, figure))
-    groups = {name: each for name, each in groups.items() if len(each) > 1}
-    others = {other for _, other in groups}
-    kept = "prompt" if quantity is DECODE else "depth"
-    drawn = []
-    for (series, other), by_length in groups.items():
-        marks = []
-        for length, (row, figure) in sorted(by_length.items()):
-            median, span = interval(figure)
-            hint = f"{_marked(row)}: {median} tokens/s, {span}"
-            marks.append(Place(length, figure.median, figure.low, figure.high, hint))
-        row = next(iter(by_length.values()))[0]
-        name = f"{series}, {kept} {other}" if len(others) > 1 else series
-        dash = row.dash + sorted(others).index(other)
-        drawn.append(Curve(name, tuple(marks), row.tint, dash))
-    if not drawn:
-        return []
-    title = f"{quantity.words.capitalize()} against {'depth' if kept == 'prompt' else 'prompt'}"
-    note = f"Whiskers: {what_intervals_are(found)}."
-    svg = curves(title, across, quantity.unit, drawn)
-    return [Chart(title, svg, _legend(drawn), note)]
 
 
 def _operators(title: str, known: Sequence[Operator], row: Row) -> Chart:
@@ -367,28 +257,12 @@ def _operators(title: str, known: Sequence[Operator], row: Row) -> Chart:
     return Chart(title, bars(title, f"{unit} a token", lines), (), note)
 
 
-def _per_round(row: Row) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]] | None:
-    """Latencies ``[rounds, tokens]``; None where the samples do not make whole rounds."""
-    known = row.cell.inter_token_latency_s
-    tokens = row.lengths[1] - 1
-    if known is None or tokens < 2 or not known.samples or len(known.samples) % tokens:
-        return None
-    return np.asarray(known.samples, dtype=np.float64).reshape(-1, tokens)
-
-
-def _legend(drawn: Sequence[Curve]) -> tuple[Key, ...]:
-    return tuple(
-        Key(line_sign(curve.tint, curve.dash, marked=not curve.band), curve.label)
-        for curve in drawn
-    )
-
-
-def _marked(row: Row) -> str:
+def marked(row: Row) -> str:
     """The row's name in a chart whose legend tells the machines apart."""
     return f"{row.name} (noisy)" if row.cell.noisy else row.name
 
 
-def _machines(found: Iterable[Row]) -> tuple[Key, ...]:
+def machines_legend(found: Iterable[Row]) -> tuple[Key, ...]:
     """A legend of the machines, by colour; none where there is but one."""
     tints = {row.machine: row.tint for row in found}
     if len(tints) < 2:

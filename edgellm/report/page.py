@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edgellm.profiling.document import Profile
-from edgellm.report import charts
+from edgellm.report import charts, curve_charts
 from edgellm.report.charts import Chart, Fold
 from edgellm.report.columns import columns, ratio_rows
 from edgellm.report.conditions import conditions, method
@@ -102,12 +102,12 @@ def _subtitle(profiles: Sequence[Profile], found: Sequence[Row]) -> list[str]:
 
 def _sections(found: Sequence[Row]) -> list[Section]:
     """The charts in their order; those without data say why, or are left out."""
-    lengths = [*charts.over_prompts(found), *charts.over_depths(found)]
+    lengths = [*curve_charts.over_prompts(found), *curve_charts.over_depths(found)]
     sections = [
         _section(
             "latency",
             "Latency",
-            [*charts.latencies(found), *charts.timelines(found)],
+            [*charts.latencies(found), *curve_charts.timelines(found)],
             "No cell wrote more than one token.",
         ),
         _section(

@@ -34,13 +34,15 @@ def summary(profiles: Sequence[Profile]) -> list[Sentence]:
     for group in groups[:MOST_GROUPS]:
         named = names_of(group)
         said.append(Sentence("Compared", _setting(group, groups)))
-        said.append(_leading(group, named, DECODE))
-        if any(FIRST_TOKEN.of(row.cell) for row in group):
-            said.append(_leading(group, named, FIRST_TOKEN))
+        said += [
+            _leading(group, named, quantity)
+            for quantity in (DECODE, FIRST_TOKEN)
+            if any(quantity.of(row.cell) for row in group)
+        ]
         said += _memory(group, named)
         said += [each for each in _quality(group) if each not in said]
     if not groups:
-        said.append(Sentence("Nothing measured", "No cell has a decode speed.", warns=True))
+        said.append(Sentence("Nothing measured", "No cell has a speed.", warns=True))
     if len(groups) > MOST_GROUPS:
         text = f"{len(groups) - MOST_GROUPS} more such comparisons are left to the table of cells."
         said.append(Sentence("More", text))
@@ -54,7 +56,7 @@ def compared(found: Sequence[Row]) -> list[list[Row]]:
     """
     groups: dict[tuple[str, str], dict[tuple[int, int, int], list[Row]]] = {}
     for row in found:
-        if DECODE.of(row.cell) and not row.cell.failure:
+        if (DECODE.of(row.cell) or FIRST_TOKEN.of(row.cell)) and not row.cell.failure:
             of_model = groups.setdefault((row.machine, row.cell.artifact.model_sha256), {})
             of_model.setdefault(row.lengths, []).append(row)
     return [max(by_lengths.values(), key=len) for by_lengths in groups.values()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -270,15 +270,6 @@ def other_machine(rounds: int = 10) -> Profile:
     ]
     board = conditions("ARM Cortex-A76", physical_cores=4, os="Linux 6.6", governor="ondemand")
     return profile(cells, conditions=board, started="2026-03-02T09:00:00+00:00")
-
-
-def intervals_of(found: Sequence[Cell]) -> list[tuple[float, float]]:
-    """Decode speed's interval of each."""
-    return [
-        (each.decode_tokens_per_s.low, each.decode_tokens_per_s.high)
-        for each in found
-        if each.decode_tokens_per_s
-    ]
 
 
 def energy() -> Energy:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edgellm.profiling.document import Distribution
-from edgellm.report import charts
+from edgellm.report import charts, curve_charts
 from edgellm.report.line_charts import BOTTOM, TOP, Curve, Dot, Place, curves, scatter
 from edgellm.report.quantities import DECODE
 from edgellm.report.row_charts import Bar, BarRow, Box, bars, boxes, spans
@@ -173,7 +173,7 @@ def test_the_timeline_is_the_median_of_the_rounds() -> None:
     samples = (0.010, 0.020, 0.030, 0.012, 0.020, 0.030, 0.500, 0.020, 0.030)
     known = Distribution(samples=samples, mean=0.1, p50=0.02, p90=0.03, p95=0.03, p99=0.5, max=0.5)
     cell = documents.cell(run=documents.settings(new=4), rounds=3, inter_token_latency_s=known)
-    (chart,) = charts.timelines(rows([documents.profile([cell])]))
+    (chart,) = curve_charts.timelines(rows([documents.profile([cell])]))
     (line,) = elements(chart.svg, "path", "curve")
     ys = [float(pair.split()[1]) for pair in line.get("d", "")[1:].split("L")]
     # Medians 12, 20 and 30 ms on an axis that begins at 0.
@@ -185,23 +185,23 @@ def test_the_timeline_is_the_median_of_the_rounds() -> None:
 def test_a_timeline_without_whole_rounds_is_not_drawn() -> None:
     known = documents.distribution(0.02, 1, 30)
     cell = documents.cell(run=documents.settings(new=32), inter_token_latency_s=known)
-    assert charts.timelines(rows([documents.profile([cell])])) == []
+    assert curve_charts.timelines(rows([documents.profile([cell])])) == []
 
 
 def test_long_answers_are_drawn_thinned() -> None:
     cell = documents.cell(run=documents.settings(new=2001), rounds=4)
-    (chart,) = charts.timelines(rows([documents.profile([cell])]))
+    (chart,) = curve_charts.timelines(rows([documents.profile([cell])]))
     (line,) = elements(chart.svg, "path", "curve")
-    assert line.get("d", "").count("L") < charts.MOST_PLACES
+    assert line.get("d", "").count("L") < curve_charts.MOST_PLACES
     assert "median of 10 tokens" in chart.note
 
 
 def test_curves_over_lengths_need_several() -> None:
     one = rows([documents.profile([documents.cell("a"), documents.cell("b")])])
-    assert charts.over_prompts(one) == []
-    assert charts.over_depths(one) == []
+    assert curve_charts.over_prompts(one) == []
+    assert curve_charts.over_depths(one) == []
     rich = rows([documents.rich()])
-    (prompts,), (depths,) = charts.over_prompts(rich), charts.over_depths(rich)
+    (prompts,), (depths,) = curve_charts.over_prompts(rich), curve_charts.over_depths(rich)
     assert [key.text for key in prompts.legend] == [
         "smollm2-135m-q4_0", "smollm2-135m-q4_k_m", "smollm2-135m-q8_0",
     ]  # fmt: skip

@@ -10,7 +10,9 @@ import msgspec
 import pytest
 
 from edgellm.profiling.document import Operators, Profile
+from edgellm.report.markdown import markdown
 from edgellm.report.page import html as page
+from edgellm.report.prometheus import prometheus
 
 from . import profile_documents as documents
 
@@ -208,3 +210,25 @@ def test_one_profile_twice_is_still_told_apart() -> None:
     text = shown(page([profile, later]))
     assert "a, 2026-03-01 14:05 UTC" in text
     assert "a, 2026-03-05 10:00 UTC" in text
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"decode_tokens_per_s": None, "inter_token_latency_s": None},
+        {"time_to_first_token_s": None, "memory": None},
+        {"roofline": None, "operators": None, "rounds": 1},
+        {"decode_tokens_per_s": documents.figure(0.0)},
+        {"of": documents.artifact(kld_mean=0.0, size_bytes=0)},
+        {"run": documents.settings(prompt=1, new=2, threads=None)},
+        {"failure": "stopped half-way", "rounds": 2},
+    ],
+    ids=lambda changed: "-".join(changed),
+)
+def test_cells_that_lack_something(changed: dict[str, object]) -> None:
+    whole = documents.cell("whole", run=documents.settings(2048))
+    for cells in ([documents.cell(**changed)], [whole, documents.cell(**changed)]):
+        profile = documents.profile(cells)
+        assert "small-q4_0" in shown(page([profile]))
+        assert "small-q4\\_0" in markdown([profile])
+        assert 'cell="small-q4_0"' in prometheus([profile])
