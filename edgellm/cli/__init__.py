@@ -49,7 +49,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "profile": (
         "edgellm.cli.profile_command:profile",
-        "Measure how fast artifacts answer here, and what that takes.",
+        "Measure how fast artifacts answer on this machine.",
     ),
     "compare": (
         "edgellm.cli.compare_command:compare",

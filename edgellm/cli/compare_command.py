@@ -33,7 +33,7 @@ def compare(
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Compare profiles: ratios with intervals, and a verdict that can stop a build.
+    """Compare profiles, with a verdict that can stop a build.
 
     The first file is what the others are measured by. Only what is alike is compared: the same
     artifact, prompt, runtime and machine; --by says which of these may differ, and then cells of
@@ -46,7 +46,7 @@ def compare(
       edgellm compare before.json after.json --fail-if "decode_tokens_per_s < -5%"
       edgellm compare laptop.json server.json --by machine
       edgellm compare all.json --by backend
-      edgellm compare q4.json q8.json --by quant --json | jq '.pairs[].ratio.median'
+      edgellm compare q4.json q8.json --by quant --json | jq '.pairs[].ratio'
     """
     from edgellm.profiling.comparing import compare as compared
     from edgellm.profiling.document import read_profile

@@ -82,7 +82,7 @@ def profile(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure how fast artifacts answer here, and what that takes.
+    """Measure how fast artifacts answer on this machine.
 
     Every combination of what is given is a cell, in a process of its own. Cells take turns, round
     by round, so that heat and other programs hit all alike. Times go from the prompt's text to the
@@ -94,7 +94,7 @@ def profile(
       edgellm profile small
       edgellm profile q4 q8 --output report.html --output report.json
       edgellm profile small --runtime all --threads 1,2
-      edgellm profile small --prompt-tokens 128,512,2048 --depth 0,4096 --budget 5m
+      edgellm profile small --prompt-tokens 128,2048 --depth 0,4096 --budget 5m
       edgellm profile small.gguf --kv-cache f16,q8_0 --operators
       edgellm profile small --json | jq '.cells[].decode_tokens_per_s.median'
     """
@@ -158,6 +158,7 @@ def _show(found: Profile, written: Sequence[Path]) -> None:
         right="123456",
     )
     notes = [f"{cell.name}: {cell.failure}" for cell in found.cells if cell.failure]
+    notes += [_dearest(cell.name, cell.operators) for cell in found.cells if cell.operators]
     notes += [
         f"{cell.name} is noisy: {'; '.join(cell.noisy)}" for cell in found.cells if cell.noisy
     ]
