@@ -43,6 +43,8 @@ OPERATOR_TOKENS = 16
 PROCESS_BYTES = 300 << 20
 """What a process takes beside weights, keys and values: Python, the runtime, its work space."""
 
+FLOAT_BYTES = 4
+
 NOT_COUNTED = (
     "loading, but in load_s",
     "computing the depth's tokens, which the cache holds before the prompt",
@@ -181,7 +183,8 @@ def profile(
 def _rounds(cells: Sequence[Running], effort: Effort, stays: bool, watch: Watch) -> None:
     """Measure warm-ups and rounds, until there were enough or the time is over."""
     end_s = None if effort.budget_s is None else time.perf_counter() + effort.budget_s
-    number = 1 - effort.warmup_rounds
+    # Processes that are started anew in each round warm up by themselves.
+    number = 1 - effort.warmup_rounds if stays else 1
     last = Step("", number, 0 if end_s else effort.rounds, 0, len(cells), "")
     while end_s is not None or number <= effort.rounds:
         for place, cell in enumerate(cells):
@@ -285,10 +288,12 @@ def _all_fit(cells: Sequence[Running]) -> bool:
 
 
 def _expected_bytes(cell: Running) -> int:
-    """What a cell's process will take at about: torch and MLX hold floats on a CPU."""
+    """What a cell's process will take at most at about: torch and MLX hold floats on a CPU."""
     if not cell.alive:
         return 0
-    weights = cell.facts.size_bytes
-    if cell.wanted.runtime in ("torch", "mlx") and cell.facts.weights:
-        weights = max(weights, 4 * cell.facts.weights)
-    return PROCESS_BYTES + weights
+    wanted, facts = cell.wanted, cell.facts
+    weights = facts.size_bytes
+    if wanted.runtime in ("torch", "mlx") and facts.weights:
+        weights = max(weights, FLOAT_BYTES * facts.weights)
+    tokens = wanted.depth_tokens + wanted.prompt_tokens + wanted.new_tokens
+    return PROCESS_BYTES + weights + FLOAT_BYTES * (facts.kv_values or 0) * tokens

@@ -108,7 +108,7 @@ def test_processes_that_do_not_fit_together_are_started_anew_each_round(
     assert not found.method.stayed_loaded
     for cell in found.cells:
         assert cell.load_s is not None
-        assert (cell.rounds, len(cell.load_s.samples)) == (2, 3)
+        assert (cell.rounds, len(cell.load_s.samples)) == (2, 2)
 
 
 def test_a_cell_that_cannot_be_is_a_row_and_the_others_go_on(
