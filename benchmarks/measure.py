@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,9 @@ from benchmarks.places import WORK, environment, shown
 
 PAUSE_S = 0.2
 """Rest between measurements, so that spinning threads of the last one have gone to sleep."""
+
+SETTLING_S, QUIET_PERCENT = 60.0, 1.0
+"""How long to wait for a quiet machine, and which share of waiting for a CPU is quiet."""
 
 MAXRSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 
@@ -118,6 +122,21 @@ def interleaved(
             of_first.append(a)
             of_second.append(b)
     return of_first, of_second
+
+
+def settle() -> None:
+    """Wait, a minute at most, until nothing has waited for a CPU lately, where Linux tells.
+
+    Our runtimes choose by that, when they are loaded, how their threads wait for each other; a
+    conversion that has just ended is not what they should go by.
+    """
+    pressure = Path("/proc/pressure/cpu")
+    end = time.perf_counter() + SETTLING_S
+    while pressure.exists() and time.perf_counter() < end:
+        found = re.search(r"some avg10=([\d.]+)", pressure.read_text())
+        if found is None or float(found[1]) < QUIET_PERCENT:
+            return
+        time.sleep(1.0)
 
 
 class Loop:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.measure import Loop, interleaved
+from benchmarks.measure import Loop, interleaved, settle
 from benchmarks.results import Comparison
 
 NEW_TOKENS = 128
@@ -32,6 +32,8 @@ def compare(
     samples: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in QUANTITIES}
     last: list[dict[str, Any]] = []
     for _ in range(1 if quick else STARTS):
+        if not quick:
+            settle()
         with Loop(ours) as our_loop, Loop(peer) as peer_loop:
             a, b = interleaved(
                 our_loop.round, peer_loop.round, pairs=1 if quick else ROUNDS, warm_up=1
@@ -50,8 +52,10 @@ def compare(
         )
         for name in QUANTITIES
     ]
-    pairs = list(zip(last[0]["tokens"], last[1]["tokens"], strict=True))
-    return comparisons, sum(x == y for x, y in pairs) / max(1, len(pairs))
+    tokens = [answer["tokens"] for answer in last]
+    if not all(tokens):  # one of them chooses none
+        return comparisons, 0.0
+    return comparisons, sum(x == y for x, y in zip(*tokens, strict=True)) / len(tokens[0])
 
 
 def new_tokens(*, quick: bool) -> int:
