@@ -110,6 +110,7 @@ def open(
             device=device,
             kv_dtype=kv_dtype,
             adapters=bool(adapters if adapters is not None else kept_adapters(artifact)),
+            compute=artifact.compute,
         )
     except (RuntimeMissing, UnsupportedTarget) as refusal:
         if artifact.container != "hf":

@@ -133,11 +133,13 @@ def pick(
     device: Device = "auto",
     kv_dtype: str | None = None,
     adapters: bool = False,
+    compute: str | None = None,
 ) -> Choice:
     """The runtime that runs ``container`` here: the one asked for, or the first by ``speed_rank``.
 
     ``kv_dtype``: what it must be able to keep past keys and values in; None for any. ``adapters``:
-    whether it must be able to apply LoRA adapters beside the model.
+    whether it must be able to apply LoRA adapters beside the model. ``compute``: what its graph
+    computes in (``Artifact.compute``).
 
     Raises ``UsageError`` for an unknown ``runtime``, ``RuntimeMissing`` when installing something
     would help, and ``UnsupportedTarget`` otherwise; the message holds every refusal.
@@ -151,9 +153,9 @@ def pick(
     refusals: list[str] = []
     installs: list[str] = []
     for found in sorted(asked, key=lambda found: found.speed_rank):
-        refusal = _refusal(found, container, device, kv_dtype, adapters)
+        refusal = _refusal(found, container, device, kv_dtype, adapters, compute)
         if refusal is None:
-            chosen = found.devices[0] if device == "auto" else device
+            chosen = found.computing(compute)[0] if device == "auto" else device
             why = "asked for" if runtime else f"the fastest installed here that runs {container}"
             cores = hardware.physical_cores.value
             where = f"{cores} physical core{'s' * (cores != 1)}" if chosen == "cpu" else chosen
@@ -173,7 +175,12 @@ def pick(
 
 
 def _refusal(
-    found: Capabilities, container: str, device: str, kv_dtype: str | None, adapters: bool
+    found: Capabilities,
+    container: str,
+    device: str,
+    kv_dtype: str | None,
+    adapters: bool,
+    compute: str | None,
 ) -> str | None:
     if container not in found.containers:
         return f"runs {', '.join(sorted(found.containers)) or 'nothing'}, not {container}"
@@ -181,6 +188,11 @@ def _refusal(
         return found.reason
     if device != "auto" and device not in found.devices:
         return f"has {', '.join(found.devices)} here, not {device}"
+    if device != "auto" and device not in found.computing(compute):
+        return (
+            f"computes in halves alone on {device}, and this in f32: convert it again with "
+            "--compute f16"
+        )
     if kv_dtype is not None and kv_dtype not in found.kv_dtypes:
         kept = ", ".join(found.kv_dtypes) or "types of its own choice"
         return f"keeps keys and values in {kept}, not {kv_dtype}"

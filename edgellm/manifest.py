@@ -248,6 +248,13 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
     container: str
     manifest: Manifest | None = None
 
+    @property
+    def compute(self) -> str | None:
+        """What its graph computes in, ``f32`` or ``f16``; None where the runtime chooses."""
+        if self.container != "onnx" or self.manifest is None:
+            return None
+        return str(self.manifest.artifact.recipe.get("compute") or "f32")
+
 
 def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     """What can be run at ``path``: a folder with a manifest, or a Hugging Face folder, a folder of

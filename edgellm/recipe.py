@@ -30,8 +30,8 @@ int4-g64 rtn 1 and 0.644, imatrix 0.741 and 0.537; q4_0 rtn 1 and 0.615, imatrix
 """
 
 LOWERED = (
-    "format", "quant", "layout", "embed", "head", "kv_cache", "combine", "sign", "merge_base",
-    "calibrate_on", "device", "rope_scaling",
+    "format", "quant", "layout", "embed", "head", "kv_cache", "compute", "combine", "sign",
+    "merge_base", "calibrate_on", "device", "rope_scaling",
 )  # fmt: skip
 """Fields that hold names, which are compared in lower case."""
 
@@ -87,7 +87,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ``quant`` reads ``[transform+][solver:]grid``; ``embed`` and ``head`` name other grids for the
     embedding and the output head. ``layout``: how codes are laid out, where the container has
     several ways (``export.hf_layouts.LAYOUTS``). ``kv_cache``: what keys and values are cached in,
-    where the container fixes it. ``context``: cap on the context length in tokens.
+    where the container fixes it; ``compute``: what its graph computes in, likewise. ``context``:
+    cap on the context length in tokens.
     ``rope_scaling``: ``KIND:FACTOR``, a rope for more context than the model was trained for
     (``architectures.rope_scaling``).
     ``tensor_grids``: the grids of tensors that are named one by one, by role or by a pattern of
@@ -127,6 +128,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     fit: str | None = None
     bits: float | None = None
     kv_cache: str | None = None
+    compute: str | None = None
     context: int | None = None
     rope_scaling: str | None = None
     ignore_config_keys: tuple[str, ...] = ()

@@ -23,9 +23,9 @@ from edgellm.export import CONTAINERS
 from edgellm.hardware import detect
 from edgellm.manifest import Artifact
 from edgellm.recipe import Recipe
-from edgellm.runtimes import runtime_named, runtime_names
+from edgellm.runtimes import ort_package, runtime_named, runtime_names
 from edgellm.runtimes.limits import first_line
-from edgellm.runtimes.session import Capabilities, Device, Logits, RunOptions, Session
+from edgellm.runtimes.session import Capabilities, Device, KvDtype, Logits, RunOptions, Session
 from edgellm.tiny_model import write_tiny_model
 
 Opener = Callable[[], Session]
@@ -35,6 +35,8 @@ IDS = tuple(int(token) for token in np.random.default_rng(7).integers(2, 250, 70
 
 BOUND = 1e-3
 """How far logits, which reach about 10, may lie apart on a CPU, by the order of float32 sums."""
+BOUND_OF_HALVES = 0.3
+"""Where the graph must compute in f16."""
 BOUND_ELSEWHERE = 5e-2
 """On a GPU, whose products may round to fewer bits on their way (TF32)."""
 
@@ -127,13 +129,16 @@ class Bench:
 
     def outcomes(self, capabilities: Capabilities, device: Device) -> Iterator[Outcome]:
         """Every check of a runtime on one of its devices."""
-        runtime, bound = capabilities.runtime, BOUND if device == "cpu" else BOUND_ELSEWHERE
+        runtime, halves = capabilities.runtime, _in_halves(capabilities, device)
+        bound = BOUND if device == "cpu" else BOUND_ELSEWHERE
+        bound = BOUND_OF_HALVES if halves else bound
         for check, try_it in {**CHECKS, "the float network's logits": self._against_floats}.items():
             with ExitStack() as opened:
 
                 def open_session(opened: ExitStack = opened) -> Session:
-                    artifact = self._artifact(capabilities)
-                    options = RunOptions(device, CONTEXT_TOKENS, kv_dtype="f32")
+                    artifact = self._artifact(capabilities, halves=halves)
+                    kv_dtype: KvDtype = "f16" if halves else "f32"
+                    options = RunOptions(device, CONTEXT_TOKENS, kv_dtype=kv_dtype)
                     session = runtime_named(runtime).open(artifact, options)
                     return opened.enter_context(closing(session))
 
@@ -146,12 +151,14 @@ class Bench:
                 reason = "" if passed else f"{difference:.2g} is more than {bound:g}"
             yield Outcome(runtime, device, check, passed, difference, reason)
 
-    def _artifact(self, capabilities: Capabilities) -> Artifact:
-        container = next(name for name in CONTAINERS if name in capabilities.containers)
-        if container not in self._artifacts:
-            recipe = Recipe(source=str(self._model), format=container, quant="f32")
-            self._artifacts[container] = convert(recipe, self._scratch / container, check=False)
-        return self._artifacts[container]
+    def _artifact(self, capabilities: Capabilities, *, halves: bool) -> Artifact:
+        container = _container(capabilities)
+        name = f"{container}-f16" if halves else container
+        if name not in self._artifacts:
+            compute = "f16" if halves else None
+            recipe = Recipe(source=str(self._model), format=container, quant="f32", compute=compute)
+            self._artifacts[name] = convert(recipe, self._scratch / name, check=False)
+        return self._artifacts[name]
 
     def _against_floats(self, open_session: Opener) -> float:
         from edgellm.answers import open_answers
@@ -162,6 +169,16 @@ class Bench:
             self._reference = next(iter(floats.logits([Passage(IDS, 0)])))
             floats.close()
         return largest(open_session().prefill(IDS, all_logits=True), self._reference)
+
+
+def _in_halves(capabilities: Capabilities, device: Device) -> bool:
+    """Whether the graph must compute in f16 there."""
+    return _container(capabilities) == "onnx" and device in ort_package.HALVES_ON
+
+
+def _container(capabilities: Capabilities) -> str:
+    """What a runtime is given to open."""
+    return next(name for name in CONTAINERS if name in capabilities.containers)
 
 
 def largest(found: Logits, wanted: Logits) -> float:

@@ -78,7 +78,8 @@ class Grids:
 class DecoderGraph:
     """Writes ``decoder`` into ``graph``; ``tensors`` are the source's, by role.
 
-    ``int8_cache``: past and present are int8 by channel instead of f32.
+    ``int8_cache``: past and present are int8 by channel instead of what the graph computes in.
+    Logits are f32 whatever that is.
     """
 
     graph: GraphBuilder
@@ -183,7 +184,7 @@ class DecoderGraph:
         stream = operators.gather(graph, "input_ids", self.embedding, "token_embd")
         if decoder.embedding_scale != 1.0:
             factor = np.asarray([decoder.embedding_scale], np.float32)
-            scale = graph.constant("token_embd.scale", factor)
+            scale = graph.floats("token_embd.scale", factor)
             stream = graph.node("Mul", [stream, scale], "token_embd.scaled")
         if decoder.learned_positions is not None:
             stream = graph.node("Add", [stream, self._learned_positions()], "position_embd.sum")
@@ -222,7 +223,7 @@ class DecoderGraph:
 
     def _past_present(self, index: int) -> tuple[list[str], list[str]]:
         """The cached keys and values that come in, and with the step's that leave."""
-        element = TensorProto.INT8 if self.int8_cache else TensorProto.FLOAT
+        element = TensorProto.INT8 if self.int8_cache else self.graph.element
         before, after = self._cache_shape("past"), self._cache_shape("total")
         past = [
             self.graph.input(f"past_key_values.{index}.{part}", element, before)
@@ -359,7 +360,8 @@ class DecoderGraph:
     def _stacked_bias(self, role: str, biases: list[TensorRef]) -> str:
         columns = [_as_column(bias) for bias in biases]
         tensor = self.graph.store(role, columns, FLOAT, "float")
-        return self.graph.stored(tensor.arrays[0], TensorProto.FLOAT, [tensor.rows])
+        stored = self.graph.stored(tensor.arrays[0], TensorProto.FLOAT, [tensor.rows])
+        return self.graph.computed(stored)
 
     def _norm(self, name: str, stream: str, branch: str) -> tuple[str, str]:
         """The normed sum of stream and branch, and the sum itself: the new residual stream."""
@@ -398,7 +400,8 @@ class DecoderGraph:
 
     def _stored_float(self, ref: TensorRef) -> str:
         tensor = self.graph.store(ref.role, [ref], FLOAT, "float")
-        return self.graph.stored(tensor.arrays[0], TensorProto.FLOAT, ref.shape)
+        stored = self.graph.stored(tensor.arrays[0], TensorProto.FLOAT, ref.shape)
+        return self.graph.computed(stored)
 
     # --- head ------------------------------------------------------------------------------------
 
@@ -416,7 +419,11 @@ class DecoderGraph:
             tensor = graph.store(
                 "output.weight", [self.tensors[source]], self.grids.head, operators.packer
             )
-        self._product("logits", x, tensor, ["output.weight"], None)
+        if graph.element == TensorProto.FLOAT:
+            self._product("logits", x, tensor, ["output.weight"], None)
+        else:
+            narrow = self._product("logits.narrow", x, tensor, ["output.weight"], None)
+            graph.node("Cast", [narrow], "logits", to=TensorProto.FLOAT)
         # One position is what the default gives, and what tells genai not to expect them all. A
         # caller who asks for more gets more, and a warning in onnxruntime's log.
         shape: list[int | str] = ["batch_size", 1, decoder.vocab_size]

@@ -36,16 +36,21 @@ VECTOR_BYTES = 64
 
 
 class GraphBuilder:
-    """Collects a graph; every ``node`` call returns the names of the values that it computes."""
+    """Collects a graph; every ``node`` call returns the names of the values that it computes.
 
-    def __init__(self, producer_version: str) -> None:
+    ``element``: the type that the graph computes in, ``TensorProto.FLOAT`` or ``FLOAT16``.
+    """
+
+    def __init__(self, producer_version: str, element: int = TensorProto.FLOAT) -> None:
         self.producer_version = producer_version
+        self.element = element
         self.tensors: list[OutputTensor] = []
         self.data_bytes = 0
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
+        self._cast: set[str] = set()
 
     def input(self, name: str, element: int, shape: Sequence[int | str]) -> str:
         """Declare an input of the model."""
@@ -78,6 +83,23 @@ class GraphBuilder:
         """A small constant kept inside the model file; the same name is stored once."""
         if name not in self._initializers:
             self._initializers[name] = numpy_helper.from_array(values, name)
+        return name
+
+    def floats(self, name: str, values: npt.NDArray[np.float32]) -> str:
+        """A small constant of the type that the graph computes in."""
+        return self.constant(name, values.astype(helper.tensor_dtype_to_np_dtype(self.element)))
+
+    def computed(self, stored: str, element: int = TensorProto.FLOAT) -> str:
+        """The stored value of type ``element`` in the type that the graph computes in.
+
+        A cast of what never changes, which onnxruntime does once, when it opens the model.
+        """
+        if element == self.element:
+            return stored
+        name = f"{stored}.computed"
+        if name not in self._cast:
+            self._cast.add(name)
+            self.node("Cast", [stored], name, to=self.element)
         return name
 
     def integers(self, *values: int) -> str:

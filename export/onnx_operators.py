@@ -56,7 +56,8 @@ def _block_inputs(graph: GraphBuilder, tensor: OutputTensor) -> list[str]:
     scales, zeros = _part(tensor, "scales"), _part(tensor, "zeros")
     if scales is not None:
         blocks = scales.row_bytes // 4
-        names.append(graph.stored(scales, TensorProto.FLOAT, [tensor.rows, blocks]))
+        stored = graph.stored(scales, TensorProto.FLOAT, [tensor.rows, blocks])
+        names.append(graph.computed(stored))
     if zeros is not None:
         names.append(graph.stored(zeros, TensorProto.UINT8, [tensor.rows, zeros.row_bytes]))
     return names
@@ -87,29 +88,27 @@ def _nbits_gather(graph: GraphBuilder, ids: str, tensor: OutputTensor, name: str
     )  # fmt: skip
 
 
-def _float_data(graph: GraphBuilder, tensor: OutputTensor) -> tuple[str, bool]:
+def _float_data(graph: GraphBuilder, tensor: OutputTensor) -> tuple[str, int]:
+    """The weight as it is stored, and its type."""
     element = {32: TensorProto.FLOAT, 16: TensorProto.FLOAT16}[int(tensor.grid.bits)]
-    data = graph.stored(_data(tensor), element, [tensor.rows, tensor.columns])
-    return data, element != TensorProto.FLOAT
+    return graph.stored(_data(tensor), element, [tensor.rows, tensor.columns]), element
 
 
 def _float_matmul(
     graph: GraphBuilder, x: str, tensor: OutputTensor, name: str, bias: str | None
 ) -> str:
-    data, narrow = _float_data(graph, tensor)
-    if narrow:  # a cast of a constant, which onnxruntime does once, when it opens the model
-        data = graph.node("Cast", [data], f"{name}.widened", to=TensorProto.FLOAT)
+    data = graph.computed(*_float_data(graph, tensor))
     product = name if bias is None else f"{name}.product"
     graph.node("FusedMatMul", [x, data], product, contrib=True, transB=1)
     return product if bias is None else graph.node("Add", [product, bias], name)
 
 
 def _float_gather(graph: GraphBuilder, ids: str, tensor: OutputTensor, name: str) -> str:
-    data, narrow = _float_data(graph, tensor)
-    if not narrow:
+    data, element = _float_data(graph, tensor)
+    if element == graph.element:
         return graph.node("Gather", [data, ids], name)
     rows = graph.node("Gather", [data, ids], f"{name}.rows")
-    return graph.node("Cast", [rows], name, to=TensorProto.FLOAT)
+    return graph.node("Cast", [rows], name, to=graph.element)
 
 
 def _dynamic_matmul(
@@ -131,7 +130,7 @@ def _bnb4_matmul(
     absmax = _part(tensor, "absmax")
     assert absmax is not None
     data = graph.stored(_data(tensor), TensorProto.UINT8, [_data(tensor).nbytes])
-    maxima = graph.stored(absmax, TensorProto.FLOAT, [absmax.nbytes // 4])
+    maxima = graph.computed(graph.stored(absmax, TensorProto.FLOAT, [absmax.nbytes // 4]))
     product = name if bias is None else f"{name}.product"
     graph.node(
         "MatMulBnb4", [x, data, maxima], product, contrib=True, K=tensor.columns, N=tensor.rows,

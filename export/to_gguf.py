@@ -65,6 +65,11 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
             f"--kv-cache {recipe.kv_cache}: a GGUF file does not say how its keys and values are "
             "cached, llama.cpp is told when it runs; leave it out, or choose --format onnx"
         )
+    if recipe.compute is not None:
+        raise UnsupportedTarget(
+            f"--compute {recipe.compute}: a GGUF file does not say what it is computed in; leave "
+            "it out, or choose --format onnx"
+        )
     check_expressible(decoder, family.gguf.arch)
     context, notes = context_of(decoder, family.gguf, recipe.context)
     stated = dataclasses.replace(decoder, context_length=context)

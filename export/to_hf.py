@@ -127,6 +127,11 @@ def _check_options(recipe: Recipe) -> None:
             f"--kv-cache {recipe.kv_cache}: a Hugging Face folder does not say how keys and values "
             "are cached; leave it out, or choose --format onnx"
         )
+    if recipe.compute is not None:
+        raise UnsupportedTarget(
+            f"--compute {recipe.compute}: a Hugging Face folder does not say what it is computed "
+            "in; leave it out, or choose --format onnx"
+        )
     if recipe.context is not None:
         raise UnsupportedTarget(
             f"--context {recipe.context}: the context stands in the model's own config, where "

@@ -115,6 +115,7 @@ def _check_options(recipe: Recipe) -> None:
     for option, asked, why in (
         ("--layout", recipe.layout, "MLX has one layout"),
         ("--kv-cache", recipe.kv_cache, "an MLX folder does not say how keys are cached"),
+        ("--compute", recipe.compute, "MLX computes in the type of an MLX folder's floats"),
         ("--context", recipe.context, "the context stands in the model's own config"),
     ):
         if asked is not None:

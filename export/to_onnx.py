@@ -10,6 +10,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
+from onnx import TensorProto
+
 import edgellm
 from edgellm.architectures.decoder import Decoder
 from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
@@ -53,16 +55,21 @@ NOTES = {
     "prefill, but a few large activations can spoil every answer; smoothquant:int8-dynamic evens "
     "them out, llm_int8 takes them out (smoothquant+llm_int8:int8-dynamic), int8 leaves them as "
     "they are",
-    "f16": "f16 is the size on disk; onnxruntime computes in f32 on a CPU and widens the weights "
-    "when it opens the model",
+    "f16": "f16 is the size on disk; the graph computes in f32 and onnxruntime widens the weights "
+    "when it opens the model (--compute f16 for GPUs)",
 }
 
 EASING = frozenset(("smoothquant", "llm_int8"))
 """What answers int8-dynamic's note. SmolLM2 off its grid, KL to the original on held-out text:
 int8-dynamic 0.237, smoothquant:int8-dynamic 0.049, llm_int8:int8-dynamic 0.024; int8 0.006."""
 
-CACHES = ("f32", "int8")
-"""What keys and values of past tokens may be kept in; f32 where nothing is named."""
+ELEMENTS = {"f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16}
+"""What the graph may compute in; f32 where nothing is named."""
+
+F16_COMPUTE_NOTE = (
+    "the graph computes in f16, for GPUs: onnxruntime's CUDA attention takes halves alone. On a "
+    "CPU it runs too, slower than one in f32; scales are rounded to f16 when it is opened"
+)
 
 INT8_CACHE_NOTE = (
     "keys and values are cached in int8, with scales by channel taken from the weights: a quarter "
@@ -81,8 +88,9 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     _check_features(decoder)
     grids = choose_grids(recipe, decoder, roles_of(source))
     context_length, context_notes = capped_context(decoder.context_length, recipe.context)
-    int8_cache = _cache(recipe.kv_cache) == "int8"
-    graph = GraphBuilder(edgellm.__version__)
+    compute = _compute(recipe.compute, grids)
+    int8_cache = _cache(recipe.kv_cache, compute) == "int8"
+    graph = GraphBuilder(edgellm.__version__, ELEMENTS[compute])
     DecoderGraph(graph, decoder, source.tensors, grids, context_length, int8_cache).build()
     _check_groups(graph.tensors)
     generation = source.generation
@@ -104,9 +112,13 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
         files["generation_config.json"] = _json(generation)
     eased = ("int8-dynamic",) if EASING.intersection(recipe.transforms) else ()
     told = [name for name in dict.fromkeys(_names(grids)) if name in NOTES]
+    if compute == "f16":
+        told = [name for name in told if name != "f16"]
     notes = [NOTES[name] for name in told if name not in eased]
     if int8_cache:
         notes.append(INT8_CACHE_NOTE)
+    if compute == "f16":
+        notes.append(F16_COMPUTE_NOTE)
     notes += context_notes
     return Layout(
         container="onnx",
@@ -119,14 +131,30 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     )
 
 
-def _cache(asked: str | None) -> str:
-    """The type of cached keys and values; raises ``UnsupportedTarget`` for one that is not."""
-    if asked not in (None, *CACHES):
+def _compute(asked: str | None, grids: Grids) -> str:
+    """What the graph computes in; raises ``UnsupportedTarget`` where it cannot."""
+    if asked not in (None, *ELEMENTS):
         raise UnsupportedTarget(
-            f"--kv-cache {asked}: onnxruntime's attention keeps no such cache on a CPU; choose "
-            f"{' or '.join(CACHES)}"
+            f"--compute {asked}: the ONNX graph computes in no such type; choose "
+            f"{' or '.join(ELEMENTS)}"
+        )
+    if asked == "f16" and "int8-dynamic" in _names(grids):
+        raise UnsupportedTarget(
+            "--compute f16: onnxruntime's product for int8-dynamic takes f32 alone; choose int8, "
+            "or --compute f32"
         )
     return asked or "f32"
+
+
+def _cache(asked: str | None, compute: str) -> str:
+    """The type of cached keys and values; raises ``UnsupportedTarget`` for one that is not."""
+    choices = (compute, "int8")
+    if asked not in (None, *choices):
+        raise UnsupportedTarget(
+            f"--kv-cache {asked}: onnxruntime's attention keeps no such cache where the graph "
+            f"computes in {compute}; choose {' or '.join(choices)}"
+        )
+    return asked or compute
 
 
 def roles_of(source: ModelSource) -> list[str]:

@@ -20,7 +20,7 @@ from edgellm.manifest import GENAI_CONFIG, Artifact
 from edgellm.runtimes import limits
 from edgellm.runtimes.operators import TracedStep
 from edgellm.runtimes.ort import session_settings
-from edgellm.runtimes.ort_package import found_package
+from edgellm.runtimes.ort_package import HALVES_ON, check_compute, found_package
 from edgellm.runtimes.ort_trace import CLOCK, OrtTrace
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
 from edgellm.runtimes.stepped import SteppedSession
@@ -80,6 +80,7 @@ class GenaiRuntime:
             devices=() if refusal else tuple(device for device in here if here[device]),
             possible_devices=tuple(here),
             kv_dtypes=tuple(KV_TYPES.values()),
+            halves_only=HALVES_ON,
             speed_rank=25,
             restores=False,
             traces_operators=True,
@@ -94,7 +95,10 @@ class GenaiRuntime:
                 f"{artifact.container}: choose another --runtime, or convert it with --format onnx"
             )
         hardware = detect()
-        device = limits.chosen_device(self.capabilities(hardware), options.device)
+        device = limits.chosen_device(
+            self.capabilities(hardware), options.device, compute=artifact.compute
+        )
+        check_compute(artifact, device)
         threads = options.threads or hardware.physical_cores.value
         return GenaiSession(artifact, options, device=device, threads=threads)
 

@@ -13,15 +13,17 @@ DEFAULT_CONTEXT_TOKENS = 4096
 """Room in the KV cache when nobody asked for more: a model's own limit may take gigabytes."""
 
 
-def chosen_device(found: Capabilities, wanted: Device, otherwise: str = "") -> str:
-    """The device to open something on: ``wanted``, or the first that the runtime has.
+def chosen_device(
+    found: Capabilities, wanted: Device, otherwise: str = "", compute: str | None = None
+) -> str:
+    """The device to open something on: ``wanted``, or the first that computes in ``compute``.
 
     ``otherwise``: one more way out, in words. Raises ``RuntimeMissing`` where the runtime cannot
     open anything here, and ``UnsupportedTarget`` for a device that it has not.
     """
     if not found.available:
         raise RuntimeMissing(found.reason)
-    device = found.devices[0] if wanted == "auto" else wanted
+    device = found.computing(compute)[0] if wanted == "auto" else wanted
     if device not in found.devices:
         more = f", or {otherwise}" if otherwise else ""
         raise UnsupportedTarget(

@@ -22,7 +22,7 @@ from edgellm.runtimes import limits
 from edgellm.runtimes.huge_pages import HugePages, anonymous_ranges
 from edgellm.runtimes.operators import TracedStep
 from edgellm.runtimes.ort_caches import Caches, DeviceCaches, HostCaches, pasts_of
-from edgellm.runtimes.ort_package import INSTALL, PROVIDERS, found_package
+from edgellm.runtimes.ort_package import HALVES_ON, INSTALL, PROVIDERS, check_compute, found_package
 from edgellm.runtimes.ort_trace import CLOCK, OrtTrace
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
 from edgellm.runtimes.versions import version_numbers
@@ -79,7 +79,8 @@ class OnnxRuntime:
             containers=frozenset({"onnx"}),
             devices=package.devices(hardware),
             possible_devices=tuple(PROVIDERS),
-            kv_dtypes=("f32", "int8"),
+            kv_dtypes=("f32", "f16", "int8"),
+            halves_only=HALVES_ON,
             speed_rank=20,
             traces_operators=True,
             tracing=CLOCK,
@@ -97,13 +98,15 @@ class OnnxRuntime:
             self.capabilities(hardware),
             options.device,
             "convert with --format gguf and run on llama.cpp",
+            artifact.compute,
         )
-        kv_dtype = artifact.manifest.artifact.recipe.get("kv_cache") or "f32"
+        check_compute(artifact, device)
+        kv_dtype = str(artifact.manifest.artifact.recipe.get("kv_cache") or artifact.compute)
         if options.kv_dtype not in (None, kv_dtype):
             raise UnsupportedTarget(
                 f"{artifact.path} was made to cache keys and values in {kv_dtype}, not "
-                f"{options.kv_dtype}: leave the choice out, convert again with --kv-cache f32 or "
-                "int8, or use llama.cpp"
+                f"{options.kv_dtype}: leave the choice out, convert again with --kv-cache int8 or "
+                "--compute f16, or use llama.cpp"
             )
         trained = artifact.manifest.artifact.model.context_length
         room = limits.context_tokens(options.context_tokens, trained, artifact.path)

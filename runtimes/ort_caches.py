@@ -20,8 +20,12 @@ from edgellm.runtimes import limits
 from edgellm.runtimes.kv_buffers import allocate, next_room
 
 Cache = npt.NDArray[np.float32] | npt.NDArray[np.int8]
-CacheType = type[np.float32] | type[np.int8]
-CACHE_TYPES: dict[str, CacheType] = {"tensor(float)": np.float32, "tensor(int8)": np.int8}
+CacheType = type[np.float32] | type[np.float16] | type[np.int8]
+CACHE_TYPES: dict[str, CacheType] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+}
 """Types of the keys and values that a graph takes, as onnxruntime names them."""
 
 PAST, PRESENT = "past_key_values.", "present."

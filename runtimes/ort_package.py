@@ -7,7 +7,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgellm.errors import UnsupportedTarget
 from edgellm.hardware import Hardware
+from edgellm.manifest import Artifact
 from edgellm.runtimes.versions import installed_version
 
 INSTALL = "pip install onnxruntime"
@@ -22,6 +24,9 @@ PROVIDERS = {
     "cpu": "CPUExecutionProvider",
 }
 """Our devices as onnxruntime names what computes on them."""
+
+HALVES_ON = frozenset({"cuda"})
+"""Devices on which the attention of our graphs (GroupQueryAttention) takes halves alone."""
 
 BUILD_FILE = Path("capi", "build_and_package_info.py")
 """Where a build says the name of its package, within the module."""
@@ -79,3 +84,12 @@ def _build_name(path: Path) -> str:
     except OSError:
         return ""
     return found[1] if found else ""
+
+
+def check_compute(artifact: Artifact, device: str) -> None:
+    """Raise ``UnsupportedTarget`` for a graph of ours that ``device`` cannot compute."""
+    if device in HALVES_ON and artifact.compute == "f32":
+        raise UnsupportedTarget(
+            f"onnxruntime's attention on {device} takes halves alone, and {artifact.path} computes "
+            "in f32: convert it again with --compute f16, or choose --device cpu"
+        )

@@ -57,7 +57,8 @@ class Capabilities:
     number of threads that it is given. ``splits_layers``: can leave some layers to the CPU.
     ``quick``: a text of some thousand tokens takes seconds with a small model, so that answers may
     be compared on it unasked. ``restores``: puts a saved cache back; where not, ``restore``
-    computes its tokens anew. ``scales_rope``: heeds ``RunOptions.rope_scaling``.
+    computes its tokens anew. ``halves_only``: devices that compute no graph in
+    f32. ``scales_rope``: heeds ``RunOptions.rope_scaling``.
     ``traces_operators``: heeds ``RunOptions.trace``; ``tracing``: whose clock tells it, or why
     nothing does, in words.
     """
@@ -78,9 +79,15 @@ class Capabilities:
     splits_layers: bool = False
     quick: bool = True
     restores: bool = True
+    halves_only: frozenset[str] = frozenset()
     scales_rope: bool = False
     traces_operators: bool = False
     tracing: str = ""
+
+    def computing(self, compute: str | None) -> tuple[str, ...]:
+        """The devices that compute a graph in ``compute`` (``Artifact.compute``)."""
+        barred = self.halves_only if compute == "f32" else frozenset[str]()
+        return tuple(device for device in self.devices if device not in barred)
 
 
 @dataclass(frozen=True, slots=True)

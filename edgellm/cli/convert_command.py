@@ -79,7 +79,14 @@ def convert(
         typer.Option(
             "--kv-cache",
             metavar="TYPE",
-            help="What past keys and values are kept in, for onnx: f32 (default) or int8.",
+            help="What past keys and values are kept in, for onnx: int8, or as it computes.",
+        ),
+    ] = None,
+    compute: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="What the graph computes in, for onnx: f32 (default), f16 for GPUs.",
         ),
     ] = None,
     context: Annotated[
@@ -212,6 +219,7 @@ def convert(
             "fit": fit,
             "bits": bits,
             "kv_cache": kv_cache,
+            "compute": compute,
             "context": context,
             "rope_scaling": rope_scaling,
             "ignore_config_keys": ignore_config_key or None,

@@ -189,6 +189,7 @@ def _chosen(
             runtime=runtime,
             device=cast("Device", device),
             kv_dtype=kv_cache,
+            compute=artifact.compute,
         )
     except EdgeError as refusal:
         return _Chosen(runtime or "none", device, refusal=str(refusal))

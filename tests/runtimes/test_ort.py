@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 
+import edgellm
 from edgellm.errors import GenerationError, UnsupportedTarget
 from edgellm.hardware import Fact, Gpu, detect
 from edgellm.manifest import Artifact
@@ -233,15 +234,27 @@ def test_caches_in_a_devices_memory_give_the_same_logits(
 
 
 def test_a_provider_that_is_not_used_is_no_silent_cpu(
-    artifact: Callable[[str, str], Artifact], monkeypatch: pytest.MonkeyPatch
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """This onnxruntime has no CUDA and falls back by itself, with no more than a warning."""
     has_gpu = OrtPackage("onnxruntime-gpu", "1.32.0")
     monkeypatch.setattr(ort, "found_package", lambda: has_gpu)
     monkeypatch.setattr(ort, "detect", lambda: CUDA_MACHINE)
     assert OnnxRuntime().capabilities(CUDA_MACHINE).devices == ("cuda", "cpu")
+    halves, floats = (
+        edgellm.convert(
+            tiny_model("llama"), tmp_path / compute, format="onnx", quant="f32", compute=compute,
+            check=False,
+        )
+        for compute in ("f16", "f32")
+    )  # fmt: skip
     with pytest.raises(GenerationError, match="cannot use its CUDAExecutionProvider"):
-        OnnxRuntime().open(artifact("llama", "onnx"), RunOptions())
+        OnnxRuntime().open(halves, RunOptions())
+    with pytest.raises(UnsupportedTarget, match="halves alone"):
+        OnnxRuntime().open(floats, RunOptions(device="cuda"))
+    session = OnnxRuntime().open(floats, RunOptions())
+    assert session.device == "cpu", "by itself it takes what computes the graph"
+    session.close()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from edgellm.errors import UnsupportedTarget, UsageError
+from edgellm.runtimes import ort_package
 from edgellm.runtimes.fake import FakeSession
 from edgellm.selftest import CHECKS, Outcome, selftest
 
@@ -87,3 +88,17 @@ def test_what_a_backend_raises_is_a_row_of_the_table(monkeypatch: pytest.MonkeyP
     assert not found["token by token"].passed
     assert found["token by token"].reason == "a kernel's own words"
     assert found["a prompt in pieces"].passed
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "onnxruntime-genai"])
+def test_a_device_that_takes_halves_alone_is_tried_with_them(
+    runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, on the CPU, which computes in halves too."""
+    pytest.importorskip(runtime.replace("-", "_"), reason=f"{runtime} is not installed")
+    monkeypatch.setattr(ort_package, "HALVES_ON", frozenset({"cpu"}))
+    found = selftest(runtime, "cpu").outcomes
+    assert [each.check for each in found if not each.passed] == []
+    differences = {each.check: each.difference for each in found}
+    assert differences[FLOATS] is not None
+    assert differences[FLOATS] > 1e-4, "in halves indeed"

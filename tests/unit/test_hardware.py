@@ -193,3 +193,16 @@ def test_a_cache_that_the_runtime_cannot_keep_is_a_refusal() -> None:
 def test_pick_refuses_a_runtime_that_nobody_knows() -> None:
     with pytest.raises(UsageError, match="no runtime named 'quick': choose fast, slow"):
         pick("gguf", machine(), [FAST, SLOW], runtime="quick")
+
+
+def test_a_graph_in_floats_goes_to_the_cpu_where_a_gpu_takes_halves_alone() -> None:
+    found = Capabilities(
+        "ort", True, "here", containers=frozenset({"onnx"}), devices=("cuda", "cpu"),
+        halves_only=frozenset({"cuda"}),
+    )  # fmt: skip
+    here = detect()
+    assert pick("onnx", here, [found], compute="f32").device == "cpu"
+    assert pick("onnx", here, [found], compute="f16").device == "cuda"
+    assert pick("onnx", here, [found]).device == "cuda"
+    with pytest.raises(UnsupportedTarget, match=r"halves alone on cuda.*--compute f16"):
+        pick("onnx", here, [found], compute="f32", device="cuda")
