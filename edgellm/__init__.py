@@ -1,7 +1,7 @@
 """edgellm: quantize language models for the machine in front of you, and run them there.
 
-``convert`` makes an artifact, ``open`` runs one, ``verify`` and ``inspect`` look at it; ``merge``
-puts adapters into a model's own folder. Importing the package costs nothing: what these need is
+``convert`` makes an artifact, ``open`` runs one, ``verify`` and ``inspect`` look at it,
+``profile`` measures it; ``merge`` puts adapters into a model's own folder. Importing the package costs nothing: what these need is
 imported when they are called.
 """
 
@@ -18,17 +18,28 @@ if TYPE_CHECKING:
     from edgellm.manifest import open_artifact as open_artifact
     from edgellm.manifest import verify as verify
     from edgellm.prefix_cache import PrefixCache as PrefixCache
+    from edgellm.profiling.measuring import profile as profile
     from edgellm.progress import Progress
 
 __version__ = "0.1.0"
 
-__all__ = ["PrefixCache", "convert", "inspect", "merge", "open", "open_artifact", "verify"]
+__all__ = [
+    "PrefixCache",
+    "convert",
+    "inspect",
+    "merge",
+    "open",
+    "open_artifact",
+    "profile",
+    "verify",
+]
 
 ON_USE = {
     "PrefixCache": "edgellm.prefix_cache:PrefixCache",
     "inspect": "edgellm.inspection:inspect",
     "open": "edgellm.chat:open",
     "open_artifact": "edgellm.manifest:open_artifact",
+    "profile": "edgellm.profiling.measuring:profile",
     "verify": "edgellm.manifest:verify",
 }
 
