@@ -1,9 +1,9 @@
 """What `edgellm profile` says against bare loops and other benchmarks' definitions.
 
-Overhead: decoding as a cell measures it, but for text, against a bare loop over llama.cpp's functions. Agreement:
-the same quantity by llama-bench's definition (its tests pp512 and tg128) and by a bare loop over
-onnxruntime-genai. Repeatability: the ratio of two cells in several profiles, while another program
-has a core now and then.
+Overhead: decoding as a cell measures it, but for text, against a bare loop over llama.cpp's
+functions. Agreement: the same quantity by llama-bench's definition (its tests pp512 and tg128) and
+by a bare loop over onnxruntime-genai. Repeatability: the ratio of two cells in several profiles,
+while another program has a core now and then.
 """
 
 from __future__ import annotations

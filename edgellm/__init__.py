@@ -1,8 +1,8 @@
 """edgellm: quantize language models for the machine in front of you, and run them there.
 
-``convert`` makes an artifact, ``open`` runs one, ``verify`` and ``inspect`` look at it,
-``profile`` measures it; ``merge`` puts adapters into a model's own folder. Importing the package costs nothing: what these need is
-imported when they are called.
+``convert`` makes an artifact, ``open`` runs one, ``verify`` and ``inspect`` look at it, ``profile``
+measures it; ``merge`` puts adapters into a model's own folder. Importing the package costs nothing:
+what these need is imported when they are called.
 """
 
 from __future__ import annotations
