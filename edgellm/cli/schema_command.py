@@ -16,10 +16,13 @@ DOCUMENTS = {
 """Documents that edgellm writes: where their structs stand."""
 
 
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
 def schema(
     document: Annotated[str, typer.Argument(metavar="DOCUMENT", help="profile or manifest.")],
 ) -> None:
-    """Show the JSON Schema of a document that edgellm writes.
+    """Show the JSON Schema (2020-12) of a document that edgellm writes.
 
     \b
     Examples:
@@ -33,4 +36,4 @@ def schema(
     if document not in DOCUMENTS:
         raise UsageError(f"no document named {document!r}: choose {' or '.join(DOCUMENTS)}")
     found = registry.attribute(DOCUMENTS[document])
-    render.show_json(msgspec.json.schema(found))
+    render.show_json({"$schema": DIALECT, **msgspec.json.schema(found)})
