@@ -144,7 +144,9 @@ def compare(
         differences=found.differences,
         missing=tuple(dict.fromkeys((*broken, *found.lost, *found.alone))),
         noisy=tuple(
-            f"{side.label}: {'; '.join(side.cell.noisy)}" for side in met if side.cell.noisy
+            dict.fromkeys(
+                f"{side.label}: {'; '.join(side.cell.noisy)}" for side in met if side.cell.noisy
+            )
         ),
         doubtful=doubtful,
         failed=failed,
