@@ -178,7 +178,11 @@ def _runs(sides: Sequence[Sequence[_Side]]) -> _Matches:
                 differences[_difference(side, base)] = None
             matched.append((side, base))
             met.add(base)
-        lost += [_lost(base) for base in bases if base not in met]
+        lost += [
+            _lost(base)
+            for base in bases
+            if base not in met and _like(base, of_file, frozenset()) is None
+        ]
     return _Matches(matched, tuple(differences), tuple(dict.fromkeys(lost)))
 
 
@@ -246,7 +250,10 @@ def _sides(name: str, profile: document.Profile, *, several: bool) -> list[_Side
 
 
 def _like(side: _Side, bases: Sequence[_Side], may_differ: frozenset[str]) -> _Side | None:
-    return next((base for base in bases if set(_unlike(side, base)) <= may_differ), None)
+    """The first of ``bases`` that ``side`` is like; of the same artifact twice, by its name."""
+    alike = [base for base in bases if set(_unlike(side, base)) <= may_differ]
+    named = (base for base in alike if base.cell.name == side.cell.name and not may_differ)
+    return next(named, next(iter(alike), None))
 
 
 def _nearest(side: _Side, bases: Sequence[_Side]) -> _Side:

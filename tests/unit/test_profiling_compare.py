@@ -204,3 +204,16 @@ def test_unlike_cells_are_named_and_compared_when_told_to_by_anything() -> None:
     one = of(cell(FAST), cell(SLOW, runtime="genai"), cell(SLOW, prompt_tokens=9))
     (left,) = compare([("a", one)], by="backend").missing
     assert "prompt tokens 9 against 512" in left
+
+
+def test_one_artifact_under_two_names_is_each_compared_with_itself() -> None:
+    twice = of(cell(FAST), msgspec.structs.replace(cell(SLOW), name="again"))
+    found = compare([("a", twice), ("b", twice)], fail_if=["decode_tokens_per_s < -5%"])
+    assert [(pair.of, pair.to) for pair in found.pairs] == [
+        ("b: small, onnxruntime", "a: small, onnxruntime"),
+        ("b: again", "a: again"),
+    ]
+    assert (found.missing, found.failed) == ((), ())
+    renamed = of(cell(FAST))
+    found = compare([("a", twice), ("b", renamed)], fail_if=["decode_tokens_per_s < -5%"])
+    assert (found.missing, found.failed) == ((), ())
