@@ -22,7 +22,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 def schema(
     document: Annotated[str, typer.Argument(metavar="DOCUMENT", help="profile or manifest.")],
 ) -> None:
-    """Show the JSON Schema (2020-12) of a document that edgellm writes.
+    """Show the JSON Schema of a document that edgellm writes.
 
     \b
     Examples:
