@@ -38,7 +38,8 @@ def compare(
     The first file is what the others are measured by. Only what is alike is compared: the same
     artifact, prompt, runtime and machine; --by says which of these may differ, and then cells of
     one file are compared too. A condition counts where the change is certain: the interval of the
-    ratio does not hold 1, and no side is noisy.
+    ratio does not hold 1, and no side is noisy. With conditions a cell that failed, or is missing
+    beside one of the first file, stops the build too.
 
     \b
     Examples:
@@ -51,7 +52,8 @@ def compare(
     from edgellm.profiling.comparing import compare as compared
     from edgellm.profiling.document import read_profile
 
-    profiles = [(path.name, read_profile(path)) for path in paths]
+    short = len({path.name for path in paths}) == len(paths)
+    profiles = [(path.name if short else str(path), read_profile(path)) for path in paths]
     found = compared(profiles, by=by, fail_if=fail_if or (), unlike=unlike)
     if as_json:
         render.show_json(found)
@@ -62,6 +64,9 @@ def compare(
             right="345",
         )
         render.show_notes(f"unlike: {difference}" for difference in found.differences)
+        render.show_notes(f"not compared: {each}" for each in found.missing)
+        render.show_notes(f"noisy: {each}" for each in found.noisy)
+        render.show_notes(f"not certain: {each}" for each in found.doubtful)
     if found.failed:
         raise VerificationError("not accepted: " + "; ".join(found.failed))
 

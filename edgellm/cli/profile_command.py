@@ -109,13 +109,15 @@ def profile(
         raise UsageError(f"--repeat {repeat}: choose 1 or more")
     if warmup < 0:
         raise UsageError(f"--warmup {warmup}: choose 0 or more")
+    if trace is not None and not operators:
+        raise UsageError("--trace is for the traces of --operators: give both, or leave it out")
     for path in output or ():
         check_output(path)
     asked = Asked(
         runtimes=runtime or (None,),
         devices=device or ("auto",),
         threads=_numbers("--threads", threads) if threads else (None,),
-        kv_caches=kv_cache.split(",") if kv_cache else (None,),
+        kv_caches=[word.strip() for word in kv_cache.split(",")] if kv_cache else (None,),
         prompt_tokens=_numbers("--prompt-tokens", prompt_tokens),
         new_tokens=_numbers("--new-tokens", new_tokens),
         depth_tokens=_numbers("--depth", depth),
@@ -138,12 +140,21 @@ def profile(
             command=_command(),
             watch=watch,
         )
+    written, failures = [], []
     for path in output or ():
-        write_report([found], path)
+        try:
+            write_report([found], path)
+            written.append(path)
+        except OutputError as error:  # what was measured is not lost: it is shown all the same
+            failures.append(error)
     if as_json:
         render.show_json(found)
     else:
-        _show(found, output or ())
+        _show(found, written)
+    for failure in failures:
+        render.say_error(failure)
+    if failures:
+        raise typer.Exit(failures[0].exit_code)
     if found.interrupted:
         raise typer.Exit(INTERRUPTED)
     if all(cell.failure for cell in found.cells):
@@ -229,5 +240,5 @@ def _command() -> str:
     for word in sys.argv[1:]:
         option, equals, value = word.partition("=")
         named = f"{option}={Path(value).name}" if equals else Path(word).name
-        shown.append(named if os.sep in word else word)
+        shown.append(named if any(each in word for each in (os.sep, os.altsep or os.sep)) else word)
     return " ".join(["edgellm", *map(shlex.quote, shown)])

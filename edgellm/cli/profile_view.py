@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from edgellm.profiling.measuring import Step, Watch
 
 
+STAGES = {"load": "loading", "measure": "measuring", "operators": "watching"}
+"""What a cell is at, in people's words."""
+
+
 @contextmanager
 def watched(*, quiet: bool = False) -> Iterator[Watch]:
     """A ``Watch`` that shows what it hears on stderr until the block ends."""
@@ -33,13 +37,15 @@ def _table() -> Iterator[Watch]:
     from rich.live import Live
 
     rows: dict[str, tuple[str, str]] = {}
-    with Live(console=Console(file=sys.stderr), transient=True, refresh_per_second=4) as live:
+    # Drawn when there is something new only: drawing takes time of the CPUs that are measured.
+    console = Console(file=sys.stderr)
+    with Live(console=console, transient=True, auto_refresh=False) as live:
 
         def watch(step: Step) -> None:
             rows.setdefault(step.cell, ("", ""))
             if step.last_cell:
                 rows[step.last_cell] = _figures(step)
-            live.update(_drawn(step, rows))
+            live.update(_drawn(step, rows), refresh=True)
 
         yield watch
 
@@ -54,23 +60,26 @@ def _drawn(step: Step, rows: dict[str, tuple[str, str]]) -> Table:
     table.add_column("decode", justify="right")
     table.add_column("")
     for name, figures in rows.items():
-        now = "loading" if step.stage == "load" else "measuring"
+        now = STAGES[step.stage]
         table.add_row(Text(name), *figures, now if name == step.cell else "")
     return table
 
 
 def _lines() -> Watch:
-    seen: set[int] = set()
+    seen: set[tuple[str, int]] = set()
 
     def watch(step: Step) -> None:
-        if step.round not in seen:
-            seen.add(step.round)
+        part = (step.stage if step.stage == "operators" else "", step.round)
+        if part not in seen:
+            seen.add(part)
             render.say(_where(step))
 
     return watch
 
 
 def _where(step: Step) -> str:
+    if step.stage == "operators":
+        return f"watching operators, cell {step.done_cells + 1} of {step.cells}"
     if step.round < 1:
         return f"warming up, {render.count(step.cells, 'cell')}"
     rounds = f" of {step.rounds}" if step.rounds else ""

@@ -16,6 +16,9 @@ DOCUMENTS = {
 """Documents that edgellm writes: where their structs stand."""
 
 
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
 def schema(
     document: Annotated[str, typer.Argument(metavar="DOCUMENT", help="profile or manifest.")],
 ) -> None:
@@ -33,4 +36,4 @@ def schema(
     if document not in DOCUMENTS:
         raise UsageError(f"no document named {document!r}: choose {' or '.join(DOCUMENTS)}")
     found = registry.attribute(DOCUMENTS[document])
-    render.show_json(msgspec.json.schema(found))
+    render.show_json({"$schema": DIALECT, **msgspec.json.schema(found)})

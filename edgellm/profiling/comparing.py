@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -13,7 +12,8 @@ import msgspec
 
 from edgellm.errors import UsageError
 from edgellm.profiling import document
-from edgellm.profiling.intervals import NOT_SHOWN, unpaired
+from edgellm.profiling.gate import Condition, judged
+from edgellm.profiling.intervals import unpaired
 
 By = Literal["backend", "machine", "quant"]
 
@@ -33,8 +33,6 @@ QUANTITIES: dict[str, tuple[Better, Callable[[document.Cell], Sequence[float]]]]
 }
 """What is compared: which way is better, and a cell's samples of it."""
 
-CONDITION = re.compile(r"\s*(\w+)\s*([<>])\s*([+-]?\d+(?:\.\d+)?)\s*%\s*")
-
 
 class Pair(msgspec.Struct, frozen=True, kw_only=True):
     """``of`` against ``to`` in one quantity: ``ratio`` of medians, and what can be said of it.
@@ -53,40 +51,25 @@ class Pair(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """All pairs; ``differences``: what is unlike between sides that were compared all the same.
+    """All pairs, and sentences about them.
 
-    ``failed``: the conditions that came true, each in a sentence.
+    ``differences``: what is unlike between sides that were compared all the same. ``missing``:
+    cells that failed, and those that nothing was compared with. ``noisy``: sides whose figures may
+    mislead, and why. ``doubtful``: changes that a condition does not accept, but that are not
+    certain. ``failed``: conditions that came true for certain, and where there are conditions,
+    cells that they cannot be judged of because they failed or are not there any more.
     """
 
     by: str
     pairs: tuple[Pair, ...]
     differences: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    noisy: tuple[str, ...] = ()
+    doubtful: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Condition:
-    """A change in percent that is not accepted, as ``decode_tokens_per_s < -5%``."""
-
-    text: str
-    quantity: str
-    holds: Callable[[float, float], bool]
-    percent: float
-
-    @classmethod
-    def parsed(cls, text: str) -> Condition:
-        """Raises ``UsageError`` for what is no condition."""
-        found = CONDITION.fullmatch(text)
-        if not found or found[1] not in QUANTITIES:
-            raise UsageError(
-                f"--fail-if {text!r} is not understood: give QUANTITY < PERCENT% or > PERCENT%, as "
-                f"'decode_tokens_per_s < -5%'; quantities are {', '.join(QUANTITIES)}"
-            )
-        compare = operator.lt if found[2] == "<" else operator.gt
-        return cls(text, found[1], compare, float(found[3]))
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Side:
     label: str
     cell: document.Cell
@@ -133,41 +116,125 @@ def compare(
     """
     if by is not None and by not in get_args(By):
         raise UsageError(f"--by {by!r} is none: choose {', '.join(get_args(By))}")
-    conditions = [Condition.parsed(text) for text in fail_if]
+    conditions = [Condition.parsed(text, QUANTITIES) for text in fail_if]
     sides = [_sides(name, profile, several=len(profiles) > 1) for name, profile in profiles]
     if by is None and len(sides) < 2:
         raise UsageError("one profile has nothing to be compared with: name another, or give --by")
-    everything = [side for of_file in sides for side in of_file]
-    bases, others = (sides[0], sides[1:]) if by is None else ([], [everything])
-    pairs: list[Pair] = []
-    differences: list[str] = []
-    for of_file in others:
-        for side in of_file:
-            base = _like(side, bases, MAY_DIFFER[by])
-            if base is None and by is not None:
-                bases.append(side)
-                continue
-            if base is None:
-                base = _nearest(side, bases)
-                differences.append(_difference(side, base))
-            pairs += _pairs(side, base)
-    if differences and not unlike:
+    found = _runs(sides) if by is None else _within(sides, MAY_DIFFER[by], unlike=unlike)
+    if found.differences and not unlike:
         raise UsageError(
-            "these runs are unlike: "
-            + "; ".join(dict.fromkeys(differences))
-            + ". Measure alike, say what may differ with --by, or compare all the same (--unlike)"
+            f"these runs are unlike: {'; '.join(found.differences)}. Measure alike, say what may "
+            "differ with --by, or compare all the same (--unlike)"
         )
+    pairs = tuple(pair for of, to in found.matched for pair in _pairs(of, to))
     if not pairs:
+        alone = "; ".join(found.alone) or "none has figures"
         raise UsageError(
-            "no two cells can be compared: each is unlike every other, or has no figures "
-            f"({', '.join(side.label for side in everything)})"
+            f"no two cells can be compared: {alone}. Measure alike, or compare all the same "
+            "(--unlike)"
         )
+    broken = _broken(profiles)
+    failed, doubtful = judged(pairs, conditions)
+    if conditions:
+        failed = (*failed, *broken, *found.lost)
+    met = dict.fromkeys(side for match in found.matched for side in match)
     return Comparison(
         by=by or "run",
-        pairs=tuple(pairs),
-        differences=tuple(dict.fromkeys(differences)),
-        failed=tuple(_failed(pairs, conditions)),
+        pairs=pairs,
+        differences=found.differences,
+        missing=tuple(dict.fromkeys((*broken, *found.lost, *found.alone))),
+        noisy=tuple(
+            dict.fromkeys(
+                f"{side.label}: {'; '.join(side.cell.noisy)}" for side in met if side.cell.noisy
+            )
+        ),
+        doubtful=doubtful,
+        failed=failed,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Matches:
+    """Who is compared with whom. Sentences: ``differences`` of those that are unlike; ``lost``,
+    cells of the first profile that a later one lacks; ``alone``, others that are like none."""
+
+    matched: Sequence[tuple[_Side, _Side]]
+    differences: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
+
+
+def _runs(sides: Sequence[Sequence[_Side]]) -> _Matches:
+    """Each side of a later run with that of the first which is the same, or else the nearest."""
+    bases, matched = sides[0], []
+    differences: dict[str, None] = {}
+    lost = []
+    for of_file in sides[1:]:
+        met = set()
+        for side in of_file:
+            base = _like(side, bases, frozenset())
+            if base is None:
+                base = _nearest(side, bases)
+                differences[_difference(side, base)] = None
+            matched.append((side, base))
+            met.add(base)
+        lost += [
+            _lost(base)
+            for base in bases
+            if base not in met and _like(base, of_file, frozenset()) is None
+        ]
+    return _Matches(matched, tuple(differences), tuple(dict.fromkeys(lost)))
+
+
+def _within(
+    sides: Sequence[Sequence[_Side]], may_differ: frozenset[str], *, unlike: bool
+) -> _Matches:
+    """Each side with the first one that it is like; ``unlike``: what is left with the nearest."""
+    bases: list[_Side] = []
+    matched: list[tuple[_Side, _Side]] = []
+    for side in (side for of_file in sides for side in of_file):
+        base = _like(side, bases, may_differ)
+        if base is None:
+            bases.append(side)
+        else:
+            matched.append((side, base))
+    met = {base for _, base in matched}
+    left = [base for base in bases if base not in met]
+    if unlike:
+        nearest = [
+            (side, _nearest(side, bases[: bases.index(side)])) for side in left if side != bases[0]
+        ]
+        differences = tuple(_difference(*pair) for pair in nearest)
+        return _Matches([*matched, *nearest], differences)
+    first = sides[0] if len(sides) > 1 and matched else ()
+    return _Matches(
+        matched,
+        lost=tuple(_lost(side) for side in left if side in first),
+        alone=tuple(
+            _difference(side, _nearest(side, [each for each in bases if each != side]))
+            for side in left
+            if side not in first and len(bases) > 1
+        ),
+    )
+
+
+def _lost(base: _Side) -> str:
+    return f"{base.label} has figures, and what is compared with it has none"
+
+
+def _broken(profiles: Sequence[tuple[str, document.Profile]]) -> tuple[str, ...]:
+    """Cells that failed in the later profiles, or in the only one."""
+    later = profiles[1:] or profiles
+    return tuple(
+        f"{_label(name, cell, several=len(profiles) > 1)} failed: {cell.failure}"
+        for name, profile in later
+        for cell in profile.cells
+        if cell.failure
+    )
+
+
+def _label(name: str, cell: document.Cell, *, several: bool) -> str:
+    return f"{name}: {cell.name}" if several else cell.name
 
 
 def _sides(name: str, profile: document.Profile, *, several: bool) -> list[_Side]:
@@ -176,14 +243,17 @@ def _sides(name: str, profile: document.Profile, *, several: bool) -> list[_Side
     machine = f"{found.cpu}, {found.physical_cores} cores, {gib:.0f} GiB, {found.os}"
     machine += "".join(f", {gpu}" for gpu in found.gpus)
     return [
-        _Side(f"{name}: {cell.name}" if several else cell.name, cell, machine)
+        _Side(_label(name, cell, several=several), cell, machine)
         for cell in profile.cells
         if cell.rounds
     ]
 
 
 def _like(side: _Side, bases: Sequence[_Side], may_differ: frozenset[str]) -> _Side | None:
-    return next((base for base in bases if set(_unlike(side, base)) <= may_differ), None)
+    """The first of ``bases`` that ``side`` is like; of the same artifact twice, by its name."""
+    alike = [base for base in bases if set(_unlike(side, base)) <= may_differ]
+    named = (base for base in alike if base.cell.name == side.cell.name and not may_differ)
+    return next(named, next(iter(alike), None))
 
 
 def _nearest(side: _Side, bases: Sequence[_Side]) -> _Side:
@@ -229,20 +299,6 @@ def _pairs(of: _Side, to: _Side) -> list[Pair]:
                 verdict=verdict,
             )
         )
-    return found
-
-
-def _failed(pairs: Sequence[Pair], conditions: Sequence[Condition]) -> list[str]:
-    """Conditions that came true, where the change is certain and not an effect of noise."""
-    found = []
-    for condition in conditions:
-        for pair in pairs:
-            change = 100 * (pair.ratio.median - 1)
-            meant = pair.quantity == condition.quantity and pair.verdict != NOT_SHOWN
-            if meant and condition.holds(change, condition.percent):
-                found.append(
-                    f"{condition.text}: {pair.of} differs by {change:+.1f} % from {pair.to}"
-                )
     return found
 
 

@@ -7,7 +7,6 @@ figure counts and leaves out stands in docs/profiling.md and, in short, at its f
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -168,8 +167,8 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``name`` tells it from the others of its profile. ``rounds`` were counted, after
     ``warmup_rounds`` that were not.
 
-    ``load_s``: from an imported runtime to a session that can compute; one sample for each time
-    its process was started. ``tokenization_s``: the prompt's text to tokens.
+    ``load_s``: until a session can compute, importing the backend included; one sample for each
+    time its process was started. ``tokenization_s``: the prompt's text to tokens.
     ``time_to_first_token_s``: from the prompt's text to the first token's text; loading is not in
     it. ``prefill_tokens_per_s``: the prompt's tokens by the time until the first token is chosen.
     ``inter_token_latency_s``: from one token's text to the next one's, ``new_tokens`` - 1 samples
@@ -315,11 +314,6 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
 def to_json(profile: Profile) -> bytes:
     """The file's content, indented for people."""
     return msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n"
-
-
-def schema() -> dict[str, Any]:
-    """The document's JSON Schema (2020-12)."""
-    return msgspec.json.schema(Profile)
 
 
 def read_profile(path: Path) -> Profile:

@@ -166,7 +166,7 @@ def _runtimes(
         name for name in named if name is None or artifact.container in known[name].containers
     ]
     left = [
-        f"{artifact.path.name}: {name} does not open {artifact.container}"
+        f"{_called(artifact)}: {name} does not open {artifact.container}"
         for name in named
         if name not in opening
     ]
@@ -197,13 +197,21 @@ def _chosen(
     return _Chosen(choice.runtime, choice.device, found.version, found.sets_threads)
 
 
+def _called(artifact: Artifact) -> str:
+    return artifact.path.resolve().name  # that of "." too
+
+
 def _names(cells: Sequence[Wanted]) -> tuple[str, ...]:
-    """The artifact's name and whatever differs between the cells."""
-    shown = {cell.artifact.path: cell.artifact.path.name for cell in cells}
+    """The artifact's name and whatever differs between the cells; no two are alike."""
+    shown = {cell.artifact.path: _called(cell.artifact) for cell in cells}
     twice = {name for name, count in Counter(shown.values()).items() if count > 1}
     for path, name in shown.items():
         if name in twice:
             shown[path] = f"{path.resolve().parent.name}/{name}"
+    twice = {name for name, count in Counter(shown.values()).items() if count > 1}
+    alike = (path for path, name in shown.items() if name in twice)
+    for number, path in enumerate(list(alike), 1):
+        shown[path] += f" ({number})"
     parts = {
         "runtime": [cell.runtime for cell in cells],
         "device": [cell.device for cell in cells],

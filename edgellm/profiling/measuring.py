@@ -17,12 +17,13 @@ from pathlib import Path
 import msgspec
 
 from edgellm import __version__
-from edgellm.hardware import detect, free_memory_bytes
+from edgellm.hardware import Gpu, detect, free_memory_bytes
 from edgellm.manifest import open_artifact
 from edgellm.profiling import document
 from edgellm.profiling.artifacts import artifact_facts
 from edgellm.profiling.conditions import conditions_now, gauge
 from edgellm.profiling.energy import counters
+from edgellm.profiling.folders import without_folders
 from edgellm.profiling.matrix import Asked, Wanted, matrix
 from edgellm.profiling.process import CellFailed, CellProcess, operators_of
 from edgellm.profiling.roofline import measure_limits
@@ -45,10 +46,19 @@ PROCESS_BYTES = 300 << 20
 
 FLOAT_BYTES = 4
 
+SHARING_MEMORY = ("cpu", "metal", "coreml")
+"""Devices that compute in the machine's memory; others have their own."""
+
+PAUSE_S = 0.2
+"""Rest before a cell's round: threads of the one before may wait for work at full speed so long."""
+
+STOPPED = "stopped before it was measured"
+"""Why a cell has no figures when Ctrl-C came first."""
+
 NOT_COUNTED = (
-    "loading, but in load_s",
-    "computing the depth's tokens, which the cache holds before the prompt",
-    "warm-up rounds",
+    "Loading is in load_s alone.",
+    "The depth's tokens are in the cache before a round begins.",
+    "Warm-up rounds, and a rest before each round, are in no figure.",
 )
 
 
@@ -128,14 +138,19 @@ def profile(
     found = matrix(artifacts, asked, hardware, capabilities_on(hardware))
     facts = {artifact.path: artifact_facts(artifact) for artifact in artifacts}
     cells = [
-        Running(name, wanted, facts[wanted.artifact.path], failure=wanted.refusal)
+        Running(
+            name,
+            wanted,
+            facts[wanted.artifact.path],
+            failure=without_folders(wanted.refusal, wanted.artifact.path),
+        )
         for name, wanted in zip(found.names, found.cells, strict=True)
     ]
     counts = sorted({cell.wanted.threads or hardware.physical_cores.value for cell in cells})
     started, begun = datetime.now(UTC), time.perf_counter()
-    limits = measure_limits(counts)
     before = gauge()
-    stays = _all_fit(cells)
+    limits = measure_limits(counts)
+    stays = _all_fit(cells, hardware.gpus.value)
     interrupted = False
     taken: dict[str, document.Operators] = {}
     try:
@@ -144,6 +159,9 @@ def profile(
             _watch_operators(cells, effort, traces, taken, watch or (lambda step: None))
     except KeyboardInterrupt:
         interrupted = True
+        for cell in cells:
+            if cell.alive and not cell.rounds:
+                cell.failure = STOPPED
     finally:
         for cell in cells:
             if cell.process is not None:
@@ -237,7 +255,11 @@ def _watch_operators(
             job, operators=True, trace=trace, new_tokens=min(job.new_tokens, OPERATOR_TOKENS)
         )
         found = operators_of(wanted, effort.timeout_s)
-        taken[cell.name] = msgspec.structs.replace(found, trace=Path(found.trace).name)
+        taken[cell.name] = msgspec.structs.replace(
+            found,
+            trace=Path(found.trace).name,
+            reason=without_folders(found.reason, cell.wanted.artifact.path),
+        )
 
 
 def _measure(cell: Running, effort: Effort, *, counted: bool) -> Round | None:
@@ -250,12 +272,14 @@ def _measure(cell: Running, effort: Effort, *, counted: bool) -> Round | None:
             cell.process = CellProcess(_job(cell.wanted), effort.timeout_s)
             cell.ready = cell.process.ready
             cell.loads_s.append(cell.ready.load_s)
-            if counted and effort.warmup_rounds:
+            for _ in range(effort.warmup_rounds if counted else 0):
                 cell.process.round()
+        time.sleep(PAUSE_S)
         before = gauge()
         took = cell.process.round()
     except CellFailed as failure:
-        cell.failure, cell.process = str(failure), None
+        cell.failure = without_folders(str(failure), cell.wanted.artifact.path)
+        cell.process = None
         return None
     if counted:
         cell.rounds.append(took)
@@ -282,9 +306,13 @@ def _job(wanted: Wanted) -> Job:
     )
 
 
-def _all_fit(cells: Sequence[Running]) -> bool:
-    """Whether the processes of all cells may stay in memory together."""
-    return sum(map(_expected_bytes, cells)) <= FREE_SHARE * free_memory_bytes()
+def _all_fit(cells: Sequence[Running], gpus: Sequence[Gpu]) -> bool:
+    """Whether the processes of all cells may stay in memory together, and in that of a GPU."""
+    if sum(map(_expected_bytes, cells)) > FREE_SHARE * free_memory_bytes():
+        return False
+    beside = [cell for cell in cells if cell.wanted.device not in SHARING_MEMORY and cell.alive]
+    most = max((gpu.memory_bytes or 0 for gpu in gpus), default=0)
+    return len(beside) < 2 or sum(map(_expected_bytes, beside)) <= FREE_SHARE * most
 
 
 def _expected_bytes(cell: Running) -> int:

@@ -6,6 +6,7 @@ fast memory is read, prefill by how fast numbers are multiplied.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -42,16 +43,21 @@ def measure_limits(threads: Sequence[int]) -> tuple[Limit, ...]:
     """What memory and arithmetic give at best on each number of ``threads``, ascending.
 
     Takes about a second for each, and 128 MiB of memory for each thread. One thread is measured in
-    any case: more can do what fewer did, though another program kept one of them waiting.
+    any case: more can do what fewer did, though another program kept one of them waiting. Threads
+    that share CPUs can do no more than one on each, and are not tried.
     """
-    found = []
+    cpus = os.cpu_count() or 1
+    best: dict[int, tuple[float, float]] = {}
     bandwidth = flops = 0.0
-    for count in sorted({1, *threads}):
+    for count in sorted({1, *(min(each, cpus) for each in threads)}):
         bandwidth = max(bandwidth, memory_bandwidth_bytes_per_s(count))
         flops = max(flops, product_flops_per_s(count))
-        if count in threads:
-            found.append(Limit(threads=count, bandwidth_bytes_per_s=bandwidth, flops_per_s=flops))
-    return tuple(found)
+        best[count] = bandwidth, flops
+    return tuple(
+        Limit(threads=each, bandwidth_bytes_per_s=read, flops_per_s=computed)
+        for each in sorted(set(threads))
+        for read, computed in [best[min(each, cpus)]]
+    )
 
 
 def product_flops_per_s(threads: int) -> float:

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from edgellm.runtimes.session import Device, KvDtype, RunOptions, Session
 
 
+LEAST_STEPS = 20
+"""Of a counter: less energy than so many of them is told with an error of more than 5 %."""
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What to load and what to ask; the rest as in ``document.Settings``.
 
@@ -156,6 +160,7 @@ class LoadedCell:
             load_s=load_s, device=self.session.device, kv_cache=self.session.kv_dtype
         )
         self.counters: Sequence[Counter] = counters()[0]
+        self.steps_j = {counter.name: counter.step_j or 0.0 for counter in self.counters}
         if self.prompt.depth_ids:
             self.session.prefill(self.prompt.depth_ids)
 
@@ -210,7 +215,9 @@ class LoadedCell:
             energy={
                 name: (at_first[name] - counted[name], end - at_first[name])
                 for name, end in at_end.items()
-                if name in counted and name in at_first
+                if name in counted
+                and name in at_first
+                and end - counted[name] >= LEAST_STEPS * self.steps_j[name]
             },
         )
 

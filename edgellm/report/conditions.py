@@ -67,7 +67,7 @@ def method(profiles: Sequence[Profile]) -> Facts:
         "next token": lambda profile: plain(profile.method.sampling),
         "prompt": lambda profile: plain(profile.method.prompt),
         "not counted": lambda profile: " ".join(map(plain, profile.method.not_counted)),
-        "notes": lambda profile: " ".join(map(plain, profile.notes)),
+        "notes": lambda profile: "; ".join(map(plain, profile.notes)),
     }
     facts = [(name, [detail(profile) for profile in profiles]) for name, detail in details.items()]
     return [(name, values) for name, values in facts if any(values)]

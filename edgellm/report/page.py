@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 UNSAFE_IN_SCRIPT = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"}
 """Written so inside JSON, they cannot end the element that holds it, and mean the same."""
 
+MOST_RAW_BYTES = 1_500_000
+"""Of all profiles' JSON in a page. Latencies make most of it, and leave first."""
+
 MOST_NAMES = 3
 """So many artifacts are named in the title."""
 
@@ -45,11 +48,15 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """A profile's JSON for the page, and what it is called when somebody keeps it."""
+    """A profile's JSON for the page, and what it is called when somebody keeps it.
+
+    ``whole``: with every sample.
+    """
 
     name: str
     label: str
     json: str
+    whole: bool = True
 
 
 def html(profiles: Sequence[Profile]) -> str:
@@ -168,14 +175,30 @@ def _headings(profiles: Sequence[Profile]) -> list[str]:
 
 def _raw(profiles: Sequence[Profile]) -> list[Raw]:
     headings = _headings(profiles)
+    whole = sum(len(msgspec.json.encode(profile)) for profile in profiles) <= MOST_RAW_BYTES
     return [
         Raw(
             name=f"profile-{number}.json" if len(profiles) > 1 else "profile.json",
             label=heading,
-            json=msgspec.json.encode(profile).decode().translate(UNSAFE_IN_SCRIPT),
+            json=msgspec.json.encode(profile if whole else _without_latencies(profile))
+            .decode()
+            .translate(UNSAFE_IN_SCRIPT),
+            whole=whole,
         )
         for number, (profile, heading) in enumerate(zip(profiles, headings, strict=True), 1)
     ]
+
+
+def _without_latencies(profile: Profile) -> Profile:
+    """``profile`` with percentiles of latencies alone, not every sample."""
+    replace = msgspec.structs.replace
+    cells = tuple(
+        replace(cell, inter_token_latency_s=replace(cell.inter_token_latency_s, samples=()))
+        if cell.inter_token_latency_s
+        else cell
+        for cell in profile.cells
+    )
+    return replace(profile, cells=cells)
 
 
 @cache

@@ -8,10 +8,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+
+import edgellm.report
+from edgellm.cli.profile_command import _command
+from edgellm.cli.profile_view import _where, watched
+from edgellm.errors import OutputError
+from edgellm.profiling.measuring import Step
 
 from .conftest import Command
 
@@ -68,6 +75,7 @@ def test_json_is_the_document_and_nothing_else(command: Command, onnx_artifact: 
         (("--output", "speed.pdf"), 2, ".pdf"),
         (("--output", "nowhere/speed.html"), 7, "nowhere"),
         (("--operators", "--trace", "nowhere"), 7, "nowhere"),
+        (("--trace", "."), 2, "--trace is for the traces of --operators"),
         (("--prompt-tokens", "100000"), 9, "a context of"),
     ],
 )
@@ -163,6 +171,7 @@ def test_the_schema_describes_what_is_written(command: Command, onnx_artifact: P
     assert document["cells"][0].keys() <= definitions["Cell"]["properties"].keys()
     assert command("schema", "manifest").json()["$defs"]["Manifest"]
     assert command("schema", "recipes").code == 2
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
 
 
 def test_nothing_hangs_when_it_is_left_alone() -> None:
@@ -175,3 +184,61 @@ def test_nothing_hangs_when_it_is_left_alone() -> None:
     process.communicate(b"", timeout=60)
     assert process.returncode != 0
     assert time.monotonic() - begun < 60
+
+
+@pytest.mark.parametrize("kind", ["table", "json"])
+def test_what_cannot_be_written_is_shown_all_the_same(
+    kind: str,
+    command: Command,
+    onnx_artifact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(profiles: object, path: Path) -> None:
+        raise OutputError(f"cannot write {path.name}: no space")
+
+    monkeypatch.setattr(edgellm.report, "write_report", full)
+    options = ("--json",) if kind == "json" else ()
+    done = command("profile", onnx_artifact, *FAKE, "-o", tmp_path / "speed.md", *options)
+    assert done.code == 7
+    assert "error: cannot write speed.md: no space" in done.err
+    assert "written" not in done.err
+    if kind == "json":
+        assert done.json()["cells"][0]["rounds"] == 2
+    else:
+        assert "tokens/s" in done.out
+
+
+def test_the_command_is_kept_without_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["edgellm", "profile", "/home/a/q4", "--output=/home/a/x.md"])
+    assert _command() == "edgellm profile q4 --output=x.md"
+    monkeypatch.setattr(os, "sep", "\\")  # Windows takes both
+    monkeypatch.setattr(os, "altsep", "/")
+    assert _command() == "edgellm profile q4 --output=x.md"
+
+
+def test_the_view_takes_no_time_between_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    before = threading.active_count()
+    with watched() as watch:
+        watch(Step("a", 1, 2, 0, 1, "measure"))
+        assert threading.active_count() == before
+
+
+def test_the_view_says_when_operators_are_watched() -> None:
+    assert _where(Step("a", 0, 0, 1, 3, "operators")) == "watching operators, cell 2 of 3"
+    assert _where(Step("a", 0, 0, 1, 3, "measure")) == "warming up, 3 cells"
+
+
+def test_files_of_one_name_are_told_apart(
+    command: Command, onnx_artifact: Path, tmp_path: Path
+) -> None:
+    files = [tmp_path / folder / "speed.json" for folder in ("before", "after")]
+    for file in files:
+        file.parent.mkdir()
+    assert command("profile", onnx_artifact, *FAKE, "-o", files[0]).code == 0
+    files[1].write_bytes(files[0].read_bytes())
+    found = command("compare", *files, "--json").json()
+    assert {(pair["of"], pair["to"]) for pair in found["pairs"]} == {
+        (f"{files[1]}: onnx", f"{files[0]}: onnx")
+    }

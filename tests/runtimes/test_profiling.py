@@ -9,17 +9,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 import edgellm
+from edgellm.hardware import Gpu
 from edgellm.manifest import Artifact
-from edgellm.profiling import measuring, process
-from edgellm.profiling.matrix import Asked
-from edgellm.profiling.measuring import Effort, Step, profile
+from edgellm.profiling import document, energy, measuring, process
+from edgellm.profiling.matrix import Asked, Wanted
+from edgellm.profiling.measuring import Effort, Running, Step, profile
 from edgellm.profiling.process import CellFailed, CellProcess
 from edgellm.profiling.prompts import prompt_of
-from edgellm.profiling.worker import Job
+from edgellm.profiling.worker import Job, LoadedCell
 from edgellm.tokenization.artifact import artifact_tokenizer
 
 FEW = Asked(prompt_tokens=(20,), new_tokens=(6,), depth_tokens=(0, 30))
@@ -195,3 +197,137 @@ def test_a_budget_ends_the_rounds(artifact: Callable[..., Artifact]) -> None:
     found = profile([str(artifact("llama", "onnx").path)], FEW, effort)
     assert [cell.rounds for cell in found.cells] == [1, 1], "each is measured once at least"
     assert time.perf_counter() - begun < 300
+
+
+def test_ctrl_c_while_it_loads_leaves_no_process(
+    artifact: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def interrupted(worker: process._Worker) -> bytes:
+        started.append(worker.process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process._Worker, "_line", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        CellProcess(job(artifact("llama", "onnx")), timeout_s=60)
+    with pytest.raises(KeyboardInterrupt):
+        process.operators_of(job(artifact("llama", "onnx"), operators=True), 60)
+    assert [each.returncode for each in started] == [-signal.SIGKILL] * 2
+
+
+def test_modules_are_not_taken_from_the_folder_that_one_is_in(
+    artifact: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('not this one')")
+    made = job(artifact("llama", "onnx"))
+    monkeypatch.chdir(tmp_path)
+    cell = CellProcess(made, timeout_s=60)
+    assert cell.round().latencies_s
+    cell.close()
+
+
+def test_a_process_that_says_no_more_and_does_not_end_is_given_up(
+    artifact: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import os, time; os.close(1); time.sleep(100)"
+    monkeypatch.setattr(process, "COMMAND", (sys.executable, "-c", code))
+    monkeypatch.setattr(process, "ENDING_S", 0.2)
+    with pytest.raises(CellFailed, match="it said no more, and did not end"):
+        CellProcess(job(artifact("llama", "onnx")), timeout_s=60)
+
+
+def test_a_signal_without_a_name_is_said_by_its_number() -> None:
+    assert process._how(-40) == "it crashed (signal 40)"
+
+
+def test_failures_tell_no_folders(
+    artifact: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = artifact("llama", "onnx")
+    code = f"raise ValueError('cannot read {made.main.resolve()} by /opt/of/somebody.py')"
+    monkeypatch.setattr(process, "COMMAND", (sys.executable, "-c", code))
+    found = profile([str(made.path)], FEW, QUICK)
+    name = f"{made.path.name}/{made.main.name}"
+    said = f"it ended early, with 1: ValueError: cannot read {name} by somebody.py"
+    assert {cell.failure for cell in found.cells} == {said}
+    assert str(made.path.resolve().parent).encode() not in document.to_json(found)
+
+
+def test_a_cell_that_ctrl_c_came_before_says_so(artifact: Callable[..., Artifact]) -> None:
+    def watch(step: Step) -> None:
+        if step.done_cells == 1:
+            raise KeyboardInterrupt
+
+    found = profile(
+        [str(artifact("llama", "onnx").path)], FEW, Effort(warmup_rounds=0), watch=watch
+    )
+    assert [cell.failure for cell in found.cells] == ["", "stopped before it was measured"]
+    assert [cell.rounds for cell in found.cells] == [1, 0]
+
+
+def test_processes_that_are_started_anew_have_all_warm_ups(
+    artifact: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "free_memory_bytes", lambda: 1)
+    asked = []
+    measured = CellProcess.round
+
+    def count(cell: CellProcess) -> object:
+        asked.append(cell)
+        return measured(cell)
+
+    monkeypatch.setattr(CellProcess, "round", count)
+    one = Asked(prompt_tokens=(4,), new_tokens=(2,))
+    found = profile([str(artifact("llama", "onnx").path)], one, Effort(rounds=2, warmup_rounds=3))
+    assert found.method.warmup_rounds == 3
+    assert len(asked) == 2 * (3 + 1)
+
+
+def test_the_machine_is_asked_before_its_limits_are_measured(
+    artifact: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measuring them keeps all CPUs busy, which is no load that was there before."""
+    seen = []
+    limits, asked = measuring.measure_limits, measuring.gauge
+    monkeypatch.setattr(
+        measuring, "measure_limits", lambda counts: (seen.append("limits"), limits(counts))[1]
+    )
+    monkeypatch.setattr(measuring, "gauge", lambda: (seen.append("gauge"), asked())[1])
+    one = Asked(prompt_tokens=(4,), new_tokens=(2,))
+    profile([str(artifact("llama", "onnx").path)], one, Effort(rounds=1, warmup_rounds=0))
+    assert seen[:2] == ["gauge", "limits"]
+
+
+def test_cells_of_a_gpu_stay_together_where_its_memory_holds_them(
+    artifact: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "free_memory_bytes", lambda: 1 << 40)
+    facts = document.ArtifactFacts(name="a", container="gguf", sha256="0", size_bytes=4 << 30)
+    made = artifact("llama", "onnx")
+    on = {
+        device: Running("a", Wanted(made, "some", device, None, None, 8, 8, 0), facts)
+        for device in ("cpu", "cuda", "metal")
+    }
+    small, large = (Gpu("G", "NVIDIA", size << 30) for size in (8, 16))
+    assert measuring._all_fit([on["cuda"]], [Gpu("G", "NVIDIA")]), "it is alone"
+    assert measuring._all_fit([on["cuda"], on["cpu"], on["metal"]], [small])
+    assert not measuring._all_fit([on["cuda"], on["cuda"]], [small])
+    assert measuring._all_fit([on["cuda"], on["cuda"]], [small, large])
+
+
+def test_less_energy_than_a_counter_can_tell_is_no_figure(
+    artifact: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Steps:
+        def __init__(self, name: str, step_j: float | None) -> None:
+            self.name, self.step_j, self.said = name, step_j, 0.0
+
+        def read_j(self) -> float:
+            self.said += 10.0
+            return self.said
+
+    made = [Steps("battery", 36.0), Steps("RAPL package", 1e-4), Steps("powermetrics", None)]
+    monkeypatch.setattr(energy, "counters", lambda: (made, ()))
+    found = LoadedCell(job(artifact("llama", "onnx"))).round().energy
+    assert found == {"RAPL package": (10.0, 10.0), "powermetrics": (10.0, 10.0)}

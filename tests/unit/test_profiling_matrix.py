@@ -93,3 +93,16 @@ def test_artifacts_of_one_name_are_told_apart_by_their_folder() -> None:
 def test_what_no_cell_can_have_is_refused(asked: Asked, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         matrix([GGUF], asked, detect(), RUNTIMES)
+
+
+def test_every_cell_has_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    paths = [Path("a/x/small"), Path("b/x/small")]
+    alike = [onnx_at(path) for path in paths]
+    found = matrix(alike, Asked(), detect(), RUNTIMES)
+    assert found.names == ("x/small (1)", "x/small (2)")
+    monkeypatch.chdir(tmp_path)
+    assert matrix([onnx_at(Path())], Asked(), detect(), RUNTIMES).names == (tmp_path.name,)
+
+
+def onnx_at(path: Path) -> Artifact:
+    return Artifact(path=path, main=path / "model.onnx", container="onnx")

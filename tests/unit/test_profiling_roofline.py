@@ -97,11 +97,15 @@ def test_limits_are_measured_once_for_each_number_of_threads(
     flops = {1: 1e10, 2: 0.5e10, 4: 3e10}
     monkeypatch.setattr(limits, "memory_bandwidth_bytes_per_s", bandwidth)
     monkeypatch.setattr(limits, "product_flops_per_s", lambda threads: flops[threads])
+    monkeypatch.setattr(limits.os, "cpu_count", lambda: 4)
     assert measure_limits([4, 2, 4]) == (
         Limit(threads=2, bandwidth_bytes_per_s=2e9, flops_per_s=1e10),
         Limit(threads=4, bandwidth_bytes_per_s=4e9, flops_per_s=3e10),
     )
     assert measured == [1, 2, 4]
+    more = Limit(threads=900, bandwidth_bytes_per_s=4e9, flops_per_s=3e10)
+    assert measure_limits([900]) == (more,), "900 threads are no quicker than a CPU for each"
+    assert measured == [1, 2, 4, 1, 4]
 
 
 def test_products_are_counted_and_run_on_so_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:

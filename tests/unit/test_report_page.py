@@ -232,3 +232,21 @@ def test_cells_that_lack_something(changed: dict[str, object]) -> None:
         assert "small-q4_0" in shown(page([profile]))
         assert "small-q4\\_0" in markdown([profile])
         assert 'cell="small-q4_0"' in prometheus([profile])
+
+
+def test_of_very_many_samples_a_page_keeps_how_they_spread() -> None:
+    huge = documents.profile(
+        [
+            documents.cell(f"cell {n}", 20 + n, run=documents.settings(64 * 2 ** (n % 6), 512))
+            for n in range(40)
+        ]
+    )
+    text = page([huge])
+    assert len(text.encode()) < 2_000_000
+    assert "Every sample is in this page" not in text
+    kept = msgspec.json.decode(parsed(text).raw["profile-1"], type=Profile)
+    latency, whole = (each.cells[0].inter_token_latency_s for each in (kept, huge))
+    assert latency is not None
+    assert whole is not None
+    assert (latency.samples, latency.p99) == ((), whole.p99)
+    assert len(whole.samples) == 10 * 511
