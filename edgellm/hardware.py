@@ -209,11 +209,12 @@ def memory_bandwidth_bytes_per_s(threads: int, *, seconds: float = 0.3) -> float
 
     Each reads 128 MiB of its own, more than most caches hold, by the largest of its numbers: one
     vector instruction for each load, of integers, for floats would be looked through for NaN as
-    well. Takes about ``seconds`` and ``threads`` x 128 MiB of memory.
+    well. Takes about ``seconds`` and ``threads`` x 128 MiB of memory, a quarter of what is free at
+    most.
     """
     import numpy as np
 
-    count = (128 << 20) // 4
+    count = min(128 << 20, free_memory_bytes() // (4 * threads)) // 4
     buffers = [np.ones(count, np.int32) for _ in range(threads)]
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:

@@ -161,6 +161,21 @@ class Operators(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class During(msgspec.Struct, frozen=True, kw_only=True):
+    """What else went on while a cell's rounds were measured; None where the machine does not say.
+
+    ``load_average``: the highest that was seen. ``stolen_share`` and ``others_share``: of the time
+    of the cores that the cell could use, what other virtual machines and other programs had.
+    ``throttled``: how often the CPU slowed down for heat. ``temperature_c``: the highest.
+    """
+
+    load_average: float | None = None
+    stolen_share: float | None = None
+    others_share: float | None = None
+    throttled: int | None = None
+    temperature_c: float | None = None
+
+
 class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One artifact with one setting. ``failure``: why it has no figures, or no more of them.
 
@@ -200,6 +215,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     energy: Energy | None = None
     roofline: Roofline | None = None
     operators: Operators | None = None
+    during: During | None = None
     noisy: tuple[str, ...] = ()
     text_sha256: str = ""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edgellm.hardware import Fact
-from edgellm.profiling.document import Gauge
+from edgellm.profiling.document import During, Gauge
 from edgellm.profiling.system_files import SystemFiles, number, text
 
 Value = TypeVar("Value")
@@ -108,6 +108,32 @@ def noise(
     if hottest > limit - NEAR_LIMIT_C:
         found.append(f"the CPU was at {hottest:.0f} °C, and slows down at {limit:.0f} °C")
     return tuple(found)
+
+
+def during(
+    gauges: Sequence[tuple[Gauge, Gauge]], *, own_cpu_s: float, seconds: float, cores: int
+) -> During:
+    """What went on between each pair of ``gauges``; the rest as for ``noise``."""
+    first, capacity = gauges[0][0], seconds * cores
+
+    def whole(value: Callable[[Gauge], float | None]) -> float | None:
+        if value(first) is None:
+            return None
+        return sum(_grown(value(before), value(after)) for before, after in gauges)
+
+    def highest(value: Callable[[Gauge], float | None]) -> float | None:
+        return max((found for pair in gauges for each in pair
+                    if (found := value(each)) is not None), default=None)  # fmt: skip
+
+    stolen, busy = whole(lambda each: each.stolen_s), whole(lambda each: each.busy_s)
+    throttled = whole(lambda each: each.throttled)
+    return During(
+        load_average=highest(lambda each: each.load_average),
+        stolen_share=None if stolen is None else stolen / capacity,
+        others_share=None if busy is None else max(0.0, busy - own_cpu_s) / capacity,
+        throttled=None if throttled is None else int(throttled),
+        temperature_c=highest(lambda each: each.temperature_c),
+    )
 
 
 def _grown(before: float | None, after: float | None) -> float:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgellm.profiling import document
 from edgellm.profiling.conditions import noise
 from edgellm.profiling.energy import quoted
+from edgellm.profiling.gauges import during
 from edgellm.profiling.intervals import distribution, figure, ratio
 from edgellm.profiling.roofline import roofline
 
@@ -21,6 +22,10 @@ COMPARED: dict[str, Literal["higher", "lower"]] = {
     "decode_tokens_per_s": "higher",
 }
 """Quantities that cells are compared in, and which way is better."""
+
+
+MOST_PAIRED = 6
+"""So many cells have 15 pairs, which a reader can still go through."""
 
 
 def summed(
@@ -54,6 +59,11 @@ def summed(
     prefill = over(lambda each: wanted.prompt_tokens / each.prefill_s)
     memory = _memory(rounds)
     limit = next((each for each in limits if each.threads == (wanted.threads or cores)), None)
+    took: dict[str, Any] = {
+        "own_cpu_s": sum(each.cpu_s for each in rounds),
+        "seconds": sum(each.seconds for each in rounds),
+        "cores": cores,
+    }
     return document.Cell(
         name=cell.name,
         artifact=cell.facts,
@@ -77,40 +87,54 @@ def summed(
         memory=memory,
         energy=_energy(rounds, wanted.new_tokens, settings.device),
         roofline=roofline(cell.facts, settings, memory.kv_bytes, decode, prefill, limit),
-        noisy=_noise(cell, cores),
+        during=during(cell.gauges, **took),
+        noisy=noise(cell.gauges, **took),
         text_sha256=rounds[-1].text_sha256,
     )
 
 
 def ratios(cells: Iterable[document.Cell]) -> tuple[document.Ratio, ...]:
-    """Each cell against the first one that was asked the same, in what both have.
+    """Each cell against those before it that were asked the same, in what both have.
 
-    Pairs are samples of one round, so only rounds that both were measured in count.
+    Pairs are samples of one round, so only rounds that both were measured in count. Of more than
+    ``MOST_PAIRED`` cells that were asked the same, each is compared with the first alone.
     """
-    first: dict[tuple[int, int, int], document.Cell] = {}
-    found = []
+    groups: dict[tuple[int, int, int], list[document.Cell]] = {}
     for cell in cells:
-        if not cell.rounds:
-            continue
-        asked = cell.settings
-        base = first.setdefault((asked.prompt_tokens, asked.new_tokens, asked.depth_tokens), cell)
-        if base is cell:
-            continue
-        for quantity, better in COMPARED.items():
-            of, to = getattr(cell, quantity), getattr(base, quantity)
-            if of is None or to is None:
-                continue
-            found.append(
-                ratio(
-                    of.samples,
-                    to.samples,
-                    quantity,
-                    better=better,
-                    noisy=bool(cell.noisy or base.noisy),
-                    names=(cell.name, base.name),
-                )
-            )
+        if cell.rounds:
+            groups.setdefault(_asked(cell), []).append(cell)
+    found: list[document.Ratio] = []
+    for group in groups.values():
+        bases = group if len(group) <= MOST_PAIRED else group[:1]
+        for place, cell in enumerate(group):
+            for base in bases[:place]:
+                found += _pair(cell, base)
     return tuple(found)
+
+
+def _asked(cell: document.Cell) -> tuple[int, int, int]:
+    asked = cell.settings
+    return (asked.prompt_tokens, asked.new_tokens, asked.depth_tokens)
+
+
+def _pair(cell: document.Cell, base: document.Cell) -> list[document.Ratio]:
+    """``cell`` by ``base`` in every quantity that both have."""
+    found = []
+    for quantity, better in COMPARED.items():
+        of, to = getattr(cell, quantity), getattr(base, quantity)
+        if of is None or to is None:
+            continue
+        found.append(
+            ratio(
+                of.samples,
+                to.samples,
+                quantity,
+                better=better,
+                noisy=bool(cell.noisy or base.noisy),
+                names=(cell.name, base.name),
+            )
+        )
+    return found
 
 
 def _decode_speed(each: Round) -> float:
@@ -132,21 +156,14 @@ def _energy(rounds: Sequence[Round], new_tokens: int, device: str) -> document.E
     name = quoted(set.intersection(*(set(each.energy) for each in rounds)), device)
     if name is None:
         return None
+    behind = new_tokens - rounds[0].first_text_tokens
+    if behind < 1:
+        return None
     prefill = [each.energy[name][0] for each in rounds]
     decode = [each.energy[name][1] for each in rounds]
     return document.Energy(
         source=name,
         prefill_j=figure(prefill),
         decode_j=figure(decode),
-        decode_j_per_token=figure([each / max(1, new_tokens - 1) for each in decode]),
-    )
-
-
-def _noise(cell: Running, cores: int) -> tuple[str, ...]:
-    """What disturbed the rounds of ``cell``, all of them together."""
-    return noise(
-        cell.gauges,
-        own_cpu_s=sum(each.cpu_s for each in cell.rounds),
-        seconds=sum(each.seconds for each in cell.rounds),
-        cores=cores,
+        decode_j_per_token=figure([each / behind for each in decode]),
     )

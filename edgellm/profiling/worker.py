@@ -63,6 +63,9 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True):
 class Round(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt and its answer. Seconds, bytes and joules; see ``document.Cell``.
 
+    ``first_text_tokens``: how many tokens there were when the first text came; the energy of the
+    prompt ends there.
+
     ``energy``: by counter, of the prompt and of the rest.
     """
 
@@ -80,6 +83,7 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     steady_shared_bytes: int | None
     device_bytes: int | None
     kv_bytes: int
+    first_text_tokens: int
     text_sha256: str
     energy: dict[str, tuple[float, float]]
 
@@ -186,9 +190,10 @@ class LoadedCell:
             ignore_end=True,
             started_s=begun,
         )
-        at_first = counted
-        for place, _ in enumerate(stream):
-            if place == 0 and self.counters:
+        at_first, first_text_tokens = counted, 0
+        for _ in stream:
+            if not first_text_tokens:
+                first_text_tokens = len(stream.token_ids)
                 at_first = self._joules()
         ended = clock()
         cpu_s = time.process_time() - cpu_s
@@ -211,6 +216,7 @@ class LoadedCell:
             steady_shared_bytes=shared,
             device_bytes=_device_bytes(session.device),
             kv_bytes=session.kv_bytes(),
+            first_text_tokens=first_text_tokens or self.new_tokens,
             text_sha256=hashlib.sha256(ids.encode()).hexdigest(),
             energy={
                 name: (at_first[name] - counted[name], end - at_first[name])

@@ -17,8 +17,8 @@ import pytest
 
 from edgellm.hardware import Fact, Gpu, Hardware, detect
 from edgellm.profiling.conditions import conditions_now
-from edgellm.profiling.document import Conditions, Gauge, Limit
-from edgellm.profiling.gauges import gauge, noise, read_gauge
+from edgellm.profiling.document import Conditions, During, Gauge, Limit
+from edgellm.profiling.gauges import during, gauge, noise, read_gauge
 from edgellm.profiling.system_files import SystemFiles
 from edgellm.profiling.virtualization import virtual_machine
 
@@ -349,3 +349,18 @@ def test_noise_of_several_rounds_adds_up() -> None:
     assert stolen in found[0]
     assert heat in found[1]
     assert noise([], own_cpu_s=0.0, seconds=0.0, cores=2) == ()
+
+
+def test_what_went_on_is_kept_in_figures() -> None:
+    rounds = [
+        (Gauge(load_average=1.0, stolen_s=5.0, busy_s=10.0, throttled=3, temperature_c=50.0),
+         Gauge(load_average=2.5, stolen_s=5.5, busy_s=12.0, throttled=4, temperature_c=61.0)),
+        (Gauge(load_average=2.0, stolen_s=6.0, busy_s=20.0, throttled=9, temperature_c=55.0),
+         Gauge(load_average=2.0, stolen_s=6.0, busy_s=23.0, throttled=9, temperature_c=60.0)),
+    ]  # fmt: skip
+    found = during(rounds, own_cpu_s=4.0, seconds=5.0, cores=2)
+    # 0.5 s stolen and 5 s busy, 4 of them its own, of 5 s on 2 cores; not what lay in between.
+    assert found == During(
+        load_average=2.5, stolen_share=0.05, others_share=0.1, throttled=1, temperature_c=61.0
+    )
+    assert during([(Gauge(), Gauge())], own_cpu_s=1.0, seconds=1.0, cores=1) == During()
