@@ -3,7 +3,8 @@
 Overhead: decoding as a cell measures it, but for text, against a bare loop over llama.cpp's
 functions. Agreement: the same quantity by llama-bench's definition (its tests pp512 and tg128) and
 by a bare loop over onnxruntime-genai. Repeatability: the ratio of two cells in several profiles,
-while another program has a core now and then.
+while another program has a core now and then. Those cells have one thread: two that wait for each
+other are slowed by chance, not alike.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def measure(*, quick: bool) -> Result:
         comparisons += found
         commands |= {f"edgellm, {label}": shown(ours), label: shown(peer)}
     profile = [*edgellm(), "profile", "profiled-q4", "profiled-q8", "--prompt-tokens", "64"]
-    profile += ["--new-tokens", str(count // 2), "--repeat", "2" if quick else "10", "--json"]
+    profile += ["--threads", "1", "--new-tokens", str(count // 2), "--repeat", "2" if quick else "10", "--json"]
     ratios = _ratios(profile, 1 if quick else PROFILES)
     comparisons.append(
         Comparison(

@@ -446,8 +446,8 @@ def check_artifact(artifact: Artifact) -> dict[str, Any]:
     from edgellm.chat import open as open_model  # a backend takes longer to import than to convert
 
     assert artifact.manifest is not None
-    if artifact.container == "hf":  # torch would hold all weights as floats at once
-        return {"skipped": f"edgellm run {artifact.path} asks it, by torch"}
+    if artifact.container == "hf":
+        return {"skipped": "torch would hold all weights as floats at once (edgellm run asks it)"}
     room = min(CHECK_CONTEXT_TOKENS, artifact.manifest.artifact.model.context_length)
     prompt = CHECK_PROMPT
     try:

@@ -161,7 +161,8 @@ def pick(
             where = f"{cores} physical core{'s' * (cores != 1)}" if chosen == "cpu" else chosen
             return Choice(found.runtime, chosen, f"{why}, on {where} ({found.reason})")
         refusals.append(f"{found.runtime}: {refusal.removesuffix(f': {found.install}')}")
-        if not found.available and container in found.containers and found.install:
+        helps = kv_dtype is None or kv_dtype in found.kv_dtypes
+        if not found.available and container in found.containers and found.install and helps:
             installs.append(found.install)
     message = f"nothing here runs {container} files"
     message += " with adapters beside them" if adapters else ""

@@ -105,8 +105,8 @@ class OnnxRuntime:
         if options.kv_dtype not in (None, kv_dtype):
             raise UnsupportedTarget(
                 f"{artifact.path} was made to cache keys and values in {kv_dtype}, not "
-                f"{options.kv_dtype}: leave the choice out, convert again with --kv-cache int8 or "
-                "--compute f16, or use llama.cpp"
+                f"{options.kv_dtype}: leave the choice out, or convert again with --kv-cache int8, "
+                "--compute f16, or --format gguf for llama.cpp"
             )
         trained = artifact.manifest.artifact.model.context_length
         room = limits.context_tokens(options.context_tokens, trained, artifact.path)

@@ -181,8 +181,9 @@ def _dearest(name: str, found: Operators) -> str:
     if not found.by_kind:
         return f"{name}: no operators, for {found.reason}"
     kinds = ", ".join(f"{kind.name} {kind.share:.0%}" for kind in found.by_kind[:DEAREST])
+    slower = f" (slower by {found.overhead:.0%} while watched)" if found.overhead else ""
     trace = f"; {found.trace} for ui.perfetto.dev" if found.trace else ""
-    return f"{name}: a token's time goes to {kinds}{trace}"
+    return f"{name}: a token's time goes to {kinds}{slower}{trace}"
 
 
 def _row(cell: Cell) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from edgellm.errors import UsageError
 from edgellm.profiling import document
 from edgellm.profiling.gate import Condition, judged
 from edgellm.profiling.intervals import unpaired
+from edgellm.profiling.intervals import ratio as ratio_of
 
 By = Literal["backend", "machine", "quant"]
 
@@ -74,6 +75,8 @@ class _Side:
     label: str
     cell: document.Cell
     machine: str
+    run: int
+    """Of cells of one run, the rounds are pairs."""
 
     def identity(self) -> dict[str, str]:
         """What must be equal for figures to be comparable, by name."""
@@ -243,7 +246,7 @@ def _sides(name: str, profile: document.Profile, *, several: bool) -> list[_Side
     machine = f"{found.cpu}, {found.physical_cores} cores, {gib:.0f} GiB, {found.os}"
     machine += "".join(f", {gpu}" for gpu in found.gpus)
     return [
-        _Side(_label(name, cell, several=several), cell, machine)
+        _Side(_label(name, cell, several=several), cell, machine, id(profile))
         for cell in profile.cells
         if cell.rounds
     ]
@@ -285,7 +288,12 @@ def _pairs(of: _Side, to: _Side) -> list[Pair]:
         if not ours or not theirs:
             continue
         noisy = bool(of.cell.noisy or to.cell.noisy)
-        ratio, verdict = unpaired(ours, theirs, better=better, noisy=noisy)
+        if of.run == to.run:
+            names = (of.label, to.label)
+            paired = ratio_of(ours, theirs, quantity, better=better, noisy=noisy, names=names)
+            ratio, verdict = paired.ratio, paired.verdict
+        else:
+            ratio, verdict = unpaired(ours, theirs, better=better, noisy=noisy)
         if quantity == MEMORY and abs(ratio.median - 1) > MEMORY_SPREAD:
             verdict = "more" if ratio.median > 1 else "less"
         found.append(

@@ -223,8 +223,8 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Ratio(msgspec.Struct, frozen=True, kw_only=True):
     """``of`` divided by ``to`` in one quantity, round by round.
 
-    ``verdict``: ``faster``, ``slower``, or ``no difference shown`` where the interval holds 1 or
-    either side is noisy.
+    ``verdict``: ``faster``, ``slower``, ``no difference shown`` where the interval holds 1, or
+    ``noisy, not judged`` where either side is.
     """
 
     quantity: str

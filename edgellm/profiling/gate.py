@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgellm.errors import UsageError
-from edgellm.profiling.intervals import NOT_SHOWN
+from edgellm.profiling.intervals import NOISY, NOT_SHOWN
 
 if TYPE_CHECKING:
     from edgellm.profiling.comparing import Pair
@@ -60,5 +60,5 @@ def judged(
             if not condition.holds(change, condition.percent):
                 continue
             text = f"{condition.text}: {pair.of} differs by {change:+.1f} % from {pair.to}"
-            (doubtful if pair.verdict == NOT_SHOWN else failed).append(text)
+            (doubtful if pair.verdict in (NOISY, NOT_SHOWN) else failed).append(text)
     return tuple(failed), tuple(doubtful)

@@ -36,7 +36,7 @@ FEWEST_FOR_VERDICT = 3
 FEWEST_BY_INTERVAL = 5
 """The range of five samples holds the median in 15 of 16 cases, that of four in 7 of 8."""
 
-FASTER, SLOWER, NOT_SHOWN = "faster", "slower", "no difference shown"
+FASTER, SLOWER, NOT_SHOWN, NOISY = "faster", "slower", "no difference shown", "noisy, not judged"
 
 
 def figure(samples: Sequence[float]) -> Figure:
@@ -106,7 +106,7 @@ def ratio(
         of=names[0],
         to=names[1],
         ratio=found,
-        verdict=NOT_SHOWN if noisy else _verdict(found, better, rounds),
+        verdict=NOISY if noisy else _verdict(found, better, rounds),
     )
 
 
@@ -139,7 +139,7 @@ def unpaired(
         low=float(ends[0]),
         high=float(ends[1]),
     )
-    return found, NOT_SHOWN if noisy else _verdict(found, better, fewest)
+    return found, NOISY if noisy else _verdict(found, better, fewest)
 
 
 def _verdict(found: Figure, better: Better, rounds: int) -> str:

@@ -106,10 +106,13 @@ def matrix(
             runtimes, asked.devices, asked.kv_caches
         ):
             chosen = _chosen(artifact, runtime, device, kv_cache, hardware, capabilities)
-            threads: Sequence[int | None] = asked.threads
-            if not chosen.sets_threads and threads != (None,):
-                notes.append(f"{chosen.runtime} chooses its threads itself: --threads not heeded")
-                threads = (None,)
+            cores = hardware.physical_cores.value
+            threads: list[int | None] = [each or cores for each in asked.threads]
+            if not chosen.sets_threads:
+                if tuple(asked.threads) != (None,):
+                    own = f"{chosen.runtime} chooses its threads itself: --threads not heeded"
+                    notes.append(own)
+                threads = [None]
             cells += [
                 Wanted(
                     artifact,
@@ -215,7 +218,7 @@ def _names(cells: Sequence[Wanted]) -> tuple[str, ...]:
     parts = {
         "runtime": [cell.runtime for cell in cells],
         "device": [cell.device for cell in cells],
-        "threads": [f"{cell.threads or 'own'} threads" for cell in cells],
+        "threads": [_threads(cell.threads) for cell in cells],
         "kv_cache": [f"{cell.kv_cache or 'usual'} cache" for cell in cells],
         "prompt_tokens": [f"{cell.prompt_tokens} in" for cell in cells],
         "new_tokens": [f"{cell.new_tokens} out" for cell in cells],
@@ -226,3 +229,9 @@ def _names(cells: Sequence[Wanted]) -> tuple[str, ...]:
         ", ".join([shown[cell.artifact.path], *(words[place] for words in varied)])
         for place, cell in enumerate(cells)
     )
+
+
+def _threads(count: int | None) -> str:
+    if count is None:
+        return "own threads"
+    return f"{count} thread{'s' * (count != 1)}"

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from edgellm.errors import EdgeError, GenerationError
+from edgellm.errors import EdgeError, GenerationError, UsageError
 
 if TYPE_CHECKING:
     from edgellm.manifest import Artifact
@@ -158,7 +158,12 @@ class LoadedCell:
         artifact, self.tokenizer, self.prompt, options = _opened(job)
         self.new_tokens = job.new_tokens
         begun = time.perf_counter()
-        self.session: Session = runtime_named(job.runtime).open(artifact, options)
+        try:
+            self.session: Session = runtime_named(job.runtime).open(artifact, options)
+        except UsageError as error:
+            fewer = "ask for fewer --prompt-tokens, --new-tokens or --depth"
+            said = str(error).replace("choose another --context", fewer)
+            raise UsageError(said) from error
         load_s = time.perf_counter() - begun
         self.ready = Ready(
             load_s=load_s, device=self.session.device, kv_cache=self.session.kv_dtype

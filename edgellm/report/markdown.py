@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from edgellm.profiling.document import Profile
 from edgellm.report.columns import Shown, columns, ratio_rows
 from edgellm.report.conditions import conditions, method
-from edgellm.report.rows import machine_names, rows
+from edgellm.report.rows import Row, machine_names, rows
 from edgellm.report.summary import summary
 from edgellm.report.wording import moment, plain
 
@@ -17,6 +17,9 @@ MEANT = re.compile(r"([\\`*_{}\[\]<>|~$&])")
 
 CALLED = re.compile(r"([@#])(?=\w)")
 """What begins somebody's name or an issue's number; a comment behind it keeps GitHub from that."""
+
+DEAREST = 10
+"""Kinds of operators that are shown."""
 
 DETAILED = ("Failed", "Noisy")
 """Topics of the summary that a list of their own tells of here."""
@@ -58,12 +61,25 @@ def markdown(profiles: Sequence[Profile]) -> str:
         ]
         names = ["quantity", "of", "to", "ratio", "verdict", "machine"]
         parts += ["", "### Ratios", "", *_table(names, lines, [name == "ratio" for name in names])]
+    watched = [row for row in found if row.cell.operators and row.cell.operators.by_kind]
+    if watched:
+        parts += ["", "### Where a token's time goes", ""]
+        parts += [f"- {literal(row.label)}: {literal(_operators(row))}" for row in watched]
     heads = ["", *(name for _, name in _each(profiles))]
     for title, facts in (("Conditions", conditions(profiles)), ("Method", method(profiles))):
         table = [[name, *values] for name, values in facts]
         parts += ["", "<details>", f"<summary>{title}</summary>", ""]
         parts += [*_table(heads, table, [False] * len(heads)), "", "</details>"]
     return "\n".join(parts) + "\n"
+
+
+def _operators(row: Row) -> str:
+    """The dearest kinds of operators, and what watching them cost."""
+    found = row.cell.operators
+    assert found is not None
+    kinds = ", ".join(f"{kind.name} {kind.share:.0%}" for kind in found.by_kind[:DEAREST])
+    slower = f"; slower by {found.overhead:.0%} while watched" if found.overhead else ""
+    return kinds + slower
 
 
 def literal(text: str) -> str:
