@@ -73,7 +73,15 @@ def measure(*, quick: bool) -> Result:
         comparisons += found
         commands |= {f"edgellm, {label}": shown(ours), label: shown(peer)}
     profile = [*edgellm(), "profile", "profiled-q4", "profiled-q8", "--prompt-tokens", "64"]
-    profile += ["--threads", "1", "--new-tokens", str(count // 2), "--repeat", "2" if quick else "10", "--json"]
+    profile += [
+        "--threads",
+        "1",
+        "--new-tokens",
+        str(count // 2),
+        "--repeat",
+        "2" if quick else "10",
+        "--json",
+    ]
     ratios = _ratios(profile, 1 if quick else PROFILES)
     comparisons.append(
         Comparison(
