@@ -13,8 +13,8 @@ import msgspec
 from edgellm.errors import UsageError
 from edgellm.profiling import document
 from edgellm.profiling.gate import Condition, judged
-from edgellm.profiling.intervals import unpaired
 from edgellm.profiling.intervals import ratio as ratio_of
+from edgellm.profiling.intervals import unpaired
 
 By = Literal["backend", "machine", "quant"]
 
