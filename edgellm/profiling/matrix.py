@@ -131,7 +131,9 @@ def matrix(
                 )
             ]
     cells = list({cell.key: cell for cell in cells}.values())
-    return Matrix(tuple(cells), _names(cells), tuple(dict.fromkeys(notes)))
+    return Matrix(
+        tuple(cells), _names(cells, threads=len(asked.threads) > 1), tuple(dict.fromkeys(notes))
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +206,11 @@ def _called(artifact: Artifact) -> str:
     return artifact.path.resolve().name  # that of "." too
 
 
-def _names(cells: Sequence[Wanted]) -> tuple[str, ...]:
-    """The artifact's name and whatever differs between the cells; no two are alike."""
+def _names(cells: Sequence[Wanted], *, threads: bool) -> tuple[str, ...]:
+    """The artifact's name and whatever differs between the cells; no two are alike.
+
+    ``threads``: they were asked to differ; a runtime that chooses them itself is no difference.
+    """
     shown = {cell.artifact.path: _called(cell.artifact) for cell in cells}
     twice = {name for name, count in Counter(shown.values()).items() if count > 1}
     for path, name in shown.items():
@@ -218,7 +223,7 @@ def _names(cells: Sequence[Wanted]) -> tuple[str, ...]:
     parts = {
         "runtime": [cell.runtime for cell in cells],
         "device": [cell.device for cell in cells],
-        "threads": [_threads(cell.threads) for cell in cells],
+        "threads": [_threads(cell.threads) if threads else "" for cell in cells],
         "kv_cache": [f"{cell.kv_cache or 'usual'} cache" for cell in cells],
         "prompt_tokens": [f"{cell.prompt_tokens} in" for cell in cells],
         "new_tokens": [f"{cell.new_tokens} out" for cell in cells],

@@ -296,7 +296,8 @@ def test_the_machine_is_asked_before_its_limits_are_measured(
     monkeypatch.setattr(measuring, "gauge", lambda: (seen.append("gauge"), asked())[1])
     one = Asked(prompt_tokens=(4,), new_tokens=(2,))
     profile([str(artifact("llama", "onnx").path)], one, Effort(rounds=1, warmup_rounds=0))
-    assert seen[:2] == ["gauge", "limits"]
+    assert seen[0] == "gauge"
+    assert "limits" in seen
 
 
 def test_cells_of_a_gpu_stay_together_where_its_memory_holds_them(

@@ -63,11 +63,11 @@ def test_the_same_cell_of_two_runs_is_compared_by_medians() -> None:
 def test_what_noise_or_chance_may_have_done_is_no_difference() -> None:
     noisy = cell(SLOW, noisy=("others took 10 % of the CPUs",))
     same = [99.5, 100.5, 101, 99, 100, 103]
-    for other in (cell(same), noisy):
+    for other, verdict in ((cell(same), "no difference shown"), (noisy, "noisy, not judged")):
         found = compare(
             [("a", of(cell(FAST))), ("b", of(other))], fail_if=["decode_tokens_per_s < -1%"]
         )
-        assert found.pairs[0].verdict == "no difference shown"
+        assert found.pairs[0].verdict == verdict
         assert found.failed == ()
 
 
@@ -217,3 +217,15 @@ def test_one_artifact_under_two_names_is_each_compared_with_itself() -> None:
     renamed = of(cell(FAST))
     found = compare([("a", twice), ("b", renamed)], fail_if=["decode_tokens_per_s < -5%"])
     assert (found.missing, found.failed) == ((), ())
+
+
+def test_cells_of_one_run_are_compared_round_by_round() -> None:
+    """Where both drift alike, pairs show what medians hide."""
+    drift = [1.0, 2, 3, 4, 5, 6]
+    slow, fast = [10 * n for n in drift], [12 * n for n in drift]
+    one = of(cell(slow), cell(fast, runtime="genai"))
+    (pair,) = compare([("a", one)], by="backend").pairs
+    assert (pair.ratio.low, pair.ratio.high) == pytest.approx((1.2, 1.2))
+    assert pair.verdict == "faster"
+    apart = [("a", of(cell(slow))), ("b", of(cell(fast, runtime="genai")))]
+    assert compare(apart, by="backend").pairs[0].verdict == "no difference shown"

@@ -77,7 +77,7 @@ def test_percentiles_are_those_of_numpy() -> None:
         ([20.0, 22.0, 21.0, 20.5, 21.5], "lower", False, "slower"),
         ([5.0, 5.2, 5.1, 4.9, 5.0], "higher", False, "slower"),
         ([5.0, 5.2, 5.1, 4.9, 5.0], "lower", False, "faster"),
-        ([20.0, 22.0, 21.0, 20.5, 21.5], "higher", True, "no difference shown"),
+        ([20.0, 22.0, 21.0, 20.5, 21.5], "higher", True, "noisy, not judged"),
         ([9.0, 11.0, 10.0, 10.5, 9.5], "higher", False, "no difference shown"),
         # One or two rounds show nothing; three do where they agree better than they differ from 1.
         ([20.0], "higher", False, "no difference shown"),
@@ -137,7 +137,7 @@ def test_verdicts_without_pairs(of: list[float], to: list[float], verdict: str) 
     assert said == verdict
     assert found.median == pytest.approx(np.median(of) / np.median(to))
     assert found.low <= found.median <= found.high
-    assert unpaired(of, to, better="higher", noisy=True)[1] == "no difference shown"
+    assert unpaired(of, to, better="higher", noisy=True)[1] == "noisy, not judged"
     if verdict == "faster":
         assert unpaired(of, to, better="lower", noisy=False)[1] == "slower"
 

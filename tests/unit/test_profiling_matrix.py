@@ -35,8 +35,8 @@ def test_every_combination_is_a_cell_and_its_name_says_what_varies() -> None:
     asked = Asked(threads=(1, 2), prompt_tokens=(8, 16), depth_tokens=(0,))
     found = matrix([GGUF], asked, detect(), RUNTIMES)
     assert found.names == (
-        "small.gguf, 1 threads, 8 in",
-        "small.gguf, 1 threads, 16 in",
+        "small.gguf, 1 thread, 8 in",
+        "small.gguf, 1 thread, 16 in",
         "small.gguf, 2 threads, 8 in",
         "small.gguf, 2 threads, 16 in",
     )
