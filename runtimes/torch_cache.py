@@ -30,6 +30,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     make.
     """
 
+    exact = True
+    """Whether what is kept is what came in."""
+
     def __init__(self, most_tokens: int, count: int = 1, lead: GrowingLayer | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.most_tokens, self.count, self.lead = most_tokens, count, lead
@@ -40,7 +43,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the new ones; all of them."""
+        first = self.used == 0
         self.append((*self.encoded(key_states), *self.encoded(value_states)))
+        if first and self.exact:
+            return key_states, value_states  # in one piece, which attention reads faster
         held = self.held()
         half = len(held) // 2
         # Not kept as the layer's own: that would be all of them as floats, until the next token.
@@ -101,6 +107,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 class Int8Layer(GrowingLayer):  # type: ignore[no-untyped-call]
     """Keys and values as whole numbers of -127 to 127 times a half for each group."""
 
+    exact = False
+
     def encoded(self, states: torch.Tensor) -> Arrays:
         groups = _grouped(states)
         scales = (groups.abs().amax(-1) / 127).to(torch.float16)
@@ -115,6 +123,8 @@ class Int8Layer(GrowingLayer):  # type: ignore[no-untyped-call]
 
 class Int4Layer(GrowingLayer):  # type: ignore[no-untyped-call]
     """Keys and values as one of 16 even steps from a minimum, two to a byte."""
+
+    exact = False
 
     def encoded(self, states: torch.Tensor) -> Arrays:
         groups = _grouped(states)
