@@ -25,9 +25,9 @@ TinyModel = Callable[[str], Path]
 
 IDS = tiny_models.some_token_ids(60)
 
-MORE = 2.0
+MORE = 1.3
 """By how much its error (root mean square to float32) may exceed that of transformers in f16, which
-rounds at other places. Found: 0.5 to 1.3 times."""
+rounds at other places. Found: 0.64 to 0.92 times."""
 
 
 @pytest.mark.parametrize("name", sorted(tiny_models.MODELS))
