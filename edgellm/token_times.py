@@ -16,16 +16,14 @@ class TokenTimes:
     ``first_token_s``: until the first token's text (or until it was chosen, where it ends the
     answer), from when the answer was asked for. ``prefill_s``: until the first token was chosen,
     from when its prompt had been tokenized. ``latencies_s``: of every further token, from the text
-    of the one before to its own; an end token's until it was chosen. They include ``computing_s``
-    (the model), ``sampling_s`` (choosing; the first token's stands first) and ``text_s`` (ids to
-    text; likewise).
+    of the one before to its own; an end token's until it was chosen. They include ``sampling_s``
+    (choosing; the first token's stands first) and ``text_s`` (ids to text; likewise).
     """
 
     asked_s: float
     first_token_s: float = 0.0
     prefill_s: float = 0.0
     latencies_s: list[float] = field(default_factory=list)
-    computing_s: list[float] = field(default_factory=list)
     sampling_s: list[float] = field(default_factory=list)
     text_s: list[float] = field(default_factory=list)
     _mark_s: float = 0.0
@@ -39,9 +37,7 @@ class TokenTimes:
 
     def computed(self) -> None:
         """The logits are there."""
-        took = self._lap()
-        if self.sampling_s:
-            self.computing_s.append(took)
+        self._lap()
 
     def chosen(self, *, ends: bool) -> None:
         """A token was chosen, which ``ends`` the answer or has a text."""

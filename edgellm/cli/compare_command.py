@@ -59,7 +59,7 @@ def compare(
         render.show_json(found)
     else:
         render.show_table(
-            ("quantity", "cell", "compared with", "", "", "ratio", "verdict"),
+            ("quantity", "cell", "compared with", "cell's", "other's", "ratio", "verdict"),
             [_row(pair) for pair in found.pairs],
             right="345",
         )

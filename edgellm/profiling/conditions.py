@@ -15,12 +15,10 @@ from typing import Any
 import edgellm
 from edgellm.hardware import Fact, Gpu, Hardware
 from edgellm.profiling.document import Conditions, Gauge, Limit
-from edgellm.profiling.gauges import ask, gauge, noise, read_gauge
+from edgellm.profiling.gauges import ask, read_gauge
 from edgellm.profiling.system_files import SystemFiles, number, text
 from edgellm.profiling.virtualization import virtual_machine
 from edgellm.runtimes.versions import installed_version
-
-__all__ = ["conditions_now", "gauge", "noise"]
 
 PACKAGES = (
     "numpy",

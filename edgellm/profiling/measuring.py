@@ -21,10 +21,12 @@ from edgellm.hardware import Gpu, detect, free_memory_bytes
 from edgellm.manifest import open_artifact
 from edgellm.profiling import document
 from edgellm.profiling.artifacts import artifact_facts
-from edgellm.profiling.conditions import conditions_now, gauge, noise
+from edgellm.profiling.conditions import conditions_now
 from edgellm.profiling.energy import counters
 from edgellm.profiling.folders import without_folders
+from edgellm.profiling.gauges import gauge, noise
 from edgellm.profiling.matrix import Asked, Wanted, matrix
+from edgellm.profiling.operators import TOKENS as OPERATOR_TOKENS
 from edgellm.profiling.process import CellFailed, CellProcess, operators_of
 from edgellm.profiling.roofline import measure_limits
 from edgellm.profiling.summing import ratios, summed
@@ -37,9 +39,6 @@ TIMEOUT_S = 600.0
 
 FREE_SHARE = 0.8
 """Of the free memory, what the processes of all cells may be expected to take together."""
-
-OPERATOR_TOKENS = 16
-"""Tokens that are watched for their operators: traces of more grow large and say no more."""
 
 PROCESS_BYTES = 300 << 20
 """What a process takes beside weights, keys and values: Python, the runtime, its work space."""

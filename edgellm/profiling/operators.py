@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from edgellm.runtimes.session import RunOptions, Runtime, Session, TracedSession
 
 TOKENS = 16
-"""Tokens that are watched."""
+"""Tokens that are watched: traces of more grow large and say no more."""
 
 SETTLING_TOKENS = 2
 """Decoded before those that count: the first ones take memory and wake threads."""

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgellm.profiling import document
-from edgellm.profiling.conditions import noise
 from edgellm.profiling.energy import quoted
-from edgellm.profiling.gauges import during
+from edgellm.profiling.gauges import during, noise
 from edgellm.profiling.intervals import distribution, figure, ratio
 from edgellm.profiling.roofline import roofline
 

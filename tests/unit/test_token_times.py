@@ -41,7 +41,6 @@ def test_each_token_has_its_parts_and_the_readers_time_is_nobodys(now: list[floa
     now[0] += 0.5
     times.chosen(ends=True)
     assert times.latencies_s == [4.375, 3.5]
-    assert times.computing_s == [4, 3]
     assert times.sampling_s == [2, 0.25, 0.5]
     assert times.text_s == [0.5, 0.125]
     assert times.decode_tokens_per_s == 2 / 7.875
