@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     completing = "_EDGELLM_COMPLETE" in os.environ
     code = 0
     try:
-        build_app(None if completing else given[:1])(given, prog_name="edgellm")
+        build_app(None if completing else given[:1])(given, prog_name="edgellm", obj=given)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except EdgeError as error:

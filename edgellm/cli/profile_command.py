@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,6 +24,7 @@ DEAREST = 10
 
 
 def profile(
+    context: typer.Context,
     paths: Annotated[
         list[str],
         typer.Argument(metavar="PATH...", help="Artifacts, GGUF files or Hugging Face folders."),
@@ -137,7 +137,7 @@ def profile(
             effort,
             operators=operators,
             traces=_traces(trace, output or ()) if operators else None,
-            command=_command(),
+            command=_command(context.find_root().obj),
             watch=watch,
         )
     written, failures = [], []
@@ -235,10 +235,10 @@ def _seconds(option: str, given: str) -> float:
     return seconds
 
 
-def _command() -> str:
+def _command(words: Sequence[str]) -> str:
     """The command line as it was typed, of paths the last part alone."""
     shown = []
-    for word in sys.argv[1:]:
+    for word in words:
         option, equals, value = word.partition("=")
         named = f"{option}={Path(value).name}" if equals else Path(word).name
         shown.append(named if any(each in word for each in (os.sep, os.altsep or os.sep)) else word)

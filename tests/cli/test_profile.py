@@ -42,7 +42,8 @@ def test_a_profile_is_a_table_and_its_files(
     document = json.loads(files[1].read_text())
     assert [cell["artifact"]["container"] for cell in document["cells"]] == ["onnx", "gguf"]
     assert str(tmp_path) not in files[1].read_text(), "no paths of the machine"
-    assert document["method"]["command"].startswith("edgellm ")
+    command_line = "edgellm profile onnx gguf --runtime fake --prompt-tokens 12 --new-tokens 4"
+    assert document["method"]["command"].startswith(command_line)
     with files[3].open() as file:
         assert len(list(csv.DictReader(file))) == 2
     assert "<html" in files[0].read_text()

@@ -55,6 +55,27 @@ def uncompiled() -> Iterator[None]:
     torch._dynamo.config.disable = before
 
 
+@pytest.fixture(scope="module", autouse=True)
+def kernels_without_avx512() -> Iterator[None]:
+    """Blocks are multiplied by bitsandbytes' own kernel for devices without one of their own.
+
+    Its kernel for AVX512 gives blocks that begin within a row the maximum of another block.
+    """
+    kernel = torch.library.get_kernel("bitsandbytes::dequantize_4bit", "XPU")
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    library = torch.library.Library("bitsandbytes", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the kernel that this one takes the place of
+        library.impl(
+            "dequantize_4bit",
+            lambda *arguments: kernel.call_boxed(keys, *arguments),
+            "CPU",
+            allow_override=True,
+        )
+    yield
+    library._destroy()
+
+
 def quantized(folder: Path, dtype: str, settings: dict[str, Any]) -> Any:
     """The model of ``folder`` loaded in ``dtype`` and quantized by bitsandbytes."""
     import transformers
