@@ -86,7 +86,11 @@ def measure(*, quick: bool, names: Sequence[str] = ()) -> Result:
     run([sys.executable, str(LOOPS / "calibration_tokens.py"), model.name, windows.name, str(seen)])
     peers = {name: PEERS[name] for name in names or (QUICK_PEERS if quick else PEERS)}
     judge = [sys.executable, str(LOOPS / "float_divergences.py"), model.name, text.path.name]
-    judged = {"weights": _sha256(model / "model.safetensors"), "text": text.sha256}
+    judged = {
+        "weights": _sha256(model / "model.safetensors"),
+        "text": text.sha256,
+        "judge": Path(judge[1]).read_text(),
+    }
     kept_in = WORK / "int4-peers.json" if quick else KEPT
     figures: Figures = {}
     commands = {}
