@@ -1,7 +1,8 @@
 """Prefill and greedy decode through onnxruntime-genai, one round for each line on stdin.
 
-Arguments: FOLDER TOKENS.json THREADS NEW_TOKENS. Making the generator, which takes its KV cache,
-is not timed. No token ends the text, so that every round decodes as many.
+Arguments: FOLDER TOKENS.json THREADS NEW_TOKENS [waiting-as-ours]. Making the generator, which takes
+its KV cache, is not timed. No token ends the text, so that every round decodes as many. With the
+last argument onnxruntime's threads wait for each other as those of our sessions do.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ from pathlib import Path
 import numpy as np
 import onnxruntime_genai as og
 
-folder, tokens, threads, new_tokens = sys.argv[1:]
+folder, tokens, threads, new_tokens, *waiting = sys.argv[1:]
 prompt = np.array(json.loads(Path(tokens).read_text())["prompt"], np.int32)
 count = int(new_tokens)
 config = og.Config(folder)
-session_options = {"intra_op_num_threads": int(threads)}
+session_options: dict[str, str | int] = {"intra_op_num_threads": int(threads)}
+if waiting:
+    from edgellm.runtimes.ort import session_settings
+    from edgellm.runtimes.ort_package import found_package
+
+    session_options = session_settings(found_package().version, int(threads))
 config.overlay(json.dumps({"model": {"decoder": {"session_options": session_options}}}))
 model = og.Model(config)
 print(json.dumps({"device": model.device_type}), flush=True)
