@@ -34,6 +34,17 @@ class UsageError(EdgeError):
     exit_code = 2
 
 
+class ContextTooLong(UsageError):
+    """A context of more tokens than the model was made for, or of none.
+
+    ``advice``: what to choose instead; who asked in other words gives advice in them.
+    """
+
+    def __init__(self, problem: str, advice: str) -> None:
+        super().__init__(f"{problem}: {advice}")
+        self.problem = problem
+
+
 class UnknownGrid(UsageError):
     """No grid, mixture or solver of that name."""
 

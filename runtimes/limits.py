@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget, UsageError
+from edgellm.errors import ContextTooLong, GenerationError, RuntimeMissing, UnsupportedTarget
 from edgellm.runtimes.session import AdapterFile, Capabilities, Device, KvState
 
 DEFAULT_CONTEXT_TOKENS = 4096
@@ -34,13 +34,14 @@ def chosen_device(
 
 
 def context_tokens(wanted: int | None, trained: int, path: Path) -> int:
-    """Room for the KV cache; raises ``UsageError`` for more than the model was made for."""
+    """Room for the KV cache; raises ``ContextTooLong`` for more than the model was made for."""
     if wanted is None:
         return min(trained, DEFAULT_CONTEXT_TOKENS)
     if not 1 <= wanted <= trained:
-        raise UsageError(
-            f"a context of {wanted} tokens is not possible: {path.name} was made for 1 to "
-            f"{trained}; choose another --context"
+        raise ContextTooLong(
+            f"a context of {wanted} tokens is not possible, as {path.name} was made for 1 to "
+            f"{trained}",
+            "choose another --context",
         )
     return wanted
 

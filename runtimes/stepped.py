@@ -62,8 +62,20 @@ class SteppedSession(ABC):
         return rows
 
     def decode(self, token_id: int) -> Logits:
-        logits: Logits = self.prefill((token_id,))[0]
-        return logits
+        # Without the copy and the steps of a prompt: weights have pushed all else out of the caches
+        # when this runs, and each line costs several times what it does in a loop of its own.
+        self._check_open()
+        held = len(self._tokens)
+        limits.check_tokens((token_id,), held, self.context_tokens, self.vocab_size)
+        try:
+            logits = self._compute((token_id,), 1)
+        except BaseException:
+            self._keep(held)
+            raise
+        self._tokens.append(token_id)
+        assert logits is not None
+        row: Logits = logits[-1]
+        return row
 
     def trim(self, length: int) -> None:
         self._check_open()

@@ -1,8 +1,8 @@
 """Prefill and greedy decode through onnxruntime-genai, one round for each line on stdin.
 
-Arguments: FOLDER TOKENS.json THREADS NEW_TOKENS [waiting-as-ours]. Making the generator, which takes
-its KV cache, is not timed. No token ends the text, so that every round decodes as many. With the
-last argument onnxruntime's threads wait for each other as those of our sessions do.
+Arguments: FOLDER TOKENS.json THREADS NEW_TOKENS [waiting-as-ours]. Making the generator, which
+takes its KV cache, is not timed. No token ends the text, so that every round decodes as many. With
+the last argument onnxruntime's threads wait for each other as those of our sessions do.
 """
 
 from __future__ import annotations

@@ -173,6 +173,9 @@ def profile(
         for cell in cells
     )
     conditions = conditions_now(hardware, limits, before, gauge())
+    silent = dict.fromkeys(
+        reason for cell in cells for each in cell.rounds for reason in each.no_energy
+    )
     return document.Profile(
         edgellm=__version__,
         started=started.isoformat(timespec="seconds"),
@@ -187,7 +190,7 @@ def profile(
             not_counted=NOT_COUNTED,
         ),
         conditions=msgspec.structs.replace(
-            conditions, unknown=(*conditions.unknown, *counters()[1])
+            conditions, unknown=(*conditions.unknown, *counters()[1], *silent)
         ),
         limits=limits,
         cells=measured,

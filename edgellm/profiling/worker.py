@@ -8,7 +8,6 @@ backends print goes to stderr.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import signal
@@ -20,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from edgellm.errors import EdgeError, GenerationError, UsageError
+from edgellm.errors import ContextTooLong, EdgeError, GenerationError
 
 if TYPE_CHECKING:
     from edgellm.manifest import Artifact
@@ -66,7 +65,7 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     ``first_text_tokens``: how many tokens there were when the first text came; the energy of the
     prompt ends there.
 
-    ``energy``: by counter, of the prompt and of the rest.
+    ``energy``: by counter, of the prompt and of the rest; ``no_energy``: why a counter is left out.
     """
 
     tokenization_s: float
@@ -86,6 +85,7 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     first_text_tokens: int
     text_sha256: str
     energy: dict[str, tuple[float, float]]
+    no_energy: tuple[str, ...] = ()
 
 
 def main(requests: IO[bytes], answers: IO[bytes]) -> int:
@@ -160,10 +160,9 @@ class LoadedCell:
         begun = time.perf_counter()
         try:
             self.session: Session = runtime_named(job.runtime).open(artifact, options)
-        except UsageError as error:
+        except ContextTooLong as refusal:
             fewer = "ask for fewer --prompt-tokens, --new-tokens or --depth"
-            said = str(error).replace("choose another --context", fewer)
-            raise UsageError(said) from error
+            raise ContextTooLong(refusal.problem, fewer) from refusal
         load_s = time.perf_counter() - begun
         self.ready = Ready(
             load_s=load_s, device=self.session.device, kv_cache=self.session.kv_dtype
@@ -177,11 +176,13 @@ class LoadedCell:
         """Ask once; the cache holds the depth's tokens alone before."""
         from edgellm.generate import AnswerStream
         from edgellm.hardware import peak_memory_bytes
+        from edgellm.profiling.device_memory import device_bytes
         from edgellm.token_times import clock
 
         session, prompt = self.session, self.prompt
         session.trim(len(prompt.depth_ids))
-        counted = self._joules()
+        silent: dict[str, str] = {}
+        counted = self._joules(silent)
         cpu_s = time.process_time()
         begun = clock()
         self.tokenizer.encode(prompt.text)
@@ -199,10 +200,17 @@ class LoadedCell:
         for _ in stream:
             if not first_text_tokens:
                 first_text_tokens = len(stream.token_ids)
-                at_first = self._joules()
+                at_first = self._joules(silent)
         ended = clock()
         cpu_s = time.process_time() - cpu_s
-        at_end = self._joules()
+        at_end = self._joules(silent)
+        for name, end in at_end.items():
+            least_j = LEAST_STEPS * self.steps_j[name]
+            if name not in silent and end - counted[name] < least_j:
+                silent[name] = (
+                    f"{name}: a round takes less than the {least_j:g} J that it can tell: ask for "
+                    "more tokens"
+                )
         answer, times = stream.answer(), stream.times
         resident, shared = _resident()
         ids = ",".join(map(str, answer.token_ids))
@@ -219,25 +227,26 @@ class LoadedCell:
             peak_bytes=peak_memory_bytes(),
             steady_bytes=resident,
             steady_shared_bytes=shared,
-            device_bytes=_device_bytes(session.device),
+            device_bytes=device_bytes(session.device),
             kv_bytes=session.kv_bytes(),
             first_text_tokens=first_text_tokens or self.new_tokens,
             text_sha256=hashlib.sha256(ids.encode()).hexdigest(),
             energy={
                 name: (at_first[name] - counted[name], end - at_first[name])
                 for name, end in at_end.items()
-                if name in counted
-                and name in at_first
-                and end - counted[name] >= LEAST_STEPS * self.steps_j[name]
+                if name not in silent
             },
+            no_energy=tuple(silent.values()),
         )
 
-    def _joules(self) -> dict[str, float]:
-        """What the counters say now; one that says no more is left out."""
+    def _joules(self, silent: dict[str, str]) -> dict[str, float]:
+        """What the counters say now; one that says no more is put among ``silent``, with why."""
         found = {}
         for counter in self.counters:
-            with contextlib.suppress(GenerationError):
+            try:
                 found[counter.name] = counter.read_j()
+            except GenerationError as error:
+                silent[counter.name] = str(error)
         return found
 
 
@@ -251,18 +260,6 @@ def _resident() -> tuple[int, int | None]:
     except (psutil.Error, OSError):
         return process.memory_info().rss, None
     return whole.rss, getattr(whole, "pss", None)
-
-
-def _device_bytes(device: str) -> int | None:
-    """What torch or MLX took of a GPU at most, where one of them computes there."""
-    torch, mlx = sys.modules.get("torch"), sys.modules.get("mlx.core")
-    if device == "cuda" and torch is not None:
-        return int(torch.cuda.max_memory_allocated())
-    if device == "metal" and mlx is not None:
-        return int(mlx.get_peak_memory())
-    if device == "metal" and torch is not None:
-        return int(torch.mps.driver_allocated_memory())
-    return None
 
 
 if __name__ == "__main__":

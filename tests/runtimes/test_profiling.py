@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import edgellm
+from edgellm.errors import GenerationError
 from edgellm.hardware import Gpu
 from edgellm.manifest import Artifact
 from edgellm.profiling import document, energy, measuring, process
@@ -330,5 +331,29 @@ def test_less_energy_than_a_counter_can_tell_is_no_figure(
 
     made = [Steps("battery", 36.0), Steps("RAPL package", 1e-4), Steps("powermetrics", None)]
     monkeypatch.setattr(energy, "counters", lambda: (made, ()))
-    found = LoadedCell(job(artifact("llama", "onnx"))).round().energy
-    assert found == {"RAPL package": (10.0, 10.0), "powermetrics": (10.0, 10.0)}
+    found = LoadedCell(job(artifact("llama", "onnx"))).round()
+    assert found.energy == {"RAPL package": (10.0, 10.0), "powermetrics": (10.0, 10.0)}
+    assert found.no_energy == (
+        "battery: a round takes less than the 720 J that it can tell: ask for more tokens",
+    )
+
+
+def test_a_counter_that_stops_is_named(
+    artifact: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stops:
+        name, step_j, reads = "RAPL package", None, 0
+
+        def read_j(self) -> float:
+            self.reads += 1
+            if self.reads == 2:  # in the middle of a round
+                raise GenerationError("energy_uj cannot be read any more")
+            return float(self.reads)
+
+    monkeypatch.setattr(energy, "counters", lambda: ([Stops()], ()))
+    cell = LoadedCell(job(artifact("llama", "onnx")))
+    broken, whole = cell.round(), cell.round()
+    assert broken.energy == {}
+    assert broken.no_energy == ("energy_uj cannot be read any more",)
+    assert whole.energy == {"RAPL package": (1.0, 1.0)}
+    assert whole.no_energy == ()

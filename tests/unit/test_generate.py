@@ -35,6 +35,10 @@ class Scripted(FakeSession):
         rows[-1, self.reply[place]] = 100
         return rows
 
+    def decode(self, token_id: int) -> Logits:
+        row: Logits = self.prefill((token_id,))[0]
+        return row
+
 
 class ByteTokenizer:
     """Token ``n`` is the byte ``n``; 0 ends the text."""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from edgellm.errors import GenerationError
-from edgellm.profiling import energy_nvml
+from edgellm.profiling import device_memory, energy_nvml
 from edgellm.profiling.energy import counters, quoted
 from edgellm.profiling.energy_nvml import NvmlCounter, nvml_counter
 from edgellm.profiling.energy_powermetrics import PowermetricsCounter, powermetrics_counter
@@ -206,6 +206,34 @@ def test_nvml(files: SystemFiles, monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert [*nvml_counter(files, absent)] == []
     assert [*nvml_counter(files, lambda name: nvml([]))] == []
+
+
+def test_memory_of_gpus_is_that_of_the_process(
+    files: SystemFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_memory, "LIBRARIES", {"Linux": "libnvidia-ml.so.1"})
+    unknown = device_memory.NOT_AVAILABLE
+    others = [(1000 + each, 1) for each in range(80)]  # more than the first table has rows
+    on_gpus = [[(7, 3 << 30), (8, 1 << 30)], [*others, (7, 5 << 20)], [(9, unknown)]]
+
+    def processes(device: ctypes.c_void_p, count: Any, table: Any) -> int:
+        assert device.value
+        there = on_gpus[device.value - 1]
+        room, count._obj.value = count._obj.value, len(there)
+        if room < len(there):
+            return device_memory.TOO_SMALL
+        for row, (table[row].pid, table[row].usedGpuMemory) in enumerate(there):  # noqa: B007
+            pass
+        return 0
+
+    library = nvml([1, 1, 1])
+    library.nvmlDeviceGetComputeRunningProcesses_v3 = processes
+    assert device_memory.nvml_bytes(files, 7, lambda name: library) == (3 << 30) + (5 << 20)
+    assert device_memory.nvml_bytes(files, 8, lambda name: library) == 1 << 30
+    assert device_memory.nvml_bytes(files, 9, lambda name: library) is None, "it does not say"
+    assert device_memory.nvml_bytes(files, 10, lambda name: library) is None, "no such process"
+    library.nvmlInit_v2 = lambda: 9
+    assert device_memory.nvml_bytes(files, 7, lambda name: library) is None
 
 
 SAMPLES = """
