@@ -15,7 +15,7 @@ import numpy as np
 
 import edgellm
 from edgellm.errors import GenerationError, UsageError
-from edgellm.export.decoder_graph import FLOAT, DecoderGraph, Grids
+from edgellm.export.decoder_graph import FLOAT, HEAD_INPUT, DecoderGraph, Grids
 from edgellm.export.layout import StoredArray
 from edgellm.export.onnx_graph import GraphBuilder
 from edgellm.hardware import detect
@@ -148,7 +148,7 @@ def hidden_states(
     DecoderGraph(graph, source.decoder, source.tensors, FLOATS, longest).build_output_norm()
     session, weights = sessions.of(graph), graph.load_weights()
     return [
-        sessions.run(session, {"stream": stream[np.newaxis], **weights}, "output_norm")[0]
+        sessions.run(session, {"stream": stream[np.newaxis], **weights}, HEAD_INPUT)[0]
         for stream in streams
     ]
 
@@ -162,8 +162,22 @@ def logits_of(source: ModelSource, hidden: Array) -> Array:
     head = source.tensors[role]
     logits = np.empty((len(hidden), head.rows), np.float32)
     for start, rows in _slabs([head]):
-        np.matmul(hidden, rows.T, out=logits[:, start : start + len(rows)])
+        part = logits[:, start : start + len(rows)]
+        np.matmul(hidden, rows.T, out=part)
+        part[:] = as_logits(source, part, start)
     return logits
+
+
+def as_logits(source: ModelSource, products: Array, start: int) -> Array:
+    """Products ``[tokens, rows]`` of the head's rows from ``start`` on, biased and soft-capped."""
+    decoder = source.decoder
+    if decoder.head_bias:
+        bias = source.tensors["output.bias"].load(0, 1).reshape(-1)
+        products = products + bias[start : start + products.shape[1]]
+    if decoder.logit_softcap is not None:
+        cap = np.float32(decoder.logit_softcap)
+        products = cap * np.tanh(products / cap)
+    return products
 
 
 def window_logits(

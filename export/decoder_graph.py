@@ -43,6 +43,9 @@ OUTLIERS = GRIDS["f16"]
 SCALES_PLACE = 12
 """Where ``k_scale`` and ``v_scale`` stand among GroupQueryAttention's inputs."""
 
+HEAD_INPUT = "head_input"
+"""The output of ``DecoderGraph.build_output_norm``."""
+
 INT64_MAX = np.iinfo(np.int64).max
 
 
@@ -109,7 +112,7 @@ class DecoderGraph:
                 index, stream, branch, logits_from if index == last else ""
             )
         normed, _ = self._norm("output_norm", stream, branch)
-        self._head(normed)
+        self._head(self._scaled_for_head(normed))
 
     def build_layer(self, index: int, *, taps: bool = False) -> None:
         """Add one layer alone: whole sequences of the residual stream go in and come out.
@@ -133,11 +136,15 @@ class DecoderGraph:
                 graph.output(x, TensorProto.FLOAT, ["batch_size", "sequence_length", columns])
 
     def build_output_norm(self) -> None:
-        """Add the norm before the head alone: ``stream`` ``[batch, sequence, hidden]`` goes in."""
+        """Add what lies between the layers and the head alone.
+
+        ``stream`` ``[batch, sequence, hidden]`` goes in, ``HEAD_INPUT`` of that shape comes out.
+        """
         shape = self._stream_shape()
         stream = self.graph.input("stream", TensorProto.FLOAT, shape)
-        self._norm_alone("output_norm", stream)
-        self.graph.output("output_norm", TensorProto.FLOAT, shape)
+        normed = self._norm_alone("output_norm", stream)
+        self.graph.node("Identity", [self._scaled_for_head(normed)], HEAD_INPUT)
+        self.graph.output(HEAD_INPUT, TensorProto.FLOAT, shape)
 
     def _stream_shape(self) -> list[int | str]:
         return ["batch_size", "sequence_length", self.decoder.hidden_size]
@@ -149,16 +156,26 @@ class DecoderGraph:
 
         With ``cut_from``, of the positions from there on only.
         """
-        name = f"blk.{index}"
-        normed, stream = self._norm(f"{name}.attn_norm", stream, branch)
+        name, parallel = f"blk.{index}", self.decoder.parallel
+        normed, stream = self._pre_norm(f"{name}.attn_norm", stream, branch)
         branch = self._attention(index, normed, cached=cached)
         if cut_from:
             stream = self._cut(f"{name}.stream_cut", stream, cut_from)
             branch = self._cut(f"{name}.attn_cut", branch, cut_from)
+            if self.decoder.shared_norm:
+                normed = self._cut(f"{name}.norm_cut", normed, cut_from)
         branch = self._linear(f"{name}.attn_output", ["attn_output"], branch, index)
         branch = self._post_norm(f"{name}.post_attention_norm", branch)
-        normed, stream = self._norm(f"{name}.ffn_norm", stream, branch)
-        return stream, self._post_norm(f"{name}.post_ffw_norm", self._feed_forward(index, normed))
+        branch = self._scaled(f"{name}.attn_scaled", branch, self.decoder.residual_scale)
+        if not parallel:
+            normed, stream = self._pre_norm(f"{name}.ffn_norm", stream, branch)
+        elif not self.decoder.shared_norm:
+            normed = self._norm_alone(f"{name}.ffn_norm", stream)
+        mixed = self._post_norm(f"{name}.post_ffw_norm", self._feed_forward(index, normed))
+        mixed = self._scaled(f"{name}.ffn_scaled", mixed, self.decoder.residual_scale)
+        if parallel:
+            mixed = self.graph.node("Add", [branch, mixed], f"{name}.both")
+        return stream, mixed
 
     # --- positions -------------------------------------------------------------------------------
 
@@ -182,10 +199,7 @@ class DecoderGraph:
             "token_embd.weight", [weight], self.grids.embed, operators.packer
         )
         stream = operators.gather(graph, "input_ids", self.embedding, "token_embd")
-        if decoder.embedding_scale != 1.0:
-            factor = np.asarray([decoder.embedding_scale], np.float32)
-            scale = graph.floats("token_embd.scale", factor)
-            stream = graph.node("Mul", [stream, scale], "token_embd.scaled")
+        stream = self._scaled("token_embd.scaled", stream, decoder.embedding_scale)
         if decoder.learned_positions is not None:
             stream = graph.node("Add", [stream, self._learned_positions()], "position_embd.sum")
         return stream
@@ -218,7 +232,7 @@ class DecoderGraph:
             "GroupQueryAttention", inputs, name, outputs=[name, *present], contrib=True,
             num_heads=decoder.heads, kv_num_heads=decoder.kv_heads, scale=decoder.softmax_scale,
             do_rotary=int(layer.rope is not None), local_window_size=layer.window or -1,
-            **cache,
+            softcap=decoder.attention_softcap or 0.0, **cache,
         )  # fmt: skip
 
     def _past_present(self, index: int) -> tuple[list[str], list[str]]:
@@ -258,6 +272,12 @@ class DecoderGraph:
             packed = self._linear(f"{name}_qkv", ["attn_qkv"], x, index)
         elif not decoder.qk_norm:
             packed = self._linear(f"{name}_qkv", ["attn_q", "attn_k", "attn_v"], x, index)
+        if decoder.qkv_clip is not None and not decoder.qk_norm:
+            bounds = [
+                graph.floats(f"qkv_clip.{name}", np.asarray(sign * decoder.qkv_clip, np.float32))
+                for name, sign in (("low", -1), ("high", 1))
+            ]
+            packed = graph.node("Clip", [packed, *bounds], f"{name}_clipped")
         if not decoder.qk_norm:
             return packed, "", ""
         if decoder.fused_qkv:
@@ -270,8 +290,10 @@ class DecoderGraph:
         return query, self._normed_heads(parts[1], decoder.kv_heads), parts[2]
 
     def _normed_heads(self, name: str, heads: int) -> str:
-        """The queries or keys ``name`` with each head normed apart."""
+        """The queries or keys ``name`` with each head normed apart, or all of them together."""
         graph, decoder = self.graph, self.decoder
+        if decoder.qk_norm_whole:
+            return self._norm_alone(f"{name}_norm", name)
         by_head = graph.integers(0, -1, heads, decoder.head_dim)
         split = graph.node("Reshape", [name, by_head], f"{name}.heads")
         normed = self._norm_alone(f"{name}_norm", split)
@@ -292,15 +314,23 @@ class DecoderGraph:
             hidden = self._linear(f"{name}_up", ["ffn_up"], x, index)
             active = self._activate(f"{name}_act", hidden)
         else:
-            gate = self._linear(f"{name}_gate", ["ffn_gate"], x, index)
-            up = self._linear(f"{name}_up", ["ffn_up"], x, index)
+            if decoder.fused_gate_up:
+                both = self._linear(f"{name}_gate_up", ["ffn_up"], x, index)
+                halves = graph.integers(decoder.ffn_size, decoder.ffn_size)
+                gate, up = f"{name}_gate", f"{name}_up"
+                graph.node("Split", [both, halves], f"{name}_split", outputs=[gate, up], axis=-1)
+            else:
+                gate = self._linear(f"{name}_gate", ["ffn_gate"], x, index)
+                up = self._linear(f"{name}_up", ["ffn_up"], x, index)
             gate = self._activate(f"{name}_act", gate)
             active = graph.node("Mul", [gate, up], f"{name}_gated")
         return self._linear(f"{name}_down", ["ffn_down"], active, index)
 
     def _activate(self, name: str, x: str) -> str:
-        operator = {"silu": "QuickGelu", "gelu_tanh": "FastGelu", "gelu": "Gelu"}
         activation = self.decoder.activation
+        if activation == "relu":
+            return self.graph.node("Relu", [x], name)
+        operator = {"silu": "QuickGelu", "gelu_tanh": "FastGelu", "gelu": "Gelu"}
         # QuickGelu is x * sigmoid(alpha * x): SiLU in one operator.
         attributes: dict[str, Any] = {"alpha": 1.0} if activation == "silu" else {}
         return self.graph.node(operator[activation], [x], name, contrib=True, **attributes)
@@ -363,6 +393,14 @@ class DecoderGraph:
         stored = self.graph.stored(tensor.arrays[0], TensorProto.FLOAT, [tensor.rows])
         return self.graph.computed(stored)
 
+    def _pre_norm(self, name: str, stream: str, branch: str) -> tuple[str, str]:
+        """As ``_norm``, or the sum alone where no norm stands before a part of a layer."""
+        if self.decoder.pre_norms:
+            return self._norm(name, stream, branch)
+        if branch:
+            stream = self.graph.node("Add", [stream, branch], f"{name}.stream")
+        return stream, stream
+
     def _norm(self, name: str, stream: str, branch: str) -> tuple[str, str]:
         """The normed sum of stream and branch, and the sum itself: the new residual stream."""
         if not branch:
@@ -387,13 +425,22 @@ class DecoderGraph:
         return self._norm_alone(name, x) if self.decoder.post_norms else x
 
     def _norm_weights(self, name: str) -> list[str]:
+        norm = self.decoder.norm
+        if not norm.weight:
+            ones = np.ones(self.decoder.hidden_size, np.float32)
+            return [self.graph.floats("norm.ones", ones)]
         weight = self.tensors[f"{name}.weight"]
-        if self.decoder.norm.offset:
+        if norm.offset:
             weight = derived(weight, _plus_one)
         names = [self._stored_float(weight.with_role(f"{name}.weight"))]
-        if self.decoder.norm.kind == "layer":
-            names.append(self._vector(f"{name}.bias"))
-        return names
+        return [*names, self._vector(f"{name}.bias")] if norm.biased else names
+
+    def _scaled(self, name: str, x: str, factor: float) -> str:
+        """``x`` times ``factor``."""
+        if factor == 1.0:
+            return x
+        number = self.graph.floats(f"{name}.factor", np.asarray([factor], np.float32))
+        return self.graph.node("Mul", [x, number], name)
 
     def _vector(self, role: str) -> str:
         return self._stored_float(self.tensors[role])
@@ -409,6 +456,10 @@ class DecoderGraph:
         graph = self.graph
         return graph.node("Slice", [x, start, graph.integers(INT64_MAX), graph.integers(1)], name)
 
+    def _scaled_for_head(self, x: str) -> str:
+        """What the head multiplies: scaled before it, logits come out scaled."""
+        return self._scaled("output_norm.scaled", x, self.decoder.logit_scale)
+
     def _head(self, x: str) -> None:
         graph, decoder = self.graph, self.decoder
         operators = operators_of(self.grids.head)
@@ -419,11 +470,17 @@ class DecoderGraph:
             tensor = graph.store(
                 "output.weight", [self.tensors[source]], self.grids.head, operators.packer
             )
-        if graph.element == TensorProto.FLOAT:
-            self._product("logits", x, tensor, ["output.weight"], None)
-        else:
-            narrow = self._product("logits.narrow", x, tensor, ["output.weight"], None)
-            graph.node("Cast", [narrow], "logits", to=TensorProto.FLOAT)
+        bias = self._vector("output.bias") if decoder.head_bias else None
+        capped, narrow = decoder.logit_softcap is not None, graph.element != TensorProto.FLOAT
+        name = "logits.narrow" if narrow else "logits.plain" if capped else "logits"
+        logits = self._product(name, x, tensor, ["output.weight"], bias)
+        if narrow:
+            name = "logits.plain" if capped else "logits"
+            logits = graph.node("Cast", [logits], name, to=TensorProto.FLOAT)
+        if decoder.logit_softcap is not None:
+            cap = graph.constant("logits.cap", np.asarray(decoder.logit_softcap, np.float32))
+            small = graph.node("Div", [logits, cap], "logits.small")
+            graph.node("Mul", [graph.node("Tanh", [small], "logits.tanh"), cap], "logits")
         # One position is what the default gives, and what tells genai not to expect them all. A
         # caller who asks for more gets more, and a warning in onnxruntime's log.
         shape: list[int | str] = ["batch_size", 1, decoder.vocab_size]

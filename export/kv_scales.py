@@ -69,9 +69,12 @@ class CacheScales:
         rope = self.decoder.layers[self.index].rope
         if self.decoder.qk_norm:
             # A head's values have a mean square of one before the weights: none exceeds this.
-            weight = self._norm_weight("attn_k_norm")
-            reach = np.tile(np.abs(weight), self.decoder.kv_heads) * self.decoder.head_dim**0.5
-            return self._turned(reach, rope, np.maximum)
+            weight = np.abs(self._norm_weight("attn_k_norm"))
+            if not self.decoder.qk_norm_whole:
+                weight = np.tile(weight, self.decoder.kv_heads) * self.decoder.head_dim**0.5
+            else:
+                weight = weight * self.decoder.kv_size**0.5
+            return self._turned(weight, rope, np.maximum)
         center, spread = self._centers_and_spreads("attn_k", self.decoder.query_size)
         spread = self._turned(spread, rope, lambda one, other: np.hypot(one, other) / 2**0.5)
         return self._turned(np.abs(center), rope, np.hypot) + KEY_SPREADS * spread
@@ -116,6 +119,8 @@ class CacheScales:
         return center, spread
 
     def _norm_weight(self, name: str) -> Vector:
+        if not self.decoder.norm.weight:
+            return np.ones(self.decoder.hidden_size)
         weight = self.tensors[f"blk.{self.index}.{name}.weight"].load_rows(0, 1).reshape(-1)
         return weight.astype(np.float64) + float(self.decoder.norm.offset)
 

@@ -83,11 +83,14 @@ def couplings(decoder: Decoder) -> tuple[Coupling, ...]:
     """
     found: list[Coupling] = []
     for layer in range(len(decoder.layers)):
-        found += [_before_attention(decoder, layer), _values(decoder, layer)]
-        found.append(_before_feed_forward(decoder, layer))
+        before = _norms(decoder, layer)
+        found += [each for each in before if each.name == "attn_norm"]
+        if decoder.qkv_clip is None:
+            found.append(_values(decoder, layer))
+        found += [each for each in before if each.name != "attn_norm"]
         if decoder.gated_mlp:
             found.append(_gated(decoder, layer))
-    if not decoder.tied_head:
+    if not decoder.tied_head and decoder.norm.weight:
         layer = len(decoder.layers)
         norm = _norm(decoder, "output_norm")
         found.append(Coupling(layer, "output_norm", ("output.weight",), norm, decoder.hidden_size))
@@ -97,6 +100,13 @@ def couplings(decoder: Decoder) -> tuple[Coupling, ...]:
 def left_out(decoder: Decoder) -> dict[str, str]:
     """Why a part of the network has no coupling, by the part's name; empty where all have one."""
     reasons: dict[str, str] = {}
+    unscalable = "" if decoder.norm.weight else "the norm before it has no weights to divide"
+    if not decoder.pre_norms:
+        unscalable = "its input is the residual stream, which other parts of the network read"
+    if unscalable:
+        reasons |= dict.fromkeys(("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"), unscalable)
+    if decoder.qkv_clip is not None:
+        reasons["attn_output"] = "values are clipped, which does not pass factors on"
     if not decoder.gated_mlp:
         reasons["ffn_down"] = (
             f"its input comes out of {decoder.activation}, which does not pass factors on"
@@ -105,13 +115,15 @@ def left_out(decoder: Decoder) -> dict[str, str]:
         reasons["output"] = (
             "the head is the embedding, whose rows other parts of the network look up"
         )
+    elif not decoder.norm.weight:
+        reasons["output"] = "the norm before it has no weights to divide"
     return reasons
 
 
 def _norm(decoder: Decoder, name: str) -> tuple[Absorber, ...]:
     """A norm's weight, and its bias where it has one."""
     weight = Absorber(f"{name}.weight", offset=float(decoder.norm.offset))
-    return (weight, Absorber(f"{name}.bias")) if decoder.norm.kind == "layer" else (weight,)
+    return (weight, Absorber(f"{name}.bias")) if decoder.norm.biased else (weight,)
 
 
 def _rows(role: str, biased: bool, first: int = 0) -> tuple[Absorber, ...]:
@@ -120,15 +132,26 @@ def _rows(role: str, biased: bool, first: int = 0) -> tuple[Absorber, ...]:
     return (weight, Absorber(f"{role}.bias", first)) if biased else (weight,)
 
 
-def _before_attention(decoder: Decoder, layer: int) -> Coupling:
-    parts = ("attn_qkv",) if decoder.fused_qkv else ("attn_q", "attn_k", "attn_v")
-    return Coupling(
-        layer,
-        "attn_norm",
-        tuple(f"blk.{layer}.{part}.weight" for part in parts),
-        _norm(decoder, f"blk.{layer}.attn_norm"),
-        decoder.hidden_size,
-    )
+def _norms(decoder: Decoder, layer: int) -> list[Coupling]:
+    """Norms to the products that read them: one for attention and feed-forward, or one each."""
+    if not decoder.pre_norms or not decoder.norm.weight:
+        return []
+    attention = ["attn_qkv"] if decoder.fused_qkv else ["attn_q", "attn_k", "attn_v"]
+    gated = decoder.gated_mlp and not decoder.fused_gate_up
+    feed_forward = ["ffn_gate", "ffn_up"] if gated else ["ffn_up"]
+    readers = {"attn_norm": attention, "ffn_norm": feed_forward}
+    if decoder.shared_norm:
+        readers = {"attn_norm": attention + feed_forward}
+    return [
+        Coupling(
+            layer,
+            name,
+            tuple(f"blk.{layer}.{part}.weight" for part in parts),
+            _norm(decoder, f"blk.{layer}.{name}"),
+            decoder.hidden_size,
+        )
+        for name, parts in readers.items()
+    ]
 
 
 def _values(decoder: Decoder, layer: int) -> Coupling:
@@ -145,22 +168,12 @@ def _values(decoder: Decoder, layer: int) -> Coupling:
     )
 
 
-def _before_feed_forward(decoder: Decoder, layer: int) -> Coupling:
-    parts = ("ffn_gate", "ffn_up") if decoder.gated_mlp else ("ffn_up",)
-    return Coupling(
-        layer,
-        "ffn_norm",
-        tuple(f"blk.{layer}.{part}.weight" for part in parts),
-        _norm(decoder, f"blk.{layer}.ffn_norm"),
-        decoder.hidden_size,
-    )
-
-
 def _gated(decoder: Decoder, layer: int) -> Coupling:
+    first = decoder.ffn_size if decoder.fused_gate_up else 0
     return Coupling(
         layer,
         "ffn_up",
         (f"blk.{layer}.ffn_down.weight",),
-        _rows(f"blk.{layer}.ffn_up", decoder.mlp_bias),
+        _rows(f"blk.{layer}.ffn_up", decoder.mlp_bias, first),
         decoder.ffn_size,
     )

@@ -11,7 +11,7 @@ import enum
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["silu", "gelu_tanh", "gelu"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
 
 
 class Feature(enum.StrEnum):
@@ -23,20 +23,34 @@ class Feature(enum.StrEnum):
     ROPE_LLAMA3 = "llama3 rope scaling"
     ROPE_FACTORS = "rope frequencies divided by listed factors"
     ROPE_PER_LAYER = "rope frequencies that differ between layers"
+    ROPE_PARTIAL = "rotary positions over a part of each head"
+    LAYERS_WITHOUT_ROPE = "layers without rotary positions"
     LEARNED_POSITIONS = "learned positions"
     RMS_NORM = "RMS norm"
     LAYER_NORM = "layer norm"
     NORM_OFFSET = "norm weights stored less one"
+    PLAIN_NORM = "norms without weights"
+    UNBIASED_LAYER_NORM = "layer norms without biases"
     QK_NORM = "norms on queries and keys"
+    QK_NORM_WHOLE = "norms on queries and keys over all heads together"
     POST_NORMS = "norms after attention and feed-forward"
+    NO_PRE_NORMS = "no norms before attention and feed-forward"
+    PARALLEL_BLOCK = "attention and feed-forward side by side"
+    SHARED_NORM = "one norm before attention and feed-forward"
     SLIDING_WINDOW = "sliding-window attention in every layer"
     ALTERNATING_WINDOW = "local and global attention layers"
+    ATTENTION_SOFTCAP = "soft-capped attention scores"
+    LOGIT_SOFTCAP = "soft-capped logits"
+    QKV_CLIP = "clipped queries, keys and values"
     GATED_MLP = "gated feed-forward"
     PLAIN_MLP = "plain feed-forward"
     QKV_BIAS = "biases on q, k and v"
     OUTPUT_BIAS = "a bias on the attention output"
     MLP_BIAS = "biases in the feed-forward"
+    HEAD_BIAS = "a bias on the output head"
     EMBEDDING_SCALE = "scaled embeddings"
+    RESIDUAL_SCALE = "scaled residual branches"
+    LOGIT_SCALE = "scaled logits"
     ATTENTION_SCALE = "an attention scale other than 1/sqrt(head_dim)"
     TIED_HEAD = "an output head tied to the embedding"
 
@@ -74,11 +88,21 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """``rms`` or ``layer`` norm; with ``offset`` the stored weight is used as ``weight + 1``."""
+    """``rms`` or ``layer`` norm; with ``offset`` the stored weight is used as ``weight + 1``.
+
+    A layer norm may be without its ``bias``, and any without a ``weight``.
+    """
 
     kind: Literal["rms", "layer"]
     epsilon: float
     offset: bool = False
+    weight: bool = True
+    bias: bool = True
+
+    @property
+    def biased(self) -> bool:
+        """Whether a bias is stored."""
+        return self.kind == "layer" and self.bias and self.weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +123,13 @@ class Decoder:
     ``output_bias`` is the bias of the attention's output product. ``mlp_bias`` covers all products
     of the feed-forward. ``embedding_scale`` multiplies the embedding's rows after the look-up, and
     not the head. ``attention_scale`` multiplies query times key; None means 1/sqrt(head_dim).
+
+    ``fused_gate_up``: gate above up in one tensor, ``ffn_up``. ``qk_norm_whole``: the norms go over
+    all heads of queries (or keys) together. ``parallel``: attention and feed-forward both read the
+    stream before the layer, after a norm each or, with ``shared_norm``, after the same one.
+    ``residual_scale`` multiplies what each of the two adds to the stream, ``logit_scale`` the
+    logits. Soft caps c turn x into c * tanh(x / c); ``qkv_clip`` keeps queries, keys and values
+    within +-c.
     """
 
     family: str
@@ -117,11 +148,22 @@ class Decoder:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    fused_gate_up: bool = False
+    head_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
+    qkv_clip: float | None = None
+    pre_norms: bool = True
     post_norms: bool = False
+    parallel: bool = False
+    shared_norm: bool = False
     learned_positions: int | None = None
     embedding_scale: float = 1.0
     attention_scale: float | None = None
+    attention_softcap: float | None = None
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
     tied_head: bool = False
 
     @property
@@ -142,10 +184,13 @@ class Decoder:
     def features(self) -> frozenset[Feature]:
         """The properties that an exporter or runtime has to be able to express."""
         windows = {layer.window for layer in self.layers}
-        ropes = {layer.rope for layer in self.layers}
-        scalings = {rope.scaling.kind for rope in ropes if rope and rope.scaling}
+        turned = {layer.rope for layer in self.layers}
+        ropes = {rope for rope in turned if rope is not None}
+        scalings = {rope.scaling.kind for rope in ropes if rope.scaling}
         chosen = {
-            Feature.ROPE: ropes != {None},
+            Feature.ROPE: bool(ropes),
+            Feature.ROPE_PARTIAL: any(rope.dimensions < self.head_dim for rope in ropes),
+            Feature.LAYERS_WITHOUT_ROPE: None in turned and bool(ropes),
             Feature.ROPE_LINEAR: "linear" in scalings,
             Feature.ROPE_YARN: "yarn" in scalings,
             Feature.ROPE_LLAMA3: "llama3" in scalings,
@@ -155,8 +200,19 @@ class Decoder:
             Feature.RMS_NORM: self.norm.kind == "rms",
             Feature.LAYER_NORM: self.norm.kind == "layer",
             Feature.NORM_OFFSET: self.norm.offset,
+            Feature.PLAIN_NORM: not self.norm.weight,
+            Feature.UNBIASED_LAYER_NORM: (
+                self.norm.kind == "layer" and self.norm.weight and not self.norm.bias
+            ),
             Feature.QK_NORM: self.qk_norm,
+            Feature.QK_NORM_WHOLE: self.qk_norm_whole,
+            Feature.QKV_CLIP: self.qkv_clip is not None,
             Feature.POST_NORMS: self.post_norms,
+            Feature.NO_PRE_NORMS: not self.pre_norms,
+            Feature.PARALLEL_BLOCK: self.parallel,
+            Feature.SHARED_NORM: self.shared_norm,
+            Feature.ATTENTION_SOFTCAP: self.attention_softcap is not None,
+            Feature.LOGIT_SOFTCAP: self.logit_softcap is not None,
             Feature.SLIDING_WINDOW: windows != {None} and len(windows) == 1,
             Feature.ALTERNATING_WINDOW: len(windows) > 1,
             Feature.GATED_MLP: self.gated_mlp,
@@ -164,7 +220,10 @@ class Decoder:
             Feature.QKV_BIAS: self.qkv_bias,
             Feature.OUTPUT_BIAS: self.output_bias,
             Feature.MLP_BIAS: self.mlp_bias,
+            Feature.HEAD_BIAS: self.head_bias,
             Feature.EMBEDDING_SCALE: self.embedding_scale != 1.0,
+            Feature.RESIDUAL_SCALE: self.residual_scale != 1.0,
+            Feature.LOGIT_SCALE: self.logit_scale != 1.0,
             Feature.ATTENTION_SCALE: self.attention_scale is not None,
             Feature.TIED_HEAD: self.tied_head,
         }

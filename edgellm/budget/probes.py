@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from edgellm.export.decoder_graph import DecoderGraph
-from edgellm.forward import FLOATS, Sessions, WeightsAsInputs, embedded, one_layer
+from edgellm.export.decoder_graph import HEAD_INPUT, DecoderGraph
+from edgellm.forward import FLOATS, Sessions, WeightsAsInputs, as_logits, embedded, one_layer
 from edgellm.parallel import in_parallel
 from edgellm.source.model import ModelSource
 from edgellm.tensors import SLAB_BYTES, Array, rows_within
@@ -87,7 +87,7 @@ class Probes:
         DecoderGraph(graph, decoder, tensors, FLOATS, self._tokens).build_output_norm()
         session, weights = self._sessions.of(graph), graph.load_weights()
         hidden = {
-            each: self._sessions.run(session, {"stream": stream, **weights}, "output_norm").reshape(
+            each: self._sessions.run(session, {"stream": stream, **weights}, HEAD_INPUT).reshape(
                 -1, decoder.hidden_size
             )
             for each, stream in self.streams.items()
@@ -100,23 +100,24 @@ class Probes:
         slabs = [(start, min(start + step, weight.rows)) for start in range(0, weight.rows, step)]
         total = LogSum(len(clean))
         for start, stop in slabs:
-            total.add(clean @ weight.load(start, stop).T)
+            total.add(as_logits(self.source, clean @ weight.load(start, stop).T, start))
         found = {each: Divergence(len(clean)) for each in hidden}
         if head is not None:
             found[name] = Divergence(len(clean))
         for start, stop in slabs:
             rows = weight.load(start, stop)
-            reference = clean @ rows.T
+            reference = as_logits(self.source, clean @ rows.T, start)
             shares = np.exp(reference.astype(np.float64) - total.value()[:, np.newaxis])
 
             def compare(
                 each: str,
                 rows: Array = rows,
                 reference: Array = reference,
+                start: int = start,
                 shares: npt.NDArray[np.float64] = shares,
             ) -> None:
                 moved = clean @ head(rows).T if each == name and head else hidden[each] @ rows.T
-                found[each].add(shares, reference, moved)
+                found[each].add(shares, reference, as_logits(self.source, moved, start))
 
             for _ in in_parallel(compare, found, self.threads):
                 pass

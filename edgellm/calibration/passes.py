@@ -19,7 +19,7 @@ import numpy as np
 from edgellm.calibration.stream import BUDGET_BYTES, TokenStream
 from edgellm.calibration.sums import CHUNK_TOKENS, InputSums
 from edgellm.errors import GenerationError
-from edgellm.export.decoder_graph import DecoderGraph
+from edgellm.export.decoder_graph import HEAD_INPUT, DecoderGraph
 from edgellm.forward import (
     FLOATS,
     Sessions,
@@ -174,9 +174,9 @@ class CalibrationPass:
         tensors = self.source.tensors
         decoder = self.source.decoder
         DecoderGraph(graph, decoder, tensors, FLOATS, self._longest).build_output_norm()
-        sums = {"output_norm": self._sums(decoder.hidden_size)}
+        sums = {HEAD_INPUT: self._sums(decoder.hidden_size)}
         self._run(graph, sums, watch, into_stream="")
-        return _finite(sums["output_norm"].result(), "the head's input")
+        return _finite(sums[HEAD_INPUT].result(), "the head's input")
 
     def _run_layer(
         self, index: int, watch: Share, *, taps: bool

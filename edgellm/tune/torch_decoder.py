@@ -39,18 +39,26 @@ def embedded(decoder: Decoder, weights: Weights, ids: Tensor) -> Tensor:
 def layer(decoder: Decoder, index: int, weights: Weights, stream: Tensor) -> Tensor:
     """The residual stream ``[batch, tokens, hidden]`` after layer ``index``."""
     name = f"blk.{index}"
-    branch = _attention(
-        decoder, index, weights, norm(decoder, weights, f"{name}.attn_norm", stream)
-    )
+
+    def normed(part: str, x: Tensor) -> Tensor:
+        return norm(decoder, weights, f"{name}.{part}", x) if decoder.pre_norms else x
+
+    before = normed("attn_norm", stream)
+    branch = _attention(decoder, index, weights, before)
     if decoder.post_norms:
         branch = norm(decoder, weights, f"{name}.post_attention_norm", branch)
-    stream = stream + branch
-    branch = _feed_forward(
-        decoder, index, weights, norm(decoder, weights, f"{name}.ffn_norm", stream)
-    )
+    after = stream + decoder.residual_scale * branch
+    if not decoder.shared_norm:
+        before = normed("ffn_norm", stream if decoder.parallel else after)
+    branch = _feed_forward(decoder, index, weights, before)
     if decoder.post_norms:
         branch = norm(decoder, weights, f"{name}.post_ffw_norm", branch)
-    return stream + branch
+    return after + decoder.residual_scale * branch
+
+
+def head_input(decoder: Decoder, weights: Weights, stream: Tensor) -> Tensor:
+    """What the head multiplies, of the stream after the last layer, both ``[..., hidden]``."""
+    return norm(decoder, weights, "output_norm", stream) * decoder.logit_scale
 
 
 def norm(decoder: Decoder, weights: Weights, name: str, x: Tensor) -> Tensor:
@@ -65,11 +73,16 @@ def _attention(decoder: Decoder, index: int, weights: Weights, x: Tensor) -> Ten
     name, settings = f"blk.{index}", decoder.layers[index]
     if decoder.fused_qkv:
         sizes = [decoder.query_size, decoder.kv_size, decoder.kv_size]
-        parts = torch.split(weights.product(f"{name}.attn_qkv", x), sizes, dim=-1)
+        q, k, v = torch.split(weights.product(f"{name}.attn_qkv", x), sizes, dim=-1)
     else:
-        parts = tuple(weights.product(f"{name}.attn_{part}", x) for part in "qkv")
-    q, k, v = (part.reshape(*part.shape[:2], -1, decoder.head_dim) for part in parts)
-    if decoder.qk_norm:
+        q, k, v = (weights.product(f"{name}.attn_{part}", x) for part in "qkv")
+    if decoder.qkv_clip is not None:
+        q, k, v = (part.clamp(-decoder.qkv_clip, decoder.qkv_clip) for part in (q, k, v))
+    if decoder.qk_norm_whole:
+        q = norm(decoder, weights, f"{name}.attn_q_norm", q)
+        k = norm(decoder, weights, f"{name}.attn_k_norm", k)
+    q, k, v = (part.reshape(*part.shape[:2], -1, decoder.head_dim) for part in (q, k, v))
+    if decoder.qk_norm and not decoder.qk_norm_whole:
         q = norm(decoder, weights, f"{name}.attn_q_norm", q)
         k = norm(decoder, weights, f"{name}.attn_k_norm", k)
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
@@ -80,16 +93,33 @@ def _attention(decoder: Decoder, index: int, weights: Weights, x: Tensor) -> Ten
     if shared > 1:
         k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
     mask = _mask(settings, x.shape[1], x.device)
+    if decoder.attention_softcap is not None:
+        mixed = _capped_attention(decoder, q, k, v, mask)
+        return weights.product(f"{name}.attn_output", mixed.transpose(1, 2).flatten(2))
     mixed = functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=decoder.softmax_scale
     )
     return weights.product(f"{name}.attn_output", mixed.transpose(1, 2).flatten(2))
 
 
+def _capped_attention(
+    decoder: Decoder, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Attention whose scores are soft-capped before the mask, ``[batch, heads, tokens, width]``."""
+    cap = decoder.attention_softcap or 1.0
+    scores = cap * torch.tanh(decoder.softmax_scale * (q @ k.transpose(-1, -2)) / cap)
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ v
+
+
 def _feed_forward(decoder: Decoder, index: int, weights: Weights, x: Tensor) -> Tensor:
     name = f"blk.{index}"
     up = weights.product(f"{name}.ffn_up", x)
-    if decoder.gated_mlp:
+    if decoder.fused_gate_up:
+        gate, up = up.chunk(2, dim=-1)
+        active = _activated(decoder, gate) * up
+    elif decoder.gated_mlp:
         active = _activated(decoder, weights.product(f"{name}.ffn_gate", x)) * up
     else:
         active = _activated(decoder, up)
@@ -99,6 +129,8 @@ def _feed_forward(decoder: Decoder, index: int, weights: Weights, x: Tensor) -> 
 def _activated(decoder: Decoder, x: Tensor) -> Tensor:
     if decoder.activation == "silu":
         return functional.silu(x)
+    if decoder.activation == "relu":
+        return functional.relu(x)
     return functional.gelu(x, approximate="tanh" if decoder.activation == "gelu_tanh" else "none")
 
 

@@ -179,7 +179,7 @@ class _Tuner:
         roles = [role for role in self.source.tensors if role.startswith("output_norm")]
         last = self._source(roles)
         with torch.no_grad():
-            wanted = [torch_decoder.norm(decoder, last, "output_norm", each) for each in wanted]
+            wanted = [torch_decoder.head_input(decoder, last, each) for each in wanted]
         return wanted, kept, values
 
     def _source(self, roles: Sequence[str]) -> SourceWeights:

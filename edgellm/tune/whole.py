@@ -65,7 +65,7 @@ class Network:
                 )
             else:
                 stream = torch_decoder.layer(decoder, index, weights, stream)
-        normed = torch_decoder.norm(decoder, weights, "output_norm", stream)
+        normed = torch_decoder.head_input(decoder, weights, stream)
         return head_divergence(normed, weights.head(), example.wanted, self.teacher_head)
 
     def mean_divergence(self, examples: Sequence[Example]) -> float:

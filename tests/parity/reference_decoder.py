@@ -31,11 +31,16 @@ def logits(decoder: Decoder, tensors: Tensors, token_ids: Sequence[int]) -> Arra
         x = x + weights["position_embd.weight"][: len(token_ids)]
     for index, layer in enumerate(decoder.layers):
         block = _under(weights, f"blk.{index}.")
-        x = x + _attention(decoder, layer, block, _norm(decoder.norm, block, "attn_norm", x))
-        x = x + _feed_forward(decoder, block, _norm(decoder.norm, block, "ffn_norm", x))
+        before = _norm(decoder.norm, block, "attn_norm", x) if decoder.pre_norms else x
+        after = x + decoder.residual_scale * _attention(decoder, layer, block, before)
+        if not decoder.shared_norm:
+            before = x if decoder.parallel else after
+            before = _norm(decoder.norm, block, "ffn_norm", before) if decoder.pre_norms else before
+        x = after + decoder.residual_scale * _feed_forward(decoder, block, before)
     x = _norm(decoder.norm, weights, "output_norm", x)
     head = weights["token_embd.weight" if decoder.tied_head else "output.weight"]
-    return x @ head.T
+    found = x @ head.T * decoder.logit_scale + weights.get("output.bias", 0.0)
+    return _capped(found, decoder.logit_softcap)
 
 
 def _attention(decoder: Decoder, layer: Layer, block: Tensors, x: Array) -> Array:
@@ -45,10 +50,15 @@ def _attention(decoder: Decoder, layer: Layer, block: Tensors, x: Array) -> Arra
         q, k, v = np.split(_product(block, "attn_qkv", x), [q_size, q_size + kv_size], axis=1)
     else:
         q, k, v = (_product(block, name, x) for name in ("attn_q", "attn_k", "attn_v"))
+    if decoder.qkv_clip is not None:
+        q, k, v = (np.clip(each, -decoder.qkv_clip, decoder.qkv_clip) for each in (q, k, v))
+    if decoder.qk_norm_whole:
+        q = _norm(decoder.norm, block, "attn_q_norm", q)
+        k = _norm(decoder.norm, block, "attn_k_norm", k)
     q = q.reshape(tokens, decoder.heads, decoder.head_dim)
     k = k.reshape(tokens, decoder.kv_heads, decoder.head_dim)
     v = v.reshape(tokens, decoder.kv_heads, decoder.head_dim)
-    if decoder.qk_norm:
+    if decoder.qk_norm and not decoder.qk_norm_whole:
         q = _norm(decoder.norm, block, "attn_q_norm", q)
         k = _norm(decoder.norm, block, "attn_k_norm", k)
     if layer.rope is not None:
@@ -56,6 +66,7 @@ def _attention(decoder: Decoder, layer: Layer, block: Tensors, x: Array) -> Arra
     shared = decoder.heads // decoder.kv_heads
     k, v = np.repeat(k, shared, axis=1), np.repeat(v, shared, axis=1)
     scores = np.einsum("qhd,khd->hqk", q, k) * decoder.softmax_scale
+    scores = _capped(scores, decoder.attention_softcap)
     age = np.arange(tokens)[:, None] - np.arange(tokens)[None, :]
     seen = age >= 0
     if layer.window is not None:
@@ -71,7 +82,11 @@ def _attention(decoder: Decoder, layer: Layer, block: Tensors, x: Array) -> Arra
 def _feed_forward(decoder: Decoder, block: Tensors, x: Array) -> Array:
     activate = _ACTIVATIONS[decoder.activation]
     up = _product(block, "ffn_up", x)
-    inner = activate(_product(block, "ffn_gate", x)) * up if decoder.gated_mlp else activate(up)
+    if decoder.fused_gate_up:
+        gate, up = np.split(up, 2, axis=1)
+        inner = activate(gate) * up
+    else:
+        inner = activate(_product(block, "ffn_gate", x)) * up if decoder.gated_mlp else activate(up)
     out = _product(block, "ffn_down", inner)
     return _norm(decoder.norm, block, "post_ffw_norm", out) if decoder.post_norms else out
 
@@ -81,13 +96,17 @@ def _product(block: Tensors, name: str, x: Array) -> Array:
     return out + block[f"{name}.bias"] if f"{name}.bias" in block else out
 
 
+def _capped(x: Array, cap: float | None) -> Array:
+    return x if cap is None else cap * np.tanh(x / cap)
+
+
 def _norm(norm: Norm, block: Tensors, name: str, x: Array) -> Array:
-    weight = block[f"{name}.weight"] + (1.0 if norm.offset else 0.0)
+    weight = block.get(f"{name}.weight", 1.0) + (1.0 if norm.offset else 0.0)
     if norm.kind == "rms":
         return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + norm.epsilon) * weight
     centred = x - x.mean(axis=-1, keepdims=True)
     variance = np.mean(centred * centred, axis=-1, keepdims=True)
-    return centred / np.sqrt(variance + norm.epsilon) * weight + block[f"{name}.bias"]
+    return centred / np.sqrt(variance + norm.epsilon) * weight + block.get(f"{name}.bias", 0.0)
 
 
 def _rotate(rope: Rope, x: Array) -> Array:
@@ -111,7 +130,11 @@ def _silu(x: Array) -> Array:
     return x / (1.0 + np.exp(-x))
 
 
-_ACTIVATIONS = {"gelu": _gelu, "gelu_tanh": _gelu_tanh, "silu": _silu}
+def _relu(x: Array) -> Array:
+    return np.maximum(x, 0.0)
+
+
+_ACTIVATIONS = {"gelu": _gelu, "gelu_tanh": _gelu_tanh, "silu": _silu, "relu": _relu}
 
 
 def _under(tensors: Tensors, prefix: str) -> dict[str, npt.NDArray[np.floating]]:

@@ -43,9 +43,11 @@ def logits(source: ModelSource, weights: torch_decoder.Weights, window: list[int
         stream = torch_decoder.embedded(decoder, weights, torch.tensor([window]))
         for index in range(len(decoder.layers)):
             stream = torch_decoder.layer(decoder, index, weights, stream)
-        normed = torch_decoder.norm(decoder, weights, "output_norm", stream)
+        normed = torch_decoder.head_input(decoder, weights, stream)
         head = "token_embd" if decoder.tied_head else "output"
         found: np.ndarray = weights.product(head, normed)[0].numpy()
+    if decoder.logit_softcap is not None:
+        found = decoder.logit_softcap * np.tanh(found / decoder.logit_softcap)
     return found
 
 
