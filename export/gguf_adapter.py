@@ -83,7 +83,7 @@ def lay_out_adapter(source: ModelSource, adapter: Adapter, file: str) -> Adapter
     pairs = factors(source, adapter)
     alpha = _common_alpha(adapter, pairs)
     metadata = {
-        ARCHITECTURE: source.family.gguf.arch,
+        ARCHITECTURE: source.family.gguf_layout.arch,
         TYPE: "adapter",
         ADAPTER_TYPE: "lora",
         ALPHA: alpha,
@@ -196,7 +196,7 @@ def _pair(adapter: Adapter, source: ModelSource, row: TensorRow, edit: Edit) -> 
         return Factors(row.role, low.b, turned(low.a), wanted)
     if row.kind not in ("linear", "head"):
         raise _cannot(adapter, f"changes {row.role}, which llama.cpp adds no product to")
-    b = as_llamacpp_stores(low.b, row, source.decoder, source.family)
+    b = as_llamacpp_stores(low.b, row, source.decoder, source.family.gguf_layout)
     return Factors(row.role, low.a, b, wanted)
 
 

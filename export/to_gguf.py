@@ -70,19 +70,20 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
             f"--compute {recipe.compute}: a GGUF file does not say what it is computed in; leave "
             "it out, or choose --format onnx"
         )
-    check_expressible(decoder, family.gguf.arch)
-    context, notes = context_of(decoder, family.gguf, recipe.context)
+    stored_as = family.gguf_layout
+    check_expressible(decoder, stored_as)
+    context, notes = context_of(decoder, stored_as, recipe.context)
     stated = dataclasses.replace(decoder, context_length=context)
     refs = list(stored_tensors(source, context))
     roles = [ref.role for ref in refs if quantizable(ref.role, ref.shape)]
-    types = chooser(recipe, decoder, family.gguf.arch, roles)
+    types = chooser(recipe, decoder, stored_as.arch, roles)
     stored = [(ref, types.choose(ref.role, ref.shape)) for ref in refs]
     metadata = {
-        ARCHITECTURE: family.gguf.arch,
+        ARCHITECTURE: stored_as.arch,
         **general_keys(source),
         "general.file_type": types.mixture.file_type,
         "general.quantization_version": int(GGML_QUANT_VERSION),
-        **gguf_keys(stated, family),
+        **gguf_keys(stated, stored_as),
         **source.tokenizer.gguf_metadata(rows=decoder.vocab_size),
     }
     head = gguf_head(metadata, [_entry(ref, choice) for ref, choice in stored])
@@ -104,7 +105,8 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
 
 def stored_tensors(source: ModelSource, context: int) -> Iterator[TensorRef]:
     """The tensors as llama.cpp expects them, in the family's order, ``role`` being their name."""
-    divisors = rope_factors(source.decoder, source.family)
+    layout = source.family.gguf_layout
+    divisors = rope_factors(source.decoder, layout)
     if divisors is not None:
         yield constant("rope_freqs.weight", divisors)
     for row in source.family.tensors(source.decoder):
@@ -113,7 +115,7 @@ def stored_tensors(source: ModelSource, context: int) -> Iterator[TensorRef]:
             # llama.cpp wants one row for each token of the stated context.
             ref = dataclasses.replace(ref, shape=(context, *ref.shape[1:]))
         if ref is not None:
-            yield as_llamacpp_stores(ref, row, source.decoder, source.family)
+            yield as_llamacpp_stores(ref, row, source.decoder, layout)
 
 
 def general_keys(source: ModelSource) -> dict[str, object]:

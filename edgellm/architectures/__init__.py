@@ -1,28 +1,25 @@
 """Families of models by their ``model_type``; each file is imported on use.
 
-A new family is a file and a row in ``FAMILIES``.
+A new family is one file in ``families``, named after its ``model_type``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import pkgutil
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from edgellm.architectures import families
 from edgellm.architectures.family import Family
-from edgellm.architectures.gguf_metadata import config_from_gguf, gguf_keys, rope_factors
+from edgellm.architectures.gguf_metadata import facts_of, gguf_keys, rope_factors, vocab_size
 from edgellm.errors import UnsupportedModel
-from edgellm.registry import attribute, suggestion
+from edgellm.registry import suggestion
 
 __all__ = ["FAMILIES", "REFUSED", "config_from_gguf", "family_of", "gguf_keys", "rope_factors"]
 
-FAMILIES = {
-    "llama": "edgellm.architectures.llama:FAMILY",
-    "mistral": "edgellm.architectures.mistral:FAMILY",
-    "qwen2": "edgellm.architectures.qwen2:FAMILY",
-    "qwen3": "edgellm.architectures.qwen3:FAMILY",
-    "gemma3_text": "edgellm.architectures.gemma3:FAMILY",
-    "gpt2": "edgellm.architectures.gpt2:FAMILY",
-}
+FAMILIES = tuple(sorted(module.name for module in pkgutil.iter_modules(families.__path__)))
+"""Every ``model_type`` that is converted."""
 
 # Types that look like one of ours, and why they are not.
 REFUSED = {
@@ -55,10 +52,52 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"edgellm converts {', '.join(FAMILIES)}"
         )
     if kind in FAMILIES:
-        family: Family = attribute(FAMILIES[kind])
-        return family
+        return family_named(kind)
     if kind in REFUSED:
         raise UnsupportedModel(f"model_type {kind!r} is not converted: {REFUSED[kind]}")
     raise UnsupportedModel(
         f"model_type {kind!r} is not one that edgellm converts: {suggestion(kind, FAMILIES)}"
     )
+
+
+def family_named(model_type: str) -> Family:
+    """The family of ``FAMILIES`` with that name."""
+    found: Family = importlib.import_module(f"{families.__name__}.{model_type}").FAMILY
+    return found
+
+
+def config_from_gguf(
+    metadata: Mapping[str, Any],
+    tensor_names: Collection[str] = (),
+    factors: Sequence[float] | None = None,
+    *,
+    ignore_config_keys: Collection[str] = (),
+) -> dict[str, Any]:
+    """A config in Hugging Face's words that means what llama.cpp computes from that file.
+
+    ``tensor_names`` tell a tied head and biases; ``factors`` are the values of
+    ``rope_freqs.weight``, if there is one. Raises ``UnsupportedModel`` for an architecture or a
+    key of it that is not understood.
+    """
+    arch = str(metadata.get("general.architecture"))
+    layouts = {name: family_named(name).gguf for name in FAMILIES}
+    reading = {
+        layout.arch: (name, layout.config)
+        for name, layout in layouts.items()
+        if layout is not None and layout.config is not None
+    }
+    if arch not in reading:
+        raise UnsupportedModel(
+            f"GGUF of the architecture {arch!r} is not converted; edgellm reads "
+            f"{', '.join(sorted(reading))}"
+        )
+    name, read = reading[arch]
+    facts = facts_of(arch, metadata, tensor_names, factors, ignore_config_keys)
+    config = {
+        "model_type": name,
+        "vocab_size": vocab_size(facts.keys, metadata),
+        "tie_word_embeddings": "output.weight" not in facts.names,
+        **read(facts),
+    }
+    facts.keys.refuse_unread()
+    return config

@@ -6,10 +6,32 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
+from edgellm.architectures.decoder import Activation
 from edgellm.errors import SourceError, UnsupportedModel, UsageError
 
 # Far above any real model; a damaged config must not make us build a list of a billion layers.
 LARGEST_INTEGER: Final = 2**31 - 1
+
+
+# transformers' names (ACT2FN) of the activations that we know; its several tanh forms of GELU
+# are the same function.
+ACTIVATIONS: Final[Mapping[str, Activation]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+MOST_LAYERS: Final = 4096
+WINDOWED: Final = "sliding_attention"
+LAYER_TYPES: Final = ("full_attention", WINDOWED)
+"""Kinds of attention as ``layer_types`` of a config names them."""
 
 
 class _Required:

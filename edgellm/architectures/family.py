@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from edgellm.architectures.config import Config
-from edgellm.architectures.decoder import Decoder
+from edgellm.architectures.decoder import Activation, Decoder, Feature
+from edgellm.errors import UnsupportedTarget
+
+Value = bool | int | float | str | list[bool] | list[int]
+"""Of a key in a GGUF file; int stands for uint32 there, float for float32."""
 
 Kind = Literal["embedding", "positions", "linear", "norm", "bias", "head"]
 
@@ -28,6 +32,45 @@ class TensorRow:
     transposed: bool = False
 
 
+def _nothing(decoder: Decoder) -> Iterator[str]:
+    return iter(())
+
+
+def _no_keys(decoder: Decoder) -> dict[str, Value]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufGraph:
+    """What llama.cpp's graph of an architecture computes (``src/models/`` there).
+
+    llama.cpp reads most hyper-parameters from the file but builds the rest into the graph: a
+    difference would load without a word and answer wrongly. ``features`` are those that it has,
+    ``always`` those that it cannot be without. ``square_attention``: the heads together are as wide
+    as the model. ``any_yarn``: settings that no key says are baked into ``rope_freqs.weight``.
+    ``differences``: what else it would compute differently, in words.
+    """
+
+    features: frozenset[Feature]
+    activation: Activation
+    always: frozenset[Feature] = frozenset()
+    square_attention: bool = False
+    any_yarn: bool = False
+    differences: Callable[[Decoder], Iterator[str]] = _nothing
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFacts:
+    """What a GGUF file says of its network: the architecture's ``keys``, and more where it helps.
+
+    ``names``: of all tensors. ``factors``: the values of ``rope_freqs.weight``, if there is one.
+    """
+
+    keys: Config
+    names: frozenset[str]
+    factors: Sequence[float] | None
+
+
 @dataclass(frozen=True, slots=True)
 class GgufLayout:
     """How llama.cpp expects the family: its architecture name, and where the stored bytes differ.
@@ -35,12 +78,19 @@ class GgufLayout:
     ``interleaved_rope``: rows of q and k are stored in pairs (x0, x1) instead of halves.
     ``norm_plus_one``: norm weights are stored with the offset added. ``window``: llama.cpp's graph
     applies the sliding window; where it does not, the context is capped at the window.
+
+    ``keys`` are the architecture's own, beside those that all have (``gguf_metadata.gguf_keys``).
+    ``config`` reads a file back as the config of this family; None where files of the architecture
+    are read as another family's.
     """
 
     arch: str
+    graph: GgufGraph
     interleaved_rope: bool = False
     norm_plus_one: bool = False
     window: bool = False
+    keys: Callable[[Decoder], dict[str, Value]] = _no_keys
+    config: Callable[[GgufFacts], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +98,8 @@ class Family:
     """One row of the registry, which every source and exporter reads.
 
     ``architecture`` is the class that transformers loads such a checkpoint with. ``base_prefix``
-    may be missing from all names of a checkpoint that was saved without its head.
+    may be missing from all names of a checkpoint that was saved without its head. ``gguf`` is None
+    where llama.cpp has no graph for it.
     ``ignored_tensors``: ends of names of checkpoint tensors that hold nothing to convert (masks
     and tables that are computed anyway).
     """
@@ -57,9 +108,18 @@ class Family:
     architecture: str
     read: Callable[[Config], Decoder]
     tensors: Callable[[Decoder], Iterator[TensorRow]]
-    gguf: GgufLayout
+    gguf: GgufLayout | None
     base_prefix: str
     ignored_tensors: tuple[str, ...] = ()
+
+    @property
+    def gguf_layout(self) -> GgufLayout:
+        """How GGUF stores it; raises ``UnsupportedTarget`` where llama.cpp has no graph for it."""
+        if self.gguf is None:
+            raise UnsupportedTarget(
+                f"llama.cpp has no graph for {self.model_type} models: choose --format onnx"
+            )
+        return self.gguf
 
     def describe(self, config: Config) -> Decoder:
         """The network that ``config`` stands for.

@@ -13,27 +13,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from edgellm.architectures.config import Config
+from edgellm.architectures.config import MOST_LAYERS, Config
 from edgellm.architectures.decoder import Decoder, Rope, RopeScaling
-from edgellm.architectures.family import Family
-from edgellm.architectures.llama import LAYER_TYPES, MOST_LAYERS
+from edgellm.architectures.family import GgufFacts, GgufLayout, Value
 from edgellm.architectures.rope import inverse_frequencies, yarn_attention_factor
 from edgellm.errors import UnsupportedModel
 
-Value = bool | int | float | str | list[bool]
-
-# llama.cpp's name of an architecture to the model_type whose config it is read back as. Mistral is
-# stored as "llama", and read back as that.
-ARCHITECTURES: Final[Mapping[str, str]] = {
-    "llama": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma3": "gemma3_text",
-    "gpt2": "gpt2",
-}
-
-GEMMA3_PATTERN: Final = 6  # every sixth layer is global unless a key says otherwise
-GEMMA3_27B_LAYERS: Final = 62  # by which llama.cpp knows the 27B, and its attention scale
 DEFAULT_THETA: Final = 10000.0
 
 # Keys under the architecture's name that say nothing about the maths of a forward pass.
@@ -51,13 +36,12 @@ NEUTRAL_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
 }
 
 
-def gguf_keys(decoder: Decoder, family: Family) -> dict[str, Value]:
+def gguf_keys(decoder: Decoder, layout: GgufLayout) -> dict[str, Value]:
     """What llama.cpp reads about the network; int stands for uint32, float for float32.
 
     What ``rope_factors`` gives goes beside them as ``rope_freqs.weight``. Whether llama.cpp's graph
     can express the rest is for the exporter to check.
     """
-    arch = family.gguf.arch
     keys: dict[str, Value] = {
         "vocab_size": decoder.vocab_size,
         "context_length": decoder.context_length,
@@ -73,21 +57,21 @@ def gguf_keys(decoder: Decoder, family: Family) -> dict[str, Value]:
         keys["attention.layer_norm_rms_epsilon"] = decoder.norm.epsilon
     else:
         keys["attention.layer_norm_epsilon"] = decoder.norm.epsilon
-    keys.update(_window_keys(decoder, family))
     rope = _main_rope(decoder)
     if rope is not None:
-        keys.update(_rope_keys(rope, factors=rope_factors(decoder, family) is not None))
-    return {f"{arch}.{key}": value for key, value in keys.items()}
+        keys.update(_rope_keys(rope, factors=rope_factors(decoder, layout) is not None))
+    keys.update(layout.keys(decoder))
+    return {f"{layout.arch}.{key}": value for key, value in keys.items()}
 
 
-def rope_factors(decoder: Decoder, family: Family) -> tuple[float, ...] | None:
+def rope_factors(decoder: Decoder, layout: GgufLayout) -> tuple[float, ...] | None:
     """What the graph of ``llama`` divides each frequency by, ``[dimensions / 2]``, or None.
 
     That is how GGUF holds llama3's scaling, and how it can hold a yarn with settings that
     llama.cpp has no key for. Only the graph of ``llama`` looks at them.
     """
     rope = _main_rope(decoder)
-    if rope is None or rope.scaling is None or family.gguf.arch != "llama":
+    if rope is None or rope.scaling is None or layout.arch != "llama":
         return None
     if rope.scaling.kind == "linear" or (rope.scaling.kind == "yarn" and has_keys(rope.scaling)):
         return None
@@ -108,24 +92,32 @@ def has_keys(scaling: RopeScaling) -> bool:
     return scaling.kind != "yarn" or settings == (32.0, 1.0, True)
 
 
-def _window_keys(decoder: Decoder, family: Family) -> dict[str, Value]:
-    """Nothing where the graph has no windows: its context is capped instead."""
+def every_but(pattern: int, layers: int) -> list[bool]:
+    """Which layers have a window when each ``pattern``-th has none."""
+    return [bool((index + 1) % pattern) for index in range(layers)]
+
+
+def local_layers(keys: Config, layers: int, pattern: int) -> list[bool]:
+    """Which layers have a window, by their key or, without it, by the graph's own ``pattern``."""
+    key = "attention.sliding_window_pattern"
+    if not keys.lists(key):
+        return every_but(keys.integer(key, pattern), layers)
+    local = keys.flags(key)
+    if len(local) != layers:
+        raise keys.refusal(key, local, f"one entry for each of the {layers} layers")
+    return list(local)
+
+
+def window_keys(decoder: Decoder, pattern: int) -> dict[str, Value]:
+    """The keys of windows of a graph that has them; ``pattern`` is what it takes without a list."""
     window = next((layer.window for layer in decoder.layers if layer.window), None)
-    if window is None or not family.gguf.window:
+    if window is None:
         return {}
     local = [layer.window is not None for layer in decoder.layers]
     keys: dict[str, Value] = {"attention.sliding_window": window}
-    if local != _every(GEMMA3_PATTERN, len(local)):
+    if local != every_but(pattern, len(local)):
         keys["attention.sliding_window_pattern"] = local
-    rope = next(layer.rope for layer in decoder.layers if layer.window is not None)
-    if rope is not None:
-        keys["rope.freq_base_swa"] = rope.theta
     return keys
-
-
-def _every(pattern: int, layers: int) -> list[bool]:
-    """Which layers have a window when each ``pattern``-th has none."""
-    return [bool((index + 1) % pattern) for index in range(layers)]
 
 
 def _rope_keys(rope: Rope, *, factors: bool) -> dict[str, Value]:
@@ -151,29 +143,18 @@ def _rope_keys(rope: Rope, *, factors: bool) -> dict[str, Value]:
     return keys
 
 
-def config_from_gguf(
+def facts_of(
+    arch: str,
     metadata: Mapping[str, Any],
-    tensor_names: Collection[str] = (),
-    factors: Sequence[float] | None = None,
-    *,
-    ignore_config_keys: Collection[str] = (),
-) -> dict[str, Any]:
-    """A config in Hugging Face's words that means what llama.cpp computes from that file.
-
-    ``tensor_names`` tell a tied head and biases; ``factors`` are the values of
-    ``rope_freqs.weight``, if there is one. Raises ``UnsupportedModel`` for an architecture or a
-    key of it that is not understood.
-    """
-    arch = str(metadata.get("general.architecture"))
-    if arch not in ARCHITECTURES:
-        raise UnsupportedModel(
-            f"GGUF of the architecture {arch!r} is not converted; edgellm reads "
-            f"{', '.join(ARCHITECTURES)}"
-        )
+    tensor_names: Collection[str],
+    factors: Sequence[float] | None,
+    ignore_config_keys: Collection[str],
+) -> GgufFacts:
+    """What a file of architecture ``arch`` says of its network."""
     prefix = f"{arch}."
     keys = Config(
         {
-            key.removeprefix(prefix): _tidy(value)
+            key.removeprefix(prefix): tidy(value)
             for key, value in metadata.items()
             if key.startswith(prefix)
         },
@@ -182,21 +163,10 @@ def config_from_gguf(
         harmless=HARMLESS_KEYS,
         neutral=NEUTRAL_VALUES,
     )
-    names = frozenset(tensor_names)
-    shared = {
-        "model_type": ARCHITECTURES[arch],
-        "vocab_size": _vocab_size(keys, metadata),
-        "tie_word_embeddings": "output.weight" not in names,
-    }
-    if arch == "gpt2":
-        config = shared | _gpt2(keys)
-    else:
-        config = shared | _built_like_llama(keys, arch, names, factors)
-    keys.refuse_unread()
-    return config
+    return GgufFacts(keys, frozenset(tensor_names), factors)
 
 
-def _tidy(value: Any) -> Any:
+def tidy(value: Any) -> Any:
     """A float32 that was widened, as the shortest decimal that means it (1e-05)."""
     if isinstance(value, float | np.floating):
         return float(str(np.float32(value)))
@@ -207,75 +177,71 @@ def _tidy(value: Any) -> Any:
     return value
 
 
-def _vocab_size(keys: Config, metadata: Mapping[str, Any]) -> int:
+def vocab_size(keys: Config, metadata: Mapping[str, Any]) -> int:
     """By its key, which not every architecture has, or by the tokenizer's list."""
     tokens = metadata.get("tokenizer.ggml.tokens")
     return keys.integer("vocab_size", *(() if tokens is None else (len(tokens),)))
 
 
-def _gpt2(keys: Config) -> dict[str, Any]:
-    heads = keys.integer("attention.head_count")
-    hidden = keys.integer("embedding_length")
-    for key in ("attention.key_length", "attention.value_length"):
-        keys.neutral(key, hidden // heads)
-    keys.neutral("attention.head_count_kv", heads)
-    return {
-        "n_embd": hidden,
-        "n_head": heads,
-        "n_layer": keys.integer("block_count", maximum=MOST_LAYERS),
-        "n_positions": keys.integer("context_length"),
-        "n_inner": keys.integer("feed_forward_length"),
-        "layer_norm_epsilon": keys.number("attention.layer_norm_epsilon"),
-        "activation_function": "gelu_new",
-    }
-
-
-def _built_like_llama(
-    keys: Config, arch: str, names: frozenset[str], factors: Sequence[float] | None
+def built_like_llama(
+    facts: GgufFacts, *, windows: bool = False, partial_rope: bool = False
 ) -> dict[str, Any]:
+    """The config's keys that families built like Llama share, their activation and rope among them.
+
+    ``windows``: the architecture's graph has some, and its family reads the keys of them. Where it
+    has none, a file that names a window means something that is not known. ``partial_rope``: heads
+    may be turned in part.
+    """
+    keys = facts.keys
     hidden = keys.integer("embedding_length")
     heads = keys.integer("attention.head_count")
-    layers = keys.integer("block_count", maximum=MOST_LAYERS)
     head_dim = keys.integer("attention.key_length", max(hidden // heads, 1))
     keys.neutral("attention.value_length", head_dim)
-    keys.neutral("rope.dimension_count", head_dim)
+    turned = keys.integer("rope.dimension_count", head_dim, maximum=head_dim)
+    if turned != head_dim and not partial_rope:
+        raise keys.refusal("rope.dimension_count", turned, f"the {head_dim} values of a head")
+    if not windows:
+        keys.neutral("attention.sliding_window", 0)
     context = keys.integer("context_length")
-    config: dict[str, Any] = {
+    rope = rope_config(keys, context, facts.factors)
+    if partial_rope:
+        rope["partial_rotary_factor"] = turned / head_dim
+    return {
         "hidden_size": hidden,
         "num_attention_heads": heads,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": keys.integer("block_count", maximum=MOST_LAYERS),
         "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "intermediate_size": keys.integer("feed_forward_length"),
         "max_position_embeddings": context,
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        **_epsilon(keys),
+        "hidden_act": "silu",
+        "rope_parameters": rope,
     }
-    rope = _rope_config(keys, context, factors)
-    if arch == "gemma3":
-        return config | _gemma3(keys, hidden, heads, head_dim, layers, rope)
-    # No graph but gemma3's reads it, so a file that has it means something that we don't know.
-    keys.neutral("attention.sliding_window", 0)
-    return config | {"hidden_act": "silu", "rope_parameters": rope} | _biases(arch, names)
 
 
-def _biases(arch: str, names: frozenset[str]) -> dict[str, Any]:
-    """llama and qwen3 add the biases that are there; qwen2 always has those of q, k and v."""
-    if arch == "qwen2":
-        return {}
-    biases = {f"blk.0.{role}.bias" in names for role in ("attn_q", "attn_k", "attn_v")}
-    output = {"blk.0.attn_output.bias" in names}
-    if len(biases | output) > 1:
+def _epsilon(keys: Config) -> dict[str, Any]:
+    if keys.has("attention.layer_norm_rms_epsilon"):
+        return {"rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon")}
+    return {"layer_norm_eps": keys.number("attention.layer_norm_epsilon")}
+
+
+def attention_biases(facts: GgufFacts, arch: str) -> bool:
+    """Whether all of q, k, v and the attention's output have biases, as their tensors tell.
+
+    Raises ``UnsupportedModel`` where some have.
+    """
+    parts = ("attn_q", "attn_k", "attn_v", "attn_output")
+    biased = {f"blk.0.{role}.bias" in facts.names for role in parts}
+    if len(biased) > 1:
         raise UnsupportedModel(
             f"GGUF of the architecture {arch}: the file has some of the biases on q, k, v and the "
             f"attention's output and not the others; edgellm reads all or none"
         )
-    found: dict[str, Any] = {"attention_bias": biases == {True}}
-    if arch == "llama":
-        found["mlp_bias"] = "blk.0.ffn_up.bias" in names
-    return found
+    return biased == {True}
 
 
-def _rope_config(keys: Config, context: int, factors: Sequence[float] | None) -> dict[str, Any]:
+def rope_config(keys: Config, context: int, factors: Sequence[float] | None) -> dict[str, Any]:
     """``rope_parameters`` of the layers without a window, as llama.cpp reads the keys.
 
     A missing type means linear, a missing factor 1; the attention factor counts for every type.
@@ -302,7 +268,7 @@ def _rope_config(keys: Config, context: int, factors: Sequence[float] | None) ->
             "rope_type": "yarn",
             "factor": factor,
             "original_max_position_embeddings": trained,
-            "attention_factor": _tidy(given * attention) if stated else None,
+            "attention_factor": tidy(given * attention) if stated else None,
             "beta_fast": keys.number("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": keys.number("rope.scaling.yarn_beta_slow", 1.0),
         }
@@ -319,34 +285,3 @@ def _rope_config(keys: Config, context: int, factors: Sequence[float] | None) ->
     if factor != 1.0:
         return rope | {"rope_type": "linear", "factor": factor}
     return rope
-
-
-def _gemma3(
-    keys: Config, hidden: int, heads: int, head_dim: int, layers: int, rope: dict[str, Any]
-) -> dict[str, Any]:
-    """Windows and local rope by keys with defaults; the attention scale by the number of layers."""
-    window = keys.integer("attention.sliding_window", 0, minimum=0)
-    local = _local_layers(keys, layers) if window else [False] * layers
-    theta = keys.number("rope.freq_base_swa", DEFAULT_THETA, above=1)
-    full, windowed = LAYER_TYPES
-    return {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": hidden // heads if layers == GEMMA3_27B_LAYERS else head_dim,
-        "sliding_window": window or None,
-        "layer_types": [windowed if is_local else full for is_local in local],
-        "rope_parameters": {
-            full: rope,
-            windowed: {"rope_type": "default", "rope_theta": theta},
-        },
-        "final_logit_softcapping": keys.number("final_logit_softcapping", 0.0) or None,
-    }
-
-
-def _local_layers(keys: Config, layers: int) -> list[bool]:
-    key = "attention.sliding_window_pattern"
-    if not keys.lists(key):
-        return _every(keys.integer(key, GEMMA3_PATTERN), layers)
-    local = keys.flags(key)
-    if len(local) != layers:
-        raise keys.refusal(key, local, f"one entry for each of the {layers} layers")
-    return list(local)

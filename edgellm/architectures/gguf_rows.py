@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm.architectures.decoder import Decoder
-from edgellm.architectures.family import Family, TensorRow
+from edgellm.architectures.family import GgufLayout, TensorRow
 from edgellm.tensors import TensorRef, derived, reordered
 
 PAIRED_ROLES = ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias")
@@ -16,23 +16,23 @@ Order = npt.NDArray[np.intp]
 
 
 def as_llamacpp_stores(
-    ref: TensorRef, row: TensorRow, decoder: Decoder, family: Family
+    ref: TensorRef, row: TensorRow, decoder: Decoder, layout: GgufLayout
 ) -> TensorRef:
     """``ref`` with the rows of q and k in pairs, or a norm with its offset added."""
-    if family.gguf.interleaved_rope and row.role.endswith(PAIRED_ROLES):
+    if layout.interleaved_rope and row.role.endswith(PAIRED_ROLES):
         return _in_order(ref, pairs_order(_heads(row, decoder), decoder.head_dim))
-    if family.gguf.norm_plus_one and row.kind == "norm":
+    if layout.norm_plus_one and row.kind == "norm":
         return derived(ref, lambda values: values + np.float32(1))
     return ref
 
 
 def as_checkpoint_stores(
-    ref: TensorRef, row: TensorRow, decoder: Decoder, family: Family
+    ref: TensorRef, row: TensorRow, decoder: Decoder, layout: GgufLayout
 ) -> TensorRef:
     """``ref`` with the rows of q and k back in half-rotation order, or a norm less its offset."""
-    if family.gguf.interleaved_rope and row.role.endswith(PAIRED_ROLES):
+    if layout.interleaved_rope and row.role.endswith(PAIRED_ROLES):
         return _in_order(ref, halves_order(_heads(row, decoder), decoder.head_dim))
-    if family.gguf.norm_plus_one and row.kind == "norm":
+    if layout.norm_plus_one and row.kind == "norm":
         return derived(ref, lambda values: values - np.float32(1))
     return ref
 

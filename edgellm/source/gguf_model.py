@@ -58,7 +58,8 @@ def open_gguf(
         ignored=lambda name: name == ROPE_FACTORS or name.endswith(IGNORED),
     )
     tensors = {
-        row.role: as_checkpoint_stores(matched[row.role], row, decoder, family) for row in rows
+        row.role: as_checkpoint_stores(matched[row.role], row, decoder, family.gguf_layout)
+        for row in rows
     }
     tokenizer = Tokenizer.from_gguf(stored.metadata)
     notes = check_vocabulary(str(path), tokenizer.vocab_size, decoder.vocab_size)

@@ -33,9 +33,9 @@ class StoredModel:
     def __init__(self, layout: Layout, source: ModelSource, path: Path) -> None:
         self._source = source
         self._path = path
-        self._pairs = layout.container == "gguf" and source.family.gguf.interleaved_rope
+        self._pairs = layout.container == "gguf" and source.family.gguf_layout.interleaved_rope
         self.norms_offset = layout.container == "onnx" or (
-            layout.container == "gguf" and source.family.gguf.norm_plus_one
+            layout.container == "gguf" and source.family.gguf_layout.norm_plus_one
         )
         self._outputs = tuple(
             tensor

@@ -243,7 +243,7 @@ def test_gguf_keys_have_gguf_names_and_mean_the_same_model(
 ) -> None:
     decoder, tensors = read(tiny_model(name))
     family = family_of({"model_type": decoder.family})
-    keys = gguf_keys(decoder, family)
+    keys = gguf_keys(decoder, family.gguf_layout)
     names = {
         value.replace("{arch}", family.gguf.arch)
         for group in (gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope)
@@ -253,7 +253,7 @@ def test_gguf_keys_have_gguf_names_and_mean_the_same_model(
     assert set(keys) <= names
     if name in BEYOND_LLAMA_CPP:
         return
-    factors = rope_factors(decoder, family)
+    factors = rope_factors(decoder, family.gguf_layout)
     config = config_from_gguf({"general.architecture": family.gguf.arch, **keys}, tensors, factors)
     again = family_of(config).describe(Config(config))
     np.testing.assert_allclose(

@@ -95,7 +95,7 @@ def in_checkpoint_terms(adapter: Adapter, source: ModelSource) -> Adapter:
     architecture and for names that the base does not have.
     """
     family, decoder = source.family, source.decoder
-    check_architecture(adapter, family.gguf.arch, source.name)
+    check_architecture(adapter, family.gguf_layout.arch, source.name)
     rows = {row.role: row for row in family.tensors(decoder) if row.role in source.tensors}
     unknown = [name for name in (*adapter.parts, *adapter.replaced) if name not in rows]
     if unknown:
@@ -115,7 +115,7 @@ def in_checkpoint_terms(adapter: Adapter, source: ModelSource) -> Adapter:
         "alpha_pattern": {} if alpha else dict(ranks),
     }
     replaced = {
-        rows[role].source: as_checkpoint_stores(ref, rows[role], decoder, family)
+        rows[role].source: as_checkpoint_stores(ref, rows[role], decoder, family.gguf_layout)
         for role, ref in adapter.replaced.items()
     }
     return replace(adapter, config=config, parts=parts, replaced=replaced, naming="hf")
@@ -181,7 +181,7 @@ def _as_peft(pair: Parts, row: TensorRow, source: ModelSource) -> Parts:
         return {"lora_embedding_A": transposed(a), "lora_embedding_B": b}
     return {
         "lora_A": a,
-        "lora_B": as_checkpoint_stores(b, row, source.decoder, source.family),
+        "lora_B": as_checkpoint_stores(b, row, source.decoder, source.family.gguf_layout),
     }
 
 

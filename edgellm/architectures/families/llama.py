@@ -6,32 +6,30 @@ the rest from here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from edgellm.architectures.config import REQUIRED, Config
-from edgellm.architectures.decoder import Activation, Decoder, Layer, Norm
-from edgellm.architectures.family import Family, GgufLayout, Kind, TensorRow
+from edgellm.architectures.config import (
+    ACTIVATIONS,
+    LAYER_TYPES,
+    MOST_LAYERS,
+    REQUIRED,
+    WINDOWED,
+    Config,
+)
+from edgellm.architectures.decoder import Decoder, Feature, Layer, Norm
+from edgellm.architectures.family import (
+    Family,
+    GgufFacts,
+    GgufGraph,
+    GgufLayout,
+    Kind,
+    TensorRow,
+)
+from edgellm.architectures.gguf_metadata import attention_biases, built_like_llama
 from edgellm.architectures.rope import read_rope
 from edgellm.errors import UnsupportedModel
-
-# transformers' names (ACT2FN) of the activations that we know; its several tanh forms of GELU
-# are the same function.
-ACTIVATIONS: Mapping[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-}
-
-MOST_LAYERS = 4096
-WINDOWED = "sliding_attention"
-LAYER_TYPES = ("full_attention", WINDOWED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +191,39 @@ def tensors(decoder: Decoder) -> Iterator[TensorRow]:
         yield TensorRow("lm_head.weight", "output.weight", (decoder.vocab_size, hidden), "head")
 
 
+GGUF_FEATURES = frozenset(
+    {
+        # Never refused: a graph without windows is right for contexts within the window.
+        Feature.SLIDING_WINDOW,
+        Feature.ALTERNATING_WINDOW,
+        Feature.ROPE,
+        Feature.ROPE_LINEAR,
+        Feature.RMS_NORM,
+        Feature.GATED_MLP,
+        Feature.TIED_HEAD,
+    }
+)
+"""What the graphs built like that of ``llama`` share."""
+
+GGUF_LLAMA = GGUF_FEATURES | {
+    Feature.ROPE_YARN,
+    Feature.ROPE_LLAMA3,
+    Feature.ROPE_FACTORS,
+    Feature.QKV_BIAS,
+    Feature.OUTPUT_BIAS,
+    Feature.MLP_BIAS,
+}
+
+
+def _from_gguf(facts: GgufFacts) -> dict[str, Any]:
+    """Biases are those that are there."""
+    biases = {
+        "attention_bias": attention_biases(facts, "llama"),
+        "mlp_bias": "blk.0.ffn_up.bias" in facts.names,
+    }
+    return built_like_llama(facts) | biases
+
+
 # Old checkpoints carry the table that rope_theta gives anyway.
 IGNORED_TENSORS = (".rotary_emb.inv_freq",)
 
@@ -201,7 +232,12 @@ FAMILY = Family(
     architecture="LlamaForCausalLM",
     read=read,
     tensors=tensors,
-    gguf=GgufLayout("llama", interleaved_rope=True),
+    gguf=GgufLayout(
+        "llama",
+        GgufGraph(GGUF_LLAMA, "silu", any_yarn=True),
+        interleaved_rope=True,
+        config=_from_gguf,
+    ),
     base_prefix="model.",
     ignored_tensors=IGNORED_TENSORS,
 )

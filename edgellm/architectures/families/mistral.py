@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from edgellm.architectures import llama
-from edgellm.architectures.config import Config
+from edgellm.architectures.config import LAYER_TYPES, Config
 from edgellm.architectures.decoder import Decoder
-from edgellm.architectures.family import Family
+from edgellm.architectures.families import llama
+from edgellm.architectures.family import Family, GgufGraph, GgufLayout
 from edgellm.errors import UnsupportedModel
 
 
@@ -21,7 +21,7 @@ def read(config: Config) -> Decoder:
             f"model was trained with, or to null for none"
         )
     if config.has("layer_types"):
-        wanted = llama.LAYER_TYPES[window is not None]
+        wanted = LAYER_TYPES[window is not None]
         if set(llama.read_layer_types(config, shape.layers)) != {wanted}:
             raise UnsupportedModel(
                 f"{config.where}: layer_types mixes windows, which mistral's layers do not: "
@@ -30,12 +30,17 @@ def read(config: Config) -> Decoder:
     return llama.read_decoder(config, shape, "mistral", windows=(window,) * shape.layers)
 
 
+MISTRAL = GgufLayout(
+    "llama", GgufGraph(llama.GGUF_LLAMA, "silu", any_yarn=True), interleaved_rope=True
+)
+"""As Llama's; files of that architecture are read back as Llama."""
+
 FAMILY = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
     read=read,
     tensors=llama.tensors,
-    gguf=llama.FAMILY.gguf,
+    gguf=MISTRAL,
     base_prefix="model.",
     ignored_tensors=llama.IGNORED_TENSORS,
 )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from edgellm.architectures import llama
-from edgellm.architectures.config import Config
-from edgellm.architectures.decoder import Decoder
-from edgellm.architectures.family import Family, GgufLayout
+from edgellm.architectures.config import WINDOWED, Config
+from edgellm.architectures.decoder import Decoder, Feature
+from edgellm.architectures.families import llama
+from edgellm.architectures.family import Family, GgufGraph, GgufLayout
+from edgellm.architectures.gguf_metadata import built_like_llama
 
 
 def read_windows(config: Config, layers: int) -> tuple[int | None, ...]:
@@ -20,11 +21,11 @@ def read_windows(config: Config, layers: int) -> tuple[int | None, ...]:
         window = config.integer("sliding_window")
     if config.has("layer_types"):
         types = llama.read_layer_types(config, layers)
-        if window is None and llama.WINDOWED in types:
+        if window is None and WINDOWED in types:
             raise config.refusal(
                 "layer_types", types, "no windows while use_sliding_window or sliding_window is off"
             )
-        return tuple(window if kind == llama.WINDOWED else None for kind in types)
+        return tuple(window if kind == WINDOWED else None for kind in types)
     if window is None:
         return (None,) * layers
     first = config.integer("max_window_layers", minimum=0)
@@ -38,12 +39,18 @@ def read(config: Config) -> Decoder:
     )
 
 
+GGUF_FEATURES = llama.GGUF_FEATURES | {Feature.ROPE_YARN, Feature.QKV_BIAS}
+
 FAMILY = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     read=read,
     tensors=llama.tensors,
-    gguf=GgufLayout("qwen2"),
+    gguf=GgufLayout(
+        "qwen2",
+        GgufGraph(GGUF_FEATURES, "silu", square_attention=True),
+        config=built_like_llama,
+    ),
     base_prefix="model.",
     ignored_tensors=llama.IGNORED_TENSORS,
 )

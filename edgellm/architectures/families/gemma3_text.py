@@ -9,11 +9,19 @@ float32, edgellm does not.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
-from edgellm.architectures import llama
-from edgellm.architectures.config import Config
-from edgellm.architectures.decoder import Decoder, Layer, Norm
-from edgellm.architectures.family import Family, GgufLayout
+from edgellm.architectures.config import ACTIVATIONS, LAYER_TYPES, WINDOWED, Config
+from edgellm.architectures.decoder import Decoder, Feature, Layer, Norm
+from edgellm.architectures.families import llama
+from edgellm.architectures.family import Family, GgufFacts, GgufGraph, GgufLayout, Value
+from edgellm.architectures.gguf_metadata import (
+    DEFAULT_THETA,
+    built_like_llama,
+    local_layers,
+    window_keys,
+)
 from edgellm.architectures.rope import StatedRope, rope_of_section
 
 
@@ -23,7 +31,7 @@ def read(config: Config) -> Decoder:
         config.neutral(key)
     config.neutral("use_bidirectional_attention", False)
     types = _layer_types(config, shape.layers)
-    window = config.integer("sliding_window") if llama.WINDOWED in types else None
+    window = config.integer("sliding_window") if WINDOWED in types else None
     config.skip("sliding_window")
     local, overall = _ropes(config, shape)
     bias = config.flag("attention_bias", False)
@@ -38,11 +46,11 @@ def read(config: Config) -> Decoder:
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         layers=tuple(
-            Layer(window, local[0]) if kind == llama.WINDOWED else Layer(None, overall[0])
+            Layer(window, local[0]) if kind == WINDOWED else Layer(None, overall[0])
             for kind in types
         ),
         norm=Norm("rms", config.number("rms_norm_eps", above=0), offset=True),
-        activation=config.choice("hidden_activation", llama.ACTIVATIONS),
+        activation=config.choice("hidden_activation", ACTIVATIONS),
         qkv_bias=bias,
         output_bias=bias,
         qk_norm=True,
@@ -60,7 +68,7 @@ def _layer_types(config: Config, layers: int) -> tuple[str, ...]:
         config.skip("sliding_window_pattern")
         return llama.read_layer_types(config, layers)
     every = config.integer("sliding_window_pattern")
-    full, windowed = llama.LAYER_TYPES
+    full, windowed = LAYER_TYPES
     return tuple(windowed if (index + 1) % every else full for index in range(layers))
 
 
@@ -82,7 +90,7 @@ def _ropes(config: Config, shape: llama.Shape) -> tuple[StatedRope, StatedRope]:
         return local, rope_of_section(scaled, head_dim, context, theta, context)
     ropes = []
     parameters = config.section("rope_parameters")
-    for key in (llama.WINDOWED, llama.LAYER_TYPES[0]):
+    for key in (WINDOWED, LAYER_TYPES[0]):
         section = parameters.section(key)
         section.neutral("truncate", True)  # transformers does not read it from a nested section
         ropes.append(rope_of_section(section, head_dim, context, None, context))
@@ -91,12 +99,84 @@ def _ropes(config: Config, shape: llama.Shape) -> tuple[StatedRope, StatedRope]:
     return ropes[0], ropes[1]
 
 
+GGUF_FEATURES = llama.GGUF_FEATURES | {
+    Feature.ROPE_PER_LAYER,
+    Feature.NORM_OFFSET,
+    Feature.QK_NORM,
+    Feature.POST_NORMS,
+    Feature.EMBEDDING_SCALE,
+    Feature.ATTENTION_SCALE,
+}
+
+GGUF_PATTERN = 6
+"""Every sixth layer is global in llama.cpp's graph unless a key says otherwise."""
+
+LAYERS_OF_27B = 62
+"""By which llama.cpp knows the 27B, and its attention scale."""
+
+
+def _differences(decoder: Decoder) -> Iterator[str]:
+    width = (
+        decoder.hidden_size // decoder.heads
+        if len(decoder.layers) == LAYERS_OF_27B
+        else decoder.head_dim
+    )
+    scale, fixed = decoder.softmax_scale, 1 / math.sqrt(width)
+    if not math.isclose(scale, fixed, rel_tol=1e-6):
+        yield f"an attention scale of {scale:g} (it has {fixed:g})"
+    fixed = math.sqrt(decoder.hidden_size)
+    if not math.isclose(decoder.embedding_scale, fixed, rel_tol=1e-6):
+        yield f"an embedding scale of {decoder.embedding_scale:g} (it has {fixed:g})"
+    local = [layer for layer in decoder.layers if layer.window is not None]
+    if len(set(local)) > 1:
+        yield "local layers that differ in window or rope"
+    if any(layer.rope and layer.rope.scaling for layer in local):
+        yield "rope scaling in local layers"
+
+
+def _gguf_keys(decoder: Decoder) -> dict[str, Value]:
+    keys = window_keys(decoder, GGUF_PATTERN)
+    local = [layer.rope for layer in decoder.layers if layer.window is not None]
+    return keys | ({"rope.freq_base_swa": local[0].theta} if local and local[0] else {})
+
+
+def _from_gguf(facts: GgufFacts) -> dict[str, Any]:
+    """Windows and local rope by keys with defaults; the attention scale by the number of layers."""
+    keys, config = facts.keys, built_like_llama(facts, windows=True)
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    window = keys.integer("attention.sliding_window", 0, minimum=0)
+    local = local_layers(keys, layers, GGUF_PATTERN) if window else [False] * layers
+    theta = keys.number("rope.freq_base_swa", DEFAULT_THETA, above=1)
+    full, windowed = LAYER_TYPES
+    del config["hidden_act"]
+    return config | {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": (
+            config["hidden_size"] // heads if layers == LAYERS_OF_27B else config["head_dim"]
+        ),
+        "sliding_window": window or None,
+        "layer_types": [windowed if is_local else full for is_local in local],
+        "rope_parameters": {
+            full: config["rope_parameters"],
+            windowed: {"rope_type": "default", "rope_theta": theta},
+        },
+        "final_logit_softcapping": keys.number("final_logit_softcapping", 0.0) or None,
+    }
+
+
 FAMILY = Family(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
     read=read,
     tensors=llama.tensors,
-    gguf=GgufLayout("gemma3", norm_plus_one=True, window=True),
+    gguf=GgufLayout(
+        "gemma3",
+        GgufGraph(GGUF_FEATURES, "gelu_tanh", differences=_differences),
+        norm_plus_one=True,
+        window=True,
+        keys=_gguf_keys,
+        config=_from_gguf,
+    ),
     base_prefix="model.",
     ignored_tensors=llama.IGNORED_TENSORS,
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from edgellm.architectures import llama, qwen2
+from typing import Any
+
 from edgellm.architectures.config import Config
-from edgellm.architectures.decoder import Decoder
-from edgellm.architectures.family import Family, GgufLayout
+from edgellm.architectures.decoder import Decoder, Feature
+from edgellm.architectures.families import llama, qwen2
+from edgellm.architectures.family import Family, GgufFacts, GgufGraph, GgufLayout
+from edgellm.architectures.gguf_metadata import attention_biases, built_like_llama
 
 
 def read(config: Config) -> Decoder:
@@ -22,12 +25,20 @@ def read(config: Config) -> Decoder:
     )
 
 
+def _from_gguf(facts: GgufFacts) -> dict[str, Any]:
+    return built_like_llama(facts) | {"attention_bias": attention_biases(facts, "qwen3")}
+
+
 FAMILY = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     read=read,
     tensors=llama.tensors,
-    gguf=GgufLayout("qwen3"),
+    gguf=GgufLayout(
+        "qwen3",
+        GgufGraph(qwen2.GGUF_FEATURES | {Feature.QK_NORM}, "silu"),
+        config=_from_gguf,
+    ),
     base_prefix="model.",
     ignored_tensors=llama.IGNORED_TENSORS,
 )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from edgellm.architectures.config import Config
-from edgellm.architectures.decoder import Decoder, Layer, Norm
-from edgellm.architectures.family import Family, GgufLayout, TensorRow
-from edgellm.architectures.llama import ACTIVATIONS, MOST_LAYERS
+from edgellm.architectures.config import ACTIVATIONS, MOST_LAYERS, Config
+from edgellm.architectures.decoder import Decoder, Feature, Layer, Norm
+from edgellm.architectures.family import Family, GgufFacts, GgufGraph, GgufLayout, TensorRow
 
 
 def read(config: Config) -> Decoder:
@@ -77,12 +77,47 @@ def tensors(decoder: Decoder) -> Iterator[TensorRow]:
         yield TensorRow("lm_head.weight", "output.weight", (decoder.vocab_size, hidden), "head")
 
 
+GGUF_FEATURES = frozenset(
+    {
+        Feature.LEARNED_POSITIONS,
+        Feature.LAYER_NORM,
+        Feature.PLAIN_MLP,
+        Feature.QKV_BIAS,
+        Feature.OUTPUT_BIAS,
+        Feature.MLP_BIAS,
+        Feature.TIED_HEAD,
+    }
+)
+
+
+def _from_gguf(facts: GgufFacts) -> dict[str, Any]:
+    keys = facts.keys
+    heads = keys.integer("attention.head_count")
+    hidden = keys.integer("embedding_length")
+    for key in ("attention.key_length", "attention.value_length"):
+        keys.neutral(key, hidden // heads)
+    keys.neutral("attention.head_count_kv", heads)
+    return {
+        "n_embd": hidden,
+        "n_head": heads,
+        "n_layer": keys.integer("block_count", maximum=MOST_LAYERS),
+        "n_positions": keys.integer("context_length"),
+        "n_inner": keys.integer("feed_forward_length"),
+        "layer_norm_epsilon": keys.number("attention.layer_norm_epsilon"),
+        "activation_function": "gelu_new",
+    }
+
+
 FAMILY = Family(
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
     read=read,
     tensors=tensors,
-    gguf=GgufLayout("gpt2"),
+    gguf=GgufLayout(
+        "gpt2",
+        GgufGraph(GGUF_FEATURES, "gelu_tanh", square_attention=True),
+        config=_from_gguf,
+    ),
     base_prefix="transformer.",
     # Causal masks that old checkpoints carry.
     ignored_tensors=(".attn.bias", ".attn.masked_bias"),
