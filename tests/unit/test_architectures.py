@@ -454,20 +454,29 @@ def test_gguf_says_nothing_of_windows_where_the_graph_has_none() -> None:
     ],
 )
 def test_gguf_that_is_not_understood_is_refused(change: dict[str, Any], message: str) -> None:
-    keys = {"general.architecture": "llama", **gguf_keys(describe(LLAMA), family_of(LLAMA).gguf_layout)}
+    keys = {
+        "general.architecture": "llama",
+        **gguf_keys(describe(LLAMA), family_of(LLAMA).gguf_layout),
+    }
     with pytest.raises(UnsupportedModel, match=message):
         config_from_gguf(keys | change, ["output.weight"])
 
 
 def test_gguf_with_half_of_the_biases_is_refused() -> None:
-    keys = {"general.architecture": "llama", **gguf_keys(describe(LLAMA), family_of(LLAMA).gguf_layout)}
+    keys = {
+        "general.architecture": "llama",
+        **gguf_keys(describe(LLAMA), family_of(LLAMA).gguf_layout),
+    }
     names = [f"blk.0.attn_{part}.bias" for part in "qkv"]
     with pytest.raises(UnsupportedModel, match="biases"):
         config_from_gguf(keys, names)
 
 
 def test_gguf_vocabulary_falls_back_on_the_tokenizer() -> None:
-    keys = {"general.architecture": "llama", **gguf_keys(describe(LLAMA), family_of(LLAMA).gguf_layout)}
+    keys = {
+        "general.architecture": "llama",
+        **gguf_keys(describe(LLAMA), family_of(LLAMA).gguf_layout),
+    }
     del keys["llama.vocab_size"]
     tokens = {"tokenizer.ggml.tokens": ["a"] * 100}
     assert config_from_gguf(keys | tokens, [])["vocab_size"] == 100
