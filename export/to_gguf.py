@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, cast
 
 from gguf.constants import GGML_QUANT_VERSION
 from gguf.utility import size_label
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from edgellm.source import ModelSource
 
 FILE = "model.gguf"
+
+PHI3_NAME = re.compile("phi-?3", re.IGNORECASE)
+PHI3_TOKENS = frozenset({"</s>", "<unk>", "<s>", "<|endoftext|>"})
 
 KEPT_KEYS = tuple(
     f"general.{key}"
@@ -78,13 +82,17 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     roles = [ref.role for ref in refs if quantizable(ref.role, ref.shape)]
     types = chooser(recipe, decoder, stored_as.arch, roles)
     stored = [(ref, types.choose(ref.role, ref.shape)) for ref in refs]
+    words = source.tokenizer.gguf_metadata(rows=decoder.vocab_size)
+    general = general_keys(source)
+    name, renamed = loadable_name(str(general["general.name"]), words["tokenizer.ggml.tokens"])
     metadata = {
         ARCHITECTURE: stored_as.arch,
-        **general_keys(source),
+        **general,
+        "general.name": name,
         "general.file_type": types.mixture.file_type,
         "general.quantization_version": int(GGML_QUANT_VERSION),
         **gguf_keys(stated, stored_as),
-        **source.tokenizer.gguf_metadata(rows=decoder.vocab_size),
+        **words,
     }
     head = gguf_head(metadata, [_entry(ref, choice) for ref, choice in stored])
     unweighed_iq3 = types.mixture.grid.startswith("iq3") and not types.weighed
@@ -98,9 +106,24 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
             for (ref, choice), offset in zip(stored, head.offsets, strict=True)
         ),
         context_length=context,
-        notes=(*notes, IQ3_NOTE) if unweighed_iq3 else notes,
+        notes=(*notes, *renamed, *((IQ3_NOTE,) if unweighed_iq3 else ())),
         tokenizer_limits=source.tokenizer.gguf_limits(),
     )
+
+
+def loadable_name(name: str, tokens: object) -> tuple[str, tuple[str, ...]]:
+    """``name`` as llama.cpp can load it with these ``tokens``, and a note where it is another.
+
+    llama.cpp knows the tokenizer of Phi 3 by the model's name and fails where its special tokens
+    are not there (``llama-vocab.cpp``).
+    """
+    if PHI3_NAME.search(name) and not PHI3_TOKENS.issubset(cast("Collection[str]", tokens)):
+        changed = PHI3_NAME.sub("phi 3", name)
+        return changed, (
+            f"general.name is {changed!r}: llama.cpp takes a model named {name!r} for one with Phi "
+            "3's tokenizer, and cannot load this one",
+        )
+    return name, ()
 
 
 def stored_tensors(source: ModelSource, context: int) -> Iterator[TensorRef]:
@@ -108,7 +131,8 @@ def stored_tensors(source: ModelSource, context: int) -> Iterator[TensorRef]:
     layout = source.family.gguf_layout
     divisors = rope_factors(source.decoder, layout)
     if divisors is not None:
-        yield constant("rope_freqs.weight", divisors)
+        for name in layout.rope_factors:
+            yield constant(name, divisors)
     for row in source.family.tensors(source.decoder):
         ref = source.tensors.get(row.role)
         if ref is not None and row.kind == "positions":

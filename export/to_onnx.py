@@ -241,11 +241,17 @@ REFUSED = {
 
 
 def _check_features(decoder: Decoder) -> None:
-    missing = decoder.features() - EXPRESSIBLE
+    missing = sorted(map(str, decoder.features() - EXPRESSIBLE))
+    turned = {layer.rope.dimensions for layer in decoder.layers if layer.rope is not None}
+    missing += [
+        f"rotary positions over {count} values of a head (onnxruntime turns multiples of {TURNED})"
+        for count in sorted(turned)
+        if count % TURNED
+    ]
     if missing:
         raise UnsupportedTarget(
-            f"the ONNX graph cannot compute {', '.join(sorted(missing))}, which {decoder.family} "
-            "models have: choose --format gguf"
+            f"the ONNX graph cannot compute {', '.join(missing)}, which this {decoder.family} "
+            "model has: choose --format gguf"
         )
 
 
@@ -273,6 +279,9 @@ def _check_groups(tensors: list[OutputTensor]) -> None:
 
 
 SHOWN_MISFITS = 4
+
+TURNED = 16
+"""What divides the values of a head that GroupQueryAttention's rotary positions turn."""
 
 
 def _names(grids: Grids) -> list[str]:

@@ -35,8 +35,6 @@ REFUSED = {
     "qwen3_vl": "it is a vision-language model with positions of its own (mrope)",
     "mllama": "it is a vision-language model with cross-attention",
     "llama4": "it is a vision-language model with a mixture of experts",
-    "gemma": "it is the first Gemma, whose norms and scales differ from Gemma 3's",
-    "gemma2": "it is Gemma 2, whose soft caps edgellm does not compute",
 }
 
 

@@ -78,6 +78,8 @@ class GgufLayout:
     ``interleaved_rope``: rows of q and k are stored in pairs (x0, x1) instead of halves.
     ``norm_plus_one``: norm weights are stored with the offset added. ``window``: llama.cpp's graph
     applies the sliding window; where it does not, the context is capped at the window.
+    ``rope_factors``: tensors whose values its graph divides rotary frequencies by, all alike; none
+    where it looks at no such.
 
     ``keys`` are the architecture's own, beside those that all have (``gguf_metadata.gguf_keys``).
     ``config`` reads a file back as the config of this family; None where files of the architecture
@@ -89,6 +91,7 @@ class GgufLayout:
     interleaved_rope: bool = False
     norm_plus_one: bool = False
     window: bool = False
+    rope_factors: tuple[str, ...] = ()
     keys: Callable[[Decoder], dict[str, Value]] = _no_keys
     config: Callable[[GgufFacts], dict[str, Any]] | None = None
 

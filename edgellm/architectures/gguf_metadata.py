@@ -39,8 +39,8 @@ NEUTRAL_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
 def gguf_keys(decoder: Decoder, layout: GgufLayout) -> dict[str, Value]:
     """What llama.cpp reads about the network; int stands for uint32, float for float32.
 
-    What ``rope_factors`` gives goes beside them as ``rope_freqs.weight``. Whether llama.cpp's graph
-    can express the rest is for the exporter to check.
+    What ``rope_factors`` gives goes beside them as ``layout.rope_factors``. Whether llama.cpp's
+    graph can express the rest is for the exporter to check.
     """
     keys: dict[str, Value] = {
         "vocab_size": decoder.vocab_size,
@@ -65,13 +65,13 @@ def gguf_keys(decoder: Decoder, layout: GgufLayout) -> dict[str, Value]:
 
 
 def rope_factors(decoder: Decoder, layout: GgufLayout) -> tuple[float, ...] | None:
-    """What the graph of ``llama`` divides each frequency by, ``[dimensions / 2]``, or None.
+    """What llama.cpp's graph divides each frequency by, ``[dimensions / 2]``, or None.
 
     That is how GGUF holds llama3's scaling, and how it can hold a yarn with settings that
-    llama.cpp has no key for. Only the graph of ``llama`` looks at them.
+    llama.cpp has no key for. Not every graph looks at them.
     """
     rope = _main_rope(decoder)
-    if rope is None or rope.scaling is None or layout.arch != "llama":
+    if rope is None or rope.scaling is None or not layout.rope_factors:
         return None
     if rope.scaling.kind == "linear" or (rope.scaling.kind == "yarn" and has_keys(rope.scaling)):
         return None

@@ -21,8 +21,8 @@ Frequencies = npt.NDArray[np.float64]
 StatedRope = tuple[Rope, int]
 
 REFUSED_TYPES = {
-    "longrope": "its frequencies jump where the text passes the trained length",
-    "su": "its frequencies jump where the text passes the trained length",
+    "longrope": "it lacks short_factor or long_factor",
+    "su": "it lacks short_factor or long_factor",
     "proportional": "no supported family uses it",
     "axial": "it encodes positions in an image",
     "mrope": "it encodes positions in images and video",
@@ -85,20 +85,30 @@ def _pair_with_turns(turns: float, rope: Rope, scaling: RopeScaling) -> float:
 
 
 def read_rope(
-    config: Config, head_dim: int, context: int, theta: float | None = None
+    config: Config,
+    head_dim: int,
+    context: int,
+    theta: float | None = None,
+    *,
+    turned: float | None = None,
 ) -> StatedRope:
     """The rope that a config states for all its layers, in either style, and its context length.
 
     ``context`` is ``max_position_embeddings``. ``theta``: what the family's config class takes
-    where the config names none; None where it must.
+    where the config names none; None where it must. ``turned``: likewise the share of a head's
+    values that are turned; None where the family turns all of them.
     Raises ``UnsupportedModel`` for a kind that is not understood, and where two places of the
     config contradict each other.
     """
-    config.neutral("partial_rotary_factor", 1)
+    if turned is None:
+        config.neutral("partial_rotary_factor", 1)
+    share = config.number("partial_rotary_factor", turned or 1.0, above=0)
     trained = config.integer("original_max_position_embeddings", 0, minimum=0) or context
     stated = config.number("rope_theta", above=1.0) if config.has("rope_theta") else None
     ropes = [
-        rope_of_section(config.section(key), head_dim, context, stated, trained, theta)
+        rope_of_section(
+            config.section(key), head_dim, context, stated, trained, theta, turned and share
+        )
         for key in ("rope_parameters", "rope_scaling")
         if config.has(key)
     ]
@@ -110,7 +120,7 @@ def read_rope(
         )
     if ropes:
         return ropes[0]
-    return Rope(_theta(config, stated, theta), head_dim), context
+    return Rope(_theta(config, stated, theta), _dimensions(config, head_dim, share)), context
 
 
 def rope_of_section(
@@ -120,29 +130,42 @@ def rope_of_section(
     stated_theta: float | None,
     trained_context: int,
     default_theta: float | None = None,
+    turned: float | None = None,
 ) -> StatedRope:
     """The rope of one ``rope_scaling`` or ``rope_parameters`` object, and its context length.
 
-    ``stated_theta`` is the ``rope_theta`` beside it, if any; ``trained_context`` counts where the
-    object names no ``original_max_position_embeddings``.
+    ``turned`` is as ``read_rope`` takes it. ``stated_theta`` is the ``rope_theta`` beside it, if
+    any; ``trained_context`` counts where the object names no
+    ``original_max_position_embeddings``.
     """
     kind = section.text("rope_type", section.text("type", "default"))
     section.neutral("type", kind)
-    section.neutral("partial_rotary_factor", 1)
+    if turned is None:
+        section.neutral("partial_rotary_factor", 1)
+    share = section.number("partial_rotary_factor", turned or 1.0, above=0)
+    dimensions = _dimensions(section, head_dim, share)
     own_theta = section.number("rope_theta", above=1.0) if section.has("rope_theta") else None
     if own_theta is not None and stated_theta is not None and own_theta != stated_theta:
         raise section.refusal("rope_theta", own_theta, f"{stated_theta:g} as beside it")
     theta = own_theta or _theta(section, stated_theta, default_theta)
     trained = section.integer("original_max_position_embeddings", trained_context)
     lists = ("short_factor", "long_factor")
-    if kind == "longrope" and all(section.has(key) for key in lists):
-        short, long = (section.numbers(key) for key in lists)
-        if short == long:
-            return _read_longrope(section, Rope(theta, head_dim), trained, context)
+    if kind in ("longrope", "su") and all(section.has(key) for key in lists):
+        return _read_longrope(section, Rope(theta, dimensions), trained, context)
     if kind not in _READERS:
         why = f" (not {kind}: {REFUSED_TYPES[kind]})" if kind in REFUSED_TYPES else ""
         raise section.refusal("rope_type", kind, ", ".join(_READERS) + why)
-    return _READERS[kind](section, Rope(theta, head_dim), trained, context)
+    return _READERS[kind](section, Rope(theta, dimensions), trained, context)
+
+
+def _dimensions(section: Config, head_dim: int, share: float) -> int:
+    """How many values of a head are turned, ``share`` of all."""
+    dimensions = int(head_dim * share)
+    if not 0 < dimensions <= head_dim or dimensions % 2:
+        raise section.refusal(
+            "partial_rotary_factor", share, f"a share of {head_dim} values that makes pairs"
+        )
+    return dimensions
 
 
 def _theta(config: Config, stated: float | None, default: float | None) -> float:
@@ -233,10 +256,36 @@ def _read_factors(section: Config, rope: Rope, trained: int, context: int) -> St
 
 
 def _read_longrope(section: Config, rope: Rope, trained: int, context: int) -> StatedRope:
-    """Phi's, where both lists are one, as mlx-lm's folders have the factors of a GGUF file."""
-    factors = section.numbers("long_factor")
-    section.neutral("attention_factor", 1.0)
-    return _listed_rope(section, "long_factor", factors, rope), context
+    """Phi's: one list of factors within the trained length, another for texts beyond it.
+
+    transformers goes over from one to the other where a text passes that length; here it is
+    decided once, by the context that was asked for. Cos and sin grow by
+    ``sqrt(1 + ln(factor) / ln(trained))`` (transformers' ``_compute_longrope_parameters``). Equal
+    lists are how mlx-lm's folders have the factors of a GGUF file.
+    """
+    short, long = section.numbers("short_factor"), section.numbers("long_factor")
+    stretched = section.number("factor", context / trained, above=0)
+    grown = 1.0 if stretched <= 1 else math.sqrt(1 + math.log(stretched) / math.log(trained))
+    attention = section.number("attention_factor", grown, above=0)
+    wanted = section.context or trained
+    if short == long:
+        key, reach = "long_factor", context
+    elif wanted > trained:
+        key, reach = "long_factor", min(wanted, context)
+        section.note(
+            f"longrope was fixed to its factors for more than {trained} tokens; shorter texts see "
+            "these too, where transformers has others for them"
+        )
+    else:
+        key, reach = "short_factor", min(trained, context)
+        if context > trained:
+            section.note(
+                f"longrope was fixed to its factors for up to {trained} tokens, where the model "
+                f"reaches {context}: name a longer context for the others (--context)"
+            )
+    listed = _listed_rope(section, key, short if key == "short_factor" else long, rope)
+    assert listed.scaling is not None
+    return replace(listed, scaling=replace(listed.scaling, attention_factor=attention)), reach
 
 
 def _listed_rope(section: Config, key: str, factors: tuple[float, ...], rope: Rope) -> Rope:

@@ -96,6 +96,17 @@ _GEMMA: dict[str, Any] = {
 }
 _GPT2: dict[str, Any] = {"n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 128}
 
+_GEMMA1: dict[str, Any] = {
+    key: value
+    for key, value in _GEMMA.items()
+    if key not in ("query_pre_attn_scalar", "sliding_window", "layer_types")
+}
+_SQUARE: dict[str, Any] = {
+    **{key: value for key, value in _LLAMA.items() if key not in ("head_dim", "rms_norm_eps")},
+    "hidden_size": 192,
+}
+"""Heads that together are as wide as the model, 32 each."""
+
 MODELS: dict[str, Tiny] = {
     # Llama: three query heads to a kv head, heads wider than the model together, untied.
     "llama": Tiny(
@@ -234,6 +245,98 @@ MODELS: dict[str, Tiny] = {
     ),
     # An attention scale that is not the head's, which llama.cpp's graph fixes.
     "gemma3-scale": Tiny("Gemma3TextConfig", _GEMMA | {"query_pre_attn_scalar": 24}),
+    "gemma": Tiny("GemmaConfig", _GEMMA1 | {"hidden_act": "gelu_pytorch_tanh"}),
+    # Soft caps low enough to be felt.
+    "gemma2": Tiny(
+        "Gemma2Config",
+        _GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
+    ),
+    "granite": Tiny(
+        "GraniteConfig",
+        _SQUARE
+        | {
+            "rms_norm_eps": 1e-5,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.6,
+            "attention_multiplier": 0.25,
+            "logits_scaling": 2.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmo": Tiny("OlmoConfig", _SQUARE | {"clip_qkv": 0.8}),
+    "olmo2": Tiny("Olmo2Config", _SQUARE | {"rms_norm_eps": 1e-5}),
+    "olmo3": Tiny(
+        "Olmo3Config",
+        _SQUARE
+        | {
+            "rms_norm_eps": 1e-5,
+            "num_hidden_layers": 5,
+            "sliding_window": 8,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 5e4,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e4},
+            },
+        },
+    ),
+    "smollm3": Tiny(
+        "SmolLM3Config", _SQUARE | {"rms_norm_eps": 1e-6, "num_hidden_layers": 5}, "llama3"
+    ),
+    "starcoder2": Tiny(
+        "Starcoder2Config",
+        _SQUARE | {"hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "sliding_window": None},
+    ),
+    "starcoder2-window": Tiny(
+        "Starcoder2Config",
+        _SQUARE
+        | {"hidden_act": "gelu_pytorch_tanh", "sliding_window": 8, "tie_word_embeddings": False},
+    ),
+    "stablelm": Tiny(
+        "StableLmConfig",
+        _SQUARE
+        | {
+            "use_qkv_bias": True,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    # A quarter of a head of 64, and another of 32, which onnxruntime does not turn.
+    "stablelm-parallel": Tiny(
+        "StableLmConfig",
+        _SQUARE
+        | {"num_attention_heads": 3, "num_key_value_heads": 1}
+        | {"use_parallel_residual": True},
+    ),
+    "stablelm-eighth": Tiny("StableLmConfig", _SQUARE),
+    "phi": Tiny("PhiConfig", _SQUARE | {"hidden_act": "gelu_new", "num_key_value_heads": 6}),
+    "phi3": Tiny(
+        "Phi3Config",
+        _SQUARE | {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 256},
+    ),
+    # Factors for texts within the trained length, which its context is capped at.
+    "phi3-longrope": Tiny(
+        "Phi3Config",
+        _SQUARE
+        | {
+            "rms_norm_eps": 1e-5,
+            "original_max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.0 + 0.05 * n for n in range(8)],
+                "long_factor": [1.0 + 0.9 * n for n in range(8)],
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
     "gpt2": Tiny("GPT2Config", _GPT2),
     "gpt2-untied": Tiny(
         "GPT2Config",

@@ -28,7 +28,7 @@ from edgellm.architectures.family import (
     TensorRow,
 )
 from edgellm.architectures.gguf_metadata import attention_biases, built_like_llama
-from edgellm.architectures.rope import read_rope
+from edgellm.architectures.rope import StatedRope, read_rope
 from edgellm.errors import UnsupportedModel
 
 
@@ -95,13 +95,25 @@ def read_decoder(
     *,
     windows: tuple[int | None, ...],
     default_theta: float | None = None,
+    turned: float | None = None,
+    rope: StatedRope | None = None,
+    norm: Norm | None = None,
+    activation: str = "hidden_act",
+    tied: bool = False,
     qkv_bias: bool = False,
     output_bias: bool = False,
     mlp_bias: bool = False,
     qk_norm: bool = False,
 ) -> Decoder:
-    """A decoder built like Llama: RMS norms before attention and feed-forward, rope, gated MLP."""
-    rope, context_length = read_rope(config, shape.head_dim, shape.context_length, default_theta)
+    """A decoder built like Llama: norms before attention and feed-forward, rope, gated MLP.
+
+    ``rope``: where the config states it in its family's own way; else ``default_theta`` and
+    ``turned`` are as ``read_rope`` takes them. ``norm`` None for RMS norms; ``activation`` is the
+    key that names it; ``tied``: whether the head is where no key says.
+    """
+    turns, context_length = rope or read_rope(
+        config, shape.head_dim, shape.context_length, default_theta, turned=turned
+    )
     return Decoder(
         family=family,
         vocab_size=shape.vocab_size,
@@ -111,14 +123,14 @@ def read_decoder(
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        layers=tuple(Layer(window, rope) for window in windows),
-        norm=Norm("rms", config.number("rms_norm_eps", above=0)),
-        activation=config.choice("hidden_act", ACTIVATIONS),
+        layers=tuple(Layer(window, turns) for window in windows),
+        norm=norm or Norm("rms", config.number("rms_norm_eps", above=0)),
+        activation=config.choice(activation, ACTIVATIONS),
         qkv_bias=qkv_bias,
         output_bias=output_bias,
         mlp_bias=mlp_bias,
         qk_norm=qk_norm,
-        tied_head=config.flag("tie_word_embeddings", False),
+        tied_head=config.flag("tie_word_embeddings", tied),
     )
 
 
@@ -191,6 +203,15 @@ def tensors(decoder: Decoder) -> Iterator[TensorRow]:
         yield TensorRow("lm_head.weight", "output.weight", (decoder.vocab_size, hidden), "head")
 
 
+def with_norm_biases(decoder: Decoder) -> Iterator[TensorRow]:
+    """The same with a bias behind each norm's weight, as layer norms have."""
+    for row in tensors(decoder):
+        yield row
+        if row.kind == "norm":
+            source, role = (name.removesuffix("weight") + "bias" for name in (row.source, row.role))
+            yield TensorRow(source, role, row.shape, "bias")
+
+
 GGUF_FEATURES = frozenset(
     {
         # Never refused: a graph without windows is right for contexts within the window.
@@ -236,6 +257,7 @@ FAMILY = Family(
         "llama",
         GgufGraph(GGUF_LLAMA, "silu", any_yarn=True),
         interleaved_rope=True,
+        rope_factors=("rope_freqs.weight",),
         config=_from_gguf,
     ),
     base_prefix="model.",

@@ -31,7 +31,10 @@ def read(config: Config) -> Decoder:
 
 
 MISTRAL = GgufLayout(
-    "llama", GgufGraph(llama.GGUF_LLAMA, "silu", any_yarn=True), interleaved_rope=True
+    "llama",
+    GgufGraph(llama.GGUF_LLAMA, "silu", any_yarn=True),
+    interleaved_rope=True,
+    rope_factors=("rope_freqs.weight",),
 )
 """As Llama's; files of that architecture are read back as Llama."""
 
