@@ -169,8 +169,10 @@ def logits_of(source: ModelSource, hidden: Array) -> Array:
 
 
 def as_logits(source: ModelSource, products: Array, start: int) -> Array:
-    """Products ``[tokens, rows]`` of the head's rows from ``start`` on, biased and soft-capped."""
+    """Logits of products ``[tokens, rows]`` of the head's rows from ``start`` on."""
     decoder = source.decoder
+    if decoder.logit_scale != 1.0:
+        products = products * np.float32(decoder.logit_scale)
     if decoder.head_bias:
         bias = source.tensors["output.bias"].load(0, 1).reshape(-1)
         products = products + bias[start : start + products.shape[1]]

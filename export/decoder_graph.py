@@ -43,7 +43,10 @@ OUTLIERS = GRIDS["f16"]
 SCALES_PLACE = 12
 """Where ``k_scale`` and ``v_scale`` stand among GroupQueryAttention's inputs."""
 
-HEAD_INPUT = "head_input"
+TURNED = 16
+"""What divides the values of a head that GroupQueryAttention turns itself."""
+
+HEAD_INPUT = "output_norm"
 """The output of ``DecoderGraph.build_output_norm``."""
 
 INT64_MAX = np.iinfo(np.int64).max
@@ -93,6 +96,7 @@ class DecoderGraph:
     int8_cache: bool = False
     inputs: dict[str, list[str]] = field(default_factory=dict)
     """Roles of the weights that each value of the graph is multiplied by, layer by layer."""
+    _counted: str = ""
     _ropes: dict[Rope, tuple[str, str]] = field(default_factory=dict)
     _apart: dict[str, tuple[str, str]] = field(default_factory=dict)
 
@@ -112,7 +116,7 @@ class DecoderGraph:
                 index, stream, branch, logits_from if index == last else ""
             )
         normed, _ = self._norm("output_norm", stream, branch)
-        self._head(self._scaled_for_head(normed))
+        self._head(self._scaled("output_norm.scaled", normed, decoder.logit_scale))
 
     def build_layer(self, index: int, *, taps: bool = False) -> None:
         """Add one layer alone: whole sequences of the residual stream go in and come out.
@@ -136,14 +140,10 @@ class DecoderGraph:
                 graph.output(x, TensorProto.FLOAT, ["batch_size", "sequence_length", columns])
 
     def build_output_norm(self) -> None:
-        """Add what lies between the layers and the head alone.
-
-        ``stream`` ``[batch, sequence, hidden]`` goes in, ``HEAD_INPUT`` of that shape comes out.
-        """
+        """Add the norm before the head alone: ``stream`` ``[batch, sequence, hidden]`` goes in."""
         shape = self._stream_shape()
         stream = self.graph.input("stream", TensorProto.FLOAT, shape)
-        normed = self._norm_alone("output_norm", stream)
-        self.graph.node("Identity", [self._scaled_for_head(normed)], HEAD_INPUT)
+        self._norm_alone(HEAD_INPUT, stream)
         self.graph.output(HEAD_INPUT, TensorProto.FLOAT, shape)
 
     def _stream_shape(self) -> list[int | str]:
@@ -224,14 +224,17 @@ class DecoderGraph:
         name, layer = f"blk.{index}.attn", decoder.layers[index]
         query, key, value = self._queries_keys_values(index, x)
         past, present = self._past_present(index) if cached else (["", ""], [])
+        inside = layer.rope is not None and layer.rope.dimensions % TURNED == 0
+        if layer.rope is not None and not inside:
+            query, key, value = self._turned_apart(name, layer.rope, query, key, value)
         inputs = [query, key, value, *past, "seqlens_k", "total_length"]
-        if layer.rope is not None:
+        if layer.rope is not None and inside:
             inputs += self._rope(layer.rope)
         cache = self._int8_cache(index, inputs) if self.int8_cache else {}
         return graph.node(
             "GroupQueryAttention", inputs, name, outputs=[name, *present], contrib=True,
             num_heads=decoder.heads, kv_num_heads=decoder.kv_heads, scale=decoder.softmax_scale,
-            do_rotary=int(layer.rope is not None), local_window_size=layer.window or -1,
+            do_rotary=int(inside), local_window_size=layer.window or -1,
             softcap=decoder.attention_softcap or 0.0, **cache,
         )  # fmt: skip
 
@@ -299,6 +302,47 @@ class DecoderGraph:
         normed = self._norm_alone(f"{name}_norm", split)
         flat = graph.integers(0, -1, heads * decoder.head_dim)
         return graph.node("Reshape", [normed, flat], f"{name}.normed")
+
+    def _turned_apart(
+        self, name: str, rope: Rope, query: str, key: str, value: str
+    ) -> tuple[str, str, str]:
+        """All three apart, queries and keys turned, which the attention then need not do."""
+        graph, decoder = self.graph, self.decoder
+        if not key:
+            parts = [f"{name}.{part}" for part in ("queries", "keys", "values")]
+            widths = graph.integers(decoder.query_size, decoder.kv_size, decoder.kv_size)
+            graph.node("Split", [query, widths], f"{name}.parts", outputs=parts, axis=-1)
+            query, key, value = parts
+        places = self._places(query)
+        turned = [
+            graph.node(
+                "RotaryEmbedding", [x, places, *self._rope(rope)], f"{x}.turned", contrib=True,
+                num_heads=heads, rotary_embedding_dim=rope.dimensions,
+            )
+            for x, heads in ((query, decoder.heads), (key, decoder.kv_heads))
+        ]  # fmt: skip
+        return turned[0], turned[1], value
+
+    def _places(self, x: str) -> str:
+        """The position of every token of the step, ``[batch, sequence]``, as the attention counts.
+
+        A step's tokens end where those of its sequence do; a prompt begins at 0 where it is padded.
+        """
+        graph = self.graph
+        if not self._counted:
+            self._counted = "positions.places"
+            scalar = graph.constant("int64_axes", np.asarray([0], np.int64))
+            zero, one = (graph.constant(f"int64_at_{n}", np.asarray(n, np.int64)) for n in (0, 1))
+            step = graph.node("Shape", [x], "positions.length", start=1, end=2)
+            last = graph.node("Cast", ["seqlens_k"], "positions.held", to=TensorProto.INT64)
+            after = graph.node("Add", [last, one], "positions.end")
+            before = graph.node("Sub", [after, step], "positions.past")
+            first = graph.node("Max", [before, zero], "positions.begin")
+            column = graph.node("Unsqueeze", [first, graph.integers(1)], "positions.column")
+            count = graph.node("Squeeze", [step, scalar], "positions.count")
+            offsets = graph.node("Range", [zero, count, one], "positions.offsets")
+            graph.node("Add", [column, offsets], self._counted)
+        return self._counted
 
     def _rope(self, rope: Rope) -> tuple[str, str]:
         if rope not in self._ropes:
@@ -397,8 +441,11 @@ class DecoderGraph:
         """As ``_norm``, or the sum alone where no norm stands before a part of a layer."""
         if self.decoder.pre_norms:
             return self._norm(name, stream, branch)
+        # By a name of its own, also where the stream is what the graph is given.
         if branch:
             stream = self.graph.node("Add", [stream, branch], f"{name}.stream")
+        else:
+            stream = self.graph.node("Identity", [stream], f"{name}.stream")
         return stream, stream
 
     def _norm(self, name: str, stream: str, branch: str) -> tuple[str, str]:
@@ -455,10 +502,6 @@ class DecoderGraph:
     def _cut(self, name: str, x: str, start: str) -> str:
         graph = self.graph
         return graph.node("Slice", [x, start, graph.integers(INT64_MAX), graph.integers(1)], name)
-
-    def _scaled_for_head(self, x: str) -> str:
-        """What the head multiplies: scaled before it, logits come out scaled."""
-        return self._scaled("output_norm.scaled", x, self.decoder.logit_scale)
 
     def _head(self, x: str) -> None:
         graph, decoder = self.graph, self.decoder

@@ -77,12 +77,15 @@ class CacheScales:
             return self._turned(weight, rope, np.maximum)
         center, spread = self._centers_and_spreads("attn_k", self.decoder.query_size)
         spread = self._turned(spread, rope, lambda one, other: np.hypot(one, other) / 2**0.5)
-        return self._turned(np.abs(center), rope, np.hypot) + KEY_SPREADS * spread
+        reach = self._turned(np.abs(center), rope, np.hypot) + KEY_SPREADS * spread
+        clip = self.decoder.qkv_clip or np.inf
+        # Two clipped values that are turned into one another reach the corner of their square.
+        return np.minimum(reach, self._turned(np.full_like(reach, clip), rope, np.hypot))
 
     def _value_reach(self) -> Vector:
         first = self.decoder.query_size + self.decoder.kv_size
         center, spread = self._centers_and_spreads("attn_v", first)
-        return np.abs(center) + VALUE_SPREADS * spread
+        return np.minimum(np.abs(center) + VALUE_SPREADS * spread, self.decoder.qkv_clip or np.inf)
 
     def _turned(self, reach: Vector, rope: Rope | None, join: Join) -> Vector:
         """``reach`` with every two channels that the rope turns into one another joined."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from onnx import TensorProto
 
 import edgellm
-from edgellm.architectures.decoder import Decoder
+from edgellm.architectures.decoder import Decoder, Feature
 from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
 from edgellm.export.context import capped_context
 from edgellm.export.decoder_graph import EXPRESSIBLE, DecoderGraph, Grids
@@ -90,6 +90,11 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     context_length, context_notes = capped_context(decoder.context_length, recipe.context)
     compute = _compute(recipe.compute, grids)
     int8_cache = _cache(recipe.kv_cache, compute) == "int8"
+    if int8_cache and not decoder.pre_norms:
+        raise UnsupportedTarget(
+            f"--kv-cache int8: how large keys and values can be is known by the norm before them, "
+            f"and {decoder.family} has {Feature.NO_PRE_NORMS}: choose --kv-cache {compute}"
+        )
     graph = GraphBuilder(edgellm.__version__, ELEMENTS[compute])
     DecoderGraph(graph, decoder, source.tensors, grids, context_length, int8_cache).build()
     _check_groups(graph.tensors)
@@ -241,17 +246,11 @@ REFUSED = {
 
 
 def _check_features(decoder: Decoder) -> None:
-    missing = sorted(map(str, decoder.features() - EXPRESSIBLE))
-    turned = {layer.rope.dimensions for layer in decoder.layers if layer.rope is not None}
-    missing += [
-        f"rotary positions over {count} values of a head (onnxruntime turns multiples of {TURNED})"
-        for count in sorted(turned)
-        if count % TURNED
-    ]
+    missing = decoder.features() - EXPRESSIBLE
     if missing:
         raise UnsupportedTarget(
-            f"the ONNX graph cannot compute {', '.join(missing)}, which this {decoder.family} "
-            "model has: choose --format gguf"
+            f"the ONNX graph cannot compute {', '.join(sorted(missing))}, which {decoder.family} "
+            "models have: choose --format gguf"
         )
 
 
@@ -279,9 +278,6 @@ def _check_groups(tensors: list[OutputTensor]) -> None:
 
 
 SHOWN_MISFITS = 4
-
-TURNED = 16
-"""What divides the values of a head that GroupQueryAttention's rotary positions turn."""
 
 
 def _names(grids: Grids) -> list[str]:

@@ -104,7 +104,9 @@ def test_statistics_are_of_the_inputs_that_transformers_has(
         if role.startswith("blk."):
             layer = ".".join(role.split(".")[:2])
             counts = np.square(inputs[layer].astype(np.float64)).mean(axis=1)
-            if role.split(".")[2] not in ("attn_q", "attn_k", "attn_v", "attn_qkv"):
+            attention = role.split(".")[2] in ("attn_q", "attn_k", "attn_v", "attn_qkv")
+            shared = source.decoder.shared_norm and role.split(".")[2] in ("ffn_gate", "ffn_up")
+            if not (attention or shared):
                 counts /= np.square(inputs[f"{layer}, before"].astype(np.float64)).mean(axis=1)
             counts **= passes.TOKEN_POWER
         wanted = (x * counts[:, None]).T @ x / counts.sum()

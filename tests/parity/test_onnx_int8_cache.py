@@ -30,7 +30,7 @@ LARGEST_KL = 0.1
 5; 0.006 for SmolLM2-135M."""
 
 
-@pytest.mark.parametrize("name", sorted(tiny_models.MODELS))
+@pytest.mark.parametrize("name", sorted(tiny_models.MODELS.keys() - {"olmo2", "olmo3"}))
 def test_cache_is_rounded_to_the_nearest_and_nothing_is_clipped(
     name: str, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
@@ -52,7 +52,9 @@ def test_cache_is_rounded_to_the_nearest_and_nothing_is_clipped(
         )
         assert (np.abs(codes * by_channel - exact) <= 0.501 * by_channel).all()
         # Coarse scales would clip nothing either.
-        assert 30 < np.abs(codes.astype(np.int32)).max() < 127
+        # Values that the model clips itself may reach the last code, and go no further.
+        last = 127 + (source.decoder.qkv_clip is not None)
+        assert 30 < np.abs(codes.astype(np.int32)).max() < last
     assert 0 < divergence(wanted, got) < LARGEST_KL
 
 
@@ -110,3 +112,10 @@ def divergence(wanted: np.ndarray, got: np.ndarray) -> float:
         for logits in (wanted, got)
     )
     return float((np.exp(one) * (one - other)).sum(-1).mean())
+
+
+def test_a_model_without_norms_before_its_keys_is_refused(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedTarget, match=r"no norms before.*--kv-cache f32"):
+        onnx_files.write_onnx(tiny_model("olmo2"), tmp_path, kv_cache="int8")

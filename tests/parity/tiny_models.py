@@ -307,7 +307,7 @@ MODELS: dict[str, Tiny] = {
             },
         },
     ),
-    # A quarter of a head of 64, and another of 32, which onnxruntime does not turn.
+    # A quarter of a head of 64, and of one of 32, which onnxruntime's attention does not turn.
     "stablelm-parallel": Tiny(
         "StableLmConfig",
         _SQUARE

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from edgellm.architectures.config import Config
+from edgellm.architectures.config import LAYER_TYPES, Config
 from edgellm.architectures.decoder import Decoder, Feature
 from edgellm.architectures.families import llama
 from edgellm.architectures.family import Family, GgufFacts, GgufGraph, GgufLayout, TensorRow
-from edgellm.architectures.gguf_metadata import built_like_llama
+from edgellm.architectures.gguf_metadata import built_like_llama, local_layers
 from edgellm.architectures.rope import StatedRope
 
 NORMS = ("attn_norm.weight", "ffn_norm.weight")
@@ -67,8 +67,30 @@ GGUF_FEATURES = llama.GGUF_FEATURES | {
 }
 
 
+GGUF_PATTERN = 4
+"""Every fourth layer is global in a graph with windows, unless a key says otherwise."""
+
+
 def _from_gguf(facts: GgufFacts) -> dict[str, Any]:
-    return built_like_llama(facts) | {"attention_bias": False}
+    """A file that names a window is OLMo 3."""
+    keys, config = facts.keys, built_like_llama(facts, windows=True)
+    window = keys.integer("attention.sliding_window", 0, minimum=0)
+    if not window:
+        return config
+    rope, layers = config["rope_parameters"], config["num_hidden_layers"]
+    theta = keys.number("rope.freq_base_swa", rope["rope_theta"], above=1)
+    full, windowed = LAYER_TYPES
+    return config | {
+        "model_type": "olmo3",
+        "sliding_window": window,
+        "layer_types": [
+            LAYER_TYPES[is_local] for is_local in local_layers(keys, layers, GGUF_PATTERN)
+        ],
+        "rope_parameters": {
+            full: rope,
+            windowed: {"rope_type": "default", "rope_theta": theta},
+        },
+    }
 
 
 FAMILY = Family(

@@ -9,16 +9,14 @@ from edgellm.architectures.config import LAYER_TYPES, WINDOWED, Config
 from edgellm.architectures.decoder import Decoder, Feature, Rope
 from edgellm.architectures.families import llama, olmo2
 from edgellm.architectures.family import Family, GgufGraph, GgufLayout, Value
-from edgellm.architectures.gguf_metadata import window_keys
+from edgellm.architectures.gguf_metadata import every_but, window_keys
 from edgellm.architectures.rope import StatedRope, rope_of_section
-
-GGUF_PATTERN = 4
-"""Every fourth layer is global in llama.cpp's graph unless a key says otherwise."""
 
 
 def read(config: Config) -> Decoder:
     shape = llama.read_shape(config, kv_heads_required=False)
-    types = tuple(LAYER_TYPES[(index + 1) % GGUF_PATTERN != 0] for index in range(shape.layers))
+    usual = every_but(olmo2.GGUF_PATTERN, shape.layers)
+    types = tuple(LAYER_TYPES[is_local] for is_local in usual)
     if config.has("layer_types"):
         types = llama.read_layer_types(config, shape.layers)
     window = config.integer("sliding_window") if WINDOWED in types else None
@@ -52,7 +50,7 @@ def _unscaled(rope: Rope | None) -> Rope | None:
 
 
 def _gguf_keys(decoder: Decoder) -> dict[str, Value]:
-    keys = window_keys(decoder, GGUF_PATTERN)
+    keys = window_keys(decoder, olmo2.GGUF_PATTERN)
     local = [layer.rope for layer in decoder.layers if layer.window is not None]
     return keys | ({"rope.freq_base_swa": local[0].theta} if local and local[0] else {})
 
