@@ -291,7 +291,8 @@ def _located(recipe: Recipe, progress: Progress) -> Located:
             "folder of the original model, or have a GGUF made with the adapter in it "
             f"(`{_converting(recipe)}`)"
         )
-    from edgellm.source.hub import download, parse_hub_id
+    from edgellm.hub.download import download
+    from edgellm.hub.ids import parse_hub_id
 
     wanted = None if text.startswith((".", "~")) else parse_hub_id(text)
     if wanted is None:
