@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,17 +33,17 @@ def unreachable(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep back what the library would log on stderr, unless the user asked for it."""
-    from huggingface_hub.utils import logging
+    from huggingface_hub.utils import logging as library
 
-    level = logging.get_verbosity()
+    level = library.get_verbosity()
     if "HF_HUB_VERBOSITY" not in os.environ:
-        logging.set_verbosity_error()
+        library.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        library.set_verbosity(level)
 
 
 @contextmanager
@@ -52,7 +53,7 @@ def fetching(wanted: HubId) -> Iterator[None]:
 
     at = f"revision {wanted.revision} of {wanted.repo}" if wanted.revision else wanted.repo
     try:
-        with _quietly():
+        with quietly():
             yield
     except errors.GatedRepoError as error:
         raise HubError(_gated(wanted)) from error
@@ -90,7 +91,7 @@ def publishing(target: HubId) -> Iterator[None]:
     # that it does not understand, or a card that the Hub does not accept.
     failures: tuple[type[BaseException], ...] = (*_failures(), RuntimeError, ValueError)
     try:
-        with _quietly():
+        with quietly():
             yield
     except errors.RepositoryNotFoundError as error:
         raise HubError(
