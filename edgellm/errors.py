@@ -64,7 +64,7 @@ class AdapterError(SourceError):
 
 
 class HubError(SourceError):
-    """The Hub could not give the model, or take the artifact: not found, gated, offline, damaged."""
+    """The Hub could not give a model, or take an artifact: not found, gated, offline, damaged."""
 
 
 class UnsupportedModel(EdgeError):

@@ -23,11 +23,17 @@ def push(
         typer.Option(metavar="BRANCH", help="A branch, made if there is none. Default: main."),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="If the repository is made, only you see it.")
+        bool, typer.Option("--private", help="Make a repository that others do not see.")
     ] = False,
     base_model: Annotated[
         str | None,
         typer.Option(metavar="org/name", help="What it was made from, if the manifest has no id."),
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option(
+            "--license", metavar="ID", help="Its licence in the Hub's terms, if not the source's."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the card and the files; upload nothing.")
@@ -60,7 +66,7 @@ def push(
     if target.revision and revision and target.revision != revision:
         raise UsageError(f"{repo} names one branch and --revision {revision} another: name one")
     target = HubId(target.repo, revision or target.revision)
-    publication = prepare(path, target, base_model=base_model)
+    publication = prepare(path, target, base_model=base_model, licence=licence)
     if not as_json:
         render.say_notes(publication.notes)
     if dry_run:

@@ -24,11 +24,14 @@ TAGS = {"gguf": ("gguf", "llama.cpp"), "onnx": ("onnx", "onnxruntime"), "hf": ()
 FLOATS = ("f32", "f16", "bf16")
 
 
-def model_card(artifact: Artifact, target: HubId, base_model: str | None = None) -> str:
+def model_card(
+    artifact: Artifact, target: HubId, *, base_model: str | None = None, licence: str | None = None
+) -> str:
     """The README.md of ``artifact`` in the repository ``target``: front matter, then Markdown.
 
-    ``base_model``: the Hub id of the model that it was made from, where the manifest has none.
-    Raises ``UsageError`` for one that is no id.
+    ``base_model``: the Hub id of the model that it was made from, and ``licence``: its own in the
+    Hub's terms, where the manifest has none or another. Raises ``UsageError`` for an id that is
+    none.
     """
     from huggingface_hub import ModelCardData
 
@@ -41,7 +44,7 @@ def model_card(artifact: Artifact, target: HubId, base_model: str | None = None)
         library_name=LIBRARIES.get(made.container),
         pipeline_tag="text-generation",
         tags=_tags(made),
-        **_licence(made),
+        **(_licence(made) if licence is None else {"license": licence}),
     )
     body = "\n".join(_body(artifact, artifact.manifest, target)).rstrip()
     return f"---\n{front.to_yaml()}\n---\n\n{body}\n"

@@ -61,11 +61,14 @@ class Published(msgspec.Struct, frozen=True, kw_only=True):
     replaced: tuple[str, ...] = ()
 
 
-def prepare(path: Path, target: HubId, *, base_model: str | None = None) -> Publication:
+def prepare(
+    path: Path, target: HubId, *, base_model: str | None = None, licence: str | None = None
+) -> Publication:
     """What publishing the artifact at ``path`` would upload; every checksum is recomputed.
 
-    Raises ``SourceError`` for what is no finished artifact, ``VerificationError`` for one that is
-    damaged or that its own conversion rejected, ``UsageError`` for a target that is a file.
+    ``base_model`` and ``licence`` as ``model_card`` takes them. Raises ``SourceError`` for what is
+    no finished artifact, ``VerificationError`` for one that is damaged or that its own conversion
+    rejected, ``UsageError`` for a target that is a file.
     """
     if target.file is not None:
         raise UsageError(f"an artifact goes into a repository, {target.repo}, and not into a file")
@@ -84,15 +87,14 @@ def prepare(path: Path, target: HubId, *, base_model: str | None = None) -> Publ
     made = artifact.manifest.artifact
     files = {entry.path: artifact.path / entry.path for entry in made.files}
     files[MANIFEST] = artifact.path / MANIFEST
-    card = model_card(artifact, target, base_model)
-    notes = list(_lacks(made, card))
-    if CARD in files:
-        # As the first versions of edgellm wrote them.
-        card = files.pop(CARD).read_text(encoding="utf-8")
-        notes.append(
+    if CARD in files:  # as the first versions of edgellm had it
+        card = files.pop(CARD).read_bytes().decode()
+        note = (
             f"{CARD} goes as it is, because the manifest has its checksum: convert again for a card"
         )
-    return Publication(artifact, target, files, card, tuple(notes))
+        return Publication(artifact, target, files, card, (note,))
+    card = model_card(artifact, target, base_model=base_model, licence=licence)
+    return Publication(artifact, target, files, card, tuple(_lacks(made, card)))
 
 
 def check_token() -> None:
@@ -111,9 +113,11 @@ def publish(
 ) -> Published:
     """Upload it in one commit, which makes the repository and the branch where they do not exist.
 
-    ``private``: of a repository that is made. ``bars``: let ``huggingface_hub`` draw its own on
-    stderr. Files of an artifact that was there before are replaced. Afterwards the Hub is asked for
-    its own hashes. Raises ``HubError`` with the next step; what is there then is as it was.
+    ``private``: make the repository so, and stop where it exists and is public. ``bars``: let
+    ``huggingface_hub`` draw its own on stderr. Files of an artifact that was there before are
+    replaced. Afterwards the Hub is asked for its own hashes. Raises ``HubError`` with the next
+    step, and ``UsageError`` where the repository is public or holds parts of others; what is there
+    then is as it was.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -123,6 +127,11 @@ def publish(
     api = HfApi()
     with publishing(target), _bars(bars):
         api.create_repo(target.repo, private=True if private else None, exist_ok=True)
+        if private and not api.model_info(target.repo).private:
+            raise UsageError(
+                f"--private was asked for, and {target.repo} exists and is public: choose another "
+                f"name, or make it private at {target.url}/settings"
+            )
         if branch != MAIN and not branch.startswith("refs/"):
             api.create_branch(target.repo, branch=branch, exist_ok=True)
         replaced = _replaced(api, publication, branch)
@@ -154,8 +163,8 @@ def _title(publication: Publication) -> str:
 
 def _lacks(made: Digested, card: str) -> Iterator[str]:
     """What a reader of the card will miss."""
-    if not made.base.licence:
-        yield "no licence is known of the source, so the card has none: add it on the Hub"
+    if "\nlicense:" not in card:
+        yield "no licence is known of the source, so the card has none: --license ID states it"
     if "\nbase_model:" not in card:
         yield (
             f"no Hub id is known of the source ({made.base.name}), so the card links to no base: "
@@ -192,14 +201,17 @@ def _replaced(api: HfApi, publication: Publication, branch: str) -> list[str]:
 
 
 def _check_arrival(api: HfApi, publication: Publication, commit: str) -> None:
-    """Compare what the Hub says it has with what was sent; raises ``HubError``."""
+    """Compare what the Hub says it has with what was made; raises ``HubError``."""
+    assert publication.artifact.manifest is not None
+    made = {entry.path: entry.sha256 for entry in publication.artifact.manifest.artifact.files}
     info = api.model_info(publication.target.repo, revision=commit, files_metadata=True)
     there = {file.rfilename: file for file in info.siblings or []}
     wrong = []
     for name, file in publication.files.items():
         found = there.get(name)
         digest = "" if found is None else (found.lfs.sha256 if found.lfs else found.blob_id) or ""
-        if not digest or hub_digest(file, digest) != digest:
+        # A large file is not read once more: its SHA-256 stands in the manifest.
+        if digest != made.get(name) and (not digest or hub_digest(file, digest) != digest):
             wrong.append(name)
     if wrong:
         raise HubError(

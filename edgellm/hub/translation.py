@@ -116,6 +116,11 @@ def publishing(target: HubId) -> Iterator[None]:
                 f"the Hub does not let this token write to {repo}: give {WRITE_TOKEN} of a member "
                 f"of {owner}"
             ) from error
+        if isinstance(error, ValueError) and "metadata" in str(error):
+            raise HubError(
+                f"the Hub does not accept the card ({_reason(error)}): --license and --base-model "
+                "set what it says of the source"
+            ) from error
         raise HubError(
             f"{repo} could not be uploaded ({_reason(error)}): the files appear there together at "
             "the end, so what is there is as it was; run the same command again"

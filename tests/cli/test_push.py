@@ -19,7 +19,15 @@ from huggingface_hub import ModelCard, constants
 import edgellm
 from edgellm.hub.card import base_models, model_card, relation
 from edgellm.hub.ids import HubId
-from edgellm.manifest import Artifact, Base, Manifest, open_artifact, read_manifest, verify
+from edgellm.manifest import (
+    Artifact,
+    Base,
+    FileEntry,
+    Manifest,
+    open_artifact,
+    read_manifest,
+    verify,
+)
 
 from .conftest import Command
 from .test_convert_adapter import write_adapter
@@ -154,6 +162,25 @@ def test_private_and_a_branch(command: Command, writer: StandIn, artifact: Path)
     assert arrived["model.gguf"] == (artifact / "model.gguf").read_bytes()
     assert "--revision q8" in arrived["README.md"].decode()
     assert found["commit"] == commit_of(arrived)
+
+
+def test_private_is_not_public(command: Command, writer: StandIn, artifact: Path) -> None:
+    writer.repositories["me/small"] = {}
+    done = command("push", artifact, "me/small", "--private")
+    assert done.code == 2
+    assert "is public" in done.err
+    assert writer.repositories["me/small"] == {}
+
+
+def test_a_card_that_the_hub_does_not_accept(
+    command: Command, writer: StandIn, artifact: Path
+) -> None:
+    done = command("push", artifact, "me/small", "--license", "my-own")
+    assert done.code == 3
+    assert '"license" must be one of' in done.err
+    assert "--license" in done.err.partition("must be one of")[2]
+    assert command("push", artifact, "me/small", "--license", "mit").code == 0
+    assert front(writer.repositories["me/small"]["README.md"].decode())["license"] == "mit"
 
 
 def test_an_artifact_takes_the_place_of_the_one_before(
@@ -303,7 +330,7 @@ def test_the_card_says_what_was_done(model: Path, tmp_path: Path) -> None:
     made = edgellm.convert(model, out, format="onnx", quant="rtn:int4-g32", check_tokens=128)
     assert made.manifest is not None
     facts, measured = made.manifest.artifact, made.manifest.measured
-    card = model_card(made, TARGET, "org/tiny")
+    card = model_card(made, TARGET, base_model="org/tiny")
     keys = front(card)
     assert keys["base_model"] == "org/tiny"
     assert keys["base_model_relation"] == "quantized"
@@ -363,7 +390,7 @@ def test_the_base_is_linked_by_its_id(
     found = described(artifact, base=base)
     assert found.manifest is not None
     assert base_models(found.manifest.artifact, given) == expected
-    assert front(model_card(found, TARGET, given)).get("base_model") == (
+    assert front(model_card(found, TARGET, base_model=given)).get("base_model") == (
         expected[0] if expected else None
     )
 
@@ -382,9 +409,24 @@ def test_merged_weights_are_a_merge_and_rounded_ones_are_quantized(
     for artifact, expected in ((merged, "merge"), (rounded, "quantized")):
         assert artifact.manifest is not None
         assert relation(artifact.manifest.artifact) == expected
-        card = model_card(artifact, TARGET, "org/tiny")
+        card = model_card(artifact, TARGET, base_model="org/tiny")
         assert front(card)["base_model"] == ["org/tiny", "org/lora"]
         assert "merged into it: org/lora" in card
+
+
+def test_a_card_with_a_checksum_goes_as_it_is(
+    command: Command, writer: StandIn, artifact: Path
+) -> None:
+    card = b"# as the first versions had it\r\n"
+    (artifact / "README.md").write_bytes(card)
+    found = read_manifest(artifact).artifact
+    entry = FileEntry(path="README.md", nbytes=len(card), sha256=sha256(card))
+    found = msgspec.structs.replace(found, files=(*found.files, entry))
+    (artifact / "manifest.json").write_bytes(Manifest.of(found, {}).to_json())
+    done = command("push", artifact, "me/small")
+    assert done.code == 0, done.err
+    assert writer.repositories["me/small"]["README.md"] == card
+    assert "convert again for a card" in done.err
 
 
 def test_words_of_others_make_no_markup(artifact: Path) -> None:

@@ -178,6 +178,7 @@ def handler(hub: StandIn) -> type[BaseHTTPRequestHandler]:
                 return self.send_json([tree_entry(name, files[name]) for name in files])
             siblings = [{"rfilename": name} | entry(name, files[name]) for name in files]
             facts = {"id": repo, "sha": commit_of(files), "siblings": siblings}
+            facts["private"] = repo in hub.private
             return self.send_json(facts | {"cardData": {"license": "mit"}})
 
         def resolve(self, repo: str, revision: str, name: str) -> None:
@@ -217,6 +218,8 @@ def handler(hub: StandIn) -> type[BaseHTTPRequestHandler]:
                 for key in ("license", "pipeline_tag", "library_name", "base_model_relation")
                 if not isinstance(front.get(key, ""), str)
             ]
+            if front.get("license", "mit") not in ("mit", "apache-2.0", "other"):
+                errors.append({"message": '"license" must be one of [mit, apache-2.0, other]'})
             bases = front.get("base_model", [])
             for base in [bases] if isinstance(bases, str) else bases:
                 if not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
