@@ -12,8 +12,7 @@ import msgspec
 from edgellm.errors import UsageError
 from edgellm.hub.cached import Cache, Removal, read_cache, removal_of
 from edgellm.hub.ids import parse_hub_id
-from edgellm.made import Made, made_artifacts, remove_artifact
-from edgellm.manifest import read_manifest
+from edgellm.made import Made, check_removable, made_artifacts, remove_artifact
 
 
 class Holdings(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,9 +60,7 @@ def find_removal(name: str, folders: Sequence[Path] = ()) -> Removal:
 
 
 def _artifact(path: Path) -> Removal:
-    if path.is_symlink():
-        raise UsageError(f"{path} is a link to {path.resolve()}: name the folder itself")
-    manifest = read_manifest(path)
+    manifest = check_removable(path)
     nbytes = sum(entry.nbytes for entry in manifest.artifact.files)
     return Removal(f"the artifact {path}", nbytes, lambda: remove_artifact(path))
 

@@ -80,6 +80,15 @@ def made_artifacts(folders: Sequence[Path] = ()) -> tuple[Made, ...]:
     return tuple(sorted(found.values(), key=lambda each: (each.name, each.path)))
 
 
+def check_removable(path: Path) -> Manifest:
+    """The manifest of the artifact at ``path``; raises as ``remove_artifact`` for what is none."""
+    if path.is_symlink():
+        raise UsageError(f"{path} is a link to {path.resolve()}: name the folder itself")
+    if path.resolve() == Path.cwd():
+        raise OutputError(f"{path} is the folder that you are in: leave it first")
+    return read_manifest(path)
+
+
 def remove_artifact(path: Path) -> tuple[str, ...]:
     """Delete the artifact at ``path``; names of what lies there too, and stays.
 
@@ -87,11 +96,7 @@ def remove_artifact(path: Path) -> tuple[str, ...]:
     ``UsageError`` for a link, ``SourceError`` for what is no artifact, ``VerificationError`` where
     its manifest was changed and ``OutputError`` where a file cannot be deleted.
     """
-    if path.is_symlink():
-        raise UsageError(f"{path} is a link to {path.resolve()}: name the folder itself")
-    if path.resolve() == Path.cwd():
-        raise OutputError(f"{path} is the folder that you are in: leave it first")
-    manifest = read_manifest(path)
+    manifest = check_removable(path)
     files = [path / entry.path for entry in manifest.artifact.files]
     folders = {parent for file in files for parent in _folders_between(file, path)}
     linked = [folder for folder in folders if folder.is_symlink()]

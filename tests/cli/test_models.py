@@ -296,3 +296,12 @@ def test_what_is_left_of_broken_downloads_is_said(
     (cached.parents[1] / "blobs" / "abc.incomplete").write_bytes(bytes(5_000_000))
     assert "5.0 MB are left of broken downloads" in command("models").out
     assert json.loads(command("models", "--json").out)["cache"]["unfinished_bytes"] == 5_000_000
+
+
+def test_the_folder_that_one_is_in_stays(
+    command: Command, hub: StandIn, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(artifact)
+    done = command("models", "remove", ".", "--yes")
+    assert done.code == 7
+    assert "leave it first" in done.err

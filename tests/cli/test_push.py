@@ -417,7 +417,7 @@ def test_merged_weights_are_a_merge_and_rounded_ones_are_quantized(
 def test_a_card_with_a_checksum_goes_as_it_is(
     command: Command, writer: StandIn, artifact: Path
 ) -> None:
-    card = b"# as the first versions had it\r\n"
+    card = b"---\r\nlicense: mit\r\n---\r\n# as the first versions had it\r\n"
     (artifact / "README.md").write_bytes(card)
     found = read_manifest(artifact).artifact
     entry = FileEntry(path="README.md", nbytes=len(card), sha256=sha256(card))
