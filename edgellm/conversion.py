@@ -36,6 +36,7 @@ from edgellm.export.writer import StagedFolder, begun_before, check_output
 from edgellm.hardware import peak_memory_bytes
 from edgellm.lora.lineage import kept_entries, merge_entry
 from edgellm.lora.record import MergeRecord
+from edgellm.made import CARD, note_made
 from edgellm.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -158,6 +159,7 @@ def carry_out(
         if rejected := quality_gate.verdict(measured):
             raise quality_gate.refusal(rejected, staged.put_aside(), plan.recipe)
         staged.commit()
+    note_made(out)
     return open_artifact(out)
 
 
@@ -308,7 +310,8 @@ def describe(
     tokenizer is not the source's.
     """
     layout, source = plan.layout, plan.source
-    names = sorted({*layout.files, *layout.data_files})
+    # The model card is for people, who may go on writing it, on the Hub too.
+    names = sorted({*layout.files, *layout.data_files} - {CARD})
     total = sum((folder / name).stat().st_size for name in names)
     progress(ProgressEvent("checksum", layout.main_file, 0, total))
     with ThreadPoolExecutor(plan.threads) as pool:

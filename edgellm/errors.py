@@ -6,7 +6,7 @@ EdgeError                      1   root; never raised itself
 ├── SourceError                3   the input model is missing, damaged or unsafe
 │   ├── TensorError            3   one tensor of it: missing, wrong shape or dtype, NaN or Inf
 │   ├── AdapterError           3   an adapter that is damaged, matches nothing, or has another base
-│   └── HubError               3   the Hub could not give the model
+│   └── HubError               3   the Hub could not give the model, or take the artifact
 ├── UnsupportedModel           4   an architecture, feature or config key that is not understood
 │   └── UnsupportedTokenizer   4   a tokenizer that would not survive the conversion
 ├── UnsupportedTarget          5   this grid, container or runtime cannot hold or run that model
@@ -64,7 +64,7 @@ class AdapterError(SourceError):
 
 
 class HubError(SourceError):
-    """The Hub could not give the model: not found, gated, offline, or a broken download."""
+    """The Hub could not give a model, or take an artifact: not found, gated, offline, damaged."""
 
 
 class UnsupportedModel(EdgeError):

@@ -13,6 +13,7 @@ import edgellm
 from edgellm.digests import combined_sha256
 from edgellm.lora.checkpoint_weights import text_config
 from edgellm.lora.lineage import combined_entry
+from edgellm.made import CARD
 from edgellm.manifest import (
     SCHEMA_VERSION,
     Digested,
@@ -42,6 +43,7 @@ def describe(plan: MergePlan, writer: ShardWriter, notes: tuple[str, ...]) -> Di
         *(
             FileEntry(path=name, nbytes=len(content), sha256=hashlib.sha256(content).hexdigest())
             for name, content in plan.files.items()
+            if name != CARD  # for people, who may go on writing it
         ),
         *(
             FileEntry(

@@ -39,6 +39,7 @@ from edgellm.lora.memory import merge_bytes
 from edgellm.lora.named_weights import ChangedWeight, MergedWeights, NamedWeights, merge_by_name
 from edgellm.lora.requested import opened
 from edgellm.lora.vocabulary import brought_tokenizer, check_rows
+from edgellm.made import note_made
 from edgellm.manifest import MANIFEST, AdapterEntry, Artifact, Base, Manifest, open_artifact
 from edgellm.parallel import in_parallel, one_blas_thread
 from edgellm.progress import Progress, ProgressEvent, unwatched
@@ -253,6 +254,7 @@ def carry_out(
         digested = describe(plan, writer, vanishing_notes(vanished))
         staged.write_file(MANIFEST, Manifest.of(digested, measured).to_json())
         staged.commit()
+    note_made(out)
     return open_artifact(out)
 
 
@@ -291,7 +293,8 @@ def _located(recipe: Recipe, progress: Progress) -> Located:
             "folder of the original model, or have a GGUF made with the adapter in it "
             f"(`{_converting(recipe)}`)"
         )
-    from edgellm.source.hub import download, parse_hub_id
+    from edgellm.hub.download import download
+    from edgellm.hub.ids import parse_hub_id
 
     wanted = None if text.startswith((".", "~")) else parse_hub_id(text)
     if wanted is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Self
 
 import msgspec
 
+from edgellm import verified
 from edgellm.digests import file_sha256, ranges_sha256
 from edgellm.errors import SourceError, VerificationError
 from edgellm.json_file import read_json
@@ -391,16 +391,16 @@ def verify(artifact: Artifact, *, trust_unchanged: bool = False) -> None:
             f"{artifact.path} has no manifest, so there is nothing to verify it against"
         )
     entries = artifact.manifest.artifact.files
-    passed = _passed(artifact) if trust_unchanged else {}
+    passed = verified.passed_before(artifact.path) if trust_unchanged else {}
     faults: list[str] = []
-    stamps: dict[str, list[int | str]] = {}
+    stamps: dict[str, verified.Stamp] = {}
     for entry in entries:
         file = artifact.path / entry.path
         if not file.is_file():
             faults.append(f"{entry.path} is missing")
             continue
         stat = file.stat()
-        stamp: list[int | str] = [stat.st_size, stat.st_mtime_ns, stat.st_ino, entry.sha256]
+        stamp = verified.stamp_of(stat, entry.sha256)
         stamps[entry.path] = stamp
         if passed.get(entry.path) == stamp:
             continue
@@ -419,7 +419,7 @@ def verify(artifact: Artifact, *, trust_unchanged: bool = False) -> None:
             "Copy or convert it again"
         )
     if stamps != passed:
-        _remember(artifact, stamps)
+        verified.remember(artifact.path, stamps)
 
 
 def _damaged_tensors(artifact: Artifact, name: str) -> str:
@@ -440,38 +440,3 @@ def _damaged_tensors(artifact: Artifact, name: str) -> str:
         return " outside its tensors"
     more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
     return f" in {', '.join(damaged[:5])}{more}"
-
-
-def _cache_file(artifact: Artifact) -> Path | None:
-    """Where it is remembered that ``artifact`` passed; None for a user without a home."""
-    try:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:
-        return None
-    key = hashlib.sha256(str(artifact.path.resolve()).encode()).hexdigest()
-    return root / "edgellm" / "verified" / key
-
-
-def _passed(artifact: Artifact) -> dict[str, list[int | str]]:
-    file = _cache_file(artifact)
-    if file is None:
-        return {}
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, list[int | str]])
-    except (OSError, msgspec.DecodeError):
-        return {}  # no memory of an earlier pass: everything is read
-
-
-def _remember(artifact: Artifact, stamps: dict[str, list[int | str]]) -> None:
-    target = _cache_file(artifact)
-    if target is None:
-        return
-    partial = target.with_suffix(f".{os.getpid()}")
-    # A home that cannot be written costs time, not correctness.
-    with contextlib.suppress(OSError):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(msgspec.json.encode(stamps))
-            partial.replace(target)
-        except OSError:
-            partial.unlink(missing_ok=True)

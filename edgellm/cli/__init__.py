@@ -59,6 +59,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "edgellm.cli.inspect_command:inspect",
         "Show what is inside an artifact or a model file.",
     ),
+    "models": (
+        "edgellm.cli.models_command:models",
+        "Show the models of this machine, or remove some.",
+    ),
+    "push": (
+        "edgellm.cli.push_command:push",
+        "Publish an artifact on the Hub, with a model card.",
+    ),
     "verify": (
         "edgellm.cli.verify_command:verify",
         "Recompute every checksum of an artifact.",

@@ -51,7 +51,8 @@ def open_source(
         raise SourceError(f"{text}: {error} Give the folder's whole path") from error
     if path.exists():
         return _open_path(path, ignore_config_keys, context, quantized)
-    from edgellm.source.hub import download, parse_hub_id
+    from edgellm.hub.download import download
+    from edgellm.hub.ids import parse_hub_id
 
     wanted = None if text.startswith((".", "~")) else parse_hub_id(text)
     if wanted is None:

@@ -44,6 +44,7 @@ def command(
 ) -> Command:
     """``command("run", path, stdin="hello")``: stdin is an idle terminal unless given."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "100")
 

@@ -11,13 +11,14 @@ import numpy.typing as npt
 import pytest
 
 from edgellm.errors import AdapterError, UsageError
+from edgellm.hub.ids import parse_hub_id
+from edgellm.hub.needed import needed_adapter_files
 from edgellm.lora.adapter import Adapter
 from edgellm.lora.base.bases import common_base, training_base
 from edgellm.lora.base.rounded_base import KEPT_SCALES, METHODS, dequantized_base
 from edgellm.lora.base.training_evidence import evidence
 from edgellm.quant import bnb_4bit, bnb_absmax
 from edgellm.source import ModelSource, open_source
-from edgellm.source.hub import needed_adapter_files, parse_hub_id
 from edgellm.tensors import TensorRef
 
 WriteModel = Callable[..., Path]

@@ -50,7 +50,9 @@ def open_adapter(
 
 
 def _open_from_hub(text: str, ignore_config_keys: Collection[str], progress: Progress) -> Adapter:
-    from edgellm.source.hub import download, needed_adapter_files, parse_hub_id
+    from edgellm.hub.download import download
+    from edgellm.hub.ids import parse_hub_id
+    from edgellm.hub.needed import needed_adapter_files
 
     wanted = None if text.startswith((".", "~")) else parse_hub_id(text)
     if wanted is None:

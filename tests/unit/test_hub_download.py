@@ -2,139 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import numpy as np
 import pytest
+from hub_server import StandIn, commit_of
 from huggingface_hub import constants
 
 from edgellm.errors import AdapterError, HubError, SourceError
+from edgellm.hub.download import download
+from edgellm.hub.ids import HubId, parse_hub_id
+from edgellm.hub.needed import needed_adapter_files, needed_files
 from edgellm.lora.reading.open import open_adapter
 from edgellm.progress import ProgressEvent
 from edgellm.source import open_source
-from edgellm.source.hub import (
-    HubId,
-    download,
-    needed_adapter_files,
-    needed_files,
-    parse_hub_id,
-)
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@dataclass
-class StandIn:
-    """What the stand-in holds, and what it was asked for."""
-
-    repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
-    cut_short: bool = False
-    requests: list[str] = field(default_factory=list)
-
-    def fetched(self) -> set[str]:
-        """Names of files whose content was sent."""
-        found = (re.fullmatch(r"GET /[^/]+/[^/]+/resolve/[^/]+/(.+)", x) for x in self.requests)
-        return {match[1] for match in found if match}
-
-
-def handler(hub: StandIn) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_HEAD(self) -> None:
-            self.answer()
-
-        def do_GET(self) -> None:
-            self.answer()
-
-        def answer(self) -> None:
-            path = unquote(urlsplit(self.path).path)
-            hub.requests.append(f"{self.command} {path}")
-            parts = path.strip("/").split("/")
-            repo = "/".join(parts[2:4] if parts[:2] == ["api", "models"] else parts[:2])
-            if repo in hub.refusals:
-                status, code = hub.refusals[repo]
-                return self.send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": "no"})
-            files = hub.repositories.get(repo)
-            if files is None:
-                return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-            if parts[:2] == ["api", "models"]:
-                if parts[4:5] == ["tree"]:
-                    return self.send_json([tree_entry(name, files[name]) for name in files])
-                revision = parts[5] if parts[4:5] == ["revision"] else "main"
-                if revision not in ("main", "v1", COMMIT):
-                    return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-                siblings = [{"rfilename": name, "size": len(files[name])} for name in files]
-                card = {"license": "mit"}
-                return self.send_json(
-                    {"id": repo, "sha": COMMIT, "siblings": siblings, "cardData": card}
-                )
-            name = "/".join(parts[4:])
-            if name not in files:
-                return self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-            digest = hashlib.sha256(files[name]).hexdigest()
-            return self.send(200, files[name], {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT})
-
-        def send_json(self, value: Any) -> None:
-            self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-        def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-            self.send_response(status)
-            for key, value in (headers | {"Content-Length": str(len(body))}).items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command == "GET":
-                cut = hub.cut_short and len(body) > 10_000
-                self.wfile.write(body[: len(body) // 2] if cut else body)
-                self.close_connection = cut
-
-        def log_message(self, *args: Any) -> None:
-            """Be quiet."""
-
-    return Handler
-
-
-def tree_entry(name: str, content: bytes) -> dict[str, Any]:
-    oid = hashlib.sha1(content).hexdigest()
-    return {"type": "file", "path": name, "size": len(content), "oid": oid}
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
-    """A stand-in and an empty cache; the variables behind were read when the library came in."""
-    stand_in = StandIn()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(stand_in))
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    huggingface_hub.close_session()
-    yield stand_in
-    huggingface_hub.close_session()
-    server.shutdown()
-    server.server_close()
-    thread.join()
 
 
 @pytest.fixture
@@ -199,6 +85,12 @@ def test_hub_ids(text: str, expected: HubId | None) -> None:
                 "tokenizer.json",
             ],
         ),
+        (
+            "o/n",
+            ["model.fp16.safetensors", "model.bf16.safetensors", "pytorch_model.bin"],
+            ["model.bf16.safetensors"],
+        ),
+        ("o/n", ["only.safetensors", "pytorch_model.bin"], ["only.safetensors"]),
         ("o/n:a.gguf", ["a.gguf", "b.gguf", "config.json"], ["a.gguf"]),
         (
             "o/n:q/a-00001-of-00002.gguf",
@@ -218,6 +110,7 @@ def test_only_what_is_needed_is_chosen(wanted: str, names: list[str], expected: 
     [
         ("o/n", ["pytorch_model.bin", "config.json"], SourceError, "run any code.*@refs/pr/1"),
         ("o/n", ["a.gguf", "b.gguf"], HubError, "name one, such as o/n:a.gguf"),
+        ("o/n", ["a.safetensors", "b.safetensors"], HubError, "which make the model.*hf download"),
         ("o/n", ["README.md"], HubError, "holds no weights"),
         ("o/n:a.Q5.gguf", ["a.Q4.gguf", "x.json"], HubError, "no a.Q5.gguf; it has a.Q4.gguf"),
     ],
@@ -236,7 +129,8 @@ def test_a_model_is_fetched_once_and_then_cached(hub: StandIn, folder: Path) -> 
     hub.repositories["org/tiny"] = content(folder) | extra
     events: list[ProgressEvent] = []
     source = open_source("org/tiny", progress=events.append)
-    assert (source.name, source.revision, source.licence) == ("org/tiny", COMMIT, "mit")
+    commit = commit_of(hub.repositories["org/tiny"])
+    assert (source.name, source.revision, source.licence) == ("org/tiny", commit, "mit")
     assert source.url == "https://huggingface.co/org/tiny"
     local = open_source(str(folder))
     role = "blk.0.attn_q.weight"
@@ -244,14 +138,15 @@ def test_a_model_is_fetched_once_and_then_cached(hub: StandIn, folder: Path) -> 
     assert hub.fetched() == set(content(folder))
 
     size = sum(len(x) for x in content(folder).values())
-    assert {event.stage for event in events} == {"download"}
-    assert (events[-1].done_bytes, events[-1].total_bytes) == (size, size)
-    done = [event.done_bytes for event in events]
-    assert done == sorted(done)
+    for stage in ("download", "checksum"):
+        done = [event.done_bytes for event in events if event.stage == stage]
+        assert done == sorted(done)
+        assert done[-1] == size
+        assert events[-1].total_bytes == size
 
     hub.requests.clear()
     events.clear()
-    assert open_source("org/tiny", progress=events.append).revision == COMMIT
+    assert open_source("org/tiny", progress=events.append).revision == commit
     assert hub.fetched() == set()
     assert events == []
 
@@ -281,15 +176,16 @@ def test_an_adapter_is_fetched_without_what_stands_beside_it(
     events: list[ProgressEvent] = []
     adapter = open_adapter("org/tuned=0.5", progress=events.append)
     assert hub.fetched() == set(files | tokenizer)
-    assert (adapter.name, adapter.revision, adapter.weight) == ("org/tuned", COMMIT, 0.5)
+    commit = commit_of(hub.repositories["org/tuned"])
+    assert (adapter.name, adapter.revision, adapter.weight) == ("org/tuned", commit, 0.5)
     assert adapter.base_name == "org/tiny"
     assert adapter.tokenizer_folder == adapter.path
     parts = adapter.parts["model.layers.0.self_attn.q_proj.weight"]
     np.testing.assert_array_equal(parts["lora_A"].load(), np.full((1, 32), 2.0))
-    assert {event.stage for event in events} == {"download"}
+    assert {event.stage for event in events} == {"download", "checksum"}
 
     hub.requests.clear()
-    assert open_adapter("org/tuned@v1").revision == COMMIT
+    assert open_adapter("org/tuned@v1").revision == commit
     assert hub.fetched() == set()
 
 
@@ -300,7 +196,7 @@ def test_a_cached_adapter_is_taken_when_the_hub_is_down(
     open_adapter("org/tuned")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     adapter = open_adapter("org/tuned")
-    assert adapter.revision == COMMIT
+    assert adapter.revision == commit_of(hub.repositories["org/tuned"])
     assert "taken from the cache" in adapter.notes[0]
 
 
@@ -335,7 +231,7 @@ def test_repositories_without_an_adapter_say_why(
 
 def test_a_revision_is_asked_for(hub: StandIn, folder: Path) -> None:
     hub.repositories["org/tiny"] = content(folder)
-    assert open_source("org/tiny@v1").revision == COMMIT
+    assert open_source("org/tiny@v1").revision == commit_of(hub.repositories["org/tiny"])
     with pytest.raises(HubError, match="no revision v2 of org/tiny"):
         open_source("org/tiny@v2")
 
@@ -357,7 +253,7 @@ def test_offline_takes_the_cache_and_says_so(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()
     source = open_source("org/tiny")
-    assert source.revision == COMMIT
+    assert source.revision == commit_of(hub.repositories["org/tiny"])
     assert source.licence == "apache-2.0"  # from the model card on disk
     assert any("taken from the cache" in note for note in source.notes)
     assert hub.requests == []
@@ -379,7 +275,6 @@ def test_a_hub_that_is_down_takes_the_cache(
 @pytest.mark.parametrize(
     ("refusal", "message"),
     [
-        ((403, "GatedRepo"), "gated: accept its terms at https://huggingface.co/org/tiny.*login"),
         ((401, "RepoNotFound"), "neither a file or folder org/tiny here nor a model"),
         ((404, "RepoNotFound"), "neither a file or folder org/tiny here nor a model"),
         ((429, ""), "could not be fetched.*429"),
@@ -391,13 +286,145 @@ def test_refusals_say_what_to_do(hub: StandIn, refusal: tuple[int, str], message
         open_source("org/tiny")
 
 
-def test_a_broken_download_is_an_error_and_is_taken_up_again(
-    hub: StandIn, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_broken_download_goes_on_where_it_broke(
+    hub: StandIn,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the library's pauses between tries
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 5000)  # what is kept of a broken one
+    files = content(folder)
+    hub.repositories["org/tiny"] = files
+    hub.cut_at, hub.cuts = 10_000, 1
+    weights = open_source("org/tiny").path / "model.safetensors"
+    assert hub.ranges == ["bytes=10000-"]
+    assert weights.read_bytes() == files["model.safetensors"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_download_that_does_not_go_on_is_an_error_and_is_taken_up_again(
+    hub: StandIn, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.repositories["org/tiny"] = content(folder)
-    hub.cut_short = True
-    with pytest.raises(HubError, match="could not be fetched"):
+    hub.cut_at, hub.cuts = 10_000, 1000
+    with pytest.raises(HubError, match=r"could not be fetched.*same command again"):
         open_source("org/tiny")
-    hub.cut_short = False
+    hub.cuts = 0
+    hub.requests.clear()
     assert open_source("org/tiny").tensors
+    assert "config.json" not in hub.fetched()  # what had arrived whole is kept
+
+
+def gate(hub: StandIn, folder: Path) -> None:
+    hub.repositories["org/tiny"] = content(folder)
+    hub.gated["org/tiny"] = {"hf_granted"}
+
+
+def test_a_gated_repository_without_a_token(hub: StandIn, folder: Path) -> None:
+    gate(hub, folder)
+    with pytest.raises(
+        HubError,
+        match=r"is gated and no token is set: accept its terms at https://huggingface.co/org/tiny"
+        r".*settings/tokens.*hf auth login",
+    ):
+        open_source("org/tiny")
+
+
+def test_a_gated_repository_with_a_token_that_has_no_access(
+    hub: StandIn, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate(hub, folder)
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    with pytest.raises(HubError, match="token that is set has no access to it: accept its terms"):
+        open_source("org/tiny")
+
+
+def test_a_gated_repository_that_was_granted_and_is_cached_then(
+    hub: StandIn, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate(hub, folder)
+    monkeypatch.setenv("HF_TOKEN", "hf_granted")
+    assert open_source("org/tiny").tensors
+    assert set(hub.tokens_at_cdn) == {""}  # the token goes to the Hub alone
+    monkeypatch.delenv("HF_TOKEN")
+    assert open_source("org/tiny").tensors
+
+
+def test_a_gate_before_the_facts_says_the_same(hub: StandIn) -> None:
+    hub.refusals["org/tiny"] = (403, "GatedRepo")
+    with pytest.raises(HubError, match="is gated and no token is set"):
+        open_source("org/tiny")
+
+
+def test_a_token_that_is_not_accepted(hub: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    hub.refusals["org/tiny"] = (401, "InvalidToken")
+    with pytest.raises(HubError, match="does not accept the token that is set"):
+        download(HubId("org/tiny"), lambda event: None)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_that_arrives_damaged_is_named(hub: StandIn, folder: Path, name: str) -> None:
+    hub.repositories["org/tiny"] = content(folder)
+    hub.damaged.add(name)
+    kind = "sha256" if name == "model.safetensors" else "git's sha1"
+    with pytest.raises(HubError, match=f"{name} has {kind} [0-9a-f]+ instead of.*Delete "):
+        open_source("org/tiny")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_cached_file_that_was_damaged_since_is_named_and_fetched_anew(
+    hub: StandIn, folder: Path, name: str, offline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repositories["org/tiny"] = content(folder)
+    cached = open_source("org/tiny").path / name
+    blob = cached.resolve()
+    stored = bytearray(blob.read_bytes())
+    stored[-1] ^= 1
+    blob.write_bytes(stored)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(HubError, match=rf"{name} has .*Delete {blob} and run the same command"):
+        open_source("org/tiny")
+    with pytest.raises(HubError, match=f"{name} has "):  # not forgotten by the next run
+        open_source("org/tiny")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    blob.unlink()
+    hub.requests.clear()
+    assert open_source("org/tiny").tensors
+    assert hub.fetched() == {name}
+    assert cached.read_bytes() == content(folder)[name]
+
+
+def test_offline_takes_what_was_needed_of_a_repository_that_has_more(
+    hub: StandIn, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = {"pytorch_model.bin": b"pickle", "onnx/model.onnx": b"x", "LICENSE": b"x"}
+    hub.repositories["org/tiny"] = content(folder) | others
+    open_source("org/tiny")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert any("taken from the cache" in note for note in open_source("org/tiny").notes)
+
+
+@pytest.mark.parametrize("lost", ["README.md", "model.safetensors", "tokenizer.json"])
+def test_offline_a_part_of_a_model_is_not_taken_for_the_whole(
+    hub: StandIn, folder: Path, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repositories["org/tiny"] = content(folder)
+    (open_source("org/tiny").path / lost).unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match=r"only a part of org/tiny.*HF_HUB_OFFLINE"):
+        open_source("org/tiny")
+
+
+def test_what_does_not_fit_on_the_disk_is_not_begun(
+    hub: StandIn, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repositories["org/tiny"] = content(folder)
+    full = SimpleNamespace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: full)
+    with pytest.raises(HubError, match=r"needs .* MB more.*edgellm models.*HF_HOME"):
+        open_source("org/tiny")
+    assert hub.fetched() == set()
