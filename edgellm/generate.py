@@ -56,7 +56,8 @@ class Answer:
     first token's text.
     ``prefilled_tokens``: tokens of the prompt that had to be computed; the others were cached.
     Rates exclude the time that whoever reads the stream takes; ``decode_tokens_per_s`` is None when
-    only one token was generated. ``drafted_tokens`` were guessed ahead, and ``accepted_tokens`` of
+    only one token was generated. ``forgotten_tokens`` left a full context to make room.
+    ``drafted_tokens`` were guessed ahead, and ``accepted_tokens`` of
     them came true. ``peak_memory_bytes`` is the process's, mapped files counted.
     ``seed``: None for greedy decoding.
     """
@@ -75,6 +76,7 @@ class Answer:
     device: str
     reason: str
     seed: int | None = None
+    forgotten_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
 
@@ -185,6 +187,7 @@ class AnswerStream(Iterator[str]):
         self._policy = context_policy
         self._kept = max(SINK_TOKENS, beginning_tokens if context_policy == "shift" else 0)
         self._held = [*prompt_ids]
+        self._forgotten = 0
         self._prefixes, self._owner = prefixes, owner
         self._ahead = None if drafter is None else Lookahead(session, drafter)
         self._ends = frozenset(() if ignore_end else tokenizer.eos_token_ids)
@@ -251,6 +254,7 @@ class AnswerStream(Iterator[str]):
             device=self._session.device,
             reason=self._reason,
             seed=self._sampler.seed if sampling.temperature > 0 else None,
+            forgotten_tokens=self._forgotten,
             drafted_tokens=self._ahead.guessed if self._ahead else 0,
             accepted_tokens=self._ahead.taken if self._ahead else 0,
         )
@@ -282,6 +286,7 @@ class AnswerStream(Iterator[str]):
         room = self._session.context_tokens
         kept = min(self._kept, room // 2)
         rest = self._held[-max(1, (room - kept) // 2) :]
+        self._forgotten += len(self._held) - kept - len(rest)
         self._held = [*self._held[:kept], *rest]
         if self._ahead is not None:
             self._ahead.forget(kept)

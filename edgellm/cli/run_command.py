@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from edgellm.cli import options, render
-from edgellm.errors import OutputError, UsageError
+from edgellm.errors import UsageError
+from edgellm.writing_places import check_file_place
 
 if TYPE_CHECKING:
     from edgellm.chat import ChatSession
@@ -164,8 +165,8 @@ def run(
         raise UsageError("--raw has no conversation to load or save: leave one of them out")
     if prompt is None and raw:
         raise UsageError("--raw needs a PROMPT (or one on stdin): a chat uses the chat template")
-    if save_session is not None and not save_session.parent.is_dir():
-        raise OutputError(f"cannot write {save_session}: there is no folder {save_session.parent}")
+    if save_session is not None:
+        check_file_place(save_session)
     adapters = _adapters(adapter)
     from edgellm.chat import open as open_model
     from edgellm.sampling import SamplingOptions
@@ -219,6 +220,9 @@ def run(
         why = render.why_cut(answer, max_tokens, session.context_tokens)
         if why and answer.new_tokens != max_tokens:  # that many were asked for: no news
             render.say_notes([f"cut: {why}"])
+        if answer.forgotten_tokens:
+            forgotten = render.count(answer.forgotten_tokens, "token")
+            render.say_notes([f"the context was full: the oldest {forgotten} were forgotten"])
         if stats or answer.finish_reason == "cancelled":
             render.say_notes(render.answer_facts(answer))
         if answer.finish_reason == "cancelled":

@@ -9,6 +9,7 @@ import typer
 
 from edgellm.cli import options, render
 from edgellm.cli.progress_bar import progress_shown
+from edgellm.writing_places import check_folder_place
 
 if TYPE_CHECKING:
     from edgellm.budget.sweeping import Point
@@ -90,6 +91,9 @@ def sweep(
     )
     if picture is not None:
         check_picture(picture)
+        check_folder_place(picture.parent)
+    if out is not None:
+        check_folder_place(out)
     points: list[Point] = []
     with progress_shown(quiet=as_json) as progress:
         for point in each_of(recipe, wanted, keep=keep, threads=threads, progress=progress):

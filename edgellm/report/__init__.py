@@ -10,6 +10,7 @@ from pathlib import Path
 from edgellm import registry
 from edgellm.errors import OutputError, UsageError
 from edgellm.profiling.document import Profile
+from edgellm.writing_places import check_file_place
 
 WRITERS = {
     "html": "edgellm.report.page:html",
@@ -65,14 +66,7 @@ def check_output(path: Path, profiles: int = 1) -> None:
         from edgellm.report.raw import check_single
 
         check_single(profiles)
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise OutputError(f"cannot write {path}: there is no folder {path.parent}; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(
-            f"cannot write {path}: the folder {path.parent} is not writable; choose another"
-        )
+    check_file_place(path)
 
 
 def _kind(path: Path) -> str:

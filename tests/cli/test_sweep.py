@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from edgellm.errors import OutputError
 from edgellm.manifest import open_artifact
 
 from .conftest import Command
@@ -44,6 +45,17 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_work(
     done = command("sweep", model, "--grids", "q4_0", "--picture", tmp_path / "size.gif")
     assert done.code == 2, done.err
     assert ".svg or .png" in done.err
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_work(
+    command: Command, model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    for option, place in (("--out", file / "figures"), ("--picture", file / "size.svg")):
+        done = command("sweep", model, "--grids", "q4_0", option, place)
+        assert done.code == OutputError.exit_code, done.err
+        assert f"{file} is a file" in done.err
 
 
 def test_text_and_device_are_for_the_solvers_that_heed_them(

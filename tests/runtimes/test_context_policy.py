@@ -82,6 +82,8 @@ def test_what_stays_is_the_beginning_and_the_later_half(
     assert list(answer.token_ids) == by_hand(prompt, 150, kept)
     assert answer.finish_reason == "length"
     assert len(session.tokens) <= ROOM
+    held = len(prompt) + 150 - answer.forgotten_tokens
+    assert 0 < held <= ROOM + 1
 
 
 def test_an_answer_goes_on_beyond_the_context(open_chat: Callable[..., ChatSession]) -> None:
@@ -95,6 +97,7 @@ def test_an_answer_goes_on_beyond_the_context(open_chat: Callable[..., ChatSessi
             chat.session, Plain(), prompt, max_tokens=150, context_policy="sinks"
         ).answer()
         assert longer.new_tokens == 150
+        assert ended.forgotten_tokens == 0
         assert longer.token_ids[: ended.new_tokens] == ended.token_ids
 
 
