@@ -351,6 +351,14 @@ MODELS: dict[str, Tiny] = {
 }
 
 
+def model_type_of(tiny: Tiny) -> str:
+    """The ``model_type`` of its config class."""
+    import transformers
+
+    found: str = getattr(transformers, tiny.config_class).model_type
+    return found
+
+
 def build(name: str, folder: Path) -> Path:
     """Save the model ``name`` of ``MODELS`` into ``folder``: config, safetensors, tokenizer."""
     import torch
