@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from edgellm.architectures import families
-from edgellm.architectures.family import Family
+from edgellm.architectures.family import REMOTE_CODE, Family
 from edgellm.architectures.gguf_metadata import facts_of, gguf_keys, rope_factors, vocab_size
 from edgellm.errors import UnsupportedModel
 from edgellm.registry import suggestion
@@ -53,8 +53,11 @@ def family_of(config: Mapping[str, Any]) -> Family:
         return family_named(kind)
     if kind in REFUSED:
         raise UnsupportedModel(f"model_type {kind!r} is not converted: {REFUSED[kind]}")
+    code = ""
+    if config.get(REMOTE_CODE):
+        code = f" (its own code, which {REMOTE_CODE} names, is never run)"
     raise UnsupportedModel(
-        f"model_type {kind!r} is not one that edgellm converts: {suggestion(kind, FAMILIES)}"
+        f"model_type {kind!r} is not one that edgellm converts{code}: {suggestion(kind, FAMILIES)}"
     )
 
 

@@ -10,6 +10,9 @@ from edgellm.architectures.config import Config
 from edgellm.architectures.decoder import Activation, Decoder, Feature
 from edgellm.errors import UnsupportedTarget
 
+REMOTE_CODE = "auto_map"
+"""The key of a config that names classes in the repository's own Python files."""
+
 Value = bool | int | float | str | list[bool] | list[int]
 """Of a key in a GGUF file; int stands for uint32 there, float for float32."""
 
@@ -131,5 +134,11 @@ class Family:
         key that nothing has read and that could change the maths.
         """
         decoder = self.read(config)
+        if config.has(REMOTE_CODE):
+            config.skip(REMOTE_CODE)
+            config.note(
+                f"{config.where} names Python code of the model's own ({REMOTE_CODE}), which is "
+                f"never run: it was read as {self.architecture}, as transformers does without it"
+            )
         config.refuse_unread()
         return decoder

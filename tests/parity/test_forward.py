@@ -110,3 +110,17 @@ def test_windows_that_cannot_be_computed(
     source = open_source(str(tiny_model("llama")))
     with pytest.raises(UsageError, match=message):
         forward.hidden_states(source, windows)
+
+
+def test_longrope_beyond_the_trained_length(tiny_model: TinyModel) -> None:
+    """transformers goes over to the longer texts' frequencies for a text of more than 128 tokens."""
+    folder = tiny_model("phi3-longrope")
+    ids = tiny_models.some_token_ids(150)
+    source = open_source(str(folder), context=256)
+    assert source.decoder.context_length == 256
+    (found,) = forward.window_logits(source, [ids])
+    np.testing.assert_allclose(
+        found, tiny_models.reference_logits(folder, ids), rtol=0, atol=TOLERANCE
+    )
+    within = forward.window_logits(open_source(str(folder)), [ids[:100]])
+    assert np.abs(next(within) - found[:100]).max() > 0.1

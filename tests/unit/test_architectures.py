@@ -482,3 +482,61 @@ def test_gguf_vocabulary_falls_back_on_the_tokenizer() -> None:
     assert config_from_gguf(keys | tokens, [])["vocab_size"] == 100
     with pytest.raises(UnsupportedModel, match="vocab_size"):
         config_from_gguf(keys, [])
+
+
+# --- configs as published
+
+
+PHI3 = {
+    "model_type": "phi3",
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
+    "sliding_window": None,
+    "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0] * 15 + [2.0],
+        "long_factor": [4.0] * 16,
+    },
+}
+
+
+def test_code_of_the_models_own_is_never_run_and_that_is_said() -> None:
+    config = Config(PHI3)
+    family_of(PHI3).describe(config)
+    (code,) = [note for note in config.notes if "auto_map" in note]
+    assert "never run" in code
+    assert "Phi3ForCausalLM" in code
+    with pytest.raises(UnsupportedModel, match="its own code, which auto_map names, is never run"):
+        family_of({"model_type": "brandnew", "auto_map": {"AutoModel": "modeling.Model"}})
+
+
+@pytest.mark.parametrize(
+    ("asked", "factor", "reach"), [(None, 2.0, 4096), (4096, 2.0, 4096), (8192, 4.0, 8192)]
+)
+def test_longrope_is_fixed_for_the_context(asked: int | None, factor: float, reach: int) -> None:
+    """transformers: sqrt(1 + ln(131072 / 4096) / ln(4096)) for both lists."""
+    config = Config(PHI3, context=asked)
+    decoder = family_of(PHI3).describe(config)
+    rope = decoder.layers[0].rope
+    assert rope is not None
+    assert rope.scaling is not None
+    assert rope.scaling.factors[-1] == factor
+    assert rope.scaling.attention_factor == pytest.approx((1 + np.log(32) / np.log(4096)) ** 0.5)
+    assert decoder.context_length == reach
+    assert any("longrope was fixed" in note for note in config.notes)
+
+
+def test_longrope_without_its_lists_is_refused() -> None:
+    scaling = {"type": "longrope", "short_factor": [1.0] * 16}
+    with pytest.raises(UnsupportedModel, match="short_factor or long_factor"):
+        describe(PHI3 | {"rope_scaling": scaling})

@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from edgellm.architectures.config import ACTIVATIONS, Config
+from edgellm.architectures.config import Config
 from edgellm.architectures.decoder import Decoder, Feature
 from edgellm.architectures.families import llama
 from edgellm.architectures.family import Family, GgufFacts, GgufGraph, GgufLayout
@@ -17,7 +17,7 @@ from edgellm.architectures.gguf_metadata import built_like_llama
 
 
 def read(config: Config) -> Decoder:
-    """Early configs name ``hidden_act`` GELU and mean its tanh form, as transformers knows."""
+    """Early configs name GELU and mean its tanh form, as transformers knows."""
     shape = llama.read_shape(config, head_dim_required=True)
     config.neutral("use_bidirectional_attention", False)
     bias = config.flag("attention_bias", False)
@@ -31,13 +31,11 @@ def read(config: Config) -> Decoder:
         output_bias=bias,
         tied=True,
     )
-    named = "hidden_activation" if config.has("hidden_activation") else "hidden_act"
-    activation = config.choice(named, ACTIVATIONS)
-    config.skip("hidden_act", "hidden_activation")
+    config.skip("hidden_activation")  # transformers reads the other key alone
     return replace(
         decoder,
         norm=replace(decoder.norm, offset=True),
-        activation="gelu_tanh" if activation == "gelu" else activation,
+        activation="gelu_tanh" if decoder.activation == "gelu" else decoder.activation,
         embedding_scale=math.sqrt(shape.hidden_size),
     )
 

@@ -25,7 +25,10 @@ def read(config: Config) -> Decoder:
         default_theta=10000.0,
         turned=1.0,
     )
-    config.neutral("attention_bias", False)
+    for key in ("attention_bias", "mlp_bias", "lm_head_bias"):
+        config.neutral(key, False)
+    for key in ("full_attn_mod", "interpolate_factor"):  # of Phi 4's first code
+        config.neutral(key, 1)
     return replace(decoder, fused_qkv=True, fused_gate_up=True)
 
 

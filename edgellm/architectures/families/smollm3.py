@@ -26,6 +26,7 @@ def read(config: Config) -> Decoder:
             raise config.refusal(
                 "no_rope_layers", turned, f"one entry for each of the {shape.layers} layers"
             )
+    config.skip("pretraining_tp")  # how it was trained, which its class does not read
     bias = config.flag("attention_bias", False)
     decoder = llama.read_decoder(
         config,
