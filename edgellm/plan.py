@@ -187,6 +187,7 @@ def make_plan(
         context=recipe.context,
         rope_scaling=recipe.rope_scaling,
         quantized=True,
+        text_only=bool(recipe.text_only),
         progress=progress,
     )
     assert recipe.format is not None

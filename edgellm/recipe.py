@@ -67,7 +67,17 @@ the step towards what float layers gave (GPTAQ, arXiv 2504.02692, section 3) los
 and by the whole step they were useless.
 """
 
-OPTIONAL = ("layout", "seed", "tune", "tensor_grids", "fit", "bits", "device", "rope_scaling")
+OPTIONAL = (
+    "layout",
+    "seed",
+    "tune",
+    "tensor_grids",
+    "fit",
+    "bits",
+    "device",
+    "rope_scaling",
+    "text_only",
+)
 """Fields that the digest of a recipe without them is not to know of."""
 
 ONLY_CHECKED = (
@@ -91,6 +101,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     cap on the context length in tokens.
     ``rope_scaling``: ``KIND:FACTOR``, a rope for more context than the model was trained for
     (``architectures.rope_scaling``).
+    ``text_only``: of a model that also sees, the language model (``source.text_part``).
     ``tensor_grids``: the grids of tensors that are named one by one, by role or by a pattern of
     roles (``export.tensor_grids.grids_by_role``), which go before ``quant``. ``fit``: a size of all
     files (``90MB``), ``bits``: of a weight, for which they are chosen (``budget.fitting.fit``); a
@@ -131,6 +142,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     compute: str | None = None
     context: int | None = None
     rope_scaling: str | None = None
+    text_only: bool | None = None
     ignore_config_keys: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
     combine: str | None = None

@@ -23,10 +23,13 @@ FAMILIES = tuple(sorted(module.name for module in pkgutil.iter_modules(families.
 
 # Types that look like one of ours, and why they are not.
 REFUSED = {
-    "gemma3": (
-        "it is the vision-language model, of which edgellm does not convert the vision part: take "
-        "a text checkpoint (gemma3_text, such as gemma-3-1b), or save the text part by itself"
-    ),
+    "gemma3": "it is a vision-language model: --text-only converts its language model",
+    "llava": "it is a vision-language model: --text-only converts its language model",
+    "llava_next": "it is a vision-language model: --text-only converts its language model",
+    "mistral3": "it is a vision-language model: --text-only converts its language model",
+    "paligemma": "it is a vision-language model, which sees prompts in both directions",
+    "whisper": "it is a model of speech",
+    "qwen2_audio": "it is a model of speech and text",
     "mixtral": "its feed-forward is a mixture of experts",
     "qwen2_moe": "its feed-forward is a mixture of experts",
     "qwen3_moe": "its feed-forward is a mixture of experts",

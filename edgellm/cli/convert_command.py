@@ -93,6 +93,9 @@ def convert(
         int | None, typer.Option(metavar="TOKENS", help="Cap the context length.")
     ] = None,
     rope_scaling: options.RopeScaling = None,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Of a model that also sees, its language model.")
+    ] = False,
     calibration: options.Calibration = None,
     calibration_tokens: options.CalibrationTokens = None,
     calibrate_on: Annotated[
@@ -222,6 +225,7 @@ def convert(
             "compute": compute,
             "context": context,
             "rope_scaling": rope_scaling,
+            "text_only": text_only or None,
             "ignore_config_keys": ignore_config_key or None,
             "adapters": adapter or None,
             "combine": combine,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgellm.architectures.config import Config
 from edgellm.architectures.rope_scaling import parse_scaling, rescaled_config
-from edgellm.errors import SourceError
+from edgellm.errors import SourceError, UsageError
 from edgellm.progress import Progress, unwatched
 from edgellm.source.model import ModelSource
 from edgellm.source.pickles import PICKLES, refuse_pickle
@@ -23,6 +23,7 @@ def open_source(
     context: int | None = None,
     rope_scaling: str | None = None,
     quantized: bool = False,
+    text_only: bool = False,
     progress: Progress = unwatched,
 ) -> ModelSource:
     """The model that ``text`` names: a folder, a GGUF file, or an id on the Hub.
@@ -32,7 +33,8 @@ def open_source(
     ``context``: the context length that the model is wanted for, where its maths depends on it.
     ``rope_scaling``: a rope to describe it with, not its own (``rope_scaling.parse_scaling``).
     ``quantized``: take a folder whose weights are quantized already as the values that they stand
-    for (a GGUF file always is). ``progress`` is told of a download. Raises ``SourceError``
+    for (a GGUF file always is). ``text_only``: of a folder whose model also sees, the language
+    model (``source.text_part``). ``progress`` is told of a download. Raises ``SourceError``
     (``HubError``, ``TensorError``) for what is missing or damaged and ``UnsupportedModel`` for what
     is not understood.
     """
@@ -42,6 +44,7 @@ def open_source(
             ignore_config_keys=ignore_config_keys,
             context=context,
             quantized=quantized,
+            text_only=text_only,
             progress=progress,
         )
         return _rescaled(source, rope_scaling, ignore_config_keys)
@@ -50,7 +53,7 @@ def open_source(
     except RuntimeError as error:  # ~name of nobody
         raise SourceError(f"{text}: {error} Give the folder's whole path") from error
     if path.exists():
-        return _open_path(path, ignore_config_keys, context, quantized)
+        return _open_path(path, ignore_config_keys, context, quantized, text_only)
     from edgellm.hub.download import download
     from edgellm.hub.ids import parse_hub_id
 
@@ -61,7 +64,7 @@ def open_source(
             "org/name@revision, org/name:file.gguf): check the path"
         )
     found = download(wanted, progress)
-    source = _open_path(found.path, ignore_config_keys, context, quantized)
+    source = _open_path(found.path, ignore_config_keys, context, quantized, text_only)
     return replace(
         source,
         name=wanted.repo,
@@ -87,17 +90,27 @@ def _rescaled(
 
 
 def _open_path(
-    path: Path, ignore_config_keys: Collection[str], context: int | None, quantized: bool
+    path: Path,
+    ignore_config_keys: Collection[str],
+    context: int | None,
+    quantized: bool,
+    text_only: bool,
 ) -> ModelSource:
     from edgellm.source.checkpoint import open_folder
     from edgellm.source.gguf_model import open_gguf
 
     if path.is_dir():
         return open_folder(
-            path, ignore_config_keys=ignore_config_keys, context=context, quantized=quantized
+            path,
+            ignore_config_keys=ignore_config_keys,
+            context=context,
+            quantized=quantized,
+            text_only=text_only,
         )
     if path.name.endswith(PICKLES):
         refuse_pickle(path)
     if path.suffix == ".safetensors" or path.name.endswith(".json"):
         raise SourceError(f"{path} is one file of a model: give its folder, {path.parent}")
+    if text_only:
+        raise UsageError(f"--text-only is for folders: {path} is a GGUF file, whose model is text")
     return open_gguf(path, ignore_config_keys=ignore_config_keys, context=context)

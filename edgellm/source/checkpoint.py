@@ -25,6 +25,7 @@ from edgellm.source.quantized import (
     note_on,
 )
 from edgellm.source.safetensors_file import READABLE, RawTensor, read_safetensors
+from edgellm.source.text_part import text_config, text_tensors
 from edgellm.tensors import TensorRef, transposed
 from edgellm.tokenization import Tokenizer
 
@@ -53,18 +54,22 @@ def open_folder(
     ignore_config_keys: Collection[str] = (),
     context: int | None = None,
     quantized: bool = False,
+    text_only: bool = False,
 ) -> ModelSource:
     """The model in folder ``path``; headers and the tokenizer are read, weights are not.
 
     ``context``: the context length that it is wanted for, where the maths depends on it. Weights
     are read only where a head that should be tied is stored too, to compare the two.
     ``quantized``: take weights that are quantized already as the values that they stand for.
+    ``text_only``: of a model that also sees, the language model.
     Raises ``SourceError`` for what is missing or damaged, ``UnsupportedModel`` for what is not
     understood.
     """
     if not (path / "config.json").exists():
         _refuse_without_config(path)
     config = read_json(path / "config.json")
+    if text_only:
+        config = text_config(config, str(path))
     # Before the weights: an unknown family is the more useful thing to be told.
     family = family_of(config)
     checkpoint = read_checkpoint(path)
@@ -77,6 +82,10 @@ def open_folder(
     else:
         tensors = checkpoint.tensors
         _refuse_other_dtypes(path, tensors)
+    left_out: tuple[str, ...] = ()
+    if text_only:
+        tensors, left_out = text_tensors(tensors, family)
+        config["architectures"] = [family.architecture]
     reader = Config(
         config, ignore=ignore_config_keys, context=context, where=str(path / "config.json")
     )
@@ -109,7 +118,7 @@ def open_folder(
         generation=read_json(generation) if generation.exists() else {},
         licence=licence_of(path / "README.md"),
         provenance={key: config[key] for key in PROVENANCE_KEYS if config.get(key)},
-        notes=(*reader.notes, *notes),
+        notes=(*left_out, *reader.notes, *notes),
         merged_before=lineage.from_folder(path),
     )
 

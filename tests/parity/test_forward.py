@@ -113,7 +113,7 @@ def test_windows_that_cannot_be_computed(
 
 
 def test_longrope_beyond_the_trained_length(tiny_model: TinyModel) -> None:
-    """transformers goes over to the longer texts' frequencies for a text of more than 128 tokens."""
+    """transformers takes the frequencies of long texts for one of more than 128 tokens."""
     folder = tiny_model("phi3-longrope")
     ids = tiny_models.some_token_ids(150)
     source = open_source(str(folder), context=256)
