@@ -8,40 +8,21 @@ from typing import Any
 
 import tokenizers
 
-from edgellm.errors import SourceError, UnsupportedTokenizer
+from edgellm.errors import SourceError
 from edgellm.json_file import read_json
 from edgellm.manifest import GENAI_CONFIG
+from edgellm.tokenization import slow_files
+from edgellm.tokenization.to_hf import files as written
 from edgellm.tokenization.tokenizer import SPECIAL_NAMES, Settings, Tokenizer, surroundings
 
 # What travels with a model, beside tokenizer.json.
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 TEMPLATE_FOLDER = "additional_chat_templates"
-# Tokenizers that tokenizer.json replaced, by the file that gives them away.
-_OLDER_KINDS = {
-    "tokenizer.model": "a SentencePiece model",
-    "spiece.model": "a SentencePiece model",
-    "tekken.json": "a tekken vocabulary",
-    "vocab.json": "GPT-2's vocab.json and merges.txt",
-    "vocab.txt": "a WordPiece vocabulary",
-    "qwen.tiktoken": "a tiktoken vocabulary",
-    "tiktoken.model": "a tiktoken vocabulary",
-}
 
 
 def read(folder: Path) -> Tokenizer:
     """The tokenizer of ``folder``: see ``Tokenizer.from_hf_folder``."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise _missing(folder)
-    files = {"tokenizer.json": _bytes(path)}
-    backend = parse(files["tokenizer.json"], str(path))
-    for name in _COMPANIONS:
-        if (folder / name).is_file():
-            files[name] = _bytes(folder / name)
-    for extra in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")):
-        files[f"{TEMPLATE_FOLDER}/{extra.name}"] = _bytes(extra)
-
-    config = {
+    config: Mapping[str, Any] = {
         **_json_object(folder / "special_tokens_map.json"),
         **_json_object(folder / "tokenizer_config.json"),
     }
@@ -50,7 +31,20 @@ def read(folder: Path) -> Tokenizer:
     model = {**(inner if isinstance(inner, dict) else {}), **model}
     generation = _json_object(folder / "generation_config.json")
 
-    if _add_missing(backend, config, folder):
+    path = folder / "tokenizer.json"
+    files: dict[str, bytes] = {}
+    if path.is_file():
+        files["tokenizer.json"] = _bytes(path)
+        backend = parse(files["tokenizer.json"], str(path))
+    else:
+        built = slow_files.read(folder, config, model)
+        if built is None:
+            raise SourceError(
+                f"{folder} has no tokenizer: tokenizer.json is missing. Fetch the model's "
+                f"tokenizer files again; from an older kind of tokenizer, {slow_files.WAY_OUT}"
+            )
+        backend, config = built.backend, built.config
+    if _add_missing(backend, config, folder) and files:
         files["tokenizer.json"] = backend.to_str(pretty=True).encode()
     special_ids = _special_ids(backend, config, model)
     # The post-processor alone: with a tokenizer.json, transformers 5 reads neither add_bos_token
@@ -59,8 +53,8 @@ def read(folder: Path) -> Tokenizer:
     eos: list[int] = [special_ids["eos"]] if "eos" in special_ids else []
     # As transformers: the model's config speaks where there is no generation config. Folders of
     # onnxruntime-genai's builder have neither.
-    built = _json_object(folder / GENAI_CONFIG).get("model")
-    said = (generation, model, built if isinstance(built, dict) else {})
+    inside = _json_object(folder / GENAI_CONFIG).get("model")
+    said = (generation, model, inside if isinstance(inside, dict) else {})
     eos += next(filter(None, (_ids(each.get("eos_token_id")) for each in said)), [])
     settings = Settings(
         special_ids=special_ids,
@@ -69,6 +63,15 @@ def read(folder: Path) -> Tokenizer:
         suffix_ids=suffix,
         chat_templates=_chat_templates(folder, config),
     )
+    if not files:
+        # Not the older files: beside a tokenizer.json, readers would take rules from them again.
+        files = written(Tokenizer(backend, settings))
+        return Tokenizer(backend, settings, source_files=files)
+    for name in _COMPANIONS:
+        if (folder / name).is_file():
+            files[name] = _bytes(folder / name)
+    for extra in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")):
+        files[f"{TEMPLATE_FOLDER}/{extra.name}"] = _bytes(extra)
     return Tokenizer(backend, settings, source_files=files)
 
 
@@ -84,23 +87,6 @@ def parse(data: bytes, where: str) -> tokenizers.Tokenizer:
             f"{where} cannot be read: {error}; it may be cut short, or written for a newer version "
             f"of the tokenizers library than the installed {tokenizers.__version__}"
         ) from error
-
-
-def _missing(folder: Path) -> SourceError | UnsupportedTokenizer:
-    way_out = (
-        "with transformers and sentencepiece installed, "
-        "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes one"
-    )
-    for name, kind in _OLDER_KINDS.items():
-        if (folder / name).is_file():
-            return UnsupportedTokenizer(
-                f"{folder} holds its tokenizer as {kind} ({name}) and has no tokenizer.json, "
-                f"which edgellm reads: {way_out}"
-            )
-    return SourceError(
-        f"{folder} has no tokenizer: tokenizer.json is missing. Fetch the model's tokenizer files "
-        f"again; from an older kind of tokenizer, {way_out}"
-    )
 
 
 def _bytes(path: Path) -> bytes:

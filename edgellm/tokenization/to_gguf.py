@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import models
 
 from edgellm.errors import UnsupportedTokenizer
-from edgellm.tokenization.from_gguf import SPACE
 from edgellm.tokenization.parity import Limit
+from edgellm.tokenization.pieces import SPACE
 from edgellm.tokenization.pre_tokenizers import PRE_TOKENIZERS, names_of, splits_equal
 from edgellm.tokenization.vocabulary import CONTROL_TEXTS, ID_KEYS, PREFIX, TokenType
 

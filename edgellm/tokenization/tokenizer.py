@@ -251,5 +251,25 @@ def surroundings(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[
     )
 
 
+def add_surroundings(
+    backend: tokenizers.Tokenizer, before: Sequence[int], after: Sequence[int]
+) -> None:
+    """Have ``backend`` put the tokens ``before`` and ``after`` around a text, as a post-processor.
+
+    For readers of its tokenizer.json; ``surroundings`` reads it back.
+    """
+    ids = (*before, *after)
+    if not ids:
+        return
+    names = {token_id: backend.id_to_token(token_id) for token_id in ids}
+    first = [names[token_id] for token_id in before]
+    last = [names[token_id] for token_id in after]
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=[*first, "$A", *last],
+        pair=[*first, "$A", *last, *(f"{name}:1" for name in first), "$B:1"],
+        special_tokens=[(name, token_id) for token_id, name in names.items()],
+    )
+
+
 def _canonical(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode()
