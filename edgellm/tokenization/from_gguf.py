@@ -25,7 +25,7 @@ from edgellm.tokenization.vocabulary import (
 # What llama.cpp takes where the file says nothing (``llama_vocab::impl::load``).
 _DEFAULT_IDS = {"gpt2": {"bos": 11, "eos": 11}, "llama": {"bos": 1, "eos": 2, "unk": 0}}
 _BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0",
-                   "lfm2", "tekken")  # fmt: skip
+                   "lfm2", "jina-v5-nano", "tekken", "chameleon")  # fmt: skip
 _WAY_OUT = "run the file with --runtime llamacpp, which splits text by its own tokenizer"
 
 

@@ -12,6 +12,7 @@ from edgellm.errors import SourceError
 from edgellm.json_file import read_json
 from edgellm.manifest import GENAI_CONFIG
 from edgellm.tokenization import slow_files
+from edgellm.tokenization.added_tokens import add_missing, token_text
 from edgellm.tokenization.to_hf import files as written
 from edgellm.tokenization.tokenizer import SPECIAL_NAMES, Settings, Tokenizer, surroundings
 
@@ -44,7 +45,7 @@ def read(folder: Path) -> Tokenizer:
                 f"tokenizer files again; from an older kind of tokenizer, {slow_files.WAY_OUT}"
             )
         backend, config = built.backend, built.config
-    if _add_missing(backend, config, folder) and files:
+    if add_missing(backend, config, folder) and files:
         files["tokenizer.json"] = backend.to_str(pretty=True).encode()
     special_ids = _special_ids(backend, config, model)
     # The post-processor alone: with a tokenizer.json, transformers 5 reads neither add_bos_token
@@ -101,56 +102,13 @@ def _json_object(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _text(token: Any) -> str | None:
-    """A token as configs write it: its text, or an object with ``content``."""
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
-def _add_missing(backend: tokenizers.Tokenizer, config: Mapping[str, Any], folder: Path) -> bool:
-    """Add the tokens that only tokenizer_config.json knows, as transformers does; whether any."""
-    decoder = config.get("added_tokens_decoder") or {}
-    if not isinstance(decoder, dict) or not all(key.isdecimal() for key in decoder):
-        raise SourceError(
-            f"{folder}: added_tokens_decoder in tokenizer_config.json is not an object of tokens "
-            "by their ids: fetch it again"
-        )
-    added = False
-    for key, token in sorted(decoder.items(), key=lambda item: int(item[0])):
-        text = _text(token)
-        if text is None:
-            continue
-        token = token if isinstance(token, Mapping) else {}
-        if backend.token_to_id(text) is None:
-            backend.add_tokens(
-                [
-                    tokenizers.AddedToken(
-                        text,
-                        single_word=bool(token.get("single_word")),
-                        lstrip=bool(token.get("lstrip")),
-                        rstrip=bool(token.get("rstrip")),
-                        normalized=bool(token.get("normalized")),
-                        special=bool(token.get("special")),
-                    )
-                ]
-            )
-            added = True
-        if backend.token_to_id(text) != int(key):
-            raise SourceError(
-                f"{folder}: tokenizer_config.json gives the token {text!r} the id {key}, "
-                f"tokenizer.json gives it {backend.token_to_id(text)}"
-            )
-    return added
-
-
 def _special_ids(
     backend: tokenizers.Tokenizer, config: Mapping[str, Any], model: Mapping[str, Any]
 ) -> dict[str, int]:
     """Ids by name, from the tokenizer's config and, failing that, the model's."""
     ids: dict[str, int] = {}
     for name in SPECIAL_NAMES:
-        text = _text(config.get(f"{name}_token"))
+        text = token_text(config.get(f"{name}_token"))
         found = backend.token_to_id(text) if text is not None else None
         if found is None:
             found = next(iter(_ids(model.get(f"{name}_token_id"))), None)

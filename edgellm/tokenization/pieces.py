@@ -83,7 +83,8 @@ def _normalizer(pieces: Pieces) -> normalizers.Normalizer:
                 f"{pieces.where}: its table of replaced characters is damaged: {error}"
             ) from error
     if pieces.squeezes_spaces:
-        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
+        # SentencePiece writes spaces as ▁ before it cuts the end.
+        steps.append(normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), ""))
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if pieces.space_prefix and not pieces.prefixes_once:
         # Run on each stretch of text between special tokens, so each gets its own space.

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as Backend
 from edgellm.errors import SourceError, UnsupportedTokenizer
 from edgellm.json_file import read_json
 from edgellm.tokenization import pieces_file, ranks
+from edgellm.tokenization.added_tokens import add_missing, token_text
 from edgellm.tokenization.pieces import backend_of, bpe_model
 from edgellm.tokenization.pre_tokenizers import PRE_TOKENIZERS, build
 from edgellm.tokenization.tokenizer import SPECIAL_NAMES, add_surroundings
@@ -94,7 +95,6 @@ _MERGE_KINDS = {
 _TRUE_GPT2 = frozenset(("gpt2", "gpt_neo", "gptj", "opt", "codegen", "phi", ""))
 _WORD_KINDS = dict.fromkeys(("bert", "distilbert", "electra", "mobilebert"), _BERT)
 _RANK_KINDS = {"qwen": _QWEN, "llama": _Kind("llama-bpe", before="bos")}
-_RANK_KINDS["pretrained"] = _RANK_KINDS["llama"]
 
 
 def read(folder: Path, config: Mapping[str, Any], model: Mapping[str, Any]) -> Built | None:
@@ -205,7 +205,7 @@ def _words(path: Path, config: Mapping[str, Any], model: Mapping[str, Any]) -> B
     kind = _kind(_WORD_KINDS, path, config, model)
     vocab = {word: index for index, word in enumerate(_lines(path)) if word}
     config = {**(kind.special or {}), **config}
-    unk = _text(config["unk_token"])
+    unk = token_text(config["unk_token"])
     if unk not in vocab:
         raise SourceError(f"{path} does not hold its unknown token {unk!r}: fetch it again")
     backend = Backend(models.WordPiece(vocab, unk_token=unk))
@@ -250,12 +250,13 @@ def _finished(backend: Backend, kind: _Kind, folder: Path, config: Mapping[str, 
     """With the special tokens of ``config`` cut out of text, and put around it as ``kind`` says."""
     config = {**(kind.special or {}), **config}
     _add_tokens(backend, folder, config)
+    add_missing(backend, config, folder)
     around: list[tuple[int, ...]] = []
     for name, flag, by_default in (
         (kind.before or "bos", "add_bos_token", bool(kind.before)),
         (kind.after or "eos", "add_eos_token", bool(kind.after)),
     ):
-        text = _text(config.get(f"{name}_token"))
+        text = token_text(config.get(f"{name}_token"))
         token_id = None if text is None else backend.token_to_id(text)
         wanted = config.get(flag)
         wanted = by_default if wanted is None else bool(wanted)
@@ -271,9 +272,9 @@ def _finished(backend: Backend, kind: _Kind, folder: Path, config: Mapping[str, 
 
 def _add_tokens(backend: Backend, folder: Path, config: Mapping[str, Any]) -> None:
     """Special tokens by name, then those of added_tokens.json at the ids that it gives them."""
-    named = [_text(config.get(f"{name}_token")) for name in SPECIAL_NAMES]
+    named = [token_text(config.get(f"{name}_token")) for name in SPECIAL_NAMES]
     more = config.get("additional_special_tokens") or ()
-    named += [_text(token) for token in (more if isinstance(more, list) else ())]
+    named += [token_text(token) for token in (more if isinstance(more, list) else ())]
     known = [text for text in named if text and backend.token_to_id(text) is not None]
     backend.add_special_tokens([AddedToken(text, normalized=False) for text in known])
     path = folder / ADDED
@@ -308,13 +309,6 @@ def _kind(
         f"{path.name} is not known here (it is for {', '.join(sorted(rows))}). Take a "
         f"tokenizer.json: {WAY_OUT}"
     )
-
-
-def _text(token: Any) -> str | None:
-    """A token as configs write it: its text, or an object with ``content``."""
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
 
 
 def _lines(path: Path) -> list[str]:

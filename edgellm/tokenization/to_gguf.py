@@ -8,12 +8,18 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import tokenizers
 from tokenizers import models
 
 from edgellm.errors import UnsupportedTokenizer
-from edgellm.tokenization.parity import Limit
+from edgellm.tokenization.parity import AWKWARD_TEXTS, Limit
 from edgellm.tokenization.pieces import SPACE
-from edgellm.tokenization.pre_tokenizers import PRE_TOKENIZERS, names_of, splits_equal
+from edgellm.tokenization.pre_tokenizers import (
+    PRE_TOKENIZERS,
+    PreTokenizer,
+    build,
+)
+from edgellm.tokenization.probe import names_of, probe_text
 from edgellm.tokenization.vocabulary import CONTROL_TEXTS, ID_KEYS, PREFIX, TokenType
 
 if TYPE_CHECKING:
@@ -60,12 +66,12 @@ def limits(tokenizer: Tokenizer) -> tuple[Limit, ...]:
     if _has(steps, "ByteLevel"):
         name = _pre_tokenizer_name(tokenizer, rules["model"])
         row = PRE_TOKENIZERS[name]
-        if row.trained_splits and not splits_equal(tokenizer.backend.pre_tokenizer, row.splits):
+        if row.near and not _same_ids(tokenizer, row):
             found.append(
                 Limit(
                     f"llama.cpp's pre-tokenizer {name!r} only comes near the model's own, for "
-                    "capitals outside ASCII and combining marks",
-                    _has_capitals_or_marks,
+                    f"{row.near.what}",
+                    row.near.concerns,
                 )
             )
     else:
@@ -101,13 +107,6 @@ def _contains(tokens: Sequence[str]) -> Callable[[str], bool]:
 def _begins_with_space_or_contains(tokens: Sequence[str]) -> Callable[[str], bool]:
     contains = _contains(tokens)
     return lambda text: text.startswith((" ", SPACE)) or contains(text)
-
-
-def _has_capitals_or_marks(text: str) -> bool:
-    return any(
-        character > "\x7f" and unicodedata.category(character) in ("Lu", "Lt", "Mn", "Mc", "Me")
-        for character in text
-    )
 
 
 def _control_texts(rules: Mapping[str, Any]) -> list[str]:
@@ -195,7 +194,11 @@ def _byte_level(tokenizer: Tokenizer, rules: Mapping[str, Any]) -> dict[str, Any
 
 
 def _pre_tokenizer_name(tokenizer: Tokenizer, model: Mapping[str, Any]) -> str:
-    """The name under which llama.cpp splits text as this tokenizer does, found by trying."""
+    """The name under which llama.cpp splits text as this tokenizer does, found by trying.
+
+    Splits that differ will do where this vocabulary comes to the same ids with them: one that was
+    trained on single digits has no merges that join them, however coarse the splits are.
+    """
     wanted = bool(model.get("ignore_merges"))
     names: list[str] = []
     for name in names_of(tokenizer.backend.pre_tokenizer):
@@ -210,10 +213,25 @@ def _pre_tokenizer_name(tokenizer: Tokenizer, model: Mapping[str, Any]) -> str:
             f"ignore_merges is {not wanted} and here {wanted}, and some tokens are out of "
             "reach of the merges: choose --format onnx"
         )
+    for name, row in PRE_TOKENIZERS.items():
+        if row.ignore_merges == wanted and _same_ids(tokenizer, row):
+            return name
     raise UnsupportedTokenizer(
         "no pre-tokenizer that llama.cpp knows splits text as this one does, so a GGUF file would "
         f"give other token ids: {_shown(json.loads(tokenizer.backend.to_str())['pre_tokenizer'])}. "
         "Choose --format onnx"
+    )
+
+
+def _same_ids(tokenizer: Tokenizer, row: PreTokenizer) -> bool:
+    """Whether this vocabulary gives the same ids when ``row`` splits texts for it."""
+    ours = tokenizers.Tokenizer(tokenizer.backend.model)
+    ours.pre_tokenizer = tokenizer.backend.pre_tokenizer
+    theirs = tokenizers.Tokenizer(tokenizer.backend.model)
+    theirs.pre_tokenizer = build(row.splits)
+    return all(
+        theirs.encode(text).ids == ours.encode(text).ids
+        for text in (probe_text(100), *AWKWARD_TEXTS, probe_text())
     )
 
 
