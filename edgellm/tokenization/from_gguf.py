@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from edgellm.errors import SourceError, UnsupportedTokenizer
-from edgellm.tokenization.pieces import Pieces, add_cut_tokens, backend_of, bpe_model
+from edgellm.tokenization.gguf_words import MARK
+from edgellm.tokenization.pieces import SPACE, Pieces, add_cut_tokens, backend_of, bpe_model
 from edgellm.tokenization.pre_tokenizers import PRE_TOKENIZERS, build
 from edgellm.tokenization.tokenizer import Settings, Tokenizer, add_surroundings
 from edgellm.tokenization.vocabulary import (
@@ -23,9 +24,15 @@ from edgellm.tokenization.vocabulary import (
 )
 
 # What llama.cpp takes where the file says nothing (``llama_vocab::impl::load``).
-_DEFAULT_IDS = {"gpt2": {"bos": 11, "eos": 11}, "llama": {"bos": 1, "eos": 2, "unk": 0}}
+_DEFAULT_IDS = {
+    "gpt2": {"bos": 11, "eos": 11},
+    "llama": {"bos": 1, "eos": 2, "unk": 0},
+    "t5": {"eos": 1, "unk": 2, "pad": 0},
+    "bert": {"bos": 101, "unk": 100, "sep": 102, "pad": 0, "mask": 103},
+}
 _BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0",
                    "lfm2", "jina-v5-nano", "tekken", "chameleon")  # fmt: skip
+_LONGEST_WORD = 1 << 20
 _WAY_OUT = "run the file with --runtime llamacpp, which splits text by its own tokenizer"
 
 
@@ -40,11 +47,15 @@ def read(metadata: Mapping[str, Any]) -> Tokenizer:
     if model == "gpt2":
         backend = _byte_level(kept, vocabulary)
     elif model == "llama":
-        backend = _sentencepiece(kept, vocabulary, settings)
+        backend = _merged_pieces(kept, vocabulary, settings)
+    elif model == "t5":
+        backend = _likely_pieces(kept, vocabulary, settings)
+    elif model == "bert":
+        backend = _words(kept, vocabulary, settings)
     else:
         raise UnsupportedTokenizer(
-            f"{PREFIX}model is {model!r}; edgellm can rebuild gpt2 (byte-level BPE) and llama "
-            f"(SentencePiece BPE): {_WAY_OUT}"
+            f"{PREFIX}model is {model!r}; edgellm can rebuild gpt2 (byte-level BPE), llama and t5 "
+            f"(SentencePiece) and bert (WordPiece): {_WAY_OUT}"
         )
     add_surroundings(backend, settings.prefix_ids, settings.suffix_ids)
     return Tokenizer(backend, settings, source_metadata=kept)
@@ -69,14 +80,18 @@ def _settings(metadata: Mapping[str, Any], model: str, vocabulary: Vocabulary) -
         for index, kind in enumerate(vocabulary.stored_types)
         if kind == TokenType.CONTROL and vocabulary.tokens[index] in END_TEXTS
     ]
+    texts = {vocabulary.tokens[index]: index for index in ends}
+    if {"<|return|>", "<|call|>"} <= set(texts):
+        # There it ends a message of several that make an answer.
+        ends = [index for index in ends if index != texts.get("<|end|>")]
     bos_by_default = model == "llama" or metadata.get(PREFIX + "pre") in _BOS_BY_DEFAULT
-    around = [
-        (special_ids[name],) if add and name in special_ids else ()
-        for name, add in (
-            ("bos", metadata.get(PREFIX + "add_bos_token", bos_by_default)),
-            ("eos", metadata.get(PREFIX + "add_eos_token", False)),
-        )
+    wanted = [
+        ("bos", metadata.get(PREFIX + "add_bos_token", bos_by_default)),
+        ("eos", metadata.get(PREFIX + "add_eos_token", model == "t5")),
     ]
+    if model == "bert":
+        wanted = [("bos", True), ("sep", True)]
+    around = [(special_ids[name],) if add and name in special_ids else () for name, add in wanted]
     templates = {
         key.removeprefix("tokenizer.chat_template").lstrip(".") or "default": str(text)
         for key, text in metadata.items()
@@ -115,7 +130,7 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> Backend:
     return backend
 
 
-def _sentencepiece(
+def _merged_pieces(
     metadata: Mapping[str, Any], vocabulary: Vocabulary, settings: Settings
 ) -> Backend:
     return backend_of(
@@ -126,3 +141,51 @@ def _sentencepiece(
             where=f"{PREFIX}scores",
         )
     )
+
+
+def _likely_pieces(
+    metadata: Mapping[str, Any], vocabulary: Vocabulary, settings: Settings
+) -> Backend:
+    squeezes = bool(metadata.get(PREFIX + "remove_extra_whitespaces", False))
+    return backend_of(
+        Pieces(
+            vocabulary,
+            unk_id=settings.special_ids.get("unk"),
+            unigram=True,
+            space_prefix=squeezes or bool(metadata.get(PREFIX + "add_space_prefix", False)),
+            squeezes_spaces=squeezes,
+            charsmap=bytes(metadata.get(PREFIX + "precompiled_charsmap", b"")),
+            byte_fallback=False,
+            where=f"the GGUF file ({PREFIX}*)",
+        )
+    )
+
+
+def _words(metadata: Mapping[str, Any], vocabulary: Vocabulary, settings: Settings) -> Backend:
+    vocab: dict[str, int] = {}
+    for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=False)):
+        if kind == TokenType.NORMAL:
+            token = token[1:] if token.startswith(SPACE) else MARK + token
+        vocab[token] = index
+    unk = settings.special_ids.get("unk")
+    if unk is None or len(vocab) != len(vocabulary.tokens):
+        raise SourceError(
+            f"{PREFIX}tokens are no word list: "
+            + ("no token stands for unknown words" if unk is None else "two of them are the same")
+        )
+    # A word of any length is cut, as llama.cpp does.
+    model = models.WordPiece(
+        vocab, unk_token=vocabulary.tokens[unk], max_input_chars_per_word=_LONGEST_WORD
+    )
+    backend = Backend(model)
+    lower = bool(metadata.get(PREFIX + "normalizer.lowercase", True))
+    backend.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=True,
+        strip_accents=bool(metadata.get(PREFIX + "normalizer.strip_accents", lower)),
+        lowercase=lower,
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix=MARK, cleanup=False)
+    add_cut_tokens(backend, vocabulary)
+    return backend

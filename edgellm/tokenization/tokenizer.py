@@ -69,10 +69,10 @@ class Tokenizer:
 
     @classmethod
     def from_hf_folder(cls, path: str | Path) -> Tokenizer:
-        """The tokenizer of a Hugging Face folder, from its ``tokenizer.json``.
+        """The tokenizer of a Hugging Face folder, from its ``tokenizer.json`` or older files.
 
-        Raises ``UnsupportedTokenizer`` when the folder holds another kind of tokenizer only, and
-        ``SourceError`` when it holds none or a damaged one.
+        Raises ``UnsupportedTokenizer`` when older files do not say enough, and ``SourceError`` when
+        there is none or a damaged one.
         """
         from edgellm.tokenization.from_hf import read
 
@@ -82,7 +82,8 @@ class Tokenizer:
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         """The tokenizer of a GGUF file, from the ``tokenizer.*`` keys of its metadata.
 
-        Gives the ids that llama.cpp gives. Raises ``UnsupportedTokenizer`` for a tokenizer model or
+        Gives the ids that llama.cpp gives (for ``t5`` and ``bert`` models save for what
+        ``gguf_limits`` names). Raises ``UnsupportedTokenizer`` for a tokenizer model or
         pre-tokenizer that cannot be rebuilt, ``SourceError`` for damaged metadata.
         """
         from edgellm.tokenization.from_gguf import read

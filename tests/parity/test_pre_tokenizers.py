@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 from tiny_tokenizers import (
@@ -15,6 +15,7 @@ from tiny_tokenizers import (
     published_pre_tokenizer,
     random_texts,
     write_folder,
+    write_vocabulary,
 )
 from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
@@ -23,7 +24,7 @@ from edgellm.errors import UnsupportedTokenizer
 from edgellm.tokenization import AWKWARD_TEXTS, LlamaCppTokenizer, Tokenizer, artifact_parity
 from edgellm.tokenization.pre_tokenizers import PRE_TOKENIZERS, build
 
-gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+pytest.importorskip("gguf", reason="gguf is not installed")
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"
 )
@@ -83,18 +84,6 @@ def tokenizer_of(path: Path, family: Family) -> Tokenizer:
     return Tokenizer.from_hf_folder(write_folder(path / "folder", backend))
 
 
-def write_keys(path: Path, keys: dict[str, Any]) -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in keys.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
-        add.get(type(value), writer.add_array)(key, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_familys_ids_are_llamacpps(tmp_path: Path, name: str) -> None:
     family = FAMILIES[name]
@@ -103,7 +92,7 @@ def test_a_familys_ids_are_llamacpps(tmp_path: Path, name: str) -> None:
     assert keys["tokenizer.ggml.pre"] == family.name
     limits = source.gguf_limits()
     assert len(limits) == family.near + family.nfc, limits
-    path = write_keys(tmp_path / "x.gguf", keys)
+    path = write_vocabulary(tmp_path / "x.gguf", keys)
     verdict = artifact_parity(source, path, "gguf", limits)
     assert not verdict.mismatches
     assert limits or verdict.equal

@@ -18,9 +18,9 @@ from tiny_tokenizers import (
     random_texts,
     sentencepiece_file,
     slow_folder,
+    word_list,
 )
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers, trainers
 
 from edgellm.tokenization import AWKWARD_TEXTS, Tokenizer
 from edgellm.tokenization.pieces import backend_of
@@ -175,17 +175,9 @@ def test_vocabulary_and_merges_as_transformers_reads_them(
 
 @pytest.mark.parametrize("options", [{}, {"do_lower_case": False}, {"strip_accents": False}])
 def test_word_lists_as_transformers_reads_them(tmp_path: Path, options: dict[str, Any]) -> None:
-    backend = Backend(models.WordPiece(unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=900, special_tokens=special, show_progress=False, min_frequency=1
-    )
-    backend.train_from_iterator([*AWKWARD_TEXTS, *random_texts(300, 6)], trainer)
-    words = sorted(backend.get_vocab(), key=backend.get_vocab().__getitem__)
     folder = slow_folder(
         tmp_path,
-        vocab__txt="\n".join([*words, ""]).encode(),
+        vocab__txt=word_list(),
         tokenizer_config__json={"tokenizer_class": "BertTokenizer", **options},
     )
     theirs, ours = transformers_tokenizer(folder), Tokenizer.from_hf_folder(folder)

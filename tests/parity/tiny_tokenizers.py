@@ -177,6 +177,36 @@ def sentencepiece_file(kind: str, *, vocab_size: int = 900, **options: Any) -> b
     return written.getvalue()
 
 
+def word_list(*, vocab_size: int = 900) -> bytes:
+    """A vocab.txt that the WordPiece trainer made."""
+    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=special, show_progress=False, min_frequency=1
+    )
+    # As BERT's normalizer leaves them: no control characters.
+    texts = [text.replace("\0", "") for text in [*AWKWARD_TEXTS, *random_texts(300, 6)]]
+    backend.train_from_iterator(texts, trainer)
+    vocab = backend.get_vocab()
+    return "\n".join([*sorted(vocab, key=vocab.__getitem__), ""]).encode()
+
+
+def write_vocabulary(path: Path, keys: dict[str, Any]) -> Path:
+    """A GGUF file with metadata only, which llama.cpp loads as a vocabulary."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in keys.items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
+        add.get(type(value), writer.add_array)(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def slow_folder(path: Path, **files: bytes | dict[str, Any]) -> Path:
     """A folder of ``files`` by name, a dot written ``__``; objects are written as JSON."""
     path.mkdir(parents=True, exist_ok=True)
