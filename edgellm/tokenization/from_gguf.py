@@ -14,6 +14,7 @@ from edgellm.tokenization.pieces import SPACE, Pieces, add_cut_tokens, backend_o
 from edgellm.tokenization.pre_tokenizers import PRE_TOKENIZERS, build
 from edgellm.tokenization.tokenizer import Settings, Tokenizer, add_surroundings
 from edgellm.tokenization.vocabulary import (
+    END_KEYS,
     END_TEXTS,
     ID_KEYS,
     PREFIX,
@@ -71,7 +72,7 @@ def _settings(metadata: Mapping[str, Any], model: str, vocabulary: Vocabulary) -
         if token_id is not None and 0 <= int(token_id) < count:
             special_ids[name] = int(token_id)
     ends = [special_ids[name] for name in ("eos",) if name in special_ids]
-    for key in ("eot_token_id", "eom_token_id"):
+    for key in END_KEYS:
         token_id = metadata.get(PREFIX + key)
         if token_id is not None and 0 <= int(token_id) < count:
             ends.append(int(token_id))

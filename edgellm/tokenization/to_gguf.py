@@ -18,7 +18,14 @@ from edgellm.tokenization.gguf_tokens import (
     some,
 )
 from edgellm.tokenization.parity import Limit
-from edgellm.tokenization.vocabulary import CONTROL_TEXTS, ID_KEYS, PREFIX, TokenType
+from edgellm.tokenization.vocabulary import (
+    CONTROL_TEXTS,
+    END_KEYS,
+    END_TEXTS,
+    ID_KEYS,
+    PREFIX,
+    TokenType,
+)
 
 if TYPE_CHECKING:
     from edgellm.tokenization.tokenizer import Tokenizer
@@ -133,6 +140,7 @@ def _settings(tokenizer: Tokenizer, around: tuple[str, str]) -> dict[str, Any]:
             )
         # Said even when False: llama.cpp's defaults differ between pre-tokenizers.
         keys[f"{PREFIX}add_{'bos' if name == 'cls' else name}_token"] = bool(ids)
+    keys.update(_more_ends(tokenizer))
     for name, template in settings.chat_templates.items():
         safe = re.sub(r"[^a-zA-Z0-9]", "_", name)
         keys["tokenizer.chat_template" + ("" if name == "default" else f".{safe}")] = template
@@ -140,3 +148,22 @@ def _settings(tokenizer: Tokenizer, around: tuple[str, str]) -> dict[str, Any]:
     if names:
         keys["tokenizer.chat_templates"] = names
     return keys
+
+
+def _more_ends(tokenizer: Tokenizer) -> dict[str, int]:
+    """Keys for ends of an answer that llama.cpp neither knows by text nor as the eos token."""
+    own = tokenizer.settings.special_ids.get("eos")
+    more = [
+        token_id
+        for token_id in tokenizer.eos_token_ids
+        if token_id != own and tokenizer.backend.id_to_token(token_id) not in END_TEXTS
+    ]
+    if len(more) > len(END_KEYS):
+        texts = [str(tokenizer.backend.id_to_token(token_id)) for token_id in more]
+        raise UnsupportedTokenizer(
+            f"an answer ends at any of {len(tokenizer.eos_token_ids)} tokens, and GGUF has room "
+            f"for {len(END_KEYS)} beside the eos token and those that llama.cpp knows by their "
+            f"text, not for {some(texts)}: shorten eos_token_id in generation_config.json, or "
+            "choose --format onnx"
+        )
+    return {PREFIX + key: token_id for key, token_id in zip(END_KEYS, more, strict=False)}
