@@ -42,6 +42,10 @@ SMALL_FILES = frozenset(
         "README.md",
     }
 )
+# Tokenizers of folders without a tokenizer.json, beside those in SMALL_FILES; some are large.
+OLDER_TOKENIZERS = re.compile(
+    r"spiece\.model|tekken\.json|vocab\.txt|tiktoken\.model|[^/]+\.tiktoken"
+)
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -139,7 +143,9 @@ def needed_files(wanted: HubId, names: Collection[str]) -> list[str]:
         chosen = [SINGLE] if SINGLE in names else weights
     if chosen:
         templates = [name for name in names if name.startswith(f"{TEMPLATE_FOLDER}/")]
-        return sorted([*chosen, *templates, *SMALL_FILES.intersection(names)])
+        older = [name for name in names if OLDER_TOKENIZERS.fullmatch(name)]
+        tokenizer = [] if "tokenizer.json" in names else older
+        return sorted([*chosen, *templates, *tokenizer, *SMALL_FILES.intersection(names)])
     if ggufs:
         raise HubError(
             f"{wanted.repo} holds {len(ggufs)} GGUF files: name one, such as "
