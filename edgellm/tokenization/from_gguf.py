@@ -33,6 +33,8 @@ _DEFAULT_IDS = {
 }
 _BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0",
                    "lfm2", "jina-v5-nano", "tekken", "chameleon")  # fmt: skip
+# Tokens of models whose <|end|> does not end an answer (gpt-oss, Solar Open).
+_HARMONY = ({"<|return|>", "<|call|>"}, {"<|call|>", "<|flush|>"}, {"<|calls|>", "<|flush|>"})
 _LONGEST_WORD = 1 << 20
 _WAY_OUT = "run the file with --runtime llamacpp, which splits text by its own tokenizer"
 
@@ -82,7 +84,7 @@ def _settings(metadata: Mapping[str, Any], model: str, vocabulary: Vocabulary) -
         if kind == TokenType.CONTROL and vocabulary.tokens[index] in END_TEXTS
     ]
     texts = {vocabulary.tokens[index]: index for index in ends}
-    if {"<|return|>", "<|call|>"} <= set(texts):
+    if any(pair <= set(texts) for pair in _HARMONY):
         # There it ends a message of several that make an answer.
         ends = [index for index in ends if index != texts.get("<|end|>")]
     bos_by_default = model == "llama" or metadata.get(PREFIX + "pre") in _BOS_BY_DEFAULT

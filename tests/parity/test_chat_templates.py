@@ -186,3 +186,23 @@ def test_ends_of_an_answer_reach_llamacpp(tmp_path: Path, count: int) -> None:
     judge.close()
     assert set(artifact_tokenizer(file, "gguf").eos_token_ids) == set(ends)
     assert artifact_parity(source, file, "gguf").equal
+
+
+@needs_llamacpp
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["<|return|>", "<|call|>", "<|end|>"],
+        ["<|calls|>", "<|flush|>", "<|end|>"],
+        ["<|end|>", "<|call|>"],
+        ["<|end|>", "<|endoftext|>", "<|im_end|>"],
+    ],
+)
+def test_ends_that_llamacpp_knows_by_text(tmp_path: Path, texts: list[str]) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    backend = byte_level(vocab_size=300)
+    backend.add_special_tokens(texts)
+    keys = Tokenizer.from_hf_folder(write_folder(tmp_path, backend)).gguf_metadata()
+    judge = LlamaCppTokenizer(write_vocabulary(tmp_path / "x.gguf", keys))
+    assert set(Tokenizer.from_gguf(keys).eos_token_ids) == set(judge.eos_token_ids)
+    judge.close()
