@@ -75,9 +75,9 @@ def _normalizer(pieces: Pieces) -> normalizers.Normalizer:
     if pieces.charsmap:
         try:
             steps.append(normalizers.Precompiled(pieces.charsmap))
-        except Exception as error:
-            # The library raises bare ``Exception`` and nothing narrower.
-            if type(error) not in (Exception, ValueError):
+        except BaseException as error:
+            # The library raises bare ``Exception``, or panics.
+            if type(error) not in (Exception, ValueError) and "Panic" not in type(error).__name__:
                 raise
             raise SourceError(
                 f"{pieces.where}: its table of replaced characters is damaged: {error}"

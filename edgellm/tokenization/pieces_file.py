@@ -86,6 +86,8 @@ def parse(data: bytes, where: str) -> PieceFile:
             f"{where} {odd}; edgellm reads SentencePiece models of type 'bpe' and 'unigram' that "
             "write the space before a word as ▁: take a model with a tokenizer.json"
         )
+    if kind == "unigram" and "unk" not in special:
+        raise SourceError(f"{where} names no piece for what it does not know: fetch it again")
     if len(set(tokens)) != len(tokens):
         raise SourceError(f"{where} holds a piece twice: it is damaged. Fetch it again")
     pieces = Pieces(

@@ -79,8 +79,7 @@ _BERT = _Kind(
 _PIECE_KINDS = {
     **dict.fromkeys(
         ("llama", "codellama", "gemma", "gemma2", "gemma3", "mistral", "mixtral", "phi3", "yi",
-         "baichuan", "internlm", "internlm2", "internlm3", "minicpm", "minicpm3", "ernie4_5",
-         "orion", "xverse", "stablelm_alpha"),
+         "baichuan", "internlm", "internlm2", "internlm3", "minicpm"),
         _LLAMA,
     ),
     "t5": _T5,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from edgellm.errors import UnsupportedTokenizer
+from edgellm.errors import SourceError, UnsupportedTokenizer
 from edgellm.tokenization import chat
 from edgellm.tokenization.stream import TextStream
 
@@ -141,14 +141,22 @@ class Tokenizer:
         """
         with self._lock:
             self.backend.encode_special_tokens = not parse_special
-            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+            try:
+                ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+            except BaseException as error:
+                raise_if_damaged(error, "a text cannot be split by this tokenizer")
+                raise
         if not add_special:
             return ids
         return [*self.settings.prefix_ids, *ids, *self.settings.suffix_ids]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ``ids``; broken UTF-8 becomes U+FFFD, ids without a token become nothing."""
-        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        try:
+            text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        except BaseException as error:
+            raise_if_damaged(error, "ids cannot be decoded by this tokenizer")
+            raise
         return text
 
     def decode_stream(self, skip_special: bool = True) -> TextStream:
@@ -229,11 +237,25 @@ class Tokenizer:
 
         The parity check shows what that comes to; any other difference in ids is an error.
         """
-        if self._source_metadata is not None:
-            return ()
         from edgellm.tokenization import to_gguf
 
+        # What was rebuilt from a GGUF file has its ids, save for kinds that only come near them.
+        kept = self._source_metadata
+        if kept is not None and kept.get("tokenizer.ggml.model") not in ("t5", "bert"):
+            return ()
         return to_gguf.limits(self)
+
+
+def raise_if_damaged(error: BaseException, what: str) -> None:
+    """Raise ``SourceError`` for what the ``tokenizers`` library raises about damaged rules.
+
+    That is a bare ``Exception``, and where it did not expect the damage, a panic of its own that is
+    not even one.
+    """
+    if type(error) is Exception or type(error).__name__ == "PanicException":
+        raise SourceError(
+            f"{what}: the tokenizers library says {error}. Its files are damaged: fetch them again"
+        ) from error
 
 
 def surroundings(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -241,8 +263,12 @@ def surroundings(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[
 
     Raises ``UnsupportedTokenizer`` when it does something else to the ids.
     """
-    bare = backend.encode(_PROBE, add_special_tokens=False).ids
-    whole = backend.encode(_PROBE, add_special_tokens=True).ids
+    try:
+        bare = backend.encode(_PROBE, add_special_tokens=False).ids
+        whole = backend.encode(_PROBE, add_special_tokens=True).ids
+    except BaseException as error:
+        raise_if_damaged(error, "a text cannot be split by this tokenizer")
+        raise
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
             return tuple(whole[:start]), tuple(whole[start + len(bare) :])

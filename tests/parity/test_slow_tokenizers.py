@@ -6,6 +6,7 @@ import base64
 import functools
 import itertools
 import json
+import random
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from tiny_tokenizers import (
 )
 from tokenizers import Tokenizer as Backend
 
+from edgellm.errors import SourceError
 from edgellm.tokenization import AWKWARD_TEXTS, Tokenizer
 from edgellm.tokenization.pieces import backend_of
 from edgellm.tokenization.pieces_file import parse
 from edgellm.tokenization.ranks import LETTERS, merges_by_rank
+from edgellm.tokenization.tokenizer import Settings
 
 regex = pytest.importorskip("regex", reason="regex is not installed")
 TEXTS = (*AWKWARD_TEXTS, *random_texts(400, 3))
@@ -106,6 +109,28 @@ def test_unigram_pieces_have_sentencepieces_ids(prefix: bool, rules: str) -> Non
             continue
         same += 1
     assert same > 300
+
+
+def test_a_damaged_table_of_characters_is_an_error_of_ours() -> None:
+    pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    data = sentencepiece_file("unigram", normalization_rule_name="nmt_nfkc")
+    table = parse(data, "x").pieces.charsmap
+    start = data.index(table)
+    choose = random.Random(1)
+    said = set()
+    for turn in range(200):
+        damaged = bytearray(data)
+        # Now the size that it begins with, now all over.
+        for _ in range(100 if turn % 2 else 1):
+            end = len(table) if turn % 2 else 8
+            damaged[start + choose.randrange(end)] = choose.randrange(256)
+        try:
+            backend = backend_of(parse(bytes(damaged), "x").pieces)
+            Tokenizer(backend, Settings()).encode("ab ﬁ ① c\n xé中 \u0301")
+        except SourceError as error:
+            said.add(str(error).partition(":")[0])
+    # Found while it is read, or where the library trips over it.
+    assert said == {"x", "a text cannot be split by this tokenizer"}
 
 
 def test_encoders_end_their_texts(tmp_path: Path) -> None:

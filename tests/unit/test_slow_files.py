@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import struct
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,27 @@ def test_a_piece_file_by_its_definition() -> None:
         (message((1, message((1, 5))), (2, message((3, 2)))), "a number where a text"),
         (message((1, b""), (1, b""), (2, message((3, 2)))), "twice"),
         (model_file(normalizer=((2, b"\xff\xff\xff\xffxx"),)), "replaced characters"),
+        (model_file((3, 1), (40, -1)), "names no piece for what it does not know"),
     ],
 )
 def test_damaged_piece_files_are_named(tmp_path: Path, data: bytes, message: str) -> None:
     folder = slow_folder(tmp_path, tokenizer__model=data, tokenizer_config__json=LLAMA)
     with pytest.raises(SourceError, match=message):
         Tokenizer.from_hf_folder(folder)
+
+
+def test_random_damage_is_an_error_of_ours_or_none() -> None:
+    choose = random.Random(7)
+    whole, refused = model_file(), 0
+    for _ in range(400):
+        data = bytearray(whole)
+        for _ in range(choose.choice((1, 2, 5, 20))):
+            data[choose.randrange(len(data))] = choose.randrange(256)
+        try:
+            backend_of(parse(bytes(data), "x").pieces).encode("ab c\n x")
+        except (SourceError, UnsupportedTokenizer):
+            refused += 1
+    assert 100 < refused < 400
 
 
 @pytest.mark.parametrize(
