@@ -59,7 +59,10 @@ def read(folder: Path) -> Tokenizer:
     eos += next(filter(None, (_ids(each.get("eos_token_id")) for each in said)), [])
     settings = Settings(
         special_ids=special_ids,
-        eos_token_ids=tuple(dict.fromkeys(eos)),
+        # Configs also name ids that have no token: no model answers with those.
+        eos_token_ids=tuple(
+            token_id for token_id in dict.fromkeys(eos) if backend.id_to_token(token_id) is not None
+        ),
         prefix_ids=prefix,
         suffix_ids=suffix,
         chat_templates=_chat_templates(folder, config),

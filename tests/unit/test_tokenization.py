@@ -43,7 +43,7 @@ def test_ends_of_an_answer_come_from_both_configs(
     path = folder(
         bytes_backend,
         {"bos_token": {"content": "<s>"}, "eos_token": "</s>"},
-        generation_config={"eos_token_id": [IM_START, EOS]},
+        generation_config={"eos_token_id": [IM_START, EOS, 999_999]},
         config={"eos_token_id": 77, "pad_token_id": IM_START},
     )
     tokenizer = Tokenizer.from_hf_folder(path)
