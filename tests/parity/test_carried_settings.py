@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 import shutil
@@ -11,12 +12,12 @@ from typing import Any
 
 import pytest
 from chat_templates import TEMPLATES
-from tiny_tokenizers import byte_level
+from tiny_tokenizers import PUBLISHED, byte_level
 
 from edgellm.conversion import convert
 from edgellm.recipe import Recipe
 from edgellm.source import open_source
-from edgellm.tokenization import Tokenizer
+from edgellm.tokenization import Tokenizer, artifact_tokenizer
 
 TinyModel = Callable[[str], Path]
 MESSAGES = [{"role": "user", "content": "Hello?"}]
@@ -103,3 +104,41 @@ def test_llamacpp_finds_the_suggestions(source: Path, tmp_path: Path) -> None:
     }
     model.close()
     assert found == {"temp": pytest.approx(0.6), "top_k": 20, "top_p": pytest.approx(0.95)}
+
+
+@pytest.mark.parametrize(("container", "quant"), [("gguf", "f16"), ("onnx", "f32"), ("hf", "f16")])
+def test_a_model_whose_tokenizer_is_an_older_file(
+    tiny_model: TinyModel, tmp_path: Path, container: str, quant: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_model("llama"), tmp_path / "source"))
+    for path in folder.glob("*token*"):
+        path.unlink()
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokens = [*(bytes([byte]) for byte in range(256)), b"ab", b"abab", b" a", b" ab"]
+    content = {
+        "config": {
+            "pattern": r"\s?\p{L}+|\p{N}{1,3}|\s+|[^\s\p{L}\p{N}]+",
+            "default_vocab_size": len(tokens) + 4,
+            "default_num_special_tokens": 4,
+        },
+        "vocab": [
+            {"rank": rank, "token_bytes": base64.b64encode(token).decode()}
+            for rank, token in enumerate(tokens)
+        ],
+    }
+    if container == "gguf":
+        # One that llama.cpp has a name for.
+        content["config"]["pattern"] = PUBLISHED["llama-bpe"][0]
+    assert len(tokens) + 4 <= rows
+    (folder / "tekken.json").write_text(json.dumps(content))
+    expected = open_source(str(folder)).tokenizer
+    artifact = convert(
+        Recipe(source=str(folder), format=container, quant=quant), tmp_path / "out", check=False
+    )
+    found = artifact_tokenizer(artifact.main, artifact.container)
+    text = " ababab, 2024</s>é"
+    assert found.encode(text, add_special=True) == expected.encode(text, add_special=True)
+    assert found.encode(" ab") == [4 + 259]
+    assert not (artifact.path / "tekken.json").exists()
+    assert expected.chat_template
+    assert found.chat_template == expected.chat_template
