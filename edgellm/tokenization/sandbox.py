@@ -33,9 +33,7 @@ _LONGEST_SEARCHED = 100_000  # characters, for filters whose search takes the sq
 _WIDE_PERCENT = re.compile(r"%(\([^)]*\))?[#0\- +]*(\*|\d{5,}|\d*\.(\*|\d{5,}))")
 _WIDE_FIELD = re.compile(r"\{[^{}]*(\d{5,}|\{)")
 _FILLING_METHODS = frozenset(("center", "expandtabs", "ljust", "rjust", "zfill"))
-_FILLING_FILTERS = frozenset(
-    ("batch", "center", "indent", "round", "slice", "tojson", "truncate", "wordwrap")
-)
+_FILLING_FILTERS = frozenset(("batch", "center", "indent", "round", "slice", "tojson", "wordwrap"))
 _SEARCHING_FILTERS = frozenset(("striptags", "urlize", "wordwrap"))
 _WRITING_FILTERS = frozenset(
     ("capitalize", "center", "e", "escape", "forceescape", "format", "indent", "join", "lower",
@@ -155,28 +153,23 @@ def _turn(_: Context, written: int) -> None:
 
 @pass_context
 def _made(_: Context, value: Any) -> Any:
-    _weigh(value)
+    current().weight(value)
     return value
 
 
 @pass_context
 def _joined(_: Context, parts: Sequence[Any]) -> str:
     meter = current()
-    meter.text(sum(map(_weigh, parts)))
+    meter.text(sum(map(meter.weight, parts)))
     return "".join(map(str, parts))
 
 
 def _written(value: Any) -> Any:
     """``value``, which is about to be written out."""
     if not isinstance(value, str):
-        current().text(_weigh(value))
+        meter = current()
+        meter.text(meter.weight(value))
     return value
-
-
-def _weigh(value: Any) -> int:
-    if isinstance(value, Namespace):
-        raise endless("a namespace as a text")
-    return current().weight(value)
 
 
 def _bits(value: Any) -> int:
@@ -229,7 +222,7 @@ def _watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if name in _WRITING_FILTERS:
             if name == "join" and not isinstance(value, str | dict):
                 value = list(value)
-            meter.text(_weigh(value))
+            meter.text(meter.weight(value))
             meter.text(_put_between(name, value, more, kwargs))
         if name in _SEARCHING_FILTERS and len(str(value)) > _LONGEST_SEARCHED:
             raise endless(f"more than {_LONGEST_SEARCHED} characters for {name}")
@@ -256,6 +249,13 @@ def _put_between(name: str, value: Any, more: Sequence[Any], kwargs: Mapping[str
 
 def _has_width(value: Any) -> bool:
     return isinstance(value, int | str)
+
+
+class _Namespace(Namespace):
+    """jinja2's, written out without what is in it: two that hold each other have no end."""
+
+    def __repr__(self) -> str:
+        return "<namespace>"
 
 
 class _Generation(Extension):
@@ -307,6 +307,7 @@ def sandbox() -> Sandbox:
     environment.filters.update({_TURN: _turn, _MADE: _made, _JOINED: _joined})
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
+    environment.globals["namespace"] = _Namespace
     # Nobody's chat needs nonsense text, of any length.
     del environment.globals["lipsum"]
     return environment

@@ -43,9 +43,11 @@ class Built:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What a tokenizer class adds to its files: ``pre`` names a row of ``PRE_TOKENIZERS``.
+    """What a tokenizer class adds to its files.
 
-    ``around``: the special tokens before and after a text, by name.
+    ``pre`` names a row of ``PRE_TOKENIZERS``; ``nfc``: accents are composed first. ``before`` and
+    ``after`` a text stand the special tokens of those names, ``special`` are their texts where no
+    config gives any, and ``extra`` the tokens behind those of the file.
     """
 
     pre: str = ""

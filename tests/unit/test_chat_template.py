@@ -123,7 +123,6 @@ def growing(step: str, start: str = "'ab'") -> str:
         (growing("(ns.s, ns.s)", "[1]"), "a list of more than"),
         (growing("{'a': ns.s, 'b': ns.s}", "[1]"), "a list of more than"),
         (growing("dict(a=ns.s, b=ns.s)", "[1]"), "a list of more than"),
-        (growing("namespace(a=ns.s, b=ns.s)", "[1]"), "a namespace"),
         (growing("ns.s.replace('a', 'aa')"), "a text of more than"),
         (growing("ns.s | replace('a', 'aa')"), "a text of more than"),
         (growing("ns.s.join([ns.s, ns.s])"), "more than"),
@@ -218,9 +217,21 @@ def test_long_conversations_are_no_harm() -> None:
     assert text == "".join(str(message["content"]).strip() for message in messages)
 
 
+def test_namespaces_within_namespaces_are_written_short() -> None:
+    # Written out in full, each twice as long as the one inside.
+    step = "namespace(a=ns.s, b=ns.s)"
+    assert rendered(growing(step, "[1]")) == "<namespace>"
+    assert rendered(growing(step).replace("{{ ns.s }}", "{{ [ns.s] }}")) == "[<namespace>]"
+    with pytest.raises(UsageError, match="<namespace>"):
+        rendered(growing(step).replace("{{ ns.s }}", "{{ raise_exception(ns.s) }}"))
+    with pytest.raises(UsageError, match="<namespace>"):
+        rendered(growing(step).replace("{{ ns.s }}", "{{ messages[ns.s].x }}"))
+
+
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
+        ("{{ ('a' * 30000) | truncate(20000) | length }}", "20000"),
         ("{% for a, b in [(1, 2), (3, x)] %}{{ loop.last }}{{ a }}{{ b }}{% endfor %}",
          "False12True37"),
         ("{% for a in [x] recursive %}{{ a }}{{ loop([a - 1]) if a > 5 }}{% endfor %}", "765"),
