@@ -19,6 +19,7 @@ from edgellm.export.gguf_head import ARCHITECTURE, StoredTensor, gguf_head
 from edgellm.export.gguf_mixture import MIXTURES, Choice, chooser, quantizable
 from edgellm.export.layout import Container, Layout, OutputTensor, StoredArray
 from edgellm.export.packing import PACKERS
+from edgellm.generation_defaults import sampling_keys
 from edgellm.lora.lineage import BASE_MODEL, gguf_lineage
 from edgellm.tensors import TensorRef, constant
 
@@ -92,6 +93,7 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
         "general.file_type": types.mixture.file_type,
         "general.quantization_version": int(GGML_QUANT_VERSION),
         **gguf_keys(stated, stored_as),
+        **sampling_keys(source.generation),
         **words,
     }
     head = gguf_head(metadata, [_entry(ref, choice) for ref, choice in stored])

@@ -31,6 +31,10 @@ SMALL_FILES = frozenset(
         "README.md",
     }
 )
+OLDER_TOKENIZERS = re.compile(
+    r"spiece\.model|tekken\.json|vocab\.txt|tiktoken\.model|[^/]+\.tiktoken"
+)
+"""Of folders without a tokenizer.json, beside those in ``SMALL_FILES``; some are large."""
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 VARIANT = re.compile(r"model\.(?P<dtype>fp32|bf16|fp16)\.safetensors")
 """What transformers calls the only file of a model that was saved with ``variant=``."""
@@ -62,7 +66,9 @@ def needed_files(wanted: HubId, names: Collection[str]) -> list[str]:
         chosen = [SINGLE] if SINGLE in names else _one_variant(wanted, weights)
     if chosen:
         templates = [name for name in names if name.startswith(f"{TEMPLATE_FOLDER}/")]
-        return sorted([*chosen, *templates, *SMALL_FILES.intersection(names)])
+        older = [name for name in names if OLDER_TOKENIZERS.fullmatch(name)]
+        tokenizer = [] if "tokenizer.json" in names else older
+        return sorted([*chosen, *templates, *tokenizer, *SMALL_FILES.intersection(names)])
     if ggufs:
         raise HubError(
             f"{wanted.repo} holds {len(ggufs)} GGUF files: name one, such as "

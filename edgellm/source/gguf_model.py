@@ -9,6 +9,7 @@ from edgellm.architectures import config_from_gguf, family_of
 from edgellm.architectures.config import Config
 from edgellm.architectures.gguf_rows import as_checkpoint_stores
 from edgellm.errors import TensorError
+from edgellm.generation_defaults import generation_from_gguf
 from edgellm.lora import lineage
 from edgellm.quant import floats, ggml
 from edgellm.source.gguf_file import GgufFile, GgufTensor, read_gguf_model
@@ -74,6 +75,7 @@ def open_gguf(
         tensors=tensors,
         tokenizer=tokenizer,
         weight_files=stored.files,
+        generation=generation_from_gguf(general, tokenizer.eos_token_ids),
         licence=str(general.get("general.license", "")),
         url=str(next((general[key] for key in URL_KEYS if key in general), "")),
         provenance=general,

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import AddedToken, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from edgellm.errors import SourceError, UnsupportedTokenizer
+from edgellm.tokenization.gguf_words import MARK
+from edgellm.tokenization.pieces import SPACE, Pieces, add_cut_tokens, backend_of, bpe_model
 from edgellm.tokenization.pre_tokenizers import PRE_TOKENIZERS, build
-from edgellm.tokenization.tokenizer import Settings, Tokenizer
+from edgellm.tokenization.tokenizer import Settings, Tokenizer, add_surroundings
 from edgellm.tokenization.vocabulary import (
+    END_KEYS,
     END_TEXTS,
     ID_KEYS,
     PREFIX,
@@ -21,11 +24,18 @@ from edgellm.tokenization.vocabulary import (
     string_list,
 )
 
-SPACE = "▁"
 # What llama.cpp takes where the file says nothing (``llama_vocab::impl::load``).
-_DEFAULT_IDS = {"gpt2": {"bos": 11, "eos": 11}, "llama": {"bos": 1, "eos": 2, "unk": 0}}
+_DEFAULT_IDS = {
+    "gpt2": {"bos": 11, "eos": 11},
+    "llama": {"bos": 1, "eos": 2, "unk": 0},
+    "t5": {"eos": 1, "unk": 2, "pad": 0},
+    "bert": {"bos": 101, "unk": 100, "sep": 102, "pad": 0, "mask": 103},
+}
 _BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0",
-                   "lfm2", "tekken")  # fmt: skip
+                   "lfm2", "jina-v5-nano", "tekken", "chameleon")  # fmt: skip
+# Tokens of models whose <|end|> does not end an answer (gpt-oss, Solar Open).
+_HARMONY = ({"<|return|>", "<|call|>"}, {"<|call|>", "<|flush|>"}, {"<|calls|>", "<|flush|>"})
+_LONGEST_WORD = 1 << 20
 _WAY_OUT = "run the file with --runtime llamacpp, which splits text by its own tokenizer"
 
 
@@ -40,14 +50,17 @@ def read(metadata: Mapping[str, Any]) -> Tokenizer:
     if model == "gpt2":
         backend = _byte_level(kept, vocabulary)
     elif model == "llama":
-        backend = _sentencepiece(kept, vocabulary, settings)
+        backend = _merged_pieces(kept, vocabulary, settings)
+    elif model == "t5":
+        backend = _likely_pieces(kept, vocabulary, settings)
+    elif model == "bert":
+        backend = _words(kept, vocabulary, settings)
     else:
         raise UnsupportedTokenizer(
-            f"{PREFIX}model is {model!r}; edgellm can rebuild gpt2 (byte-level BPE) and llama "
-            f"(SentencePiece BPE): {_WAY_OUT}"
+            f"{PREFIX}model is {model!r}; edgellm can rebuild gpt2 (byte-level BPE), llama and t5 "
+            f"(SentencePiece) and bert (WordPiece): {_WAY_OUT}"
         )
-    _add_tokens(backend, vocabulary)
-    _add_surroundings(backend, settings)
+    add_surroundings(backend, settings.prefix_ids, settings.suffix_ids)
     return Tokenizer(backend, settings, source_metadata=kept)
 
 
@@ -61,7 +74,7 @@ def _settings(metadata: Mapping[str, Any], model: str, vocabulary: Vocabulary) -
         if token_id is not None and 0 <= int(token_id) < count:
             special_ids[name] = int(token_id)
     ends = [special_ids[name] for name in ("eos",) if name in special_ids]
-    for key in ("eot_token_id", "eom_token_id"):
+    for key in END_KEYS:
         token_id = metadata.get(PREFIX + key)
         if token_id is not None and 0 <= int(token_id) < count:
             ends.append(int(token_id))
@@ -70,14 +83,18 @@ def _settings(metadata: Mapping[str, Any], model: str, vocabulary: Vocabulary) -
         for index, kind in enumerate(vocabulary.stored_types)
         if kind == TokenType.CONTROL and vocabulary.tokens[index] in END_TEXTS
     ]
+    texts = {vocabulary.tokens[index]: index for index in ends}
+    if any(pair <= set(texts) for pair in _HARMONY):
+        # There it ends a message of several that make an answer.
+        ends = [index for index in ends if index != texts.get("<|end|>")]
     bos_by_default = model == "llama" or metadata.get(PREFIX + "pre") in _BOS_BY_DEFAULT
-    around = [
-        (special_ids[name],) if add and name in special_ids else ()
-        for name, add in (
-            ("bos", metadata.get(PREFIX + "add_bos_token", bos_by_default)),
-            ("eos", metadata.get(PREFIX + "add_eos_token", False)),
-        )
+    wanted = [
+        ("bos", metadata.get(PREFIX + "add_bos_token", bos_by_default)),
+        ("eos", metadata.get(PREFIX + "add_eos_token", model == "t5")),
     ]
+    if model == "bert":
+        wanted = [("bos", True), ("sep", True)]
+    around = [(special_ids[name],) if add and name in special_ids else () for name, add in wanted]
     templates = {
         key.removeprefix("tokenizer.chat_template").lstrip(".") or "default": str(text)
         for key, text in metadata.items()
@@ -109,104 +126,69 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> Backend:
             )
         merges.append((merge[:cut], merge[cut + 1 :]))
     vocab = {token: index for index, token in enumerate(vocabulary.tokens)}
-    backend = Backend(_bpe(vocab, merges, ignore_merges=row.ignore_merges))
+    backend = Backend(bpe_model(vocab, merges, f"{PREFIX}merges", ignore_merges=row.ignore_merges))
     backend.pre_tokenizer = build(row.splits)
     backend.decoder = decoders.ByteLevel()
+    add_cut_tokens(backend, vocabulary)
     return backend
 
 
-def _sentencepiece(
+def _merged_pieces(
     metadata: Mapping[str, Any], vocabulary: Vocabulary, settings: Settings
 ) -> Backend:
-    """SentencePiece BPE: any two neighbours whose text is a token may merge, best score first."""
-    vocab = {token: index for index, token in enumerate(vocabulary.tokens)}
+    return backend_of(
+        Pieces(
+            vocabulary,
+            unk_id=settings.special_ids.get("unk"),
+            space_prefix=bool(metadata.get(PREFIX + "add_space_prefix", True)),
+            where=f"{PREFIX}scores",
+        )
+    )
+
+
+def _likely_pieces(
+    metadata: Mapping[str, Any], vocabulary: Vocabulary, settings: Settings
+) -> Backend:
+    squeezes = bool(metadata.get(PREFIX + "remove_extra_whitespaces", False))
+    return backend_of(
+        Pieces(
+            vocabulary,
+            unk_id=settings.special_ids.get("unk"),
+            unigram=True,
+            space_prefix=squeezes or bool(metadata.get(PREFIX + "add_space_prefix", False)),
+            squeezes_spaces=squeezes,
+            charsmap=bytes(metadata.get(PREFIX + "precompiled_charsmap", b"")),
+            byte_fallback=False,
+            where=f"the GGUF file ({PREFIX}*)",
+        )
+    )
+
+
+def _words(metadata: Mapping[str, Any], vocabulary: Vocabulary, settings: Settings) -> Backend:
+    vocab: dict[str, int] = {}
+    for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=False)):
+        if kind == TokenType.NORMAL:
+            token = token[1:] if token.startswith(SPACE) else MARK + token
+        vocab[token] = index
     unk = settings.special_ids.get("unk")
-    model = _bpe(
-        vocab,
-        _merges_by_score(vocabulary),
-        byte_fallback=True,
-        fuse_unk=True,
-        unk_token=None if unk is None else vocabulary.tokens[unk],
+    if unk is None or len(vocab) != len(vocabulary.tokens):
+        raise SourceError(
+            f"{PREFIX}tokens are no word list: "
+            + ("no token stands for unknown words" if unk is None else "two of them are the same")
+        )
+    # A word of any length is cut, as llama.cpp does.
+    model = models.WordPiece(
+        vocab, unk_token=vocabulary.tokens[unk], max_input_chars_per_word=_LONGEST_WORD
     )
     backend = Backend(model)
-    replace = normalizers.Replace(" ", SPACE)
-    steps: list[decoders.Decoder] = [
-        decoders.Replace(SPACE, " "),
-        decoders.ByteFallback(),
-        decoders.Fuse(),
-    ]
-    if metadata.get(PREFIX + "add_space_prefix", True):
-        # Run on each stretch of text between special tokens, so each gets its own space.
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace])
-        steps.append(decoders.Strip(" ", 1, 0))
-    else:
-        backend.normalizer = replace
-    backend.decoder = decoders.Sequence(steps)
-    return backend
-
-
-def _merges_by_score(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """Every split of every normal token into two, tokens of better score first.
-
-    Among equals llama.cpp merges from left to right. For runs of one letter (Llama's spaces) that
-    is what the longer left side first comes to; for anything else a list of merges cannot say it,
-    and ``UnsupportedTokenizer`` is raised.
-    """
-    normal = vocabulary.of_type(TokenType.NORMAL)
-    known = {vocabulary.tokens[index] for index in normal}
-    splits: list[tuple[float, int, int, str]] = []
-    whose: dict[float, str] = {}
-    for index in normal:
-        token, score = vocabulary.tokens[index], vocabulary.scores[index]
-        cuts = [
-            cut for cut in range(1, len(token)) if token[:cut] in known and token[cut:] in known
-        ]
-        if not cuts:
-            continue
-        equal = whose.setdefault(score, token)
-        if equal is not token and len({*equal, *token}) > 1:
-            raise UnsupportedTokenizer(
-                f"{PREFIX}scores gives {equal!r} and {token!r} the same score {score}, so the "
-                f"order of merges is lost (an older converter wrote this file): {_WAY_OUT}"
-            )
-        splits += [(-score, -cut, cut - len(token), token) for cut in cuts]
-    splits.sort()
-    return [(token[:-cut], token[-cut:]) for _, cut, _, token in splits]
-
-
-def _bpe(vocab: dict[str, int], merges: list[tuple[str, str]], **options: Any) -> models.BPE:
-    try:
-        return models.BPE(vocab=vocab, merges=merges, **options)
-    except Exception as error:
-        # The library raises bare ``Exception`` and nothing narrower.
-        if type(error) not in (Exception, ValueError):
-            raise
-        raise SourceError(f"{PREFIX}merges and {PREFIX}tokens do not fit: {error}") from error
-
-
-def _add_tokens(backend: Backend, vocabulary: Vocabulary) -> None:
-    """Tokens that are cut out of the text before anything else splits it."""
-    special = vocabulary.of_type(TokenType.CONTROL, TokenType.UNKNOWN)
-    own = vocabulary.of_type(TokenType.USER_DEFINED)
-    for ids, is_special in ((special, True), (own, False)):
-        backend.add_tokens(
-            [
-                AddedToken(vocabulary.tokens[index], normalized=False, special=is_special)
-                for index in ids
-            ]
-        )
-
-
-def _add_surroundings(backend: Backend, settings: Settings) -> None:
-    """A post-processor that says what ``settings`` say, for readers of the tokenizer.json."""
-    ids = (*settings.prefix_ids, *settings.suffix_ids)
-    if not ids:
-        return
-    names = {token_id: backend.id_to_token(token_id) for token_id in ids}
-    before = [names[token_id] for token_id in settings.prefix_ids]
-    after = [names[token_id] for token_id in settings.suffix_ids]
-    backend.post_processor = processors.TemplateProcessing(
-        single=[*before, "$A", *after],
-        pair=[*before, "$A", *after, *(f"{name}:1" for name in before), "$B:1"],
-        special_tokens=[(name, token_id) for token_id, name in names.items()],
+    lower = bool(metadata.get(PREFIX + "normalizer.lowercase", True))
+    backend.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=True,
+        strip_accents=bool(metadata.get(PREFIX + "normalizer.strip_accents", lower)),
+        lowercase=lower,
     )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix=MARK, cleanup=False)
+    add_cut_tokens(backend, vocabulary)
+    return backend

@@ -8,40 +8,22 @@ from typing import Any
 
 import tokenizers
 
-from edgellm.errors import SourceError, UnsupportedTokenizer
+from edgellm.errors import SourceError
 from edgellm.json_file import read_json
 from edgellm.manifest import GENAI_CONFIG
+from edgellm.tokenization import slow_files
+from edgellm.tokenization.added_tokens import add_missing, token_text
+from edgellm.tokenization.to_hf import files as written
 from edgellm.tokenization.tokenizer import SPECIAL_NAMES, Settings, Tokenizer, surroundings
 
 # What travels with a model, beside tokenizer.json.
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 TEMPLATE_FOLDER = "additional_chat_templates"
-# Tokenizers that tokenizer.json replaced, by the file that gives them away.
-_OLDER_KINDS = {
-    "tokenizer.model": "a SentencePiece model",
-    "spiece.model": "a SentencePiece model",
-    "tekken.json": "a tekken vocabulary",
-    "vocab.json": "GPT-2's vocab.json and merges.txt",
-    "vocab.txt": "a WordPiece vocabulary",
-    "qwen.tiktoken": "a tiktoken vocabulary",
-    "tiktoken.model": "a tiktoken vocabulary",
-}
 
 
 def read(folder: Path) -> Tokenizer:
     """The tokenizer of ``folder``: see ``Tokenizer.from_hf_folder``."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise _missing(folder)
-    files = {"tokenizer.json": _bytes(path)}
-    backend = parse(files["tokenizer.json"], str(path))
-    for name in _COMPANIONS:
-        if (folder / name).is_file():
-            files[name] = _bytes(folder / name)
-    for extra in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")):
-        files[f"{TEMPLATE_FOLDER}/{extra.name}"] = _bytes(extra)
-
-    config = {
+    config: Mapping[str, Any] = {
         **_json_object(folder / "special_tokens_map.json"),
         **_json_object(folder / "tokenizer_config.json"),
     }
@@ -50,7 +32,20 @@ def read(folder: Path) -> Tokenizer:
     model = {**(inner if isinstance(inner, dict) else {}), **model}
     generation = _json_object(folder / "generation_config.json")
 
-    if _add_missing(backend, config, folder):
+    path = folder / "tokenizer.json"
+    files: dict[str, bytes] = {}
+    if path.is_file():
+        files["tokenizer.json"] = _bytes(path)
+        backend = parse(files["tokenizer.json"], str(path))
+    else:
+        built = slow_files.read(folder, config, model)
+        if built is None:
+            raise SourceError(
+                f"{folder} has no tokenizer: tokenizer.json is missing. Fetch the model's "
+                f"tokenizer files again; from an older kind of tokenizer, {slow_files.WAY_OUT}"
+            )
+        backend, config = built.backend, built.config
+    if add_missing(backend, config, folder) and files:
         files["tokenizer.json"] = backend.to_str(pretty=True).encode()
     special_ids = _special_ids(backend, config, model)
     # The post-processor alone: with a tokenizer.json, transformers 5 reads neither add_bos_token
@@ -59,16 +54,28 @@ def read(folder: Path) -> Tokenizer:
     eos: list[int] = [special_ids["eos"]] if "eos" in special_ids else []
     # As transformers: the model's config speaks where there is no generation config. Folders of
     # onnxruntime-genai's builder have neither.
-    built = _json_object(folder / GENAI_CONFIG).get("model")
-    said = (generation, model, built if isinstance(built, dict) else {})
+    inside = _json_object(folder / GENAI_CONFIG).get("model")
+    said = (generation, model, inside if isinstance(inside, dict) else {})
     eos += next(filter(None, (_ids(each.get("eos_token_id")) for each in said)), [])
     settings = Settings(
         special_ids=special_ids,
-        eos_token_ids=tuple(dict.fromkeys(eos)),
+        # Configs also name ids that have no token: no model answers with those.
+        eos_token_ids=tuple(
+            token_id for token_id in dict.fromkeys(eos) if backend.id_to_token(token_id) is not None
+        ),
         prefix_ids=prefix,
         suffix_ids=suffix,
         chat_templates=_chat_templates(folder, config),
     )
+    if not files:
+        # Not the older files: beside a tokenizer.json, readers would take rules from them again.
+        files = written(Tokenizer(backend, settings))
+        return Tokenizer(backend, settings, source_files=files)
+    for name in _COMPANIONS:
+        if (folder / name).is_file():
+            files[name] = _bytes(folder / name)
+    for extra in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")):
+        files[f"{TEMPLATE_FOLDER}/{extra.name}"] = _bytes(extra)
     return Tokenizer(backend, settings, source_files=files)
 
 
@@ -86,23 +93,6 @@ def parse(data: bytes, where: str) -> tokenizers.Tokenizer:
         ) from error
 
 
-def _missing(folder: Path) -> SourceError | UnsupportedTokenizer:
-    way_out = (
-        "with transformers and sentencepiece installed, "
-        "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes one"
-    )
-    for name, kind in _OLDER_KINDS.items():
-        if (folder / name).is_file():
-            return UnsupportedTokenizer(
-                f"{folder} holds its tokenizer as {kind} ({name}) and has no tokenizer.json, "
-                f"which edgellm reads: {way_out}"
-            )
-    return SourceError(
-        f"{folder} has no tokenizer: tokenizer.json is missing. Fetch the model's tokenizer files "
-        f"again; from an older kind of tokenizer, {way_out}"
-    )
-
-
 def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -115,56 +105,13 @@ def _json_object(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _text(token: Any) -> str | None:
-    """A token as configs write it: its text, or an object with ``content``."""
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
-def _add_missing(backend: tokenizers.Tokenizer, config: Mapping[str, Any], folder: Path) -> bool:
-    """Add the tokens that only tokenizer_config.json knows, as transformers does; whether any."""
-    decoder = config.get("added_tokens_decoder") or {}
-    if not isinstance(decoder, dict) or not all(key.isdecimal() for key in decoder):
-        raise SourceError(
-            f"{folder}: added_tokens_decoder in tokenizer_config.json is not an object of tokens "
-            "by their ids: fetch it again"
-        )
-    added = False
-    for key, token in sorted(decoder.items(), key=lambda item: int(item[0])):
-        text = _text(token)
-        if text is None:
-            continue
-        token = token if isinstance(token, Mapping) else {}
-        if backend.token_to_id(text) is None:
-            backend.add_tokens(
-                [
-                    tokenizers.AddedToken(
-                        text,
-                        single_word=bool(token.get("single_word")),
-                        lstrip=bool(token.get("lstrip")),
-                        rstrip=bool(token.get("rstrip")),
-                        normalized=bool(token.get("normalized")),
-                        special=bool(token.get("special")),
-                    )
-                ]
-            )
-            added = True
-        if backend.token_to_id(text) != int(key):
-            raise SourceError(
-                f"{folder}: tokenizer_config.json gives the token {text!r} the id {key}, "
-                f"tokenizer.json gives it {backend.token_to_id(text)}"
-            )
-    return added
-
-
 def _special_ids(
     backend: tokenizers.Tokenizer, config: Mapping[str, Any], model: Mapping[str, Any]
 ) -> dict[str, int]:
     """Ids by name, from the tokenizer's config and, failing that, the model's."""
     ids: dict[str, int] = {}
     for name in SPECIAL_NAMES:
-        text = _text(config.get(f"{name}_token"))
+        text = token_text(config.get(f"{name}_token"))
         found = backend.token_to_id(text) if text is not None else None
         if found is None:
             found = next(iter(_ids(model.get(f"{name}_token_id"))), None)

@@ -37,8 +37,13 @@ class LlamaCppTokenizer:
 
         metadata = read_gguf(self.path).metadata
         read_vocabulary(metadata)
-        self._strips_space = metadata.get(PREFIX + "model") == "llama" and metadata.get(
-            PREFIX + "add_space_prefix", True
+        model = metadata.get(PREFIX + "model")
+        prefixes = metadata.get(PREFIX + "add_space_prefix", model == "llama")
+        squeezes = metadata.get(PREFIX + "remove_extra_whitespaces", False)
+        self._strips_space = bool(
+            (model == "llama" and prefixes)
+            or (model == "t5" and (prefixes or squeezes))
+            or model == "bert"
         )
         options = library.llama_model_default_params()
         options.vocab_only = True

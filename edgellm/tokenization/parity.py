@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from edgellm.manifest import Parity
 
 
@@ -20,6 +22,9 @@ class Encoder(Protocol):
         self, text: str, *, add_special: bool = False, parse_special: bool = True
     ) -> list[int]:
         """The ids of ``text``."""
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of ``ids``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,27 +104,23 @@ def check_parity(
     *,
     method: str = "ids of the source and of the artifact",
     limits: Sequence[Limit] = (),
+    decodes: bool = True,
 ) -> Parity:
     """Whether ``a`` and ``b`` give equal ids to every awkward text, each difference as a line.
 
     Every text is encoded bare, with the special tokens of a beginning and an end, and with special
-    tokens in the text taken as plain characters. ``a``'s special tokens are tried inside text. A
-    difference in a text that one of ``limits`` concerns is listed as ``known``, any other as a
-    mismatch.
+    tokens in the text taken as plain characters; the ids of the bare text are decoded again unless
+    ``decodes`` is False. ``a``'s special tokens are tried inside text. A difference in a text that
+    one of ``limits`` concerns is listed as ``known``, any other as a mismatch.
     """
     texts = tuple(dict.fromkeys(cases(a.special_texts)))
     mismatches: list[str] = []
     known: list[str] = []
     for text in texts:
-        for add_special, parse_special in ((False, True), (True, True), (False, False)):
-            ids_a = a.encode(text, add_special=add_special, parse_special=parse_special)
-            ids_b = b.encode(text, add_special=add_special, parse_special=parse_special)
-            if ids_a != ids_b:
-                expected = any(limit.concerns(text) for limit in limits)
-                (known if expected else mismatches).append(
-                    _describe(text, add_special, parse_special, ids_a, ids_b)
-                )
-                break
+        difference = _difference(a, b, text, decodes)
+        if difference is not None:
+            expected = any(limit.concerns(text) for limit in limits)
+            (known if expected else mismatches).append(difference)
     return Parity(
         equal=not mismatches and not known,
         cases=len(texts),
@@ -127,6 +128,22 @@ def check_parity(
         mismatches=_some(mismatches),
         known=_some(known),
     )
+
+
+def _difference(a: Encoder, b: Encoder, text: str, decodes: bool) -> str | None:
+    """The first thing that ``a`` and ``b`` do differently with ``text``, None for nothing."""
+    for add_special, parse_special in ((False, True), (True, True), (False, False)):
+        ids_a = a.encode(text, add_special=add_special, parse_special=parse_special)
+        ids_b = b.encode(text, add_special=add_special, parse_special=parse_special)
+        if ids_a != ids_b:
+            return _describe(text, add_special, parse_special, ids_a, ids_b)
+    ids = a.encode(text) if decodes else []
+    for skip_special in (False, True):
+        back_a, back_b = (each.decode(ids, skip_special) for each in (a, b))
+        if back_a != back_b:
+            how = "" if skip_special else ", special tokens written out"
+            return f"the ids of {text[:60]!r} decoded{how}: {back_a[:60]!r} and {back_b[:60]!r}"
+    return None
 
 
 def _some(differences: list[str]) -> tuple[str, ...]:
@@ -148,6 +165,15 @@ def _describe(
     return (
         f"{text[:60]!r}{how}: from token {start}: "
         f"{ids_a[start : start + _SHOWN_IDS]} and {ids_b[start : start + _SHOWN_IDS]}"
+    )
+
+
+def with_mismatches(parity: Parity, more: Sequence[str]) -> Parity:
+    """``parity`` with ``more`` mismatches."""
+    if not more:
+        return parity
+    return msgspec.structs.replace(
+        parity, equal=False, mismatches=tuple(dict.fromkeys((*parity.mismatches, *more)))
     )
 
 

@@ -4,13 +4,14 @@ A GGUF file holds no pre-tokenizer, only its name (``tokenizer.ggml.pre``); llam
 of regular expressions for each (``src/llama-vocab.cpp``, ``llm_tokenizer_bpe``), applied one after
 the other, each within the pieces of the one before. The rows below say the same in Oniguruma's
 syntax. A name that is missing here is one that llama.cpp does by code of its own (``kimi-k2``,
-``afmoe``) or not on bytes (``gemma4``, ``whitespace``).
+``afmoe``, ``tiny_aya``), by matches without text (``superbpe``) or not on bytes (``gemma4``,
+``whitespace``).
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tokenizers import Regex, pre_tokenizers
@@ -76,17 +77,49 @@ _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
 
 @dataclass(frozen=True, slots=True)
+class Nearness:
+    """Where a row of llama.cpp's only comes near the models' own: for ``what``, in which texts."""
+
+    what: str
+    concerns: Callable[[str], bool]
+
+
+_CASED_OR_MARK = frozenset(("Lu", "Lt", "Ll", "Mn", "Mc", "Me"))
+
+
+def _has_case_or_marks(text: str) -> bool:
+    return any(
+        character > "\x7f" and unicodedata.category(character) in _CASED_OR_MARK
+        for character in text
+    )
+
+
+_CASE_AND_MARKS = Nearness(
+    "capital and small letters outside ASCII and combining marks", _has_case_or_marks
+)
+_CAPITALS = Nearness(
+    "capitals within words and combining marks",
+    lambda text: _has_case_or_marks(text) or not text.islower(),
+)
+_OTHER_SPACES = Nearness(
+    "spaces outside ASCII",
+    lambda text: any(character > "\x7f" and character.isspace() for character in text),
+)
+
+
+@dataclass(frozen=True, slots=True)
 class PreTokenizer:
     """What llama.cpp does for a name: ``splits`` in turn, then GPT-2's bytes-as-letters alphabet.
 
     ``ignore_merges``: a piece that is itself a token is taken whole, whatever the merges say.
     ``trained_splits``: what the models of that name were trained with, where llama.cpp only comes
-    near it; empty where it is exact.
+    near it, ``near`` saying for what; empty where it is exact.
     """
 
     splits: tuple[str, ...]
     ignore_merges: bool = False
     trained_splits: tuple[str, ...] = ()
+    near: Nearness | None = None
 
 
 _GPT2_ROW = PreTokenizer((_GPT2,))
@@ -99,8 +132,13 @@ _DEEPSEEK3_ROW = PreTokenizer((r"\p{N}{1,3}", _CJK, _DEEPSEEK3_WORDS))
 _GPT4O_ROW = PreTokenizer(
     (_cased(_UPPER_LLAMACPP, _LOWER_LLAMACPP, r"\p{N}{1,3}", _CONTRACTION + "?"),),
     trained_splits=(_cased(_UPPER, _LOWER, r"\p{N}{1,3}", _CONTRACTION + "?"),),
+    near=_CASE_AND_MARKS,
 )
 _BLOOM_ROW = PreTokenizer((_BLOOM,))
+_YOUTU_SCRIPTS = r"[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|" + _CJK
+# To llama.cpp's general engine every letter is of every case.
+_ANY_CASE = r"[\p{L}\p{M}]"
+_SPACES_BY_HALVES = "".join(rf"|\s{{{count}}}(?!\S)" for count in (512, 256, 128, 64, 32, 16, 8, 4))
 _BAILING_ROW = PreTokenizer(
     (
         r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -118,16 +156,19 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
         (_cased(_UPPER_LLAMACPP, _LOWER_LLAMACPP, _DIGIT),),
         ignore_merges=True,
         trained_splits=(_cased(_UPPER, _LOWER, _DIGIT),),
+        near=_CASE_AND_MARKS,
     ),
     "gpt-4o": _GPT4O_ROW,
     "deepseek-v3": _DEEPSEEK3_ROW,
     "deepseek-llm": PreTokenizer(
         _deepseek(_DEEPSEEK_SYMBOLS_LLAMACPP, _DEEPSEEK_CJK_LLAMACPP, r"\p{N}+"),
         trained_splits=_deepseek(_DEEPSEEK_SYMBOLS, _DEEPSEEK_CJK, _DIGIT),
+        near=_OTHER_SPACES,
     ),
     "deepseek-coder": PreTokenizer(
         ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_CJK_LLAMACPP, _DIGIT),
         trained_splits=("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_CJK, _DIGIT),
+        near=_OTHER_SPACES,
     ),
     "qwen35": PreTokenizer(
         (
@@ -143,6 +184,60 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "bailingmoe": _BAILING_ROW,
     "ufakzeka": PreTokenizer((_words(_DIGIT, contraction=""),)),
     "minicpm5": PreTokenizer((r"\p{N}{1,3}", _words(r"\p{N}+")), ignore_merges=True),
+    "jais-2": PreTokenizer(
+        (
+            _LLAMA3.removesuffix(r"\s+(?!\S)|\s+").removesuffix("|")
+            + _SPACES_BY_HALVES
+            + r"|\s{1,2}(?!\S)|\s",
+        )
+    ),
+    "spark2_5": PreTokenizer(
+        (
+            r"\p{N}{1,3}",
+            _CJK,
+            _ASCII_PUNCTUATION
+            + r"[A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+|[\r\n]"
+            + r"|\s+(?!\S)|\s+",
+            _DIGIT,
+        )
+    ),
+    "youtu": PreTokenizer(
+        (
+            _YOUTU_SCRIPTS,
+            _cased(_ANY_CASE, _ANY_CASE, _DIGIT, _CONTRACTION + "?"),
+        ),
+        ignore_merges=True,
+        trained_splits=(_YOUTU_SCRIPTS, _cased(_UPPER, _LOWER, _DIGIT, _CONTRACTION + "?")),
+        near=_CAPITALS,
+    ),
+    "exaone-moe": PreTokenizer(
+        (
+            _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
+        )
+    ),
+    "granite-embed-multi-97m": PreTokenizer(
+        (
+            _cased(
+                r"(?:(?=[\p{L}\p{M}])[^a-z])",
+                r"(?:(?=[\p{L}\p{M}])[^A-Z])",
+                r"\p{N}{1,3}",
+                _CONTRACTION + "?",
+            ),
+        ),
+        ignore_merges=True,
+    ),
+    "laguna": PreTokenizer((r"[^\n]+|\n+", _words(_DIGIT))),
+    "chameleon": PreTokenizer(
+        (
+            "<sentinel:[0-9]+>",
+            "(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z",
+            r"([\t\n]|    |  )",
+            _DIGIT,
+            r"[\p{P}!-/:-@\[-`{-~]",
+            _GPT2,
+        )
+    ),
     "bloom": _BLOOM_ROW,
     "viking": PreTokenizer((_BLOOM, _DIGIT)),
     # Other names for the rows above.
@@ -154,7 +249,9 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "pixtral": _LLAMA3_ROW,
     "midm-2.0": _LLAMA3_ROW,
     "lfm2": _LLAMA3_ROW,
+    "jina-v5-nano": _LLAMA3_ROW,
     "glm4": _LLAMA3_ROW,
+    "glm5": _LLAMA3_ROW,
     "chatglm-bpe": _LLAMA3_MERGED_ROW,
     "smaug-bpe": _LLAMA3_MERGED_ROW,
     "starcoder": _DIGITS_GPT2,
@@ -174,6 +271,14 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "exaone4": _GPT2_ROW,
     "trillion": _GPT2_ROW,
     "granite-docling": _GPT2_ROW,
+    "modern-bert": _GPT2_ROW,
+    "jina-es": _GPT2_ROW,
+    "jina-de": _GPT2_ROW,
+    "jina-v2-es": _GPT2_ROW,
+    "jina-v2-de": _GPT2_ROW,
+    "jina-v1-en": _GPT2_ROW,
+    "jina-v2-code": _GPT2_ROW,
+    "roberta-bpe": _GPT2_ROW,
     "deepseek-r1-qwen": _QWEN2_ROW,
     "kormo": _QWEN2_ROW,
     "f2llmv2": _QWEN2_ROW,
@@ -188,6 +293,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "llama4": _GPT4O_ROW,
     "kanana2": _GPT4O_ROW,
     "minimax-m2": _GPT4O_ROW,
+    "talkie": _GPT4O_ROW,
     "poro-chat": _BLOOM_ROW,
     "gpt3-finnish": _BLOOM_ROW,
     "bailingmoe2": _BAILING_ROW,
@@ -209,48 +315,3 @@ def build(splits: tuple[str, ...]) -> pre_tokenizers.PreTokenizer:
         for split in (splits[:-1] if splits[-1] == _GPT2 else splits)
     ]
     return pre_tokenizers.Sequence([*steps, byte_level]) if steps else byte_level
-
-
-# What the splits of pre-tokenizers hang on: kinds of letters, digits, marks, spaces, symbols.
-_PROBE_PIECES = (
-    "a", "b", "Z", "Q", "é", "É", "ß", "ж", "Ж", "ǅ", "ʰ", "中", "文", "の", "カ", "한", "क", "ि",
-    "\u0301", "ب", "1", "2", "3", "७", "２", "½", "Ⅷ", " ", " ", "  ", "\n", "\r\n", "\t",
-    "\u00a0", "\u3000", "'", "'s", "'S", "'ll", "'Re", "’s", ".", ",", "!", "/", "\\", "-", "_",
-    "(", "[", "$", "+", "<", "~", "`", "|", "。", "…", "“", "€", "🙂", "\u200d", "\ufe0f", "word",
-    "Word", "HTTPServer", "x1y", "2024",
-)  # fmt: skip
-_PROBE_LENGTH = 4000
-
-
-def probe_text(length: int = _PROBE_LENGTH) -> str:
-    """A fixed text in which every kind of character meets every other, for telling splits apart."""
-    return "".join(random.Random(20240611).choices(_PROBE_PIECES, k=length))
-
-
-def splits_equal(pre_tokenizer: pre_tokenizers.PreTokenizer, splits: tuple[str, ...]) -> bool:
-    """Whether ``pre_tokenizer`` does to ``probe_text()`` what ``splits`` do to it."""
-    built = build(splits)
-    # Nearly all differences show in the first few words.
-    return all(
-        _pieces(built, text) == _pieces(pre_tokenizer, text)
-        for text in (probe_text(100), probe_text())
-    )
-
-
-def names_of(pre_tokenizer: pre_tokenizers.PreTokenizer) -> Iterator[str]:
-    """The names whose splits (llama.cpp's or the trained ones) equal those of ``pre_tokenizer``.
-
-    Compared by what they do to ``probe_text()``, not by how they are written.
-    """
-    answers: dict[tuple[str, ...], bool] = {}
-    for name, row in PRE_TOKENIZERS.items():
-        for splits in filter(None, (row.trained_splits, row.splits)):
-            if splits not in answers:
-                answers[splits] = splits_equal(pre_tokenizer, splits)
-            if answers[splits]:
-                yield name
-                break
-
-
-def _pieces(pre_tokenizer: pre_tokenizers.PreTokenizer, text: str) -> list[str]:
-    return [piece for piece, _ in pre_tokenizer.pre_tokenize_str(text)]

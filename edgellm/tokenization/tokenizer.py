@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from edgellm.errors import UnsupportedTokenizer
+from edgellm.errors import SourceError, UnsupportedTokenizer
 from edgellm.tokenization import chat
 from edgellm.tokenization.stream import TextStream
 
@@ -69,10 +69,10 @@ class Tokenizer:
 
     @classmethod
     def from_hf_folder(cls, path: str | Path) -> Tokenizer:
-        """The tokenizer of a Hugging Face folder, from its ``tokenizer.json``.
+        """The tokenizer of a Hugging Face folder, from its ``tokenizer.json`` or older files.
 
-        Raises ``UnsupportedTokenizer`` when the folder holds another kind of tokenizer only, and
-        ``SourceError`` when it holds none or a damaged one.
+        Raises ``UnsupportedTokenizer`` when older files do not say enough, and ``SourceError`` when
+        there is none or a damaged one.
         """
         from edgellm.tokenization.from_hf import read
 
@@ -82,7 +82,8 @@ class Tokenizer:
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         """The tokenizer of a GGUF file, from the ``tokenizer.*`` keys of its metadata.
 
-        Gives the ids that llama.cpp gives. Raises ``UnsupportedTokenizer`` for a tokenizer model or
+        Gives the ids that llama.cpp gives (for ``t5`` and ``bert`` models save for what
+        ``gguf_limits`` names). Raises ``UnsupportedTokenizer`` for a tokenizer model or
         pre-tokenizer that cannot be rebuilt, ``SourceError`` for damaged metadata.
         """
         from edgellm.tokenization.from_gguf import read
@@ -140,14 +141,22 @@ class Tokenizer:
         """
         with self._lock:
             self.backend.encode_special_tokens = not parse_special
-            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+            try:
+                ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+            except BaseException as error:
+                raise_if_damaged(error, "a text cannot be split by this tokenizer")
+                raise
         if not add_special:
             return ids
         return [*self.settings.prefix_ids, *ids, *self.settings.suffix_ids]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ``ids``; broken UTF-8 becomes U+FFFD, ids without a token become nothing."""
-        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        try:
+            text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        except BaseException as error:
+            raise_if_damaged(error, "ids cannot be decoded by this tokenizer")
+            raise
         return text
 
     def decode_stream(self, skip_special: bool = True) -> TextStream:
@@ -228,11 +237,25 @@ class Tokenizer:
 
         The parity check shows what that comes to; any other difference in ids is an error.
         """
-        if self._source_metadata is not None:
-            return ()
         from edgellm.tokenization import to_gguf
 
+        # What was rebuilt from a GGUF file has its ids, save for kinds that only come near them.
+        kept = self._source_metadata
+        if kept is not None and kept.get("tokenizer.ggml.model") not in ("t5", "bert"):
+            return ()
         return to_gguf.limits(self)
+
+
+def raise_if_damaged(error: BaseException, what: str) -> None:
+    """Raise ``SourceError`` for what the ``tokenizers`` library raises about damaged rules.
+
+    That is a bare ``Exception``, and where it did not expect the damage, a panic of its own that is
+    not even one.
+    """
+    if type(error) is Exception or type(error).__name__ == "PanicException":
+        raise SourceError(
+            f"{what}: the tokenizers library says {error}. Its files are damaged: fetch them again"
+        ) from error
 
 
 def surroundings(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -240,14 +263,38 @@ def surroundings(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[
 
     Raises ``UnsupportedTokenizer`` when it does something else to the ids.
     """
-    bare = backend.encode(_PROBE, add_special_tokens=False).ids
-    whole = backend.encode(_PROBE, add_special_tokens=True).ids
+    try:
+        bare = backend.encode(_PROBE, add_special_tokens=False).ids
+        whole = backend.encode(_PROBE, add_special_tokens=True).ids
+    except BaseException as error:
+        raise_if_damaged(error, "a text cannot be split by this tokenizer")
+        raise
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
             return tuple(whole[:start]), tuple(whole[start + len(bare) :])
     raise UnsupportedTokenizer(
         "the tokenizer's post-processor changes the ids of a text instead of putting special "
         "tokens before and after it: edgellm cannot say what it does"
+    )
+
+
+def add_surroundings(
+    backend: tokenizers.Tokenizer, before: Sequence[int], after: Sequence[int]
+) -> None:
+    """Have ``backend`` put the tokens ``before`` and ``after`` around a text, as a post-processor.
+
+    For readers of its tokenizer.json; ``surroundings`` reads it back.
+    """
+    ids = (*before, *after)
+    if not ids:
+        return
+    names = {token_id: backend.id_to_token(token_id) for token_id in ids}
+    first = [names[token_id] for token_id in before]
+    last = [names[token_id] for token_id in after]
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=[*first, "$A", *last],
+        pair=[*first, "$A", *last, *(f"{name}:1" for name in first), "$B:1"],
+        special_tokens=[(name, token_id) for token_id, name in names.items()],
     )
 
 

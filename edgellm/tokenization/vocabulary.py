@@ -20,6 +20,8 @@ ID_KEYS = {
     "cls": "cls_token_id",
     "mask": "mask_token_id",
 }
+# And for ends of an answer beside the eos token: of a turn, and of a message to a tool.
+END_KEYS = ("eot_token_id", "eom_token_id")
 
 
 class TokenType(enum.IntEnum):

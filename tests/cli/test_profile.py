@@ -211,11 +211,11 @@ def test_what_cannot_be_written_is_shown_all_the_same(
 
 
 def test_the_command_is_kept_without_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["edgellm", "profile", "/home/a/q4", "--output=/home/a/x.md"])
-    assert _command() == "edgellm profile q4 --output=x.md"
+    words = ["profile", "/home/a/q4", "--output=/home/a/x.md"]
+    assert _command(words) == "edgellm profile q4 --output=x.md"
     monkeypatch.setattr(os, "sep", "\\")  # Windows takes both
     monkeypatch.setattr(os, "altsep", "/")
-    assert _command() == "edgellm profile q4 --output=x.md"
+    assert _command(words) == "edgellm profile q4 --output=x.md"
 
 
 def test_the_view_takes_no_time_between_cells(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from collections.abc import Sequence
@@ -33,6 +34,19 @@ PUBLISHED: dict[str, list[str]] = {
         r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ],
 }
+_TIKTOKEN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+PUBLISHED |= {
+    "cl100k": [_TIKTOKEN],
+    "dolma2": [_CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + _TAIL],
+    "qwen35": [
+        _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ],
+    "bloom": [r" ?[^(\s|[.,!?…。，、।۔،])]+"],
+}
 PIECES = (
     "a", "b", "Z", "é", "É", "ß", "ж", "Ж", "中", "文", "の", "한", "क", "ि", "\u0301", "ب", "1",
     "2", "७", "２", "½", " ", " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "'", "'s", "'LL",
@@ -40,6 +54,18 @@ PIECES = (
     "word", "Word", "ABc", "2024",
 )  # fmt: skip
 CONTROL = ("<s>", "</s>", "<|im_start|>")
+
+
+def falcon() -> pre_tokenizers.PreTokenizer:
+    """Falcon's pre-tokenizer: it takes bytes for letters before it looks for digits."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Punctuation("contiguous"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.Digits(individual_digits=False),
+            pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+        ]
+    )
 
 
 def random_texts(count: int, seed: int, extra: Sequence[str] = ()) -> list[str]:
@@ -63,12 +89,18 @@ def published_pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
 
 
 def byte_level(
-    pre_tokenizer: pre_tokenizers.PreTokenizer | None = None, *, vocab_size: int = 3000
+    pre_tokenizer: pre_tokenizers.PreTokenizer | None = None,
+    *,
+    vocab_size: int = 3000,
+    borders: bool = False,
 ) -> tokenizers.Tokenizer:
-    """Byte-level BPE; its merges know no borders, so every split that is wrong shows in the ids."""
+    """Byte-level BPE; its merges know no borders, so every split that is wrong shows in the ids.
+
+    ``borders``: no merge crosses a split of ``pre_tokenizer``, as in a vocabulary trained with it.
+    """
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = whole
+    backend.pre_tokenizer = pre_tokenizer if borders and pre_tokenizer else whole
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(CONTROL),
@@ -119,6 +151,69 @@ def sentencepiece(*, space_prefix: bool = True, vocab_size: int = 2500) -> token
     backend.add_special_tokens([AddedToken(text, normalized=False) for text in ("<unk>", *CONTROL)])
     backend.add_tokens([AddedToken("own  token", normalized=False)])
     return backend
+
+
+def sentencepiece_file(kind: str, *, vocab_size: int = 900, **options: Any) -> bytes:
+    """A tokenizer.model that SentencePiece itself trained; ``kind`` is bpe or unigram."""
+    import sentencepiece as library
+
+    marked = ("<s>", "</s>", "\0")
+    corpus = [
+        text
+        for text in [*AWKWARD_TEXTS, *random_texts(700, 2)]
+        if not any(mark in text for mark in marked)
+    ]
+    written = io.BytesIO()
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus),
+        model_writer=written,
+        model_type=kind,
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        num_threads=1,
+        **options,
+    )
+    return written.getvalue()
+
+
+def word_list(*, vocab_size: int = 900) -> bytes:
+    """A vocab.txt that the WordPiece trainer made."""
+    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=special, show_progress=False, min_frequency=1
+    )
+    # As BERT's normalizer leaves them: no control characters.
+    texts = [text.replace("\0", "") for text in [*AWKWARD_TEXTS, *random_texts(300, 6)]]
+    backend.train_from_iterator(texts, trainer)
+    vocab = backend.get_vocab()
+    return "\n".join([*sorted(vocab, key=vocab.__getitem__), ""]).encode()
+
+
+def write_vocabulary(path: Path, keys: dict[str, Any]) -> Path:
+    """A GGUF file with metadata only, which llama.cpp loads as a vocabulary."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in keys.items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
+        add.get(type(value), writer.add_array)(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def slow_folder(path: Path, **files: bytes | dict[str, Any]) -> Path:
+    """A folder of ``files`` by name, a dot written ``__``; objects are written as JSON."""
+    path.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        (path / name.replace("__", ".")).write_bytes(data)
+    return path
 
 
 def changed(backend: tokenizers.Tokenizer, **parts: Any) -> tokenizers.Tokenizer:

@@ -105,6 +105,16 @@ def test_only_what_is_needed_is_chosen(wanted: str, names: list[str], expected: 
     assert needed_files(hub_id, names) == expected
 
 
+@pytest.mark.parametrize("newer", [True, False])
+def test_older_tokenizers_are_fetched_where_there_is_no_newer_one(newer: bool) -> None:
+    older = ["qwen.tiktoken", "spiece.model", "tekken.json", "vocab.txt"]
+    names = ["model.safetensors", "config.json", "original/tokenizer.tiktoken", *older]
+    names += ["tokenizer.json"] if newer else []
+    found = set(needed_files(HubId("org/name"), names))
+    assert found.isdisjoint(older) if newer else found.issuperset(older)
+    assert "original/tokenizer.tiktoken" not in found
+
+
 @pytest.mark.parametrize(
     ("wanted", "names", "error", "message"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from edgellm.tokenization import AWKWARD_TEXTS, check_parity
 
 
@@ -12,6 +14,7 @@ class Fake:
         self.wrong = wrong
         self.special_texts = special_texts
         self.plain_only = False
+        self.loud = False
 
     def encode(
         self, text: str, *, add_special: bool = False, parse_special: bool = True
@@ -19,6 +22,10 @@ class Fake:
         ids = [*([1] if add_special else []), *map(ord, text)]
         errs = self.wrong in text and not (self.plain_only and parse_special)
         return [*ids, 2] if errs else ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        text = "".join(map(chr, ids))
+        return text.upper() if self.loud and not skip_special else text
 
 
 def test_equal_tokenizers() -> None:
@@ -72,3 +79,11 @@ def test_the_awkward_texts_hold_what_is_known_to_go_wrong() -> None:
         assert kind in everything
     assert "" in AWKWARD_TEXTS
     assert any(len(text) > 400 and " " not in text for text in AWKWARD_TEXTS)
+
+
+def test_ids_are_decoded_again() -> None:
+    other = Fake()
+    other.loud = True
+    verdict = check_parity(Fake(), other)
+    assert "'a' decoded, special tokens written out: 'a' and 'A'" in verdict.mismatches[0]
+    assert check_parity(Fake(), other, decodes=False).equal
