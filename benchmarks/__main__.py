@@ -20,6 +20,7 @@ BENCHMARKS = {
     "llamacpp_loop": "prefill and decode through our llama.cpp runtime",
     "onnx_llamacpp": "prefill, decode and KL of our ONNX artifacts against llama.cpp's files",
     "runtime_loops": "prefill and decode through genai, MLX and torch",
+    "families": "what a conversion costs by family, per byte, against Llama's",
     "adapters": "what rounding leaves of a fine-tune, and rsLoRA by llama.cpp's own way",
     "quality": "answers of calibrated GGUF files in llama.cpp against its importance matrix",
     "k_quants": "answers of each k-quant alone, on the matrices that divide, against the same",
