@@ -171,6 +171,34 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     features: tuple[str, ...] = ()
 
 
+class EncoderFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a runtime needs to know to run an encoder; of a model that generates there is none.
+
+    ``task``: ``embeddings``, ``sequence_classification``, ``token_classification`` or
+    ``masked_lm``. ``outputs`` of the graph, the one that answers first. ``max_tokens``: what a text
+    is cut to, the model's own tokens counted. ``padding_token_id`` fills shorter texts of a batch
+    up. ``takes_types``: the graph has an input ``token_type_ids``. ``labels`` by number, and
+    ``scores``: what makes scores of their logits (``softmax``, ``sigmoid``, ``none``).
+    ``pooling``: the vectors of tokens that stand side by side in an embedding, which
+    ``normalized`` says is of length 1. ``lowercase``: of texts, before the tokenizer. ``prompts``
+    by name go before a text, ``default_prompt`` where none is named.
+    """
+
+    task: str
+    outputs: tuple[str, ...]
+    max_tokens: int
+    padding_token_id: int = 0
+    takes_types: bool = False
+    labels: tuple[str, ...] = ()
+    scores: str = "none"
+    mask_token_id: int | None = None
+    pooling: tuple[str, ...] = ()
+    normalized: bool = False
+    lowercase: bool = False
+    prompts: dict[str, str] = {}
+    default_prompt: str = ""
+
+
 class Parity(msgspec.Struct, frozen=True, kw_only=True):
     """Whether source and output split the built-in text of awkward cases into the same ids.
 
@@ -192,6 +220,7 @@ class Digested(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     ``merge``: what was merged into the base while converting. ``merged_before``: adapters that the
     base said had been merged into it already, oldest first. ``kept_adapters`` lie beside the model.
+    ``encoder``: of an encoder, what runs it.
     """
 
     schema_version: int
@@ -213,6 +242,7 @@ class Digested(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     kept_adapters: tuple[KeptEntry, ...] = ()
     calibration: CalibrationEntry | None = None
     tuning: TuningEntry | None = None
+    encoder: EncoderFacts | None = None
 
     def sha256(self) -> str:
         """Digest over the canonical JSON (sorted keys, no spaces) of this part."""
@@ -254,6 +284,11 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
         if self.container != "onnx" or self.manifest is None:
             return None
         return str(self.manifest.artifact.recipe.get("compute") or "f32")
+
+    @property
+    def encoder(self) -> EncoderFacts | None:
+        """What there is to know of an encoder; None for a model that generates text."""
+        return None if self.manifest is None else self.manifest.artifact.encoder
 
 
 def open_artifact(path: str | os.PathLike[str]) -> Artifact:

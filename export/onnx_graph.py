@@ -39,10 +39,14 @@ class GraphBuilder:
     """Collects a graph; every ``node`` call returns the names of the values that it computes.
 
     ``element``: the type that the graph computes in, ``TensorProto.FLOAT`` or ``FLOAT16``.
+    ``name`` is the graph's own.
     """
 
-    def __init__(self, producer_version: str, element: int = TensorProto.FLOAT) -> None:
+    def __init__(
+        self, producer_version: str, element: int = TensorProto.FLOAT, name: str = "decoder"
+    ) -> None:
         self.producer_version = producer_version
+        self.name = name
         self.element = element
         self.tensors: list[OutputTensor] = []
         self.data_bytes = 0
@@ -149,7 +153,7 @@ class GraphBuilder:
     def graph(self) -> onnx.GraphProto:
         """The graph as it is now."""
         initializers = list(self._initializers.values())
-        return helper.make_graph(self._nodes, "decoder", self._inputs, self._outputs, initializers)
+        return helper.make_graph(self._nodes, self.name, self._inputs, self._outputs, initializers)
 
     def opsets(self) -> list[onnx.OperatorSetIdProto]:
         """The operator sets that the nodes come from."""

@@ -137,12 +137,12 @@ class OnnxSession:
         self._errors = errors_of(onnxruntime)
         before = anonymous_ranges()
         try:
-            settings = _session_options(onnxruntime, threads)
+            settings = session_options(onnxruntime, threads)
             if trace is not None:
                 settings.enable_profiling = True
                 settings.profile_file_prefix = trace.prefix
             providers = list(dict.fromkeys((PROVIDERS[device], PROVIDERS["cpu"])))
-            self._session: Any = _open_graph(onnxruntime, path, settings, providers)
+            self._session: Any = open_graph(onnxruntime, path, settings, providers)
         except self._errors as error:
             said = limits.explained(error, self.device)
             raise GenerationError(
@@ -312,7 +312,7 @@ class OnnxSession:
             self._trace.ran(count)
 
 
-def _open_graph(onnxruntime: Any, path: Path, settings: Any, providers: list[str]) -> Any:
+def open_graph(onnxruntime: Any, path: Path, settings: Any, providers: list[str]) -> Any:
     """A session that really has the first of ``providers``, for onnxruntime falls back in silence.
 
     Raises ``GenerationError`` where it has not.
@@ -347,7 +347,8 @@ def session_settings(version: str, threads: int) -> dict[str, str | int]:
     return settings
 
 
-def _session_options(onnxruntime: Any, threads: int) -> Any:
+def session_options(onnxruntime: Any, threads: int) -> Any:
+    """``session_settings`` as onnxruntime takes them."""
     options = onnxruntime.SessionOptions()
     for name, value in session_settings(onnxruntime.__version__, threads).items():
         if isinstance(value, str):

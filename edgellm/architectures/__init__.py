@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from edgellm.architectures.encoders import ENCODERS, REFUSED_ENCODERS, is_encoder
 from edgellm.architectures.family import Family
 from edgellm.architectures.gguf_metadata import config_from_gguf, gguf_keys, rope_factors
 from edgellm.errors import UnsupportedModel
@@ -40,6 +41,7 @@ REFUSED = {
     "llama4": "it is a vision-language model with a mixture of experts",
     "gemma": "it is the first Gemma, whose norms and scales differ from Gemma 3's",
     "gemma2": "it is Gemma 2, whose soft caps edgellm does not compute",
+    **REFUSED_ENCODERS,
 }
 
 
@@ -52,13 +54,18 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if not isinstance(kind, str):
         raise UnsupportedModel(
             f"config.json: the key model_type is {'missing' if kind is None else repr(kind)}; "
-            f"edgellm converts {', '.join(FAMILIES)}"
+            f"edgellm converts {', '.join((*FAMILIES, *ENCODERS))}"
         )
     if kind in FAMILIES:
         family: Family = attribute(FAMILIES[kind])
         return family
+    if is_encoder(config):
+        raise UnsupportedModel(
+            f"model_type {kind!r} is an encoder, which `edgellm convert` writes as ONNX and "
+            f"`edgellm run` runs; this is for models that generate text: {', '.join(FAMILIES)}"
+        )
     if kind in REFUSED:
         raise UnsupportedModel(f"model_type {kind!r} is not converted: {REFUSED[kind]}")
     raise UnsupportedModel(
-        f"model_type {kind!r} is not one that edgellm converts: {suggestion(kind, FAMILIES)}"
+        f"model_type {kind!r} is not one that edgellm converts: {suggestion(kind, (*FAMILIES, *ENCODERS))}"
     )

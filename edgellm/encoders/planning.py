@@ -1,0 +1,124 @@
+"""What converting an encoder will write and cost, known before a weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+import psutil
+
+from edgellm.errors import UnsupportedTarget, UsageError
+from edgellm.export.encoder_onnx import DEFAULT_GRID, lay_out_encoder
+from edgellm.export.layout import Layout
+from edgellm.hardware import detect
+from edgellm.plan import COPIES, seconds_of
+from edgellm.recipe import DEFAULT_SOLVER, Recipe, split_quant
+from edgellm.slabs import slab_bytes
+from edgellm.source.encoder_model import EncoderSource
+
+CONTAINER = "onnx"
+
+NOT_FOR_ENCODERS = {
+    "layout": "it is for --format hf",
+    "fit": "grids are chosen for a size by how a language model's answers change",
+    "bits": "grids are chosen for a size by how a language model's answers change",
+    "kv_cache": "an encoder has no cache",
+    "compute": "its graph computes in f32",
+    "rope_scaling": "its positions are a table",
+    "adapters": "adapters are merged into models that generate text",
+    "merge_base": "adapters are merged into models that generate text",
+    "check_text": "its outputs are compared on built-in texts",
+    "check_tokens": "its outputs are compared on built-in texts",
+    "max_kld": "it does not predict the next token",
+    "max_ppl_increase": "it does not predict the next token",
+    "calibration": "weights are rounded without a calibration text",
+    "calibration_tokens": "weights are rounded without a calibration text",
+    "calibrate_on": "weights are rounded without a calibration text",
+    "imatrix": "weights are rounded without a calibration text",
+    "seed": "weights are rounded without a calibration text",
+    "device": "weights are rounded on the CPU",
+    "tune": "scales are trained for models that generate text",
+}
+"""Fields of a recipe that nothing here would heed, and why."""
+
+
+@dataclass(frozen=True)
+class EncoderPlan:
+    """A resolved recipe for an encoder, the layout it leads to, and what that will take.
+
+    The fields are as in ``plan.Plan``.
+    """
+
+    recipe: Recipe
+    reasons: tuple[str, ...]
+    source: EncoderSource
+    layout: Layout
+    threads: int
+    output_bytes: int
+    peak_memory_bytes: int
+    disk_bytes: int
+    seconds: float
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Facts to be shown: of source and layout."""
+        return (*self.source.notes, *self.layout.notes)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the tensors on disk by number of weights."""
+        return 8 * sum(tensor.nbytes for tensor in self.layout.tensors) / self.layout.weights
+
+
+def plan_encoder(
+    recipe: Recipe, source: EncoderSource, *, threads: int | None = None
+) -> EncoderPlan:
+    """Everything that converting ``source`` by ``recipe`` will do; reads headers alone.
+
+    Raises ``UsageError`` for options that are about models which generate text, and
+    ``UnsupportedTarget`` for other containers and solvers than encoders have.
+    """
+    for name, why in NOT_FOR_ENCODERS.items():
+        if getattr(recipe, name) not in (None, (), False):
+            option = name.replace("_", "-")
+            raise UsageError(
+                f"{source.name} is an encoder ({source.encoder.family}), and {option} means "
+                f"nothing to it: {why}; leave it out"
+            )
+    if recipe.format not in (None, CONTAINER):
+        raise UnsupportedTarget(
+            f"--format {recipe.format}: {source.name} is an encoder ({source.encoder.family}), "
+            f"which edgellm writes as ONNX alone: choose --format {CONTAINER}, or leave it out"
+        )
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads must be at least 1, got {threads}")
+    quant = split_quant(recipe.quant or "")
+    if quant.transforms or quant.solver not in (None, DEFAULT_SOLVER):
+        raise UnsupportedTarget(
+            f"--quant {recipe.quant}: encoders are rounded to nearest, without solvers or "
+            f"transforms that see the model work: choose --quant {quant.grid or DEFAULT_GRID}"
+        )
+    reasons = []
+    if recipe.format is None:
+        reasons.append(f"format {CONTAINER}: encoders are written as ONNX")
+    if not quant.grid:
+        reasons.append(f"grid {DEFAULT_GRID}: the default of encoders")
+    recipe = msgspec.structs.replace(
+        recipe, format=CONTAINER, quant=str(quant._replace(grid=quant.grid or DEFAULT_GRID))
+    )
+    layout = lay_out_encoder(source, recipe)
+    workers = threads or detect().physical_cores.value
+    sizes = {name: len(content) for name, content in layout.files.items()} | layout.data_files
+    output = sum(sizes.values())
+    slabs = workers * COPIES * max(map(slab_bytes, layout.tensors))
+    return EncoderPlan(
+        recipe=recipe,
+        reasons=tuple(reasons),
+        source=source,
+        layout=layout,
+        threads=workers,
+        output_bytes=output,
+        peak_memory_bytes=int(psutil.Process().memory_info().rss + slabs),
+        disk_bytes=output + (1 << 20),
+        seconds=seconds_of(layout, workers),
+    )

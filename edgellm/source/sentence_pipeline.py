@@ -1,0 +1,161 @@
+"""What sentence-transformers does around an encoder, as ``modules.json`` and its kin say it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from edgellm.architectures.config import Config
+from edgellm.errors import SourceError, UnsupportedModel
+from edgellm.json_file import read_json
+
+MODULES: Final = "modules.json"
+SETTINGS: Final = "config_sentence_transformers.json"
+POOLING_CONFIG: Final = "config.json"
+
+Pooling = Literal["cls", "mean", "max", "mean_sqrt_len"]
+
+FLAGS: Final[Mapping[str, Pooling]] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
+}
+"""In the order in which sentence-transformers puts the vectors side by side where several are on.
+"""
+
+OTHER_FLAGS: Final = ("pooling_mode_weightedmean_tokens", "pooling_mode_lasttoken")
+
+
+@dataclass(frozen=True, slots=True)
+class SentencePipeline:
+    """How the vectors of a text's tokens become its embedding.
+
+    ``pooling``: one vector of each kind, side by side. ``normalize``: to length 1. ``lowercase``:
+    of the text, before its tokenizer sees it. ``prompts`` by name are put before a text;
+    ``default_prompt`` names the one that is where nothing is said.
+    """
+
+    pooling: tuple[Pooling, ...] = ("mean",)
+    normalize: bool = False
+    lowercase: bool = False
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineFolder:
+    """What a folder of sentence-transformers holds.
+
+    ``model``: where the encoder lies, the folder itself or one in it. ``max_tokens``: None where
+    the folder says none. ``files`` by relative path, as they are.
+    """
+
+    pipeline: SentencePipeline
+    model: Path
+    max_tokens: int | None
+    files: dict[str, bytes]
+
+
+def read_pipeline(folder: Path) -> PipelineFolder | None:
+    """What sentence-transformers would do with ``folder``; None where it is none of its own.
+
+    Raises ``UnsupportedModel`` for modules and settings that edgellm does not compute.
+    """
+    if not (folder / MODULES).is_file():
+        return None
+    modules = _modules(folder / MODULES)
+    kinds = [kind for kind, _ in modules]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise UnsupportedModel(
+            f"{folder / MODULES} lists {', '.join(kinds)}, and edgellm computes Transformer, "
+            "Pooling and, if it is there, Normalize, in this order: convert the folder of the "
+            "Transformer alone (without modules.json), and compute the rest on its "
+            "last_hidden_state"
+        )
+    model, pooling = folder / modules[0][1], folder / modules[1][1] / POOLING_CONFIG
+    prompts, default_prompt = _prompts(folder / SETTINGS)
+    inner = sorted(model.glob("sentence_*_config.json"))
+    max_tokens, lowercase = _transformer(inner[0]) if inner else (None, False)
+    kept = [folder / MODULES, pooling, folder / SETTINGS, *inner[:1]]
+    return PipelineFolder(
+        SentencePipeline(
+            _pooling(pooling, prompts), "Normalize" in kinds, lowercase, prompts, default_prompt
+        ),
+        model,
+        max_tokens,
+        {
+            file.relative_to(folder).as_posix(): file.read_bytes()
+            for file in kept
+            if file.is_file() and file.is_relative_to(folder)
+        },
+    )
+
+
+def _modules(path: Path) -> list[tuple[str, str]]:
+    """The kinds of the modules in order, and the folder of each."""
+    try:
+        listed = json.loads(path.read_bytes())
+        found = [(str(each["type"]).rpartition(".")[2], str(each["path"])) for each in listed]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SourceError(f"{path} is not a list of modules ({error}): fetch it again") from error
+    for _, inner in found:
+        if Path(inner).is_absolute() or ".." in Path(inner).parts:
+            raise SourceError(f"{path} names a folder outside its own: {inner!r}; it is unsafe")
+    return found
+
+
+def _tracked(path: Path) -> Config:
+    return Config(read_json(path), where=str(path), harmless=(), neutral={})
+
+
+def _pooling(path: Path, prompts: Mapping[str, str]) -> tuple[Pooling, ...]:
+    if not path.is_file():
+        raise SourceError(f"{path} is missing, which says how token vectors become one: fetch it")
+    config = _tracked(path)
+    config.skip("word_embedding_dimension", "embedding_dimension")
+    for flag in OTHER_FLAGS:
+        config.neutral(flag, False)
+    # A prompt's own tokens are then left out of the mean.
+    config.neutral("include_prompt", True, *(() if prompts else (False,)))
+    chosen = [kind for flag, kind in FLAGS.items() if config.flag(flag, False)]
+    if config.has("pooling_mode"):
+        named = config.texts("pooling_mode") if config.lists("pooling_mode") else ()
+        for name in named or (config.text("pooling_mode"),):
+            if name not in FLAGS.values():
+                raise config.refusal("pooling_mode", name, f"one of {', '.join(FLAGS.values())}")
+            chosen += [kind for kind in FLAGS.values() if kind == name]
+    config.refuse_unread()
+    if not chosen:
+        raise UnsupportedModel(
+            f"{path} switches no way of pooling on that edgellm computes: "
+            f"{', '.join(FLAGS.values())}"
+        )
+    return tuple(dict.fromkeys(chosen))
+
+
+def _transformer(path: Path) -> tuple[int | None, bool]:
+    """``max_seq_length``, and whether texts are put in lower case before the tokenizer."""
+    config = _tracked(path)
+    length = config.integer("max_seq_length") if config.has("max_seq_length") else None
+    lowercase = config.flag("do_lower_case", False)
+    config.refuse_unread()
+    return length, lowercase
+
+
+def _prompts(path: Path) -> tuple[dict[str, str], str]:
+    """Prompts by name, and the name of the one that is the default, or nothing."""
+    if not path.is_file():
+        return {}, ""
+    config = _tracked(path)
+    config.skip("__version__", "similarity_fn_name", "model_type")
+    named: dict[str, Any] = config.mapping("prompts") if config.has("prompts") else {}
+    default = config.text("default_prompt_name", "")
+    config.refuse_unread()
+    if default and default not in named:
+        raise SourceError(f"{path}: default_prompt_name is {default!r}, and prompts has none such")
+    prompts = {name: str(text) for name, text in named.items() if text}
+    return prompts, default if default in prompts else ""
