@@ -92,6 +92,11 @@ def open(
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be at least 1, got {threads}")
     artifact = open_artifact(Path(path))
+    if artifact.encoder is not None:
+        raise UnsupportedTarget(
+            f"{artifact.path} is an encoder ({artifact.encoder.task}), which generates no text: "
+            "open it with edgellm.open_encoder, or ask it with `edgellm run`"
+        )
     notes = []
     if artifact.manifest is None:
         notes.append(f"{artifact.path.name} has no manifest: it runs, unverified")

@@ -116,6 +116,7 @@ def _inspect_artifact(artifact: Artifact) -> Inspection:
             "container": made.container,
             "main_file": made.main_file,
             **msgspec.structs.asdict(made.model),
+            **({} if made.encoder is None else msgspec.structs.asdict(made.encoder)),
         },
         tensors=tuple(
             InspectedTensor(

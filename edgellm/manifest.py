@@ -179,9 +179,10 @@ class EncoderFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     is cut to, the model's own tokens counted. ``padding_token_id`` fills shorter texts of a batch
     up. ``takes_types``: the graph has an input ``token_type_ids``. ``labels`` by number, and
     ``scores``: what makes scores of their logits (``softmax``, ``sigmoid``, ``none``).
-    ``pooling``: the vectors of tokens that stand side by side in an embedding, which
-    ``normalized`` says is of length 1. ``lowercase``: of texts, before the tokenizer. ``prompts``
-    by name go before a text, ``default_prompt`` where none is named.
+    ``pooling``: the vectors of tokens that stand side by side in an embedding of
+    ``embedding_size`` values, which ``normalized`` says is of length 1. ``lowercase``: of texts,
+    before the tokenizer. ``prompts`` by name go before a text, ``default_prompt`` where none is
+    named.
     """
 
     task: str
@@ -193,6 +194,7 @@ class EncoderFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     scores: str = "none"
     mask_token_id: int | None = None
     pooling: tuple[str, ...] = ()
+    embedding_size: int = 0
     normalized: bool = False
     lowercase: bool = False
     prompts: dict[str, str] = {}

@@ -361,6 +361,7 @@ def _merge_seconds(source: ModelSource, workers: int) -> float:
 
 def seconds_of(layout: Layout, workers: int) -> float:
     """What rounding and writing ``layout`` takes, roughly."""
+
     def speed(grid: Grid) -> float:
         return BYTES_PER_SECOND.get(grid.name) or BYTES_PER_SECOND[grid.kind]
 

@@ -221,7 +221,8 @@ class EncoderGraph:
 
     def _classes(self, hidden: str) -> None:
         head = self.encoder.head
-        x, shape = hidden, ["batch_size", "sequence_length", len(head.labels)]
+        x = hidden
+        shape: list[int | str] = ["batch_size", "sequence_length", len(head.labels)]
         if head.task == "sequence_classification":
             assert head.dense is not None, head
             x = self._activate("cls.act", self._linear("cls", self._first(hidden)), head.dense)
@@ -244,7 +245,7 @@ class EncoderGraph:
             packer = operators_of(self.grids.head).packer
             table = graph.store("output.weight", [self.tensors[source]], self.grids.head, packer)
         self._product(LOGITS, normed, table, "output.bias")
-        shape = ["batch_size", "sequence_length", self.encoder.vocab_size]
+        shape: list[int | str] = ["batch_size", "sequence_length", self.encoder.vocab_size]
         graph.output(LOGITS, TensorProto.FLOAT, shape)
 
 
@@ -253,4 +254,3 @@ def outputs_of(encoder: Encoder) -> tuple[str, ...]:
     if encoder.head.task != "embeddings":
         return (LOGITS,)
     return (EMBEDDING, HIDDEN, *((POOLED,) if encoder.head.dense else ()))
-

@@ -93,6 +93,11 @@ class OnnxRuntime:
                 f"onnxruntime runs ONNX artifacts made by edgellm, and {artifact.path} is "
                 f"{artifact.container}: choose --runtime llamacpp, or convert it with --format onnx"
             )
+        if artifact.encoder is not None:
+            raise UnsupportedTarget(
+                f"{artifact.path} is an encoder ({artifact.encoder.task}), which generates no "
+                "text: open it with edgellm.open_encoder"
+            )
         hardware = detect()
         device = limits.chosen_device(
             self.capabilities(hardware),

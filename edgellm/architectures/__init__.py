@@ -66,6 +66,5 @@ def family_of(config: Mapping[str, Any]) -> Family:
         )
     if kind in REFUSED:
         raise UnsupportedModel(f"model_type {kind!r} is not converted: {REFUSED[kind]}")
-    raise UnsupportedModel(
-        f"model_type {kind!r} is not one that edgellm converts: {suggestion(kind, (*FAMILIES, *ENCODERS))}"
-    )
+    near = suggestion(kind, (*FAMILIES, *ENCODERS))
+    raise UnsupportedModel(f"model_type {kind!r} is not one that edgellm converts: {near}")

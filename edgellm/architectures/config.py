@@ -190,7 +190,7 @@ class Config:
                 raise self.refusal(key, value, "a list of finite numbers")
         return tuple(float(item) for item in value)
 
-    def mapping(self, key: str) -> Mapping[str, Any]:
+    def mapping(self, key: str) -> dict[str, Any]:
         """The object at ``key`` as it is, its keys not tracked."""
         value = self._take(key, REQUIRED)
         if not isinstance(value, Mapping):

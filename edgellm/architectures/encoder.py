@@ -177,7 +177,7 @@ def read_labels(config: Config) -> tuple[tuple[str, ...], Scores]:
 
     transformers leaves the names out where they are its own, ``LABEL_0`` and ``LABEL_1``.
     """
-    labels = ("LABEL_0", "LABEL_1")
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
     if config.has("id2label"):
         named = config.mapping("id2label")
         if sorted(named) != sorted(str(index) for index in range(len(named))) or not named:

@@ -41,9 +41,7 @@ def tensors(encoder: Encoder) -> Iterator[TensorRow]:
         yield from product("roberta.pooler.dense", "cls", hidden, hidden)
     elif head.task == "sequence_classification":
         yield from product("classifier.dense", "cls", hidden, hidden)
-        yield from product(
-            "classifier.out_proj", "cls.output", len(head.labels), hidden, "head"
-        )
+        yield from product("classifier.out_proj", "cls.output", len(head.labels), hidden, "head")
     elif head.task == "token_classification":
         yield from product("classifier", "cls.output", len(head.labels), hidden, "head")
 

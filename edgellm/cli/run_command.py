@@ -28,6 +28,7 @@ STOPPED = 130
 
 
 def run(
+    parameters: typer.Context,
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="A folder made by convert, or any .gguf file.")
     ],
@@ -140,6 +141,9 @@ def run(
     everything else goes to stderr. Without a prompt, on a terminal, it is a chat: Ctrl-C stops the
     answer, /help lists what else can be typed. A pipe into stdin is taken as the prompt.
 
+    An encoder takes texts, each an argument or a line of stdin, and gives a line of JSON for each:
+    its embedding, its labels with scores, or the words for what is masked.
+
     \b
     Examples:
       edgellm run small "Why is the sky blue?"
@@ -151,7 +155,23 @@ def run(
       cat page.md | edgellm run small --system "Correct it." --draft lookup
       edgellm run small --load-session talk --save-session talk
       edgellm run small "Name a prime." --json | jq .decode_tokens_per_s
+      edgellm run embedder "A text." "Another one." | jq .embedding
     """
+    from edgellm.cli.run_encoder import is_encoder, run_encoder
+
+    if is_encoder(path):
+        run_encoder(
+            parameters,
+            path,
+            [*([] if prompt is None else [prompt]), *(words or ())],
+            device=device,
+            threads=threads,
+            verify=verify,
+            runtime=runtime,
+            stats=stats,
+            as_json=as_json,
+        )
+        return
     if prompt and words:  # a question without quotes
         prompt = " ".join((prompt, *words))
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):

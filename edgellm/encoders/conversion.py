@@ -189,6 +189,7 @@ def encoder_facts(plan: EncoderPlan) -> EncoderFacts:
         common,
         mask_token_id=None,
         pooling=pipeline.pooling,
+        embedding_size=encoder.hidden_size * len(pipeline.pooling),
         normalized=pipeline.normalize,
         lowercase=pipeline.lowercase,
         prompts=dict(pipeline.prompts),

@@ -8,7 +8,6 @@ from os import PathLike
 from typing import Any, Self, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from edgellm.errors import UnsupportedTarget, UsageError
 from edgellm.manifest import Artifact, EncoderFacts, open_artifact
@@ -128,7 +127,9 @@ class EncoderModel:
         self._check_task("embeddings")
         found = [result.embedding for result in self.ask(texts, prompt=prompt, batch=batch)]
         vectors = [vector for vector in found if vector is not None]
-        return np.stack(vectors) if vectors else np.empty((0, 0), np.float32)
+        return (
+            np.stack(vectors) if vectors else np.empty((0, self.facts.embedding_size), np.float32)
+        )
 
     def ask(
         self,
@@ -260,9 +261,11 @@ def scores_of(logits: Values, kind: str) -> Values:
     if kind == "none":
         return logits
     if kind == "sigmoid":
-        return 1 / (1 + np.exp(-logits))
-    powers: npt.NDArray[np.float32] = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
+        found: Values = np.reciprocal(1 + np.exp(-logits))
+        return found
+    powers: Values = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    powers /= powers.sum(axis=-1, keepdims=True)
+    return powers
 
 
 def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -270,4 +273,3 @@ def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lambda place: lengths[place])
     for start in range(0, len(order), size):
         yield order[start : start + size]
-

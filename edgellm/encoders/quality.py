@@ -80,8 +80,7 @@ def _words_of(document: Document) -> str:
 
 
 def check_runs(model: EncoderModel) -> dict[str, Any]:
-    """What a new artifact makes of one text; raises ``VerificationError`` for what is not finite.
-    """
+    """What a new artifact makes of one text; raises ``VerificationError`` if not finite."""
     output = model.facts.outputs[0]
     (values,) = model.run([model.encode(CHECK_TEXT)], [output])
     if not np.isfinite(values).all():
@@ -171,7 +170,7 @@ def vectors_of(
             found.append(values)
         else:
             found += [row[: len(each.ids)] for row, each in zip(values, batch, strict=True)]
-        progress(ProgressEvent("evaluate", "texts", start + len(batch), len(encoded)))
+        progress(ProgressEvent("evaluate", "texts", 0, 0, start + len(batch), len(encoded)))
     return np.concatenate(found)
 
 

@@ -45,9 +45,7 @@ def holds_encoder(folder: Path) -> bool:
     return config.is_file() and is_encoder(read_json(config))
 
 
-def open_encoder_folder(
-    folder: Path, *, ignore_config_keys: Collection[str] = ()
-) -> EncoderSource:
+def open_encoder_folder(folder: Path, *, ignore_config_keys: Collection[str] = ()) -> EncoderSource:
     """The encoder in ``folder``; headers and the tokenizer are read, weights are not.
 
     Weights are read only where a head that should be tied is stored too, to compare the two.
@@ -110,9 +108,7 @@ def open_encoder_folder(
     )
 
 
-def _canonical(
-    stored: Mapping[str, TensorRef], family: EncoderFamily
-) -> dict[str, TensorRef]:
+def _canonical(stored: Mapping[str, TensorRef], family: EncoderFamily) -> dict[str, TensorRef]:
     """Tensors by the names of a checkpoint with a head, whichever it is and however old."""
     renamed = {}
     for name, ref in stored.items():

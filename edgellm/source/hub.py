@@ -40,8 +40,13 @@ SMALL_FILES = frozenset(
         "chat_template.jinja",
         "chat_template.json",
         "README.md",
+        # Of encoders, and what sentence-transformers does around them.
+        "vocab.txt",
+        "modules.json",
+        "config_sentence_transformers.json",
     }
 )
+SENTENCE_FILES = re.compile(r"sentence_[\w-]+_config\.json|\d+_[A-Za-z]+/config\.json")
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -139,7 +144,8 @@ def needed_files(wanted: HubId, names: Collection[str]) -> list[str]:
         chosen = [SINGLE] if SINGLE in names else weights
     if chosen:
         templates = [name for name in names if name.startswith(f"{TEMPLATE_FOLDER}/")]
-        return sorted([*chosen, *templates, *SMALL_FILES.intersection(names)])
+        around = [name for name in names if SENTENCE_FILES.fullmatch(name)]
+        return sorted([*chosen, *templates, *around, *SMALL_FILES.intersection(names)])
     if ggufs:
         raise HubError(
             f"{wanted.repo} holds {len(ggufs)} GGUF files: name one, such as "

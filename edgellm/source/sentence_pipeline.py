@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from edgellm.architectures.config import Config
 from edgellm.errors import SourceError, UnsupportedModel
@@ -152,7 +152,7 @@ def _prompts(path: Path) -> tuple[dict[str, str], str]:
         return {}, ""
     config = _tracked(path)
     config.skip("__version__", "similarity_fn_name", "model_type")
-    named: dict[str, Any] = config.mapping("prompts") if config.has("prompts") else {}
+    named = config.mapping("prompts") if config.has("prompts") else {}
     default = config.text("default_prompt_name", "")
     config.refuse_unread()
     if default and default not in named:

@@ -31,10 +31,12 @@ _OLDER_KINDS = {
 def read(folder: Path) -> Tokenizer:
     """The tokenizer of ``folder``: see ``Tokenizer.from_hf_folder``."""
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise _missing(folder)
-    files = {"tokenizer.json": _bytes(path)}
-    backend = parse(files["tokenizer.json"], str(path))
+    if path.is_file():
+        files = {"tokenizer.json": _bytes(path)}
+        backend = parse(files["tokenizer.json"], str(path))
+    else:
+        backend = _from_vocabulary(folder)
+        files = {"tokenizer.json": backend.to_str(pretty=True).encode()}
     for name in _COMPANIONS:
         if (folder / name).is_file():
             files[name] = _bytes(folder / name)
@@ -86,6 +88,15 @@ def parse(data: bytes, where: str) -> tokenizers.Tokenizer:
             f"{where} cannot be read: {error}; it may be cut short, or written for a newer version "
             f"of the tokenizers library than the installed {tokenizers.__version__}"
         ) from error
+
+
+def _from_vocabulary(folder: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of an older kind that can be built here; raises what ``_missing`` says."""
+    from edgellm.tokenization.from_vocab import build, can_build
+
+    if not can_build(folder, _json_object(folder / "config.json")):
+        raise _missing(folder)
+    return build(folder, _json_object(folder / "tokenizer_config.json"))
 
 
 def _missing(folder: Path) -> SourceError | UnsupportedTokenizer:

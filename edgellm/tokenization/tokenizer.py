@@ -161,9 +161,7 @@ class Tokenizer:
             return ids
         return [*self.settings.prefix_ids, *ids, *self.settings.suffix_ids]
 
-    def encode_whole(
-        self, text: str, second: str | None = None, *, max_tokens: int
-    ) -> EncodedText:
+    def encode_whole(self, text: str, second: str | None = None, *, max_tokens: int) -> EncodedText:
         """``text``, or it and a ``second``, with the model's own tokens, in ``max_tokens`` of them.
 
         Of a pair the longer one is cut, as transformers does. Special tokens written in a text are

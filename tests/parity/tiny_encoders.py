@@ -76,8 +76,9 @@ MODELS: dict[str, TinyEncoder] = {
     "distilbert-tokens": TinyEncoder("DistilBertForTokenClassification", _DISTIL | _THREE),
     "distilbert-masked": TinyEncoder("DistilBertForMaskedLM", _DISTIL),
     # Rows that groups of 32 and 64 divide.
-    "bert-64": TinyEncoder("BertModel", _BERT | {"hidden_size": 64, "intermediate_size": 128,
-                                                 "num_attention_heads": 4}),
+    "bert-64": TinyEncoder(
+        "BertModel", _BERT | {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    ),
     "bert-64-masked": TinyEncoder(
         "BertForMaskedLM",
         _BERT | {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4},
@@ -169,9 +170,7 @@ def load(folder: Path) -> Any:
     config = json.loads((folder / "config.json").read_text())
     real = getattr(transformers, config["architectures"][0])
     with quiet():
-        return real.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
+        return real.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def outputs(model: Any, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
