@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 FAILED = 9
 
+ENCODER_TOKENS = 128
+"""Length of the texts that encoders are measured on, where none is named."""
+
 DEAREST = 10
 """Kinds of operators that are shown."""
 
@@ -45,6 +48,9 @@ def profile(
     depth: Annotated[
         str, typer.Option(metavar="N,N,...", help="Tokens in the cache before the prompt.")
     ] = "0",
+    batch: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Texts at a time, of encoders.")
+    ] = "1",
     threads: Annotated[
         str | None, typer.Option(metavar="N,N,...", help="Default: the physical cores.")
     ] = None,
@@ -89,6 +95,9 @@ def profile(
     answer's; docs/profiling.md says what each figure counts. A cell that fails is a row with its
     reason; Ctrl-C keeps what was measured.
 
+    Of encoders: how long a batch of texts takes (--prompt-tokens long each, 128 by default; more of
+    them with --batch), in this process.
+
     \b
     Examples:
       edgellm profile small
@@ -96,8 +105,10 @@ def profile(
       edgellm profile small --runtime all --threads 1,2
       edgellm profile small --prompt-tokens 128,2048 --depth 0,4096 --budget 5m
       edgellm profile small.gguf --kv-cache f16,q8_0 --operators
+      edgellm profile embedder --prompt-tokens 16,128 --batch 1,16
       edgellm profile small --json | jq '.cells[].decode_tokens_per_s.median'
     """
+    from edgellm.cli.profile_encoder import are_encoders, profile_encoder
     from edgellm.profiling.matrix import Asked
     from edgellm.profiling.measuring import ROUNDS, Effort
     from edgellm.profiling.measuring import profile as measure
@@ -111,6 +122,23 @@ def profile(
         raise UsageError(f"--warmup {warmup}: choose 0 or more")
     if trace is not None and not operators:
         raise UsageError("--trace is for the traces of --operators: give both, or leave it out")
+    if are_encoders(paths):
+        given = context.get_parameter_source("prompt_tokens")
+        usual = given is None or given.name == "DEFAULT"
+        profile_encoder(
+            context,
+            paths,
+            text_tokens=(ENCODER_TOKENS,) if usual else _numbers("--prompt-tokens", prompt_tokens),
+            batches=_numbers("--batch", batch),
+            threads=_numbers("--threads", threads) if threads else (None,),
+            repeat=repeat,
+            warmup=warmup,
+            output=output or (),
+            as_json=as_json,
+        )
+        return
+    if batch != "1":
+        raise UsageError("--batch is about encoders, and a model that generates text is measured")
     for path in output or ():
         check_output(path)
     asked = Asked(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -53,7 +53,7 @@ def run_encoder(
     """
     from edgellm.encoders.model import open_encoder
 
-    _refuse_others(context)
+    refuse_others(context, HEEDED)
     if runtime not in (None, RUNTIME):
         raise UsageError(f"--runtime {runtime}: encoders run on {RUNTIME}; leave it out")
     if list(texts) in ([], ["-"]):
@@ -95,11 +95,11 @@ def run_encoder(
         )
 
 
-def _refuse_others(context: typer.Context) -> None:
-    """Raise ``UsageError`` for an option that is about generating text."""
+def refuse_others(context: typer.Context, heeded: Collection[str]) -> None:
+    """Raise ``UsageError`` for an option that was given and is not among those ``heeded``."""
     for name in context.params:
         source = context.get_parameter_source(name)
-        if name not in HEEDED and source is not None and source.name == "COMMANDLINE":
+        if name not in heeded and source is not None and source.name == "COMMANDLINE":
             raise UsageError(
                 f"--{name.replace('_', '-')} is about models that generate text, and this one is "
                 "an encoder: leave it out"

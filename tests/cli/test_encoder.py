@@ -231,3 +231,42 @@ def test_a_nan_in_the_source_is_found(tiny_encoder: TinyEncoder, tmp_path: Path)
     with pytest.raises(TensorError, match=r"encoder\.layer\.1\.output\.dense\.weight"):
         edgellm.convert(folder, tmp_path / "out", quant="f32")
     assert not (tmp_path / "out").exists()
+
+
+def test_profiles_tell_time_for_each_setting(
+    command: Command, artifact: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "profile.json"
+    options = ("--prompt-tokens", "8,40", "--batch", "1,3", "--repeat", "4", "--warmup", "0")
+    done = command("profile", artifact("bert"), artifact("bert-masked"), *options, "-o", path)
+    assert done.code == 0
+    assert "texts/s" in done.out
+    found = json.loads(path.read_text())
+    settings = [(each["artifact"], each["text_tokens"], each["batch"]) for each in found["cells"]]
+    assert settings == [
+        (name, tokens, batch)
+        for name in ("bert", "bert-masked")
+        for tokens in (8, 40)
+        for batch in (1, 3)
+    ]
+    for cell in found["cells"]:
+        assert len(cell["batch_s"]["samples"]) == 4
+        per_text = [cell["batch"] / taken for taken in cell["batch_s"]["samples"]]
+        assert cell["texts_per_s"]["samples"] == pytest.approx(per_text)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--depth", "4"), "--depth"),
+        (("--operators",), "--operators"),
+        (("--prompt-tokens", "71"), "at most 70"),
+        (("--output", "x.html"), "json"),
+    ],
+)
+def test_profiles_refuse_what_encoders_have_not(
+    options: tuple[str, ...], said: str, command: Command, artifact: Any
+) -> None:
+    done = command("profile", artifact("bert"), *options)
+    assert done.code in (2, 7)
+    assert said in done.err

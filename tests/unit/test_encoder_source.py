@@ -258,7 +258,7 @@ def test_a_head_without_a_class_is_not_guessed(tmp_path: Path) -> None:
     write_folder(tmp_path, prefix="bert.", extra={"classifier.weight": (2, 8)})
     config = {key: value for key, value in BERT.items() if key != "architectures"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModel, match="classifier.weight.*ForSequenceClassification"):
+    with pytest.raises(UnsupportedModel, match=r"classifier\.weight.*ForSequenceClassification"):
         opened(tmp_path)
 
 
