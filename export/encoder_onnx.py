@@ -43,8 +43,8 @@ ENCODER_NOTES = {
 }
 
 
-def _check_names(recipe: Recipe) -> None:
-    """Refuse grids that other containers have: there is none for encoders but this one."""
+def check_names(recipe: Recipe) -> None:
+    """Raise ``UnsupportedTarget`` for grids of other containers, which encoders have not."""
     asked = {
         "--quant": recipe.grid,
         "--embed": recipe.embed,
@@ -75,7 +75,7 @@ def lay_out_encoder(source: EncoderSource, recipe: Recipe) -> Layout:
         )
     linear = [row.role for row in source.family.tensors(encoder) if row.kind == "linear"]
     roles = [EMBEDDING, *linear, *([HEAD] if has_table else [])]
-    _check_names(recipe)
+    check_names(recipe)
     grids = grids_of(recipe, encoder.head.tied or not has_table, roles, DEFAULT_GRID)
     context_length, notes = capped_context(source.max_tokens, recipe.context)
     graph = GraphBuilder(edgellm.__version__, name="encoder")

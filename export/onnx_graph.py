@@ -39,17 +39,22 @@ class GraphBuilder:
     """Collects a graph; every ``node`` call returns the names of the values that it computes.
 
     ``element``: the type that the graph computes in, ``TensorProto.FLOAT`` or ``FLOAT16``.
-    ``name`` is the graph's own.
+    ``name`` is the graph's own. ``data_bytes``: what another graph has of the data file.
     """
 
     def __init__(
-        self, producer_version: str, element: int = TensorProto.FLOAT, name: str = "decoder"
+        self,
+        producer_version: str,
+        element: int = TensorProto.FLOAT,
+        name: str = "decoder",
+        *,
+        data_bytes: int = 0,
     ) -> None:
         self.producer_version = producer_version
         self.name = name
         self.element = element
         self.tensors: list[OutputTensor] = []
-        self.data_bytes = 0
+        self.data_bytes = data_bytes
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -82,6 +87,10 @@ class GraphBuilder:
             helper.make_node(operator, list(inputs), names, name=name, domain=domain, **attributes)
         )
         return names[0]
+
+    def has(self, value: str) -> bool:
+        """Whether a node computes ``value`` already."""
+        return any(value in node.output for node in self._nodes)
 
     def constant(self, name: str, values: npt.NDArray[Any]) -> str:
         """A small constant kept inside the model file; the same name is stored once."""

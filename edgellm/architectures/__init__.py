@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgellm.architectures.encoders import ENCODERS, REFUSED_ENCODERS, is_encoder
+from edgellm.architectures.encoders import ENCODERS, REFUSED_ENCODERS, SEQ2SEQ
 from edgellm.architectures.family import Family
 from edgellm.architectures.gguf_metadata import config_from_gguf, gguf_keys, rope_factors
 from edgellm.errors import UnsupportedModel
@@ -54,17 +54,18 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if not isinstance(kind, str):
         raise UnsupportedModel(
             f"config.json: the key model_type is {'missing' if kind is None else repr(kind)}; "
-            f"edgellm converts {', '.join((*FAMILIES, *ENCODERS))}"
+            f"edgellm converts {', '.join((*FAMILIES, *ENCODERS, *SEQ2SEQ))}"
         )
     if kind in FAMILIES:
         family: Family = attribute(FAMILIES[kind])
         return family
-    if is_encoder(config):
+    if kind in ENCODERS or kind in SEQ2SEQ:
+        what = "an encoder" if kind in ENCODERS else "an encoder with a decoder"
         raise UnsupportedModel(
-            f"model_type {kind!r} is an encoder, which `edgellm convert` writes as ONNX and "
-            f"`edgellm run` runs; this is for models that generate text: {', '.join(FAMILIES)}"
+            f"model_type {kind!r} is {what}, which `edgellm convert` writes as ONNX and "
+            f"`edgellm run` runs; this is for language models: {', '.join(FAMILIES)}"
         )
     if kind in REFUSED:
         raise UnsupportedModel(f"model_type {kind!r} is not converted: {REFUSED[kind]}")
-    near = suggestion(kind, (*FAMILIES, *ENCODERS))
+    near = suggestion(kind, (*FAMILIES, *ENCODERS, *SEQ2SEQ))
     raise UnsupportedModel(f"model_type {kind!r} is not one that edgellm converts: {near}")

@@ -12,6 +12,7 @@ from edgellm.registry import attribute
 
 if TYPE_CHECKING:
     from edgellm.architectures.encoder import EncoderFamily
+    from edgellm.architectures.seq2seq import Seq2SeqFamily
 
 ENCODERS = {
     "bert": "edgellm.architectures.bert:FAMILY",
@@ -20,15 +21,20 @@ ENCODERS = {
     "distilbert": "edgellm.architectures.distilbert:FAMILY",
 }
 
+SEQ2SEQ = {
+    "t5": "edgellm.architectures.t5:FAMILY",
+    "bart": "edgellm.architectures.bart:FAMILY",
+}
+
 _SEQ2SEQ = (
-    "it is an encoder with a decoder (seq2seq), which edgellm does not convert yet: of encoders it "
-    f"converts {', '.join(ENCODERS)}"
+    "it is an encoder with a decoder (seq2seq), of which edgellm converts "
+    f"{', '.join(SEQ2SEQ)}"
 )
 _RELATIVE = "its attention adds relative positions, which edgellm's encoder graph does not compute"
 
 REFUSED_ENCODERS = {
     **dict.fromkeys(
-        ("t5", "mt5", "umt5", "longt5", "bart", "mbart", "marian", "pegasus", "m2m_100", "led"),
+        ("mt5", "umt5", "longt5", "mbart", "marian", "pegasus", "m2m_100", "led"),
         _SEQ2SEQ,
     ),
     "mpnet": _RELATIVE,
@@ -48,6 +54,17 @@ REFUSED_ENCODERS = {
 def is_encoder(config: Mapping[str, Any]) -> bool:
     """Whether ``config["model_type"]`` names an encoder that edgellm converts."""
     return config.get("model_type") in ENCODERS
+
+
+def is_seq2seq(config: Mapping[str, Any]) -> bool:
+    """Whether ``config["model_type"]`` names an encoder with a decoder that edgellm converts."""
+    return config.get("model_type") in SEQ2SEQ
+
+
+def seq2seq_family_of(config: Mapping[str, Any]) -> Seq2SeqFamily:
+    """The family of an encoder with a decoder; ``KeyError`` for anything else."""
+    family: Seq2SeqFamily = attribute(SEQ2SEQ[config["model_type"]])
+    return family
 
 
 def encoder_family_of(config: Mapping[str, Any]) -> EncoderFamily:

@@ -1,7 +1,8 @@
-"""EncoderSource: an encoder that was described and checked, none of its weights read yet."""
+"""Encoders, alone or with a decoder, described and checked, none of their weights read yet."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,31 +13,26 @@ from edgellm.tensors import TensorRef
 
 if TYPE_CHECKING:
     from edgellm.architectures.encoder import Encoder, EncoderFamily
+    from edgellm.architectures.seq2seq import Seq2Seq, Seq2SeqFamily
     from edgellm.source.sentence_pipeline import SentencePipeline
     from edgellm.tokenization import Tokenizer
 
 
-@dataclass(frozen=True)
-class EncoderSource:
-    """What goes into the conversion of an encoder.
+@dataclass(frozen=True, kw_only=True)
+class FolderSource:
+    """What goes into a conversion, from a folder.
 
-    ``tensors`` by role, ``[out, in]``. ``pipeline``: how token vectors become one, None where the
-    head does not give vectors. ``max_tokens``: of a text, its special tokens among them; what is
-    longer is cut. ``files``: those of sentence-transformers, handed on byte by byte. The rest is as
-    in ``ModelSource``.
+    ``tensors`` by role, ``[out, in]``. ``max_tokens``: of a text, its special tokens among them;
+    what is longer is cut. The rest is as in ``ModelSource``.
     """
 
     name: str
     path: Path
     config: dict[str, Any]
-    family: EncoderFamily
-    encoder: Encoder
-    pipeline: SentencePipeline | None
     max_tokens: int
     tensors: dict[str, TensorRef]
     tokenizer: Tokenizer
     weight_files: tuple[Path, ...]
-    files: dict[str, bytes] = field(default_factory=dict)
     revision: str = ""
     licence: str = ""
     url: str = ""
@@ -49,3 +45,27 @@ class EncoderSource:
     @cached_property
     def _digest(self) -> str:
         return digest_of(self.weight_files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSource(FolderSource):
+    """An encoder.
+
+    ``pipeline``: how token vectors become one, None where the head does not give vectors.
+    ``files``: those of sentence-transformers, handed on byte by byte.
+    """
+
+    family: EncoderFamily
+    encoder: Encoder
+    pipeline: SentencePipeline | None
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seq2SeqSource(FolderSource):
+    """An encoder with a decoder; ``generation`` is generation_config.json, or what the config says
+    of it."""
+
+    family: Seq2SeqFamily
+    model: Seq2Seq
+    generation: Mapping[str, Any] = field(default_factory=dict)
