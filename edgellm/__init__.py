@@ -1,9 +1,9 @@
 """edgellm: quantize language models for the machine in front of you, and run them there.
 
 ``convert`` makes an artifact, ``open`` runs one (``open_encoder`` one that gives embeddings or
-labels), ``verify`` and ``inspect`` look at it, ``profile`` measures it; ``merge`` puts adapters
-into a model's own folder. Importing the package costs nothing: what these need is imported when
-they are called.
+labels, ``open_seq2seq`` one with an encoder and a decoder), ``verify`` and ``inspect`` look at it,
+``profile`` measures it; ``merge`` puts adapters into a model's own folder. Importing the package
+costs nothing: what these need is imported when they are called.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edgellm.prefix_cache import PrefixCache as PrefixCache
     from edgellm.profiling.measuring import profile as profile
     from edgellm.progress import Progress
+    from edgellm.seq2seq.model import open_seq2seq as open_seq2seq
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "open",
     "open_artifact",
     "open_encoder",
+    "open_seq2seq",
     "profile",
     "verify",
 ]
@@ -43,6 +45,7 @@ ON_USE = {
     "open": "edgellm.chat:open",
     "open_artifact": "edgellm.manifest:open_artifact",
     "open_encoder": "edgellm.encoders.model:open_encoder",
+    "open_seq2seq": "edgellm.seq2seq.model:open_seq2seq",
     "profile": "edgellm.profiling.measuring:profile",
     "verify": "edgellm.manifest:verify",
 }

@@ -94,14 +94,10 @@ def convert(
     check_output(out, force=force)
     encoder = find_encoder(recipe, progress=progress)
     if encoder is not None:
-        from edgellm.encoders.conversion import convert_encoder
+        from edgellm.encoders.kinds import convert_found, refuse_imatrix
 
-        if save_imatrix is not None:
-            raise UsageError(
-                f"there is no importance to save in {save_imatrix}: encoders are rounded without a "
-                "calibration text; leave it out"
-            )
-        return convert_encoder(
+        refuse_imatrix(save_imatrix)
+        return convert_found(
             recipe, encoder, out, threads=threads, force=force, check=check, progress=progress
         )
     plan = make_plan(recipe, threads=threads, progress=progress)

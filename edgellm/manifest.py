@@ -11,7 +11,7 @@ from typing import Any, Self
 import msgspec
 
 from edgellm.digests import file_sha256, ranges_sha256
-from edgellm.errors import SourceError, VerificationError
+from edgellm.errors import SourceError, UnsupportedTarget, VerificationError
 from edgellm.json_file import read_json
 
 SCHEMA_VERSION = 1
@@ -201,6 +201,24 @@ class EncoderFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     default_prompt: str = ""
 
 
+class Seq2SeqFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a runtime needs to know to run an encoder with a decoder; of others there is none.
+
+    ``encoder_file`` holds the encoder's graph beside the main file, the decoder's. An answer begins
+    with ``start_token_id`` (and ``first_token_ids``, which are given) and ends with one of
+    ``end_token_ids``; ``suppressed_token_ids`` are never taken. ``max_tokens``: what a text is cut
+    to; ``max_new_tokens``: what an answer has at the most where nobody says.
+    """
+
+    encoder_file: str
+    start_token_id: int
+    end_token_ids: tuple[int, ...]
+    max_tokens: int
+    max_new_tokens: int
+    first_token_ids: tuple[int, ...] = ()
+    suppressed_token_ids: tuple[int, ...] = ()
+
+
 class Parity(msgspec.Struct, frozen=True, kw_only=True):
     """Whether source and output split the built-in text of awkward cases into the same ids.
 
@@ -222,7 +240,7 @@ class Digested(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     ``merge``: what was merged into the base while converting. ``merged_before``: adapters that the
     base said had been merged into it already, oldest first. ``kept_adapters`` lie beside the model.
-    ``encoder``: of an encoder, what runs it.
+    ``encoder``, ``seq2seq``: of an encoder, alone or with a decoder, what runs it.
     """
 
     schema_version: int
@@ -245,6 +263,7 @@ class Digested(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     calibration: CalibrationEntry | None = None
     tuning: TuningEntry | None = None
     encoder: EncoderFacts | None = None
+    seq2seq: Seq2SeqFacts | None = None
 
     def sha256(self) -> str:
         """Digest over the canonical JSON (sorted keys, no spaces) of this part."""
@@ -292,6 +311,11 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
         """What there is to know of an encoder; None for a model that generates text."""
         return None if self.manifest is None else self.manifest.artifact.encoder
 
+    @property
+    def seq2seq(self) -> Seq2SeqFacts | None:
+        """What there is to know of an encoder with a decoder; None for others."""
+        return None if self.manifest is None else self.manifest.artifact.seq2seq
+
 
 def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     """What can be run at ``path``: a folder with a manifest, or a Hugging Face folder, a folder of
@@ -332,6 +356,20 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
         f"{path} is not a GGUF file (it starts with {magic!r}): give an artifact folder or a .gguf "
         "file, or convert the model first with `edgellm convert`"
     )
+
+
+def refuse_encoders(artifact: Artifact) -> None:
+    """Raise ``UnsupportedTarget`` for what is no language model, and say how it is opened."""
+    if artifact.encoder is not None:
+        raise UnsupportedTarget(
+            f"{artifact.path} is an encoder ({artifact.encoder.task}), which generates no text: "
+            "open it with edgellm.open_encoder, or ask it with `edgellm run`"
+        )
+    if artifact.seq2seq is not None:
+        raise UnsupportedTarget(
+            f"{artifact.path} is an encoder with a decoder, which holds no conversation: open it "
+            "with edgellm.open_seq2seq, or ask it with `edgellm run`"
+        )
 
 
 def _genai_graph(folder: Path) -> Path:

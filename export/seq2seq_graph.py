@@ -98,7 +98,7 @@ class Side:
         if model.embedding_scale != 1.0:
             stream = graph.node("Mul", [stream, self.number(model.embedding_scale)], "embd.scaled")
         if model.positions is not None:
-            table = self.float(f"{self.short}.position_embd.weight")
+            table = self.values(f"{self.short}.position_embd.weight")
             skipped = graph.constant("skipped", np.asarray(model.skipped_positions, np.int64))
             rows = graph.node("Add", [self.places(first), skipped], "positions.rows")
             places = graph.node("Gather", [table, rows], "position_embd")
@@ -136,7 +136,7 @@ class Side:
         graph.node("Clip", ["distance", nearest, longest], "distance.near")
         graph.node("Add", ["distance.near", longest], "distance.place")
         graph.node("Gather", [buckets, "distance.place"], "distance.bucket")
-        table = self.float(f"{self.short}.attn_rel_b.weight")
+        table = self.values(f"{self.short}.attn_rel_b.weight")
         graph.node("Gather", [table, "distance.bucket"], "distance.bias")
         graph.node("Transpose", ["distance.bias"], "distance.by_head", perm=[2, 0, 1])
         return graph.node("Unsqueeze", ["distance.by_head", graph.integers(0)], "attention_bias")
@@ -177,13 +177,17 @@ class Side:
         graph, activation = self.graph, self.model.activation
         operator, contrib = {
             "gelu": ("Gelu", True),
-            "gelu_tanh": ("FastGelu", True),
+            "gelu_tanh": ("Gelu", False),
             "silu": ("QuickGelu", True),
             "relu": ("Relu", False),
             "tanh": ("Tanh", False),
         }[activation]
         # QuickGelu is x * sigmoid(alpha * x): SiLU in one operator.
-        attributes = {"alpha": 1.0} if activation == "silu" else {}
+        settings: dict[str, dict[str, Any]] = {
+            "silu": {"alpha": 1.0},
+            "gelu_tanh": {"approximate": "tanh"},
+        }
+        attributes = settings.get(activation, {})
         source = "ffn_gate" if self.model.gated_ffn else "ffn_up"
         wide = self.linear(f"{block}.{source}", x)
         wide = graph.node(operator, [wide], f"{block}.ffn_act", contrib=contrib, **attributes)
@@ -203,7 +207,7 @@ class Side:
         grid = self.grids.of([weight])
         operators = operators_of(grid)
         tensor = self.graph.store(weight, [self.tensors[weight]], grid, operators.packer)
-        bias = self.float(f"{role}.bias") if self.model.biased else None
+        bias = self.values(f"{role}.bias") if self.model.biased else None
         return operators.matmul(self.graph, x, tensor, role, bias)
 
     def norm_alone(self, role: str, x: str) -> str:
@@ -215,11 +219,11 @@ class Side:
     def norm_weights(self, role: str) -> list[str]:
         biased = self.model.norm.kind == "layer"
         return [
-            self.float(f"{role}.weight"),
-            *([self.float(f"{role}.bias")] if biased else ()),
+            self.values(f"{role}.weight"),
+            *([self.values(f"{role}.bias")] if biased else ()),
         ]
 
-    def float(self, role: str) -> str:
+    def values(self, role: str) -> str:
         ref = self.tensors[role]
         tensor = self.graph.store(role, [ref], FLOAT, "float")
         return self.graph.stored(tensor.arrays[0], TensorProto.FLOAT, ref.shape)
@@ -282,9 +286,7 @@ def build_decoder(side: Side) -> None:
         for part in PARTS:
             element, past = TensorProto.FLOAT, side.cache("past_length")
             pasts.append(graph.input(f"past.{index}.{part}", element, past))
-            crossed.append(
-                graph.input(f"cross.{index}.{part}", element, side.cache("text_length"))
-            )
+            crossed.append(graph.input(f"cross.{index}.{part}", element, side.cache("text_length")))
             presents.append(f"present.{index}.{part}")
             graph.output(presents[-1], element, side.cache("total_length"))
         x, stream = side.before(f"{block}.attn_norm", stream, branch)
@@ -315,12 +317,10 @@ def _head(side: Side, x: str) -> None:
     assert table is not None
     if not model.tied_head or grids.head != grids.embed:
         source = "token_embd.weight" if model.tied_head else "output.weight"
-        table = graph.store(
-            "output.weight", [side.tensors[source]], grids.head, operators.packer
-        )
+        table = graph.store("output.weight", [side.tensors[source]], grids.head, operators.packer)
     if model.head_bias:
         product = operators.matmul(graph, x, table, "output.product", None)
-        graph.node("Add", [product, side.float("output.bias")], "logits")
+        graph.node("Add", [product, side.values("output.bias")], "logits")
     else:
         operators.matmul(graph, x, table, "logits", None)
     shape: list[int | str] = ["batch_size", "step_length", model.vocab_size]

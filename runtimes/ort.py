@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from edgellm.errors import GenerationError, UnsupportedTarget
 from edgellm.hardware import Hardware, detect
-from edgellm.manifest import Artifact
+from edgellm.manifest import Artifact, refuse_encoders
 from edgellm.runtimes import limits
 from edgellm.runtimes.huge_pages import HugePages, anonymous_ranges
 from edgellm.runtimes.operators import TracedStep
@@ -93,11 +93,7 @@ class OnnxRuntime:
                 f"onnxruntime runs ONNX artifacts made by edgellm, and {artifact.path} is "
                 f"{artifact.container}: choose --runtime llamacpp, or convert it with --format onnx"
             )
-        if artifact.encoder is not None:
-            raise UnsupportedTarget(
-                f"{artifact.path} is an encoder ({artifact.encoder.task}), which generates no "
-                "text: open it with edgellm.open_encoder"
-            )
+        refuse_encoders(artifact)
         hardware = detect()
         device = limits.chosen_device(
             self.capabilities(hardware),

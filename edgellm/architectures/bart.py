@@ -70,7 +70,10 @@ def tensors(model: Seq2Seq) -> Iterator[TensorRow]:
         yield from norm(f"{source}_layer_norm", f"{role}_norm", hidden)
 
     yield TensorRow("model.shared.weight", "token_embd.weight", (vocab, hidden), "embedding")
-    for side, short, stack in (("encoder", "enc", model.encoder), ("decoder", "dec", model.decoder)):
+    for side, short, stack in (
+        ("encoder", "enc", model.encoder),
+        ("decoder", "dec", model.decoder),
+    ):
         whole = f"model.{side}"
         yield TensorRow(
             f"{whole}.embed_positions.weight",

@@ -27,8 +27,7 @@ SEQ2SEQ = {
 }
 
 _SEQ2SEQ = (
-    "it is an encoder with a decoder (seq2seq), of which edgellm converts "
-    f"{', '.join(SEQ2SEQ)}"
+    f"it is an encoder with a decoder (seq2seq), of which edgellm converts {', '.join(SEQ2SEQ)}"
 )
 _RELATIVE = "its attention adds relative positions, which edgellm's encoder graph does not compute"
 

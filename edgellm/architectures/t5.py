@@ -18,7 +18,7 @@ def read(config: Config) -> Seq2Seq:
     """``feed_forward_proj`` names the activation, with ``gated-`` before it from version 1.1 on.
 
     Whether the head's input is scaled follows from ``tie_word_embeddings``, as in transformers:
-    the first T5 ties and scales, 1.1 does neither; ``scale_decoder_outputs`` says it in new configs.
+    the first T5 ties and scales, 1.1 does neither; new configs say ``scale_decoder_outputs``.
     """
     hidden = config.integer("d_model")
     heads = config.integer("num_heads")
@@ -87,7 +87,10 @@ def tensors(model: Seq2Seq) -> Iterator[TensorRow]:
         )
 
     yield TensorRow("shared.weight", "token_embd.weight", (model.vocab_size, hidden), "embedding")
-    for side, short, stack in (("encoder", "enc", model.encoder), ("decoder", "dec", model.decoder)):
+    for side, short, stack in (
+        ("encoder", "enc", model.encoder),
+        ("decoder", "dec", model.decoder),
+    ):
         assert model.relative is not None
         yield TensorRow(
             f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",

@@ -1,4 +1,4 @@
-"""``edgellm convert`` with an encoder."""
+"""``edgellm convert`` with an encoder, alone or with a decoder."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from edgellm.cli import render
 from edgellm.cli.progress_bar import progress_shown
-from edgellm.errors import UsageError
 
 if TYPE_CHECKING:
-    from edgellm.encoders.planning import EncoderPlan
+    from edgellm.encoders.finding import Found
+    from edgellm.encoders.kinds import AnyPlan
     from edgellm.manifest import Artifact
     from edgellm.recipe import Recipe
-    from edgellm.source.encoder_model import EncoderSource
 
 
 def convert_encoder(
     asked: Recipe,
-    source: EncoderSource,
+    source: Found,
     out: Path | None,
     *,
     threads: int | None,
@@ -29,16 +28,11 @@ def convert_encoder(
     save_imatrix: Path | None,
 ) -> Recipe:
     """Convert ``source`` or show its plan; the recipe with its defaults filled in."""
-    from edgellm.encoders.conversion import carry_out_encoder
-    from edgellm.encoders.planning import plan_encoder
+    from edgellm.encoders.kinds import carry_out_found, plan_found, refuse_imatrix
     from edgellm.export.writer import check_free
 
-    if save_imatrix is not None:
-        raise UsageError(
-            f"there is no importance to save in {save_imatrix}: encoders are rounded without a "
-            "calibration text; leave it out"
-        )
-    plan = plan_encoder(asked, source, threads=threads)
+    refuse_imatrix(save_imatrix)
+    plan = plan_found(asked, source, threads=threads)
     resolved = plan.recipe
     if not as_json:
         render.say(f"{resolved.source} to {resolved.format}, {resolved.quant}")
@@ -50,7 +44,7 @@ def convert_encoder(
         return resolved
     assert out is not None
     with progress_shown(quiet=as_json) as progress:
-        artifact = carry_out_encoder(plan, out, force=force, check=check, progress=progress)
+        artifact = carry_out_found(plan, out, force=force, check=check, progress=progress)
     if as_json:
         render.show_json({"path": artifact.path, "manifest": artifact.manifest})
     else:
@@ -59,8 +53,6 @@ def convert_encoder(
 
 
 def _show_artifact(artifact: Artifact) -> None:
-    from edgellm.encoders.quality import quality_line
-
     assert artifact.manifest is not None
     made, measured = artifact.manifest.artifact, artifact.manifest.measured
     render.say_notes(made.notes)
@@ -68,14 +60,33 @@ def _show_artifact(artifact: Artifact) -> None:
     files = render.count(len(made.files), "file")
     print(f"{artifact.path}: {nbytes} in {files}, checksums in manifest.json")
     if "quality" in measured:
-        render.say_notes([f"outputs: {quality_line(measured['quality'])}"])
+        render.say_notes([_quality(measured["quality"], made.seq2seq is not None)])
     if "skipped" in measured.get("check", {}):
         render.say_notes([f"not tried: {measured['check']['skipped']}"])
     else:
-        render.say(f'ask it: edgellm run {artifact.path} "A text." "Another one."')
+        more = "" if made.seq2seq is not None else ' "Another one."'
+        render.say(f'ask it: edgellm run {artifact.path} "A text."{more}')
 
 
-def _facts(plan: EncoderPlan) -> dict[str, Any]:
+def _quality(found: dict[str, Any], answers: bool) -> str:
+    if answers:
+        from edgellm.seq2seq.quality import quality_line as answers_line
+
+        return f"answers: {answers_line(found)}"
+    from edgellm.encoders.quality import quality_line
+
+    return f"outputs: {quality_line(found)}"
+
+
+def _task(plan: AnyPlan) -> str:
+    """What the model is for, in a word."""
+    from edgellm.source.encoder_model import EncoderSource
+
+    source = plan.source
+    return source.encoder.head.task if isinstance(source, EncoderSource) else "seq2seq"
+
+
+def _facts(plan: AnyPlan) -> dict[str, Any]:
     """What ``--dry-run --json`` prints."""
     return {
         "recipe": plan.recipe,
@@ -89,7 +100,7 @@ def _facts(plan: EncoderPlan) -> dict[str, Any]:
         "convert_s": plan.seconds,
         "threads": plan.threads,
         "notes": plan.notes,
-        "task": plan.source.encoder.head.task,
+        "task": _task(plan),
         "tensors": [
             {
                 "name": tensor.name,
@@ -104,7 +115,7 @@ def _facts(plan: EncoderPlan) -> dict[str, Any]:
     }
 
 
-def _show(plan: EncoderPlan) -> None:
+def _show(plan: AnyPlan) -> None:
     render.show_table(
         ("tensor", "shape", "grid", "size"),
         [
@@ -121,7 +132,7 @@ def _show(plan: EncoderPlan) -> None:
     print()
     render.show_facts(
         [
-            ("task", plan.source.encoder.head.task),
+            ("task", _task(plan)),
             ("tensors", str(len(plan.layout.tensors))),
             ("size", render.size(plan.output_bytes)),
             ("bits per weight", f"{plan.bits_per_weight:.2f}"),

@@ -120,6 +120,10 @@ def _lineage(manifest: Manifest) -> list[tuple[str, str]]:
         from edgellm.encoders.quality import quality_line
 
         lines.append(("outputs", quality_line(measured["quality"])))
+    if made.seq2seq is not None and "quality" in measured:
+        from edgellm.seq2seq.quality import quality_line as answers_line
+
+        lines.append(("answers", answers_line(measured["quality"])))
     return [*lines, ("sha256", manifest.sha256)]
 
 

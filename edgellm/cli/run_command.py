@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -142,7 +143,8 @@ def run(
     answer, /help lists what else can be typed. A pipe into stdin is taken as the prompt.
 
     An encoder takes texts, each an argument or a line of stdin, and gives a line of JSON for each:
-    its embedding, its labels with scores, or the words for what is masked.
+    its embedding, its labels with scores, or the words for what is masked. One with a decoder (T5,
+    BART) answers a text with another, the likeliest unless --temperature is given.
 
     \b
     Examples:
@@ -174,6 +176,35 @@ def run(
         return
     if prompt and words:  # a question without quotes
         prompt = " ".join((prompt, *words))
+    from edgellm.cli.run_seq2seq import is_seq2seq, run_seq2seq
+    from edgellm.sampling import SamplingOptions
+
+    sampling = SamplingOptions(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        seed=seed,
+    )
+    if is_seq2seq(path):
+        given = parameters.get_parameter_source("repeat_penalty")
+        if given is None or given.name == "DEFAULT":  # such a model repeats its text's words
+            sampling = replace(sampling, repeat_penalty=1.0)
+        run_seq2seq(
+            parameters,
+            path,
+            prompt,
+            sampling,
+            max_tokens=max_tokens,
+            device=device,
+            threads=threads,
+            verify=verify,
+            runtime=runtime,
+            stats=stats,
+            as_json=as_json,
+        )
+        return
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         prompt = sys.stdin.read().strip()
         if not prompt:
@@ -188,17 +219,9 @@ def run(
         raise OutputError(f"cannot write {save_session}: there is no folder {save_session.parent}")
     adapters = _adapters(adapter)
     from edgellm.chat import open as open_model
-    from edgellm.sampling import SamplingOptions
 
     answering: dict[str, Any] = {
-        "sampling": SamplingOptions(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repeat_penalty=repeat_penalty,
-            seed=seed,
-        ),
+        "sampling": sampling,
         "max_tokens": max_tokens,
         "stop": tuple(stop or ()),
     }

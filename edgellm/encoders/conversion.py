@@ -1,18 +1,21 @@
-"""Convert an encoder: its plan carried out into an artifact, checked, with a manifest."""
+"""Convert an encoder, alone or with a decoder: its plan carried out, checked, with a manifest."""
 
 from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic
 
 import msgspec
 
 from edgellm import registry
 from edgellm.conversion import tensor_entry, tool_versions
 from edgellm.digests import file_sha256
-from edgellm.encoders.planning import EncoderPlan, plan_encoder
+from edgellm.encoders.planning import EncoderPlan, FolderPlan, Source
 from edgellm.encoders.quality import check_encoder
 from edgellm.errors import VerificationError
 from edgellm.export.encoder_graph import outputs_of
@@ -29,35 +32,29 @@ from edgellm.manifest import (
     Manifest,
     ModelFacts,
     Parity,
+    Seq2SeqFacts,
     open_artifact,
 )
 from edgellm.parallel import one_blas_thread
 from edgellm.progress import Progress, ProgressEvent, unwatched
 from edgellm.quant import SOLVERS
-from edgellm.recipe import Recipe
 from edgellm.slabs import Solve, write_tensors
 from edgellm.source.encoder_model import EncoderSource
 from edgellm.tokenization import artifact_parity
 
 
-def convert_encoder(
-    recipe: Recipe,
-    source: EncoderSource,
-    out: Path,
-    *,
-    threads: int | None = None,
-    force: bool = False,
-    check: bool = True,
-    progress: Progress = unwatched,
-) -> Artifact:
-    """The artifact of the encoder ``source`` that ``recipe`` asks for, in the folder ``out``.
+@dataclass(frozen=True, slots=True)
+class Kind(Generic[Source]):
+    """What one kind of model needs beside its plan.
 
-    ``check`` runs the result and compares its outputs with the float ones. Raises any
-    ``EdgeError``; then nothing is left at ``out``, and an older artifact there is untouched.
+    ``model``: the facts that all manifests have; ``encoder`` or ``seq2seq``: those of its own.
+    ``check``: what the manifest says of a new artifact when it was run (``check``, ``quality``).
     """
-    check_output(out, force=force)
-    plan = plan_encoder(recipe, source, threads=threads)
-    return carry_out_encoder(plan, out, force=force, check=check, progress=progress)
+
+    model: Callable[[FolderPlan[Source]], ModelFacts]
+    check: Callable[[FolderPlan[Source], Artifact, Progress], dict[str, dict[str, Any]]]
+    encoder: Callable[[FolderPlan[Source]], EncoderFacts | None] = lambda plan: None
+    seq2seq: Callable[[FolderPlan[Source]], Seq2SeqFacts | None] = lambda plan: None
 
 
 def carry_out_encoder(
@@ -68,7 +65,24 @@ def carry_out_encoder(
     check: bool = True,
     progress: Progress = unwatched,
 ) -> Artifact:
-    """The artifact of a plan that was made before; see ``convert_encoder``."""
+    """The artifact of a plan that was made before; see ``carry_out``."""
+    return carry_out(plan, ENCODER, out, force=force, check=check, progress=progress)
+
+
+def carry_out(
+    plan: FolderPlan[Source],
+    kind: Kind[Source],
+    out: Path,
+    *,
+    force: bool = False,
+    check: bool = True,
+    progress: Progress = unwatched,
+) -> Artifact:
+    """The artifact of ``plan`` in the folder ``out``.
+
+    ``check`` runs the result and compares its outputs with the float ones. Raises any
+    ``EdgeError``; then nothing is left at ``out``, and an older artifact there is untouched.
+    """
     check_output(out, force=force)
     check_no_overlap(plan.source.path, out)
     check_free(out, plan.disk_bytes)
@@ -82,7 +96,7 @@ def carry_out_encoder(
         with one_blas_thread():
             write_tensors(plan.layout.tensors, solve, plan.threads, staged, progress)
         staged.sync()
-        digested, parity = describe_encoder(plan, staged.path, progress)
+        digested, parity = describe(plan, kind, staged.path, progress)
         measured = {
             "created_unix_s": round(time.time()),
             "convert_s": round(time.perf_counter() - started, 3),
@@ -93,14 +107,14 @@ def carry_out_encoder(
         }
         staged.write_file(MANIFEST, Manifest.of(digested, measured).to_json())
         if check:
-            measured |= check_encoder(plan, open_artifact(staged.path), progress)
+            measured |= kind.check(plan, open_artifact(staged.path), progress)
             staged.write_file(MANIFEST, Manifest.of(digested, measured).to_json())
         staged.commit()
     return open_artifact(out)
 
 
-def describe_encoder(
-    plan: EncoderPlan, folder: Path, progress: Progress = unwatched
+def describe(
+    plan: FolderPlan[Source], kind: Kind[Source], folder: Path, progress: Progress = unwatched
 ) -> tuple[Digested, Parity]:
     """What stands in ``folder``, by digests, and where it came from; and the tokenizers' verdict.
 
@@ -137,7 +151,7 @@ def describe_encoder(
                 licence=source.licence,
                 url=source.url,
             ),
-            model=model_facts(plan),
+            model=kind.model(plan),
             recipe=plan.recipe.choices(),
             recipe_sha256=plan.recipe.sha256(),
             tokenizer_sha256=source.tokenizer.sha256(),
@@ -145,7 +159,8 @@ def describe_encoder(
             tokenizer_parity=msgspec.structs.replace(parity, method=""),
             notes=plan.notes,
             tool_versions=tool_versions(layout.container),
-            encoder=encoder_facts(plan),
+            encoder=kind.encoder(plan),
+            seq2seq=kind.seq2seq(plan),
         )
     return digested, parity
 
@@ -195,3 +210,6 @@ def encoder_facts(plan: EncoderPlan) -> EncoderFacts:
         prompts=dict(pipeline.prompts),
         default_prompt=pipeline.default_prompt,
     )
+
+
+ENCODER: Kind[EncoderSource] = Kind(model=model_facts, check=check_encoder, encoder=encoder_facts)

@@ -1,22 +1,26 @@
-"""Whether what a recipe names is an encoder, known before the rest of it is looked at."""
+"""Whether what a recipe names is an encoder, alone or with a decoder, known before the rest."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
+from edgellm.architectures.encoders import is_seq2seq
+from edgellm.json_file import read_json
 from edgellm.progress import Progress, unwatched
 from edgellm.recipe import Recipe
 from edgellm.source.encoder_folder import holds_encoder, open_encoder_folder
-from edgellm.source.encoder_model import EncoderSource
+from edgellm.source.encoder_model import EncoderSource, Seq2SeqSource
+
+Found = EncoderSource | Seq2SeqSource
 
 
-def find_encoder(recipe: Recipe, *, progress: Progress = unwatched) -> EncoderSource | None:
-    """The encoder that ``recipe.source`` names, a folder or an id on the Hub; None for others.
+def find_encoder(recipe: Recipe, *, progress: Progress = unwatched) -> Found | None:
+    """The encoder, alone or with a decoder, that ``recipe.source`` names; None for others.
 
-    What is no encoder is left to ``open_source``, with all that is wrong with it. ``progress`` is
-    told of a download. Raises ``SourceError`` for an encoder that is damaged and
-    ``UnsupportedModel`` for one that is not understood.
+    It is a folder, or an id on the Hub. What is no encoder is left to ``open_source``, with all
+    that is wrong with it. ``progress`` is told of a download. Raises ``SourceError`` for an encoder
+    that is damaged and ``UnsupportedModel`` for one that is not understood.
     """
     try:
         path = Path(recipe.source).expanduser()
@@ -46,7 +50,15 @@ def find_encoder(recipe: Recipe, *, progress: Progress = unwatched) -> EncoderSo
     )
 
 
-def _opened(path: Path, recipe: Recipe) -> EncoderSource | None:
-    if not path.is_dir() or not holds_encoder(path):
+def _opened(path: Path, recipe: Recipe) -> Found | None:
+    if not path.is_dir():
         return None
-    return open_encoder_folder(path, ignore_config_keys=recipe.ignore_config_keys)
+    keys = recipe.ignore_config_keys
+    if holds_encoder(path):
+        return open_encoder_folder(path, ignore_config_keys=keys)
+    config = path / "config.json"
+    if not config.is_file() or not is_seq2seq(read_json(config)):
+        return None
+    from edgellm.source.seq2seq_folder import open_seq2seq_folder
+
+    return open_seq2seq_folder(path, ignore_config_keys=keys)

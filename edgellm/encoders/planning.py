@@ -1,8 +1,11 @@
-"""What converting an encoder will write and cost, known before a weight is read."""
+"""What converting an encoder, alone or with a decoder, will write and cost, known before a weight
+is read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
 
 import msgspec
 import psutil
@@ -14,7 +17,7 @@ from edgellm.hardware import detect
 from edgellm.plan import COPIES, seconds_of
 from edgellm.recipe import DEFAULT_SOLVER, Recipe, split_quant
 from edgellm.slabs import slab_bytes
-from edgellm.source.encoder_model import EncoderSource
+from edgellm.source.encoder_model import EncoderSource, FolderSource
 
 CONTAINER = "onnx"
 
@@ -42,16 +45,19 @@ NOT_FOR_ENCODERS = {
 """Fields of a recipe that nothing here would heed, and why."""
 
 
+Source = TypeVar("Source", bound=FolderSource)
+
+
 @dataclass(frozen=True)
-class EncoderPlan:
-    """A resolved recipe for an encoder, the layout it leads to, and what that will take.
+class FolderPlan(Generic[Source]):
+    """A resolved recipe, the layout that it leads to, and what that will take.
 
     The fields are as in ``plan.Plan``.
     """
 
     recipe: Recipe
     reasons: tuple[str, ...]
-    source: EncoderSource
+    source: Source
     layout: Layout
     threads: int
     output_bytes: int
@@ -70,25 +76,39 @@ class EncoderPlan:
         return 8 * sum(tensor.nbytes for tensor in self.layout.tensors) / self.layout.weights
 
 
+EncoderPlan: TypeAlias = FolderPlan[EncoderSource]
+
+
 def plan_encoder(
     recipe: Recipe, source: EncoderSource, *, threads: int | None = None
 ) -> EncoderPlan:
-    """Everything that converting ``source`` by ``recipe`` will do; reads headers alone.
+    """Everything that converting ``source`` by ``recipe`` will do; see ``plan_folder``."""
+    family = source.encoder.family
+    return plan_folder(recipe, source, lay_out_encoder, f"an encoder ({family})", threads)
 
-    Raises ``UsageError`` for options that are about models which generate text, and
-    ``UnsupportedTarget`` for other containers and solvers than encoders have.
+
+def plan_folder(
+    recipe: Recipe,
+    source: Source,
+    lay_out: Callable[[Source, Recipe], Layout],
+    what: str,
+    threads: int | None = None,
+) -> FolderPlan[Source]:
+    """Everything that converting ``source``, which is ``what``, will do; reads headers alone.
+
+    Raises ``UsageError`` for options that are about language models, and ``UnsupportedTarget`` for
+    other containers and solvers than there are for it.
     """
     for name, why in NOT_FOR_ENCODERS.items():
         if getattr(recipe, name) not in (None, (), False):
             option = name.replace("_", "-")
             raise UsageError(
-                f"{source.name} is an encoder ({source.encoder.family}), and {option} means "
-                f"nothing to it: {why}; leave it out"
+                f"{source.name} is {what}, and {option} means nothing to it: {why}; leave it out"
             )
     if recipe.format not in (None, CONTAINER):
         raise UnsupportedTarget(
-            f"--format {recipe.format}: {source.name} is an encoder ({source.encoder.family}), "
-            f"which edgellm writes as ONNX alone: choose --format {CONTAINER}, or leave it out"
+            f"--format {recipe.format}: {source.name} is {what}, which edgellm writes as ONNX "
+            f"alone: choose --format {CONTAINER}, or leave it out"
         )
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be at least 1, got {threads}")
@@ -106,12 +126,12 @@ def plan_encoder(
     recipe = msgspec.structs.replace(
         recipe, format=CONTAINER, quant=str(quant._replace(grid=quant.grid or DEFAULT_GRID))
     )
-    layout = lay_out_encoder(source, recipe)
+    layout = lay_out(source, recipe)
     workers = threads or detect().physical_cores.value
     sizes = {name: len(content) for name, content in layout.files.items()} | layout.data_files
     output = sum(sizes.values())
     slabs = workers * COPIES * max(map(slab_bytes, layout.tensors))
-    return EncoderPlan(
+    return FolderPlan(
         recipe=recipe,
         reasons=tuple(reasons),
         source=source,

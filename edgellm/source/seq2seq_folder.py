@@ -35,9 +35,7 @@ UNHEEDED: Mapping[str, tuple[Any, ...]] = {
 """What a generation config may ask for that nothing here does unasked, and when it asks nothing."""
 
 
-def open_seq2seq_folder(
-    path: Path, *, ignore_config_keys: Collection[str] = ()
-) -> Seq2SeqSource:
+def open_seq2seq_folder(path: Path, *, ignore_config_keys: Collection[str] = ()) -> Seq2SeqSource:
     """The model in ``path``; headers and the tokenizer are read, weights are not.
 
     Weights are read only where copies of the embedding are stored too, to compare them. Raises

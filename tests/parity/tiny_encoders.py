@@ -1,4 +1,4 @@
-"""Tiny random encoders of the real transformers classes, saved as Hugging Face folders.
+"""Tiny random encoders, alone and with a decoder, of the real transformers classes, as folders.
 
 Sizes are odd ones, and weights drawn so that everything shows in the outputs: norms are not one,
 biases not zero, attention not flat. Each has a real tokenizer: WordPiece, or byte-level BPE between
@@ -86,12 +86,52 @@ MODELS: dict[str, TinyEncoder] = {
 }
 
 
+_T5: dict[str, Any] = {
+    "d_model": 40,
+    "d_kv": 12,
+    "d_ff": 52,
+    "num_layers": 3,
+    "num_decoder_layers": 2,  # transformers' cache has no room for more than the encoder has
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "decoder_start_token_id": 0,
+}
+_BART: dict[str, Any] = {
+    "d_model": 36,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 44,
+    "decoder_ffn_dim": 60,
+    "max_position_embeddings": 64,
+}
+_T5_CLASS, _BART_CLASS = "T5ForConditionalGeneration", "BartForConditionalGeneration"
+
+SEQ2SEQ: dict[str, TinyEncoder] = {
+    "t5": TinyEncoder(_T5_CLASS, _T5, "bpe"),
+    # As Flan-T5: gated, and what the head multiplies is not scaled.
+    "t5-gated": TinyEncoder(
+        _T5_CLASS, _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, "bpe"
+    ),
+    "t5-untied": TinyEncoder(_T5_CLASS, _T5 | {"feed_forward_proj": "gated-silu"}, "bpe"),
+    "bart": TinyEncoder(_BART_CLASS, _BART, "bpe"),
+    "bart-scaled": TinyEncoder(
+        _BART_CLASS, _BART | {"scale_embedding": True, "activation_function": "relu"}, "bpe"
+    ),
+    "t5-64": TinyEncoder(_T5_CLASS, _T5 | {"d_model": 64, "d_kv": 16, "d_ff": 128}, "bpe"),
+}
+
+
 def build(name: str, folder: Path) -> Path:
-    """Save the model ``name`` of ``MODELS`` into ``folder``: config, safetensors, tokenizer."""
+    """Save the model ``name`` of ``MODELS`` or ``SEQ2SEQ`` into ``folder``: config, safetensors,
+    tokenizer."""
     import torch
     import transformers
 
-    tiny = MODELS[name]
+    every = MODELS | SEQ2SEQ
+    tiny = every[name]
     real = getattr(transformers, tiny.architecture)
     special = save_tokenizer(tiny.tokenizer, tiny.vocab_size, folder)
     config = real.config_class(
@@ -100,19 +140,39 @@ def build(name: str, folder: Path) -> Path:
     with quiet():
         torch.manual_seed(0)
         model = real(config).eval()
-    draw = torch.Generator().manual_seed(sorted(MODELS).index(name))
+    draw = torch.Generator().manual_seed(sorted(every).index(name))
     with torch.no_grad():
         for each, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=draw)
             if parameter.ndim == 1:
                 norm = "norm" in each.lower() and each.endswith("weight")
                 parameter.copy_(float(norm) + 0.3 * noise)
-            elif "embeddings" in each:
+            elif "embed" in each or "shared" in each or "relative" in each:
                 parameter.copy_(0.5 * noise)
             else:
                 parameter.copy_(1.3 * noise / parameter.shape[-1] ** 0.5)
+    if name in SEQ2SEQ:
+        with torch.no_grad():
+            getattr(model, "final_logits_bias", torch.zeros(1)).normal_(0, 0.3, generator=draw)
+        # What random weights like to say is the same token for ever: let them end sometimes.
+        model.generation_config.eos_token_id = special["sep"]
+        model.generation_config.pad_token_id = special["pad"]
     model.save_pretrained(folder)
+    if name == "t5-untied":
+        _untie(folder, draw)
     return folder
+
+
+def _untie(folder: Path, draw: Any) -> None:
+    """Give a checkpoint a head of its own, as those of T5 1.1 have."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    shape = tensors["shared.weight"].shape
+    tensors["lm_head.weight"] = 0.5 * torch.randn(shape, generator=draw)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def save_tokenizer(kind: str, vocab_size: int, folder: Path) -> dict[str, int]:
@@ -185,6 +245,12 @@ def outputs(model: Any, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     with torch.no_grad():
         found = model(**given)
     return {name: values.numpy() for name, values in found.items()}
+
+
+def some_ids(length: int, seed: int = 0) -> list[int]:
+    """Random token ids, none of them special."""
+    draw = np.random.default_rng(seed)
+    return [int(each) for each in draw.integers(5, 296, length)]
 
 
 def some_batch(

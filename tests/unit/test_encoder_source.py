@@ -12,7 +12,7 @@ import pytest
 from edgellm.architectures import family_of
 from edgellm.architectures.config import Config
 from edgellm.architectures.encoder import ENCODER_HARMLESS, ENCODER_NEUTRAL, Encoder
-from edgellm.architectures.encoders import ENCODERS, REFUSED_ENCODERS, encoder_family_of
+from edgellm.architectures.encoders import ENCODERS, REFUSED_ENCODERS, SEQ2SEQ, encoder_family_of
 from edgellm.encoders.finding import find_encoder
 from edgellm.encoders.planning import NOT_FOR_ENCODERS, plan_encoder
 from edgellm.errors import (
@@ -118,15 +118,15 @@ def write_pipeline(
 # --- families
 
 
-@pytest.mark.parametrize("name", [*ENCODERS, *REFUSED_ENCODERS])
+@pytest.mark.parametrize("name", [*ENCODERS, *SEQ2SEQ, *REFUSED_ENCODERS])
 def test_models_that_generate_no_text_are_refused_where_text_is_wanted(name: str) -> None:
     with pytest.raises(UnsupportedModel, match=name):
         family_of({"model_type": name})
 
 
 def test_seq2seq_is_refused_with_what_is_possible() -> None:
-    with pytest.raises(UnsupportedModel, match=r"seq2seq.*bert, roberta"):
-        family_of({"model_type": "t5"})
+    with pytest.raises(UnsupportedModel, match=r"seq2seq.*t5, bart"):
+        family_of({"model_type": "mbart"})
 
 
 @pytest.mark.parametrize(
