@@ -456,3 +456,12 @@ def test_tensors_may_have_grids_of_their_own(tmp_path: Path) -> None:
     assert found["blk.0.ffn_up.weight"] == "f32"
     assert found["token_embd.weight"] == "f16"
     assert plan.layout.context_length == 10
+
+
+def test_large_models_are_compared_on_fewer_texts() -> None:
+    from edgellm.encoders.quality import affordable
+
+    lengths = [100] * 39
+    assert affordable(lengths, 22_000_000) == 39
+    assert affordable(lengths, 335_000_000) == 8
+    assert affordable(lengths, 10_000_000_000) == 6
