@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 FAILED = 9
-
-ENCODER_TOKENS = 128
-"""Length of the texts that encoders are measured on, where none is named."""
 
 DEAREST = 10
 """Kinds of operators that are shown."""
@@ -96,7 +93,7 @@ def profile(
     reason; Ctrl-C keeps what was measured.
 
     Of encoders: how long a batch of texts takes (--prompt-tokens long each, 128 by default; more of
-    them with --batch), in this process.
+    them with --batch), and with a decoder how quickly an answer comes, in this process.
 
     \b
     Examples:
@@ -108,7 +105,14 @@ def profile(
       edgellm profile embedder --prompt-tokens 16,128 --batch 1,16
       edgellm profile small --json | jq '.cells[].decode_tokens_per_s.median'
     """
-    from edgellm.cli.profile_encoder import are_encoders, profile_encoder
+    from edgellm.cli.profile_encoder import (
+        NEW_TOKENS,
+        TOKENS,
+        given,
+        kind_of,
+        profile_encoder,
+        profile_with_decoder,
+    )
     from edgellm.profiling.matrix import Asked
     from edgellm.profiling.measuring import ROUNDS, Effort
     from edgellm.profiling.measuring import profile as measure
@@ -122,20 +126,23 @@ def profile(
         raise UsageError(f"--warmup {warmup}: choose 0 or more")
     if trace is not None and not operators:
         raise UsageError("--trace is for the traces of --operators: give both, or leave it out")
-    if are_encoders(paths):
-        given = context.get_parameter_source("prompt_tokens")
-        usual = given is None or given.name == "DEFAULT"
-        profile_encoder(
-            context,
-            paths,
-            text_tokens=(ENCODER_TOKENS,) if usual else _numbers("--prompt-tokens", prompt_tokens),
-            batches=_numbers("--batch", batch),
-            threads=_numbers("--threads", threads) if threads else (None,),
-            repeat=repeat,
-            warmup=warmup,
-            output=output or (),
-            as_json=as_json,
-        )
+    kind = kind_of(paths)
+    if kind != "language model":
+        lengths = _numbers("--prompt-tokens", prompt_tokens)
+        common: dict[str, Any] = {
+            "text_tokens": lengths if given(context, "prompt_tokens") else (TOKENS,),
+            "threads": _numbers("--threads", threads) if threads else (None,),
+            "repeat": repeat,
+            "warmup": warmup,
+            "output": output or (),
+            "as_json": as_json,
+        }
+        if kind == "encoder":
+            profile_encoder(context, paths, batches=_numbers("--batch", batch), **common)
+            return
+        answers = _numbers("--new-tokens", new_tokens)
+        answers = answers if given(context, "new_tokens") else (NEW_TOKENS,)
+        profile_with_decoder(context, paths, new_tokens=answers, **common)
         return
     if batch != "1":
         raise UsageError("--batch is about encoders, and a model that generates text is measured")

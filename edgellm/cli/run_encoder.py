@@ -101,6 +101,6 @@ def refuse_others(context: typer.Context, heeded: Collection[str]) -> None:
         source = context.get_parameter_source(name)
         if name not in heeded and source is not None and source.name == "COMMANDLINE":
             raise UsageError(
-                f"--{name.replace('_', '-')} is about models that generate text, and this one is "
-                "an encoder: leave it out"
+                f"--{name.replace('_', '-')} is about other models, and means nothing to an "
+                "encoder: leave it out"
             )

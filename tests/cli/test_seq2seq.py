@@ -107,3 +107,35 @@ def test_other_formats_and_solvers_are_refused(
         assert done.code == UnsupportedTarget.exit_code
         assert said in done.err
         assert not (tmp_path / "out").exists()
+
+
+def test_profiles_tell_how_quickly_answers_come(
+    command: Command, artifact: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "profile.json"
+    options = ("--prompt-tokens", "8,40", "--new-tokens", "6", "--repeat", "4", "-o", path)
+    done = command("profile", artifact, *options)
+    assert done.code == 0
+    assert "tokens/s" in done.out
+    found = json.loads(path.read_text())
+    assert [cell["text_tokens"] for cell in found["cells"]] == [8, 40]
+    for cell in found["cells"]:
+        firsts = cell["first_token_s"]["samples"]
+        wholes = cell["end_to_end_s"]["samples"]
+        speeds = [5 / (whole - first) for first, whole in zip(firsts, wholes, strict=True)]
+        assert cell["decode_tokens_per_s"]["samples"] == pytest.approx(speeds)
+
+
+def test_profiles_keep_kinds_apart(
+    command: Command, artifact: Path, tiny_encoder: TinyEncoder, tmp_path: Path
+) -> None:
+    edgellm.convert(tiny_encoder("bert"), tmp_path / "bert", quant="f32", check=False)
+    for paths, options, said in (
+        ((artifact, tmp_path / "bert"), (), "another kind"),
+        ((artifact,), ("--batch", "2"), "--batch"),
+        ((artifact,), ("--new-tokens", "513"), "at most 512"),
+        ((tmp_path / "bert",), ("--new-tokens", "5"), "--new-tokens"),
+    ):
+        done = command("profile", *paths, *options)
+        assert done.code == UsageError.exit_code
+        assert said in done.err
