@@ -115,6 +115,43 @@ def test_greedy_answers_equal_transformers(
     assert len(answers) > 1, "the answers do not depend on the text"
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_batches_are_padded_without_effect(
+    name: str, tiny_encoder: TinyEncoder, tmp_path: Path
+) -> None:
+    """The graphs take several texts at once, which our runtime does not: others may."""
+    import onnxruntime
+    import torch
+
+    reference = tiny_encoders.load(tiny_encoder(name))
+    edgellm.convert(tiny_encoder(name), tmp_path / "out", quant="f32", check=False)
+    encoder, decoder = (
+        onnxruntime.InferenceSession(tmp_path / "out" / f"{side}_model.onnx")
+        for side in ("encoder", "decoder")
+    )
+    text = tiny_encoders.some_batch((40, 3, 17), padding=1, vocab_size=301, types=1)
+    ids, mask = text["input_ids"], text["attention_mask"]
+    answers = np.asarray([tiny_encoders.some_ids(9, seed) for seed in range(3)])
+    with torch.no_grad():
+        wanted = reference(
+            input_ids=torch.from_numpy(ids),
+            attention_mask=torch.from_numpy(mask),
+            decoder_input_ids=torch.from_numpy(answers),
+        ).logits.numpy()
+    names = [each.name for each in encoder.get_outputs()]
+    crossed = encoder.run(names, {"input_ids": ids, "attention_mask": mask})
+    given = dict(zip(names, crossed, strict=True))
+    given |= {
+        each.name: np.empty((3, each.shape[1], 0, each.shape[3]), np.float32)
+        for each in decoder.get_inputs()
+        if each.name.startswith("past.")
+    }
+    (got,) = decoder.run(
+        ["logits"], {"input_ids": answers, "encoder_attention_mask": mask, **given}
+    )
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("both_sides", [False, True])
 @pytest.mark.parametrize(("buckets", "longest"), [(32, 128), (8, 20), (16, 100), (64, 512)])
 def test_buckets_are_transformers(buckets: int, longest: int, both_sides: bool) -> None:
