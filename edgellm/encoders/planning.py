@@ -76,6 +76,13 @@ class FolderPlan(Generic[Source]):
         return 8 * sum(tensor.nbytes for tensor in self.layout.tensors) / self.layout.weights
 
 
+def _compared_bytes(layout: Layout) -> int:
+    """What the float model takes that the result is compared with, where it is rounded."""
+    if all(tensor.grid.name == "f32" for tensor in layout.tensors):
+        return 0
+    return 4 * layout.weights
+
+
 EncoderPlan: TypeAlias = FolderPlan[EncoderSource]
 
 
@@ -139,6 +146,6 @@ def plan_folder(
         threads=workers,
         output_bytes=output,
         peak_memory_bytes=int(psutil.Process().memory_info().rss + slabs),
-        disk_bytes=output + (1 << 20),
+        disk_bytes=output + _compared_bytes(layout) + (1 << 20),
         seconds=seconds_of(layout, workers),
     )

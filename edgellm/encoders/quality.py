@@ -117,7 +117,7 @@ def check_encoder(
         with open_encoder(made.path, verify=False, threads=plan.threads) as model:
             found = {"check": check_runs(model)}
             if any(tensor.grid.name != "f32" for tensor in plan.layout.tensors):
-                found["quality"] = _quality(plan, model, progress)
+                found["quality"] = _quality(plan, model, made.path, progress)
     except RuntimeMissing as error:
         return {"check": {"skipped": str(error)}}
     except GenerationError as error:
@@ -127,13 +127,16 @@ def check_encoder(
     return found
 
 
-def _quality(plan: EncoderPlan, model: EncoderModel, progress: Progress) -> dict[str, Any]:
+def _quality(
+    plan: EncoderPlan, model: EncoderModel, place: Path, progress: Progress
+) -> dict[str, Any]:
     started = time.perf_counter()
     encoded = [model.encode(text) for text in built_in_texts()]
     parameters = sum(ref.size for ref in plan.source.tensors.values())
     encoded = encoded[: affordable([len(each.ids) for each in encoded], parameters)]
     rounded = vectors_of(model, encoded, progress)
-    with TemporaryDirectory(prefix="edgellm-float-") as folder:
+    # In the folder that is being made, which a later run removes if this one is killed.
+    with TemporaryDirectory(prefix=".float-", dir=place) as folder:
         main = write_float(plan, Path(folder) / "float")
         graph = OnnxEncoder(main, threads=plan.threads)
         with EncoderModel(graph, model.tokenizer, model.facts) as reference:

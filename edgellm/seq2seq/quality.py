@@ -88,7 +88,7 @@ def check_seq2seq(
                 }
             }
             if any(tensor.grid.name != "f32" for tensor in plan.layout.tensors):
-                found["quality"] = _quality(plan, model, progress)
+                found["quality"] = _quality(plan, model, made.path, progress)
     except RuntimeMissing as error:
         return {"check": {"skipped": str(error)}}
     except GenerationError as error:
@@ -99,7 +99,7 @@ def check_seq2seq(
 
 
 def _quality(
-    plan: FolderPlan[Seq2SeqSource], model: Seq2SeqModel, progress: Progress
+    plan: FolderPlan[Seq2SeqSource], model: Seq2SeqModel, place: Path, progress: Progress
 ) -> dict[str, Any]:
     started = time.perf_counter()
     longest = model.facts.max_tokens
@@ -110,7 +110,8 @@ def _quality(
     # An answer's tokens are computed one by one, each of which takes as long as a few of a text.
     lengths = [len(ids) + STEP_TOKENS * ANSWER_TOKENS for ids in texts]
     texts = texts[: affordable(lengths, parameters)]
-    with TemporaryDirectory(prefix="edgellm-float-") as folder:
+    # In the folder that is being made, which a later run removes if this one is killed.
+    with TemporaryDirectory(prefix=".float-", dir=place) as folder:
         exact = _float_answers(plan, model, texts, Path(folder) / "float", progress)
     divergences: list[float] = []
     same = 0

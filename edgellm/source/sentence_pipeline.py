@@ -16,6 +16,9 @@ MODULES: Final = "modules.json"
 SETTINGS: Final = "config_sentence_transformers.json"
 POOLING_CONFIG: Final = "config.json"
 
+TEXT_FORWARD: Final = {"method": "forward", "method_output_name": "last_hidden_state"}
+"""How sentence-transformers says that the vectors are the last layer's."""
+
 Pooling = Literal["cls", "mean", "max", "mean_sqrt_len"]
 
 FLAGS: Final[Mapping[str, Pooling]] = {
@@ -26,6 +29,14 @@ FLAGS: Final[Mapping[str, Pooling]] = {
 }
 """In the order in which sentence-transformers puts the vectors side by side where several are on.
 """
+
+NAMES: Final[Mapping[str, Pooling]] = {
+    "cls": "cls",
+    "max": "max",
+    "mean": "mean",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+}
+"""What sentence-transformers calls them from version 6 on."""
 
 OTHER_FLAGS: Final = ("pooling_mode_weightedmean_tokens", "pooling_mode_lasttoken")
 
@@ -77,10 +88,16 @@ def read_pipeline(folder: Path) -> PipelineFolder | None:
             "last_hidden_state"
         )
     model, pooling = folder / modules[0][1], folder / modules[1][1] / POOLING_CONFIG
+    normalize = folder / modules[-1][1] / POOLING_CONFIG
+    if "Normalize" in kinds and normalize.is_file():
+        settings = _tracked(normalize)
+        for key in ("module_input_name", "module_output_name"):
+            settings.neutral(key, "sentence_embedding")
+        settings.refuse_unread()
     prompts, default_prompt = _prompts(folder / SETTINGS)
     inner = sorted(model.glob("sentence_*_config.json"))
     max_tokens, lowercase = _transformer(inner[0]) if inner else (None, False)
-    kept = [folder / MODULES, pooling, folder / SETTINGS, *inner[:1]]
+    kept = [folder / MODULES, pooling, normalize, folder / SETTINGS, *inner[:1]]
     return PipelineFolder(
         SentencePipeline(
             _pooling(pooling, prompts), "Normalize" in kinds, lowercase, prompts, default_prompt
@@ -90,7 +107,7 @@ def read_pipeline(folder: Path) -> PipelineFolder | None:
         {
             file.relative_to(folder).as_posix(): file.read_bytes()
             for file in kept
-            if file.is_file() and file.is_relative_to(folder)
+            if file.is_file() and model == folder
         },
     )
 
@@ -122,12 +139,13 @@ def _pooling(path: Path, prompts: Mapping[str, str]) -> tuple[Pooling, ...]:
     # A prompt's own tokens are then left out of the mean.
     config.neutral("include_prompt", True, *(() if prompts else (False,)))
     chosen = [kind for flag, kind in FLAGS.items() if config.flag(flag, False)]
-    if config.has("pooling_mode"):
-        named = config.texts("pooling_mode") if config.lists("pooling_mode") else ()
-        for name in named or (config.text("pooling_mode"),):
-            if name not in FLAGS.values():
-                raise config.refusal("pooling_mode", name, f"one of {', '.join(FLAGS.values())}")
-            chosen += [kind for kind in FLAGS.values() if kind == name]
+    if config.has("pooling_mode"):  # which goes before the flags there too
+        listed = config.lists("pooling_mode")
+        named = config.texts("pooling_mode") if listed else (config.text("pooling_mode"),)
+        for name in named:
+            if name not in NAMES:
+                raise config.refusal("pooling_mode", name, f"one of {', '.join(NAMES)}")
+        chosen = [NAMES[name] for name in named]
     config.refuse_unread()
     if not chosen:
         raise UnsupportedModel(
@@ -142,6 +160,11 @@ def _transformer(path: Path) -> tuple[int | None, bool]:
     config = _tracked(path)
     length = config.integer("max_seq_length") if config.has("max_seq_length") else None
     lowercase = config.flag("do_lower_case", False)
+    config.skip("unpad_inputs")
+    config.neutral("transformer_task", "feature-extraction")
+    config.neutral("module_output_name", "token_embeddings")
+    config.neutral("modality_config", {"text": TEXT_FORWARD})
+    config.neutral("processing_kwargs", {})
     config.refuse_unread()
     return length, lowercase
 

@@ -86,6 +86,41 @@ def test_outputs_equal_transformers(name: str, tiny_encoder: TinyEncoder, tmp_pa
                 np.testing.assert_allclose(embedding, mean, rtol=0, atol=TOLERANCE)
 
 
+def pooled(hidden: np.ndarray, kind: str) -> np.ndarray:
+    """What sentence-transformers makes of the vectors ``[tokens, hidden]`` of one text."""
+    return {
+        "cls": hidden[0],
+        "max": hidden.max(0),
+        "mean": hidden.mean(0),
+        "mean_sqrt_len_tokens": hidden.sum(0) / len(hidden) ** 0.5,
+    }[kind]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(
+    "kinds", [["cls"], ["max"], ["mean"], ["mean_sqrt_len_tokens"], ["mean", "cls", "max"]], ids=str
+)
+def test_vectors_are_pooled_as_sentence_transformers_does(
+    kinds: list[str], normalize: bool, tiny_encoder: TinyEncoder, tmp_path: Path
+) -> None:
+    folder = tiny_models.copy_of(tiny_encoder("bert"), tmp_path / "copy")
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
+    listed = [{"type": f"sentence_transformers.models.{kind}", "path": at} for kind, at in modules]
+    (folder / "modules.json").write_text(json.dumps(listed if normalize else listed[:2]))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": kinds}))
+    batch = tiny_encoders.some_batch((30, 1, 11), padding=0, vocab_size=301, types=2)
+    hidden = tiny_encoders.outputs(tiny_encoders.load(folder), batch)["last_hidden_state"]
+    rows = []
+    for values, mask in zip(hidden, batch["attention_mask"], strict=True):
+        row = np.concatenate([pooled(values[mask == 1], kind) for kind in kinds])
+        rows.append(row / np.linalg.norm(row) if normalize else row)
+    with converted(folder, tmp_path / "out", quant="f32") as model:
+        assert model.facts.embedding_size == 60 * len(kinds)
+        got = run(model, batch)["sentence_embedding"]
+    np.testing.assert_allclose(got, rows, rtol=0, atol=TOLERANCE)
+
+
 def test_what_padding_holds_is_without_effect(tiny_encoder: TinyEncoder, tmp_path: Path) -> None:
     with converted(tiny_encoder("bert"), tmp_path / "out", quant="f32") as model:
         batch = tiny_encoders.some_batch((9, 4), padding=0, vocab_size=301, types=2)

@@ -367,6 +367,52 @@ def test_several_vectors_stand_in_sentence_transformers_order(tmp_path: Path) ->
     assert found.pipeline.pooling == ("cls", "max", "mean", "mean_sqrt_len")
 
 
+def test_a_pipeline_is_read_as_newer_versions_save_it(tmp_path: Path) -> None:
+    """As sentence-transformers 6.2 wrote all-MiniLM-L6-v2 again, with two vectors."""
+    new = "sentence_transformers"
+    modules = [
+        MODULES[0] | {"type": f"{new}.base.modules.transformer.Transformer"},
+        MODULES[1] | {"type": f"{new}.sentence_transformer.modules.pooling.Pooling"},
+        NORMALIZE | {"type": f"{new}.base.modules.normalize.Normalize"},
+    ]
+    write_pipeline(
+        write_folder(tmp_path),
+        modules,
+        {
+            "embedding_dimension": 8,
+            "pooling_mode": ["mean_sqrt_len_tokens", "cls"],
+            "include_prompt": True,
+        },
+        sentence_bert_config={
+            "transformer_task": "feature-extraction",
+            "modality_config": {
+                "text": {"method": "forward", "method_output_name": "last_hidden_state"}
+            },
+            "module_output_name": "token_embeddings",
+        },
+        config_sentence_transformers={
+            "__version__": {"pytorch": "2.13.0"},
+            "default_prompt_name": None,
+            "model_type": "SentenceTransformer",
+            "prompts": {"document": "", "query": ""},
+            "similarity_fn_name": "cosine",
+        },
+        tokenizer_config={"model_max_length": 9},
+    )
+    (tmp_path / "2_Normalize").mkdir()
+    normalize = tmp_path / "2_Normalize" / "config.json"
+    normalize.write_text('{"module_input_name": "sentence_embedding"}')
+    source = opened(tmp_path)
+    assert source.pipeline is not None
+    assert source.pipeline.pooling == ("mean_sqrt_len", "cls")
+    assert source.pipeline.normalize
+    assert source.pipeline.prompts == {}
+    assert source.max_tokens == 9
+    normalize.write_text('{"module_input_name": "token_embeddings"}')
+    with pytest.raises(UnsupportedModel, match="module_input_name"):
+        opened(tmp_path)
+
+
 def test_a_transformer_in_a_folder_of_its_own_is_found(tmp_path: Path) -> None:
     write_folder(tmp_path / "0_Transformer")
     write_pipeline(tmp_path, [MODULES[0] | {"path": "0_Transformer"}, MODULES[1]])
@@ -387,6 +433,8 @@ DENSE = {"idx": 2, "path": "2_Dense", "type": "sentence_transformers.models.Dens
         (MODULES, MEAN | {"pooling_twist": 1}, {}, "pooling_twist"),
         (MODULES, MEAN, {"sentence_bert_config": {"twist": 1}}, "twist"),
         (MODULES, MEAN, {"config_sentence_transformers": {"twist": 1}}, "twist"),
+        (MODULES, MEAN, {"config_sentence_transformers": {"truncate_dim": 4}}, "truncate_dim"),
+        (MODULES, MEAN, {"sentence_bert_config": {"query_length": 4}}, "query_length"),
     ],
 )
 def test_other_pipelines_are_refused_by_name(
