@@ -177,7 +177,8 @@ class EncoderFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     ``task``: ``embeddings``, ``sequence_classification``, ``token_classification`` or
     ``masked_lm``. ``outputs`` of the graph, the one that answers first. ``max_tokens``: what a text
     is cut to, the model's own tokens counted. ``padding_token_id`` fills shorter texts of a batch
-    up. ``takes_types``: the graph has an input ``token_type_ids``. ``labels`` by number, and
+    up. ``takes_types``: the second text of a pair is told from the first by its token types; zeros
+    otherwise, where the graph has them. ``labels`` by number, and
     ``scores``: what makes scores of their logits (``softmax``, ``sigmoid``, ``none``).
     ``pooling``: the vectors of tokens that stand side by side in an embedding of
     ``embedding_size`` values, which ``normalized`` says is of length 1. ``lowercase``: of texts,

@@ -193,7 +193,7 @@ def encoder_facts(plan: EncoderPlan) -> EncoderFacts:
         outputs=outputs_of(encoder),
         max_tokens=plan.layout.context_length,
         padding_token_id=padding,
-        takes_types=encoder.token_types > 1,
+        takes_types=source.tells_types,
         labels=encoder.head.labels,
         scores=encoder.head.scores,
         mask_token_id=special.special_ids.get("mask") if not encoder.head.labels else None,

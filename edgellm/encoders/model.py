@@ -173,7 +173,8 @@ class EncoderModel:
         mask, types = np.zeros_like(ids), np.zeros_like(ids)
         for row, each in enumerate(encoded):
             ids[row, : len(each.ids)] = each.ids
-            types[row, : len(each.ids)] = each.types
+            if self.facts.takes_types:
+                types[row, : len(each.ids)] = each.types
             mask[row, : len(each.ids)] = 1
         inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
         return self.graph.run(inputs, outputs)

@@ -99,6 +99,7 @@ def open_encoder_folder(folder: Path, *, ignore_config_keys: Collection[str] = (
         encoder=encoder,
         pipeline=pipeline,
         max_tokens=_max_tokens(encoder, path, outer),
+        tells_types=encoder.token_types > 1 and _tells_types(path),
         tensors=tensors,
         tokenizer=tokenizer,
         weight_files=checkpoint.files,
@@ -193,3 +194,17 @@ def _max_tokens(encoder: Encoder, path: Path, outer: PipelineFolder | None) -> i
     if isinstance(said, int | float) and not isinstance(said, bool) and 1 <= said < longest:
         return int(said)
     return longest
+
+
+def _tells_types(path: Path) -> bool:
+    """Whether transformers gives a model the token types that the tokenizer knows.
+
+    Classes named after BERT do; the general one does not, in version 5, where its config names no
+    such input.
+    """
+    settings = path / "tokenizer_config.json"
+    said = read_json(settings) if settings.is_file() else {}
+    inputs = said.get("model_input_names")
+    if isinstance(inputs, list):
+        return "token_type_ids" in inputs
+    return said.get("tokenizer_class") != "TokenizersBackend"

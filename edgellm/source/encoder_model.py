@@ -52,12 +52,14 @@ class EncoderSource(FolderSource):
     """An encoder.
 
     ``pipeline``: how token vectors become one, None where the head does not give vectors.
+    ``tells_types``: its tokenizer tells the second text of a pair from the first.
     ``files``: those of sentence-transformers, handed on byte by byte.
     """
 
     family: EncoderFamily
     encoder: Encoder
     pipeline: SentencePipeline | None
+    tells_types: bool = True
     files: dict[str, bytes] = field(default_factory=dict)
 
 

@@ -220,6 +220,36 @@ def test_python_asks_for_more(artifact: Any) -> None:
         model.embed(TEXTS)
 
 
+@pytest.mark.parametrize("inputs", [None, ["input_ids", "token_type_ids", "attention_mask"]])
+@pytest.mark.parametrize("name", ["bert-classes", "roberta-classes"])
+def test_pairs_are_told_apart_as_by_transformers(
+    name: str, inputs: list[str] | None, tiny_encoder: TinyEncoder, tmp_path: Path
+) -> None:
+    import torch
+
+    folder = tiny_models.copy_of(tiny_encoder(name), tmp_path / "copy")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"model_input_names": inputs} if inputs else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    pairs = [("The quick", "brown fox jumps."), ("12 apples", "A tokenizer splits a text. " * 20)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    reference = tiny_encoders.load(folder)
+    edgellm.convert(folder, tmp_path / "out", quant="f32", check=False)
+    with edgellm.open_encoder(tmp_path / "out") as model:
+        found = model.ask(pairs)
+        longest = model.facts.max_tokens
+    for pair, result in zip(pairs, found, strict=True):
+        given = tokenizer(*pair, truncation=True, max_length=longest, return_tensors="pt")
+        if name.startswith("roberta"):  # which has one type alone
+            given.pop("token_type_ids", None)
+        with torch.no_grad():
+            wanted = reference(**given).logits.softmax(-1)[0].tolist()
+        assert result.tokens == given["input_ids"].shape[1]
+        scores = {label["label"]: label["score"] for label in result.labels or ()}
+        assert [scores[f"LABEL_{place}"] for place in range(3)] == pytest.approx(wanted, abs=1e-4)
+    assert [result.truncated for result in found] == [False, True]
+
+
 def test_a_nan_in_the_source_is_found(tiny_encoder: TinyEncoder, tmp_path: Path) -> None:
     from edgellm.errors import TensorError
 
