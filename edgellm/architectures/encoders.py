@@ -23,6 +23,7 @@ ENCODERS = {
 
 SEQ2SEQ = {
     "t5": "edgellm.architectures.t5:FAMILY",
+    "mt5": "edgellm.architectures.t5:MT5",
     "bart": "edgellm.architectures.bart:FAMILY",
 }
 
@@ -33,7 +34,7 @@ _RELATIVE = "its attention adds relative positions, which edgellm's encoder grap
 
 REFUSED_ENCODERS = {
     **dict.fromkeys(
-        ("mt5", "umt5", "longt5", "mbart", "marian", "pegasus", "m2m_100", "led"),
+        ("umt5", "longt5", "mbart", "marian", "pegasus", "m2m_100", "led"),
         _SEQ2SEQ,
     ),
     "mpnet": _RELATIVE,

@@ -1,8 +1,9 @@
-"""T5 and Flan-T5: relative positions, RMS norms before everything, no biases."""
+"""T5, Flan-T5 and mT5: relative positions, RMS norms before everything, no biases."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from edgellm.architectures.config import Config
 from edgellm.architectures.decoder import Norm
@@ -56,6 +57,11 @@ def read(config: Config) -> Seq2Seq:
         relative=Relative(buckets, longest),
         head_scale=hidden**-0.5 if config.flag("scale_decoder_outputs", tied) else 1.0,
     )
+
+
+def read_mt5(config: Config) -> Seq2Seq:
+    """T5 1.1 for many languages; its head's input is not scaled, whatever the config says."""
+    return replace(read(config), family="mt5", head_scale=1.0)
 
 
 def tensors(model: Seq2Seq) -> Iterator[TensorRow]:
@@ -112,13 +118,20 @@ def tensors(model: Seq2Seq) -> Iterator[TensorRow]:
         yield TensorRow("lm_head.weight", "output.weight", (model.vocab_size, hidden), "head")
 
 
-FAMILY = Seq2SeqFamily(
-    model_type="t5",
-    architecture="T5ForConditionalGeneration",
-    read=read,
-    tensors=tensors,
-    shared="shared.weight",
-    copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
-    # The first T5's checkpoints have one where no distance is.
-    ignored_tensors=(".layer.1.EncDecAttention.relative_attention_bias.weight",),
-)
+def _family(
+    model_type: str, architecture: str, reader: Callable[[Config], Seq2Seq]
+) -> Seq2SeqFamily:
+    return Seq2SeqFamily(
+        model_type=model_type,
+        architecture=architecture,
+        read=reader,
+        tensors=tensors,
+        shared="shared.weight",
+        copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+        # The first T5's checkpoints have one where no distance is.
+        ignored_tensors=(".layer.1.EncDecAttention.relative_attention_bias.weight",),
+    )
+
+
+FAMILY = _family("t5", "T5ForConditionalGeneration", read)
+MT5 = _family("mt5", "MT5ForConditionalGeneration", read_mt5)

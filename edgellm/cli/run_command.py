@@ -144,7 +144,7 @@ def run(
 
     An encoder takes texts, each an argument or a line of stdin, and gives a line of JSON for each:
     its embedding, its labels with scores, or the words for what is masked. One with a decoder (T5,
-    BART) answers a text with another, the likeliest unless --temperature is given.
+    mT5, BART) answers a text with another, the likeliest unless --temperature is given.
 
     \b
     Examples:

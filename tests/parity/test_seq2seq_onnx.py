@@ -1,7 +1,9 @@
 """T5 and BART as ONNX in onnxruntime give transformers' logits, and its greedy answers.
 
-Measured: logits, of a spread of 0.5 to 3, come within 1.6e-4 of transformers', the most with
-``gated-gelu``, whose tanh onnxruntime approximates; 1e-5 with others.
+Measured over several seeds: BART's logits, of a spread of 3 to 4, come within 7e-6 of transformers',
+those of the first T5, of a spread of 0.5, within 3e-5. Scores that T5 does not scale make random
+weights amplify rounding: with a gated feed-forward transformers' float32 is up to 2.7e-4 from its own
+float64, and we are up to 3.6e-4 from its float32.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ from edgellm.seq2seq.model import Seq2SeqModel, open_seq2seq  # noqa: E402
 TinyEncoder = Callable[[str], Path]
 Command = Callable[..., Any]
 
-TOLERANCE = 3e-4
+TOLERANCE = 6e-4
+CLOSE = {"t5": 1e-4, "bart": 5e-5, "bart-scaled": 5e-5}
+"""Where less is enough."""
 
 TEXTS = [
     "The quick brown fox.",
@@ -83,7 +87,8 @@ def test_logits_equal_transformers(name: str, tiny_encoder: TinyEncoder, tmp_pat
             for size in steps:
                 got.append(model.graphs.step(answer[done : done + size]))
                 done += size
-            np.testing.assert_allclose(np.concatenate(got), wanted, rtol=0, atol=TOLERANCE)
+            close = CLOSE.get(name, TOLERANCE)
+            np.testing.assert_allclose(np.concatenate(got), wanted, rtol=0, atol=close)
 
 
 @pytest.mark.parametrize("name", tiny_encoders.SEQ2SEQ)
@@ -149,7 +154,7 @@ def test_batches_are_padded_without_effect(
     (got,) = decoder.run(
         ["logits"], {"input_ids": answers, "encoder_attention_mask": mask, **given}
     )
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=CLOSE[name])
 
 
 @pytest.mark.parametrize("both_sides", [False, True])

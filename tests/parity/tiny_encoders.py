@@ -8,6 +8,7 @@ biases not zero, attention not flat. Each has a real tokenizer: WordPiece, or by
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,6 +117,9 @@ SEQ2SEQ: dict[str, TinyEncoder] = {
         _T5_CLASS, _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, "bpe"
     ),
     "t5-untied": TinyEncoder(_T5_CLASS, _T5 | {"feed_forward_proj": "gated-silu"}, "bpe"),
+    "mt5": TinyEncoder(
+        "MT5ForConditionalGeneration", _T5 | {"feed_forward_proj": "gated-gelu"}, "bpe"
+    ),
     "bart": TinyEncoder(_BART_CLASS, _BART, "bpe"),
     "bart-scaled": TinyEncoder(
         _BART_CLASS, _BART | {"scale_embedding": True, "activation_function": "relu"}, "bpe"
@@ -130,8 +134,7 @@ def build(name: str, folder: Path) -> Path:
     import torch
     import transformers
 
-    every = MODELS | SEQ2SEQ
-    tiny = every[name]
+    tiny = (MODELS | SEQ2SEQ)[name]
     real = getattr(transformers, tiny.architecture)
     special = save_tokenizer(tiny.tokenizer, tiny.vocab_size, folder)
     config = real.config_class(
@@ -140,7 +143,7 @@ def build(name: str, folder: Path) -> Path:
     with quiet():
         torch.manual_seed(0)
         model = real(config).eval()
-    draw = torch.Generator().manual_seed(sorted(every).index(name))
+    draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     with torch.no_grad():
         for each, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=draw)
