@@ -20,7 +20,8 @@ _HARMLESS = """
     dropout_rate dropout activation_dropout classifier_dropout initializer_factor init_std
     encoder_layerdrop decoder_layerdrop classif_dropout output_past n_positions
     gradient_checkpointing _num_labels num_hidden_layers extra_pos_embeddings
-    force_bos_token_to_be_generated static_position_embeddings save_step
+    force_bos_token_to_be_generated save_step eos_token_ids
+    student_encoder_layers student_decoder_layers
 """
 SEQ2SEQ_HARMLESS: Final = HARMLESS_KEYS | frozenset(_HARMLESS.split())
 """Also what only training reads, and what old configs hold that no class of transformers reads."""

@@ -179,6 +179,32 @@ def test_a_dry_run_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_lower_cap_cuts_texts_sooner(
+    command: Command, tiny_encoder: TinyEncoder, tmp_path: Path
+) -> None:
+    folder, out = tiny_encoder("bert"), tmp_path / "out"
+    assert command("convert", folder, "-o", out, "-q", "f32", "--context", "9").code == 0
+    (row,) = lines(command("run", out, "word " * 20).out)
+    assert (row["tokens"], row["truncated"]) == (9, True)
+    done = command("convert", folder, "-o", tmp_path / "more", "-q", "f32", "--context", "71")
+    assert done.code == UsageError.exit_code
+    assert "at most 70" in done.err
+
+
+@pytest.mark.parametrize("name", ["bert-64", "t5-64"])
+def test_the_bytes_are_the_same_for_any_number_of_workers(
+    name: str, tiny_encoder: TinyEncoder, tmp_path: Path
+) -> None:
+    made = [
+        edgellm.convert(tiny_encoder(name), tmp_path / str(count), threads=count, check=False)
+        for count in (1, 3)
+    ]
+    first, second = (each.manifest for each in made)
+    assert first is not None
+    assert second is not None
+    assert first.sha256 == second.sha256
+
+
 def test_damage_is_found(command: Command, artifact: Any, tmp_path: Path) -> None:
     folder = tiny_models.copy_of(artifact("bert"), tmp_path / "copy")
     data = folder / "model.onnx.data"

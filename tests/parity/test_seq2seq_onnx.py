@@ -1,8 +1,8 @@
 """T5 and BART as ONNX in onnxruntime give transformers' logits, and its greedy answers.
 
-Measured over several seeds: BART's logits, of a spread of 3 to 4, come within 7e-6 of transformers',
-those of the first T5, of a spread of 0.5, within 3e-5. Scores that T5 does not scale make random
-weights amplify rounding: with a gated feed-forward transformers' float32 is up to 2.7e-4 from its own
+Measured over several seeds: BART's logits, of a spread of 3 to 4, come within 7e-6 of its, those of
+the first T5, of a spread of 0.5, within 3e-5. Scores that T5 does not scale make random weights
+amplify rounding: with a gated feed-forward transformers' float32 is up to 2.7e-4 from its own
 float64, and we are up to 3.6e-4 from its float32.
 """
 
