@@ -162,8 +162,10 @@ class EncoderGraph:
         tensor = self.graph.store(weight, [self.tensors[weight]], grid, operators_of(grid).packer)
         return self._product(name or role, x, tensor, f"{role}.bias")
 
-    def _product(self, name: str, x: str, tensor: OutputTensor, bias: str) -> str:
-        return operators_of(tensor.grid).matmul(self.graph, x, tensor, name, self._float(bias))
+    def _product(self, name: str, x: str, tensor: OutputTensor, role: str) -> str:
+        """``x`` by ``tensor``, with the bias of ``role`` where there is one."""
+        bias = self._float(role) if role in self.tensors else None
+        return operators_of(tensor.grid).matmul(self.graph, x, tensor, name, bias)
 
     def _float(self, role: str) -> str:
         ref = self.tensors[role]
@@ -185,6 +187,10 @@ class EncoderGraph:
         whole = pooled[0]
         if len(pooled) > 1:
             whole = graph.node("Concat", pooled, "pooled", axis=-1)
+        for number, product in enumerate(self.pipeline.dense):
+            whole = self._linear(f"dense.{number}", whole, FLOAT)
+            if product.activation is not None:
+                whole = self._activate(f"dense.{number}.act", whole, product.activation)
         if self.pipeline.normalize:
             graph.node("ReduceL2", [whole, graph.integers(-1)], "length", keepdims=1)
             least = graph.constant("shortest", np.asarray(SHORTEST, np.float32))
@@ -192,7 +198,7 @@ class EncoderGraph:
             graph.node("Div", [whole, "length.some"], EMBEDDING)
         else:
             graph.node("Identity", [whole], EMBEDDING)
-        width = encoder.hidden_size * len(pooled)
+        width = self.pipeline.embedding_size(encoder.hidden_size)
         graph.output(EMBEDDING, TensorProto.FLOAT, ["batch_size", width])
 
     def _first(self, hidden: str) -> str:

@@ -204,7 +204,7 @@ def encoder_facts(plan: EncoderPlan) -> EncoderFacts:
         common,
         mask_token_id=None,
         pooling=pipeline.pooling,
-        embedding_size=encoder.hidden_size * len(pipeline.pooling),
+        embedding_size=pipeline.embedding_size(encoder.hidden_size),
         normalized=pipeline.normalize,
         lowercase=pipeline.lowercase,
         prompts=dict(pipeline.prompts),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ from edgellm.architectures.encoder import (
     Task,
 )
 from edgellm.architectures.encoders import encoder_family_of, is_encoder
-from edgellm.errors import UnsupportedModel
+from edgellm.architectures.family import TensorRow
+from edgellm.errors import SourceError, UnsupportedModel
 from edgellm.json_file import read_json
 from edgellm.source.checkpoint import licence_of, read_checkpoint, refuse_other_dtypes
 from edgellm.source.encoder_model import EncoderSource
 from edgellm.source.matching import check_vocabulary, equal, listed, match
+from edgellm.source.safetensors_file import read_safetensors
 from edgellm.source.sentence_pipeline import (
+    Dense,
     PipelineFolder,
     SentencePipeline,
     read_pipeline,
@@ -91,6 +94,10 @@ def open_encoder_folder(folder: Path, *, ignore_config_keys: Collection[str] = (
     if task == "embeddings":
         pipeline = outer.pipeline if outer else SentencePipeline()
         notes += () if outer else (MEAN_NOTE,)
+    dense = pipeline.dense if pipeline else ()
+    for number, each in enumerate(dense):
+        tensors |= _dense_tensors(each, f"dense.{number}")
+    _check_widths(dense, encoder.hidden_size * len(pipeline.pooling if pipeline else ()))
     return EncoderSource(
         name=folder.resolve().name,
         path=folder,
@@ -102,7 +109,7 @@ def open_encoder_folder(folder: Path, *, ignore_config_keys: Collection[str] = (
         tells_types=encoder.token_types > 1 and _tells_types(path),
         tensors=tensors,
         tokenizer=tokenizer,
-        weight_files=checkpoint.files,
+        weight_files=(*checkpoint.files, *(each.file for each in dense)),
         files=outer.files if outer else {},
         licence=licence_of(folder / "README.md"),
         notes=(*reader.notes, *notes),
@@ -182,6 +189,28 @@ def _settle_head(
         "were kept, as transformers does"
     )
     return stored, untied, (note,)
+
+
+def _dense_tensors(dense: Dense, role: str) -> dict[str, TensorRef]:
+    """The tensors of a product behind the pooling, under ``role``."""
+    stored = read_safetensors(dense.file)
+    rows = [TensorRow("linear.weight", f"{role}.weight", (dense.out, dense.into), "linear")]
+    if dense.biased:
+        rows.append(TensorRow("linear.bias", f"{role}.bias", (dense.out,), "bias"))
+    refs = {name: stored.raw(name).ref() for name in stored.tensors}
+    where = str(dense.file.parent)
+    return match(rows, refs, by="source", where=where, ignored=lambda name: False)
+
+
+def _check_widths(dense: Sequence[Dense], width: int) -> None:
+    """Raise ``SourceError`` where a product does not take what comes before it."""
+    for each in dense:
+        if each.into != width:
+            raise SourceError(
+                f"{each.file.parent} takes vectors of {each.into} values, and those before it have "
+                f"{width}: the folders belong to different models; fetch them again"
+            )
+        width = each.out
 
 
 def _max_tokens(encoder: Encoder, path: Path, outer: PipelineFolder | None) -> int:

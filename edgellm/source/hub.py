@@ -46,7 +46,9 @@ SMALL_FILES = frozenset(
         "config_sentence_transformers.json",
     }
 )
-SENTENCE_FILES = re.compile(r"sentence_[\w-]+_config\.json|\d+_[A-Za-z]+/config\.json")
+SENTENCE_FILES = re.compile(
+    r"sentence_[\w-]+_config\.json|\d+_[A-Za-z]+/config\.json|\d+_Dense/model\.safetensors"
+)
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -69,4 +69,7 @@ def digest_of(weight_files: Sequence[Path]) -> str:
     files = sorted(weight_files, key=lambda path: path.name)
     with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
         digests = list(pool.map(file_sha256, files))
-    return combined_sha256({path.name: digest for path, digest in zip(files, digests, strict=True)})
+    names = [path.name for path in files]
+    if len(set(names)) < len(names):  # in folders of their own, as sentence-transformers has some
+        names = [f"{path.parent.name}/{path.name}" for path in files]
+    return combined_sha256(dict(zip(names, digests, strict=True)))

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Final, Literal
 
 from edgellm.architectures.config import Config
+from edgellm.architectures.encoder import Activation
 from edgellm.errors import SourceError, UnsupportedModel
 from edgellm.json_file import read_json
 
 MODULES: Final = "modules.json"
 SETTINGS: Final = "config_sentence_transformers.json"
 POOLING_CONFIG: Final = "config.json"
+WEIGHTS: Final = "model.safetensors"
 
 TEXT_FORWARD: Final = {"method": "forward", "method_output_name": "last_hidden_state"}
 """How sentence-transformers says that the vectors are the last layer's."""
@@ -41,20 +43,49 @@ NAMES: Final[Mapping[str, Pooling]] = {
 OTHER_FLAGS: Final = ("pooling_mode_weightedmean_tokens", "pooling_mode_lasttoken")
 
 
+ACTIVATIONS: Final[Mapping[str, Activation | None]] = {
+    "torch.nn.modules.linear.Identity": None,
+    "torch.nn.modules.activation.Tanh": "tanh",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.activation.GELU": "gelu",
+}
+"""torch's classes that a Dense may end with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """A product behind the pooling, with its bias and what it ends with.
+
+    ``file`` holds its tensors, ``linear.weight`` ``[out, into]`` and ``linear.bias``.
+    """
+
+    out: int
+    into: int
+    biased: bool
+    activation: Activation | None
+    file: Path
+
+
 @dataclass(frozen=True, slots=True)
 class SentencePipeline:
     """How the vectors of a text's tokens become its embedding.
 
-    ``pooling``: one vector of each kind, side by side. ``normalize``: to length 1. ``lowercase``:
+    ``pooling``: one vector of each kind, side by side, which go through each product of ``dense``.
+    ``normalize``: to length 1. ``lowercase``:
     of the text, before its tokenizer sees it. ``prompts`` by name are put before a text;
     ``default_prompt`` names the one that is where nothing is said.
     """
 
     pooling: tuple[Pooling, ...] = ("mean",)
     normalize: bool = False
+    dense: tuple[Dense, ...] = ()
     lowercase: bool = False
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str = ""
+
+    def embedding_size(self, hidden_size: int) -> int:
+        """Values of an embedding, of vectors of ``hidden_size``."""
+        return self.dense[-1].out if self.dense else hidden_size * len(self.pooling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +111,18 @@ def read_pipeline(folder: Path) -> PipelineFolder | None:
         return None
     modules = _modules(folder / MODULES)
     kinds = [kind for kind, _ in modules]
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+    normalized = kinds[-1:] == ["Normalize"]
+    between = kinds[2 : len(kinds) - normalized]
+    if kinds[:2] != ["Transformer", "Pooling"] or set(between) - {"Dense"}:
         raise UnsupportedModel(
             f"{folder / MODULES} lists {', '.join(kinds)}, and edgellm computes Transformer, "
-            "Pooling and, if it is there, Normalize, in this order: convert the folder of the "
-            "Transformer alone (without modules.json), and compute the rest on its "
+            "Pooling and, if they are there, Dense and Normalize, in this order: convert the folder "
+            "of the Transformer alone (without modules.json), and compute the rest on its "
             "last_hidden_state"
         )
     model, pooling = folder / modules[0][1], folder / modules[1][1] / POOLING_CONFIG
     normalize = folder / modules[-1][1] / POOLING_CONFIG
-    if "Normalize" in kinds and normalize.is_file():
+    if normalized and normalize.is_file():
         settings = _tracked(normalize)
         for key in ("module_input_name", "module_output_name"):
             settings.neutral(key, "sentence_embedding")
@@ -97,10 +130,16 @@ def read_pipeline(folder: Path) -> PipelineFolder | None:
     prompts, default_prompt = _prompts(folder / SETTINGS)
     inner = sorted(model.glob("sentence_*_config.json"))
     max_tokens, lowercase = _transformer(inner[0]) if inner else (None, False)
-    kept = [folder / MODULES, pooling, normalize, folder / SETTINGS, *inner[:1]]
+    around = [folder / at / POOLING_CONFIG for _, at in modules[2:]]
+    kept = [folder / MODULES, pooling, *around, folder / SETTINGS, *inner[:1]]
     return PipelineFolder(
         SentencePipeline(
-            _pooling(pooling, prompts), "Normalize" in kinds, lowercase, prompts, default_prompt
+            _pooling(pooling, prompts),
+            normalized,
+            tuple(_dense(folder / at) for kind, at in modules if kind == "Dense"),
+            lowercase,
+            prompts,
+            default_prompt,
         ),
         model,
         max_tokens,
@@ -153,6 +192,29 @@ def _pooling(path: Path, prompts: Mapping[str, str]) -> tuple[Pooling, ...]:
             f"{', '.join(FLAGS.values())}"
         )
     return tuple(dict.fromkeys(chosen))
+
+
+def _dense(folder: Path) -> Dense:
+    """The product that lies in ``folder``; its weights are not looked at."""
+    path, file = folder / POOLING_CONFIG, folder / WEIGHTS
+    if not path.is_file() or not file.is_file():
+        raise SourceError(
+            f"{folder} lacks {POOLING_CONFIG} or {WEIGHTS}, which make a Dense module: fetch them, "
+            "or save the model again with sentence-transformers"
+        )
+    config = _tracked(path)
+    for key in ("module_input_name", "module_output_name"):
+        config.neutral(key, "sentence_embedding")
+    config.neutral("use_residual", False)
+    found = Dense(
+        out=config.integer("out_features"),
+        into=config.integer("in_features"),
+        biased=config.flag("bias", True),
+        activation=config.choice("activation_function", ACTIVATIONS),
+        file=file,
+    )
+    config.refuse_unread()
+    return found
 
 
 def _transformer(path: Path) -> tuple[int | None, bool]:

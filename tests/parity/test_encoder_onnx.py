@@ -121,6 +121,61 @@ def test_vectors_are_pooled_as_sentence_transformers_does(
     np.testing.assert_allclose(got, rows, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("activation", "biased"), [("activation.Tanh", True), ("linear.Identity", False)]
+)
+def test_products_behind_the_pooling_are_computed(
+    activation: str, biased: bool, tiny_encoder: TinyEncoder, tmp_path: Path
+) -> None:
+    """Two of sentence-transformers' Dense, and a vector of length 1 behind them."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    folder = tiny_models.copy_of(tiny_encoder("bert"), tmp_path / "copy")
+    kinds = ("Transformer", "Pooling", "Dense", "Dense", "Normalize")
+    listed = [
+        {"type": f"sentence_transformers.models.{kind}", "path": f"{place}_{kind}" if place else ""}
+        for place, kind in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    draw = np.random.default_rng(0)
+    batch = tiny_encoders.some_batch((30, 1, 11), padding=0, vocab_size=301, types=2)
+    hidden = tiny_encoders.outputs(tiny_encoders.load(folder), batch)["last_hidden_state"]
+    rows = [
+        values[mask == 1].mean(0)
+        for values, mask in zip(hidden, batch["attention_mask"], strict=True)
+    ]
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    wanted = np.stack(rows)
+    for place, (into, out) in ((2, (60, 33)), (3, (33, 20))):
+        inner = folder / f"{place}_Dense"
+        inner.mkdir()
+        settings = {"in_features": into, "out_features": out, "bias": biased}
+        settings["activation_function"] = f"torch.nn.modules.{activation}"
+        (inner / "config.json").write_text(json.dumps(settings))
+        tensors = {"linear.weight": draw.standard_normal((out, into)).astype(np.float32) / 8}
+        if biased:
+            tensors["linear.bias"] = draw.standard_normal(out).astype(np.float32)
+        safetensors.save_file(tensors, inner / "model.safetensors")
+        wanted = wanted @ tensors["linear.weight"].T + tensors.get("linear.bias", 0)
+        wanted = np.tanh(wanted) if "Tanh" in activation else wanted
+    wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
+    with converted(folder, tmp_path / "out", quant="f32") as model:
+        assert model.facts.embedding_size == 20
+        got = run(model, batch)["sentence_embedding"]
+        first = model.artifact
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE)
+    # The digest of the source covers their weights too.
+    tensors["linear.weight"][0, 0] += 1
+    safetensors.save_file(tensors, folder / "3_Dense" / "model.safetensors")
+    with converted(folder, tmp_path / "other", quant="f32") as model:
+        second = model.artifact
+    assert first is not None
+    assert second is not None
+    assert first.manifest is not None
+    assert second.manifest is not None
+    assert first.manifest.artifact.base.sha256 != second.manifest.artifact.base.sha256
+
+
 def test_what_padding_holds_is_without_effect(tiny_encoder: TinyEncoder, tmp_path: Path) -> None:
     with converted(tiny_encoder("bert"), tmp_path / "out", quant="f32") as model:
         batch = tiny_encoders.some_batch((9, 4), padding=0, vocab_size=301, types=2)

@@ -425,7 +425,8 @@ DENSE = {"idx": 2, "path": "2_Dense", "type": "sentence_transformers.models.Dens
 @pytest.mark.parametrize(
     ("modules", "pooling", "files", "message"),
     [
-        ([*MODULES, DENSE], MEAN, {}, "Dense"),
+        ([*MODULES, NORMALIZE, DENSE], MEAN, {}, "Dense"),
+        ([*MODULES, DENSE | {"type": "sentence_transformers.models.LSTM"}], MEAN, {}, "LSTM"),
         ([*MODULES[::-1]], MEAN, {}, "Transformer"),
         (MODULES, {"pooling_mode_lasttoken": True}, {}, "pooling_mode_lasttoken"),
         (MODULES, {"pooling_mode": "median"}, {}, "pooling_mode is 'median'"),
@@ -442,6 +443,32 @@ def test_other_pipelines_are_refused_by_name(
 ) -> None:
     write_pipeline(write_folder(tmp_path), modules, pooling, **files)
     with pytest.raises(UnsupportedModel, match=message):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        (None, SourceError, "2_Dense lacks"),
+        ({"in_features": 7}, SourceError, "vectors of 7 values"),
+        ({"activation_function": "mine.Own"}, UnsupportedModel, "mine.Own"),
+        ({"use_residual": True}, UnsupportedModel, "use_residual"),
+        ({"out_features": 4}, TensorError, "linear.weight"),
+    ],
+)
+def test_a_dense_that_does_not_fit_is_refused(
+    settings: dict[str, Any] | None, kind: type[EdgeError], message: str, tmp_path: Path
+) -> None:
+    write_pipeline(write_folder(tmp_path), [*MODULES, DENSE])
+    if settings is not None:
+        (tmp_path / "2_Dense").mkdir()
+        usual = {"in_features": 8, "out_features": 3, "bias": False}
+        usual["activation_function"] = "torch.nn.modules.activation.Tanh"
+        (tmp_path / "2_Dense" / "config.json").write_text(json.dumps(usual | settings))
+        shape = (3, settings.get("in_features", 8))
+        weights = {"linear.weight": np.ones(shape, np.float32)}
+        write_safetensors(tmp_path / "2_Dense" / "model.safetensors", weights)
+    with pytest.raises(kind, match=message):
         opened(tmp_path)
 
 

@@ -214,6 +214,7 @@ def test_hub_ids(text: str, expected: HubId | None) -> None:
             ],
             [
                 "1_Pooling/config.json",
+                "2_Dense/model.safetensors",
                 "config.json",
                 "config_sentence_transformers.json",
                 "model.safetensors",
