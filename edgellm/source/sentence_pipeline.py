@@ -116,8 +116,8 @@ def read_pipeline(folder: Path) -> PipelineFolder | None:
     if kinds[:2] != ["Transformer", "Pooling"] or set(between) - {"Dense"}:
         raise UnsupportedModel(
             f"{folder / MODULES} lists {', '.join(kinds)}, and edgellm computes Transformer, "
-            "Pooling and, if they are there, Dense and Normalize, in this order: convert the folder "
-            "of the Transformer alone (without modules.json), and compute the rest on its "
+            "Pooling and, if they are there, Dense and Normalize, in this order: convert the "
+            "folder of the Transformer alone (without modules.json), and compute the rest on its "
             "last_hidden_state"
         )
     model, pooling = folder / modules[0][1], folder / modules[1][1] / POOLING_CONFIG
