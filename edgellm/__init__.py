@@ -1,8 +1,9 @@
 """edgellm: quantize language models for the machine in front of you, and run them there.
 
-``convert`` makes an artifact, ``open`` runs one, ``verify`` and ``inspect`` look at it, ``profile``
-measures it; ``merge`` puts adapters into a model's own folder. Importing the package costs nothing:
-what these need is imported when they are called.
+``convert`` makes an artifact, ``open`` runs one (``open_encoder`` one that gives embeddings or
+labels, ``open_seq2seq`` one with an encoder and a decoder), ``verify`` and ``inspect`` look at it,
+``profile`` measures it; ``merge`` puts adapters into a model's own folder. Importing the package
+costs nothing: what these need is imported when they are called.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgellm.chat import open as open
+    from edgellm.encoders.model import open_encoder as open_encoder
     from edgellm.inspection import inspect as inspect
     from edgellm.manifest import Artifact
     from edgellm.manifest import open_artifact as open_artifact
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from edgellm.prefix_cache import PrefixCache as PrefixCache
     from edgellm.profiling.measuring import profile as profile
     from edgellm.progress import Progress
+    from edgellm.seq2seq.model import open_seq2seq as open_seq2seq
 
 __version__ = "0.1.0"
 
@@ -30,6 +33,8 @@ __all__ = [
     "merge",
     "open",
     "open_artifact",
+    "open_encoder",
+    "open_seq2seq",
     "profile",
     "verify",
 ]
@@ -39,6 +44,8 @@ ON_USE = {
     "inspect": "edgellm.inspection:inspect",
     "open": "edgellm.chat:open",
     "open_artifact": "edgellm.manifest:open_artifact",
+    "open_encoder": "edgellm.encoders.model:open_encoder",
+    "open_seq2seq": "edgellm.seq2seq.model:open_seq2seq",
     "profile": "edgellm.profiling.measuring:profile",
     "verify": "edgellm.manifest:verify",
 }

@@ -13,7 +13,7 @@ from edgellm.errors import RuntimeMissing, UnsupportedTarget, UsageError
 from edgellm.generate import Answer, AnswerStream, ContextPolicy, Decoding
 from edgellm.hardware import Choice, detect, pick
 from edgellm.lora.apart import ApartAdapters, kept_adapters
-from edgellm.manifest import Artifact, open_artifact
+from edgellm.manifest import Artifact, open_artifact, refuse_encoders
 from edgellm.manifest import verify as verify_artifact
 from edgellm.prefix_cache import PrefixCache
 from edgellm.runtimes import runtime_named, runtime_names
@@ -92,6 +92,7 @@ def open(
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be at least 1, got {threads}")
     artifact = open_artifact(Path(path))
+    refuse_encoders(artifact)
     notes = []
     if artifact.manifest is None:
         notes.append(f"{artifact.path.name} has no manifest: it runs, unverified")

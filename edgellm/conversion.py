@@ -23,6 +23,7 @@ import edgellm
 from edgellm import quality_gate, registry
 from edgellm.calibration.running import Outcome, round_in_blocks
 from edgellm.digests import file_sha256, ranges_sha256
+from edgellm.encoders.finding import find_encoder
 from edgellm.errors import (
     GenerationError,
     RuntimeMissing,
@@ -51,13 +52,13 @@ from edgellm.manifest import (
     TensorEntry,
     open_artifact,
 )
-from edgellm.parallel import in_parallel, one_blas_thread
+from edgellm.parallel import one_blas_thread
 from edgellm.plan import Plan, check_apart, check_disk, make_plan
 from edgellm.progress import Progress, ProgressEvent, unwatched
 from edgellm.quant import SOLVERS, settings_of
 from edgellm.quant.devices import CPU, torch_name
 from edgellm.recipe import Recipe
-from edgellm.slabs import Slab, Solve, Written, write_slab
+from edgellm.slabs import Solve, write_tensors
 from edgellm.tokenization import artifact_parity
 from edgellm.tune.settings import Tuned
 
@@ -92,6 +93,14 @@ def convert(
     recipe's ``max_kld`` or ``max_ppl_increase`` lies beside it, as ``OUT.rejected``.
     """
     check_output(out, force=force)
+    encoder = find_encoder(recipe, progress=progress)
+    if encoder is not None:
+        from edgellm.encoders.kinds import convert_found, refuse_imatrix
+
+        refuse_imatrix(save_imatrix)
+        return convert_found(
+            recipe, encoder, out, threads=threads, force=force, check=check, progress=progress
+        )
     plan = make_plan(recipe, threads=threads, progress=progress)
     return carry_out(
         plan, out, force=force, check=check, save_imatrix=save_imatrix, progress=progress
@@ -174,27 +183,7 @@ def quantize_tensors(plan: Plan, staged: StagedFolder, progress: Progress = unwa
     if calibration is not None:
         return round_in_blocks(plan, calibration, staged, progress)
     solve: Solve = registry.attribute(SOLVERS[plan.recipe.solver].attribute)
-    tensors = plan.layout.tensors
-    slabs = plan.slabs()
-    left = [0] * len(tensors)
-    for slab in slabs:
-        left[slab.tensor] += 1
-    total = sum(tensor.nbytes for tensor in tensors)
-    done_bytes = done_tensors = 0
-
-    def work(slab: Slab) -> Written:
-        return write_slab(tensors[slab.tensor], slab, solve, staged)
-
-    for written in in_parallel(work, slabs, plan.threads):
-        place = written.slab.tensor
-        done_bytes += written.nbytes
-        left[place] -= 1
-        done_tensors += not left[place]
-        progress(
-            ProgressEvent(
-                "quantize", tensors[place].name, done_bytes, total, done_tensors, len(left)
-            )
-        )
+    write_tensors(plan.layout.tensors, solve, plan.threads, staged, progress)
     return Outcome()
 
 
@@ -317,7 +306,7 @@ def describe(
     with ThreadPoolExecutor(plan.threads) as pool:
         base_sha256 = pool.submit(source.digest)
         files = [pool.submit(file_sha256, folder / name) for name in names]
-        tensors = [pool.submit(_tensor_entry, tensor, folder) for tensor in layout.tensors]
+        tensors = [pool.submit(tensor_entry, tensor, folder) for tensor in layout.tensors]
         parity = prove_parity(plan, folder)
         digested = Digested(
             schema_version=SCHEMA_VERSION,
@@ -391,7 +380,8 @@ def calibration_entry(plan: Plan) -> CalibrationEntry:
     )
 
 
-def _tensor_entry(tensor: OutputTensor, folder: Path) -> TensorEntry:
+def tensor_entry(tensor: OutputTensor, folder: Path) -> TensorEntry:
+    """``tensor`` as the manifest of ``folder``, where it was written, records it."""
     files = {array.file for array in tensor.arrays}
     if len(files) != 1:
         raise AssertionError(f"{tensor.name} is spread over {sorted(files)}")
@@ -427,12 +417,17 @@ def _model_facts(plan: Plan) -> ModelFacts:
 
 
 def _tool_versions(plan: Plan) -> dict[str, str]:
-    versions = {"edgellm": edgellm.__version__}
-    container = container_named(plan.layout.container)
     computing = CALIBRATING_PACKAGES if plan.calibration else ()
     if torch_name(plan.recipe.device) is not None:
         computing = (*computing, "torch")
-    for package in dict.fromkeys((*RECORDED_PACKAGES, *container.packages, *computing)):
+    return tool_versions(plan.layout.container, computing)
+
+
+def tool_versions(container: str, computing: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of what can change the bytes of an artifact of ``container``."""
+    versions = {"edgellm": edgellm.__version__}
+    packages = container_named(container).packages
+    for package in dict.fromkeys((*RECORDED_PACKAGES, *packages, *computing)):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

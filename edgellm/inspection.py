@@ -116,6 +116,8 @@ def _inspect_artifact(artifact: Artifact) -> Inspection:
             "container": made.container,
             "main_file": made.main_file,
             **msgspec.structs.asdict(made.model),
+            **({} if made.encoder is None else msgspec.structs.asdict(made.encoder)),
+            **({} if made.seq2seq is None else msgspec.structs.asdict(made.seq2seq)),
         },
         tensors=tuple(
             InspectedTensor(

@@ -11,7 +11,7 @@ import msgspec
 
 from edgellm import verified
 from edgellm.digests import file_sha256, ranges_sha256
-from edgellm.errors import SourceError, VerificationError
+from edgellm.errors import SourceError, UnsupportedTarget, VerificationError
 from edgellm.json_file import read_json
 
 SCHEMA_VERSION = 1
@@ -171,6 +171,55 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     features: tuple[str, ...] = ()
 
 
+class EncoderFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a runtime needs to know to run an encoder; of a model that generates there is none.
+
+    ``task``: ``embeddings``, ``sequence_classification``, ``token_classification`` or
+    ``masked_lm``. ``outputs`` of the graph, the one that answers first. ``max_tokens``: what a text
+    is cut to, the model's own tokens counted. ``padding_token_id`` fills shorter texts of a batch
+    up. ``takes_types``: the second text of a pair is told from the first by its token types; zeros
+    otherwise, where the graph has them. ``labels`` by number, and
+    ``scores``: what makes scores of their logits (``softmax``, ``sigmoid``, ``none``).
+    ``pooling``: the vectors of tokens that stand side by side in an embedding of
+    ``embedding_size`` values, which ``normalized`` says is of length 1. ``lowercase``: of texts,
+    before the tokenizer. ``prompts`` by name go before a text, ``default_prompt`` where none is
+    named.
+    """
+
+    task: str
+    outputs: tuple[str, ...]
+    max_tokens: int
+    padding_token_id: int = 0
+    takes_types: bool = False
+    labels: tuple[str, ...] = ()
+    scores: str = "none"
+    mask_token_id: int | None = None
+    pooling: tuple[str, ...] = ()
+    embedding_size: int = 0
+    normalized: bool = False
+    lowercase: bool = False
+    prompts: dict[str, str] = {}
+    default_prompt: str = ""
+
+
+class Seq2SeqFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a runtime needs to know to run an encoder with a decoder; of others there is none.
+
+    ``encoder_file`` holds the encoder's graph beside the main file, the decoder's. An answer begins
+    with ``start_token_id`` (and ``first_token_ids``, which are given) and ends with one of
+    ``end_token_ids``; ``suppressed_token_ids`` are never taken. ``max_tokens``: what a text is cut
+    to; ``max_new_tokens``: what an answer has at the most where nobody says.
+    """
+
+    encoder_file: str
+    start_token_id: int
+    end_token_ids: tuple[int, ...]
+    max_tokens: int
+    max_new_tokens: int
+    first_token_ids: tuple[int, ...] = ()
+    suppressed_token_ids: tuple[int, ...] = ()
+
+
 class Parity(msgspec.Struct, frozen=True, kw_only=True):
     """Whether source and output split the built-in text of awkward cases into the same ids.
 
@@ -192,6 +241,7 @@ class Digested(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     ``merge``: what was merged into the base while converting. ``merged_before``: adapters that the
     base said had been merged into it already, oldest first. ``kept_adapters`` lie beside the model.
+    ``encoder``, ``seq2seq``: of an encoder, alone or with a decoder, what runs it.
     """
 
     schema_version: int
@@ -213,6 +263,8 @@ class Digested(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     kept_adapters: tuple[KeptEntry, ...] = ()
     calibration: CalibrationEntry | None = None
     tuning: TuningEntry | None = None
+    encoder: EncoderFacts | None = None
+    seq2seq: Seq2SeqFacts | None = None
 
     def sha256(self) -> str:
         """Digest over the canonical JSON (sorted keys, no spaces) of this part."""
@@ -255,6 +307,16 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
             return None
         return str(self.manifest.artifact.recipe.get("compute") or "f32")
 
+    @property
+    def encoder(self) -> EncoderFacts | None:
+        """What there is to know of an encoder; None for a model that generates text."""
+        return None if self.manifest is None else self.manifest.artifact.encoder
+
+    @property
+    def seq2seq(self) -> Seq2SeqFacts | None:
+        """What there is to know of an encoder with a decoder; None for others."""
+        return None if self.manifest is None else self.manifest.artifact.seq2seq
+
 
 def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     """What can be run at ``path``: a folder with a manifest, or a Hugging Face folder, a folder of
@@ -295,6 +357,20 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
         f"{path} is not a GGUF file (it starts with {magic!r}): give an artifact folder or a .gguf "
         "file, or convert the model first with `edgellm convert`"
     )
+
+
+def refuse_encoders(artifact: Artifact) -> None:
+    """Raise ``UnsupportedTarget`` for what is no language model, and say how it is opened."""
+    if artifact.encoder is not None:
+        raise UnsupportedTarget(
+            f"{artifact.path} is an encoder ({artifact.encoder.task}), which generates no text: "
+            "open it with edgellm.open_encoder, or ask it with `edgellm run`"
+        )
+    if artifact.seq2seq is not None:
+        raise UnsupportedTarget(
+            f"{artifact.path} is an encoder with a decoder, which holds no conversation: open it "
+            "with edgellm.open_seq2seq, or ask it with `edgellm run`"
+        )
 
 
 def _genai_graph(folder: Path) -> Path:

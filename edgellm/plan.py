@@ -227,7 +227,7 @@ def make_plan(
     working = max(needs) + _merge_memory(source, workers)
     # Measuring for the choice of grids is over by now, in this very process.
     before = peak_memory_bytes() if fitted else 0
-    seconds = _seconds(layout, workers) + _merge_seconds(source, workers)
+    seconds = seconds_of(layout, workers) + _merge_seconds(source, workers)
     plan = Plan(
         recipe=recipe,
         reasons=reasons,
@@ -360,7 +360,9 @@ def _merge_seconds(source: ModelSource, workers: int) -> float:
     return changed / MERGED_BYTES_PER_SECOND / workers
 
 
-def _seconds(layout: Layout, workers: int) -> float:
+def seconds_of(layout: Layout, workers: int) -> float:
+    """What rounding and writing ``layout`` takes, roughly."""
+
     def speed(grid: Grid) -> float:
         return BYTES_PER_SECOND.get(grid.name) or BYTES_PER_SECOND[grid.kind]
 

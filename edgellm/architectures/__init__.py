@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from edgellm.architectures import families
+from edgellm.architectures.encoders import ENCODERS, REFUSED_ENCODERS, SEQ2SEQ
 from edgellm.architectures.family import REMOTE_CODE, Family
 from edgellm.architectures.gguf_metadata import facts_of, gguf_keys, rope_factors, vocab_size
 from edgellm.errors import UnsupportedModel
@@ -38,6 +39,7 @@ REFUSED = {
     "qwen3_vl": "it is a vision-language model with positions of its own (mrope)",
     "mllama": "it is a vision-language model with cross-attention",
     "llama4": "it is a vision-language model with a mixture of experts",
+    **REFUSED_ENCODERS,
 }
 
 
@@ -50,18 +52,23 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if not isinstance(kind, str):
         raise UnsupportedModel(
             f"config.json: the key model_type is {'missing' if kind is None else repr(kind)}; "
-            f"edgellm converts {', '.join(FAMILIES)}"
+            f"edgellm converts {', '.join((*FAMILIES, *ENCODERS, *SEQ2SEQ))}"
         )
     if kind in FAMILIES:
         return family_named(kind)
+    if kind in ENCODERS or kind in SEQ2SEQ:
+        what = "an encoder" if kind in ENCODERS else "an encoder with a decoder"
+        raise UnsupportedModel(
+            f"model_type {kind!r} is {what}, which `edgellm convert` writes as ONNX and "
+            f"`edgellm run` runs; this is for language models: {', '.join(FAMILIES)}"
+        )
     if kind in REFUSED:
         raise UnsupportedModel(f"model_type {kind!r} is not converted: {REFUSED[kind]}")
     code = ""
     if config.get(REMOTE_CODE):
         code = f" (its own code, which {REMOTE_CODE} names, is never run)"
-    raise UnsupportedModel(
-        f"model_type {kind!r} is not one that edgellm converts{code}: {suggestion(kind, FAMILIES)}"
-    )
+    near = suggestion(kind, (*FAMILIES, *ENCODERS, *SEQ2SEQ))
+    raise UnsupportedModel(f"model_type {kind!r} is not one that edgellm converts{code}: {near}")
 
 
 def family_named(model_type: str) -> Family:

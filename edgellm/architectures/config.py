@@ -212,6 +212,13 @@ class Config:
                 raise self.refusal(key, value, "a list of finite numbers")
         return tuple(float(item) for item in value)
 
+    def mapping(self, key: str) -> dict[str, Any]:
+        """The object at ``key`` as it is, its keys not tracked."""
+        value = self._take(key, REQUIRED)
+        if not isinstance(value, Mapping):
+            raise self.refusal(key, value, "an object")
+        return {str(name): item for name, item in value.items()}
+
     def section(self, key: str) -> Config:
         """The object at ``key``, whose keys are tracked too."""
         inner = Config(

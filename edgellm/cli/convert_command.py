@@ -173,7 +173,8 @@ def convert(
 
     The folder holds the model, its tokenizer and manifest.json, which says what went in, what was
     done to each tensor and the checksum of every byte. It appears whole or not at all, and the
-    same source, recipe and versions give the same bytes.
+    same source, recipe and versions give the same bytes. An encoder (BERT, RoBERTa, DistilBERT, a
+    folder of sentence-transformers) becomes an ONNX folder, in int8 where no GRID is named.
 
     \b
     GRID for gguf: f32 f16 bf16 q8_0 q6_k q5_k_m q5_k_s q5_0 q5_1 q4_k_m q4_k_s
@@ -196,6 +197,7 @@ def convert(
       edgellm convert ./my-model --out small --format onnx --kv-cache int8
       edgellm convert ./my-model --out small --format hf --layout awq
       edgellm convert ./my-model --out small --format mlx
+      edgellm convert ./all-MiniLM-L6-v2 --out embedder
       edgellm convert ./my-model -o small -q gptq:q4_0 --calibration chats.jsonl
       edgellm convert ./my-model -o small -q gptq --fit 90MB
       edgellm convert ./my-model --out small --max-kld 0.1 --max-ppl-increase 5%
@@ -256,6 +258,27 @@ def convert(
 
     if out is not None and not dry_run:
         check_output(out, force=force)
+    from edgellm.encoders.finding import find_encoder
+
+    with progress_shown(quiet=as_json) as progress:
+        encoder = find_encoder(asked, progress=progress)
+    if encoder is not None:
+        from edgellm.cli.convert_encoder import convert_encoder
+
+        resolved = convert_encoder(
+            asked,
+            encoder,
+            out,
+            threads=threads,
+            force=force,
+            check=check,
+            dry_run=dry_run,
+            as_json=as_json,
+            save_imatrix=save_imatrix,
+        )
+        if save_recipe is not None:
+            _save(resolved, save_recipe, quiet=as_json)
+        return
     with progress_shown(quiet=as_json) as progress:
         plan = make_plan(asked, threads=threads, progress=progress)
     resolved = plan.recipe

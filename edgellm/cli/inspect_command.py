@@ -49,7 +49,7 @@ def _show(found: Inspection) -> None:
         (name, _text(value))
         for name, value in found.metadata.items()
         # A config's null is a key that says nothing.
-        if value is not None
+        if value not in (None, (), {}, "")
         and (name != "windows" or set(value) != {None})  # most models have none in any layer
     )
     print()
@@ -116,6 +116,14 @@ def _lineage(manifest: Manifest) -> list[tuple[str, str]]:
         lines.append(("check", check.get("skipped") or f"{check['prompt']!r} -> {check['text']!r}"))
     if survival := survival_line(measured):
         lines.append(("survival", survival))
+    if made.encoder is not None and "quality" in measured:
+        from edgellm.encoders.quality import quality_line
+
+        lines.append(("outputs", quality_line(measured["quality"])))
+    if made.seq2seq is not None and "quality" in measured:
+        from edgellm.seq2seq.quality import quality_line as answers_line
+
+        lines.append(("answers", answers_line(measured["quality"])))
     return [*lines, ("sha256", manifest.sha256)]
 
 

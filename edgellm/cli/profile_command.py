@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -45,6 +45,9 @@ def profile(
     depth: Annotated[
         str, typer.Option(metavar="N,N,...", help="Tokens in the cache before the prompt.")
     ] = "0",
+    batch: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Texts at a time, of encoders.")
+    ] = "1",
     threads: Annotated[
         str | None, typer.Option(metavar="N,N,...", help="Default: the physical cores.")
     ] = None,
@@ -89,6 +92,9 @@ def profile(
     answer's; docs/profiling.md says what each figure counts. A cell that fails is a row with its
     reason; Ctrl-C keeps what was measured.
 
+    Of encoders: how long a batch of texts takes (--prompt-tokens long each, 128 by default; more of
+    them with --batch), and with a decoder how quickly an answer comes, in this process.
+
     \b
     Examples:
       edgellm profile small
@@ -96,8 +102,17 @@ def profile(
       edgellm profile small --runtime all --threads 1,2
       edgellm profile small --prompt-tokens 128,2048 --depth 0,4096 --budget 5m
       edgellm profile small.gguf --kv-cache f16,q8_0 --operators
+      edgellm profile embedder --prompt-tokens 16,128 --batch 1,16
       edgellm profile small --json | jq '.cells[].decode_tokens_per_s.median'
     """
+    from edgellm.cli.profile_encoder import (
+        NEW_TOKENS,
+        TOKENS,
+        given,
+        kind_of,
+        profile_encoder,
+        profile_with_decoder,
+    )
     from edgellm.profiling.matrix import Asked
     from edgellm.profiling.measuring import ROUNDS, Effort
     from edgellm.profiling.measuring import profile as measure
@@ -111,6 +126,26 @@ def profile(
         raise UsageError(f"--warmup {warmup}: choose 0 or more")
     if trace is not None and not operators:
         raise UsageError("--trace is for the traces of --operators: give both, or leave it out")
+    kind = kind_of(paths)
+    if kind != "language model":
+        lengths = _numbers("--prompt-tokens", prompt_tokens)
+        common: dict[str, Any] = {
+            "text_tokens": lengths if given(context, "prompt_tokens") else (TOKENS,),
+            "threads": _numbers("--threads", threads) if threads else (None,),
+            "repeat": repeat,
+            "warmup": warmup,
+            "output": output or (),
+            "as_json": as_json,
+        }
+        if kind == "encoder":
+            profile_encoder(context, paths, batches=_numbers("--batch", batch), **common)
+            return
+        answers = _numbers("--new-tokens", new_tokens)
+        answers = answers if given(context, "new_tokens") else (NEW_TOKENS,)
+        profile_with_decoder(context, paths, new_tokens=answers, **common)
+        return
+    if batch != "1":
+        raise UsageError("--batch is about encoders, and a model that generates text is measured")
     for path in output or ():
         check_output(path)
     asked = Asked(

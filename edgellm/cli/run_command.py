@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -29,6 +30,7 @@ STOPPED = 130
 
 
 def run(
+    parameters: typer.Context,
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="A folder made by convert, or any .gguf file.")
     ],
@@ -141,6 +143,10 @@ def run(
     everything else goes to stderr. Without a prompt, on a terminal, it is a chat: Ctrl-C stops the
     answer, /help lists what else can be typed. A pipe into stdin is taken as the prompt.
 
+    An encoder takes texts, each an argument or a line of stdin, and gives a line of JSON for each:
+    its embedding, its labels with scores, or the words for what is masked. One with a decoder (T5,
+    mT5, BART) answers a text with another, the likeliest unless --temperature is given.
+
     \b
     Examples:
       edgellm run small "Why is the sky blue?"
@@ -152,9 +158,54 @@ def run(
       cat page.md | edgellm run small --system "Correct it." --draft lookup
       edgellm run small --load-session talk --save-session talk
       edgellm run small "Name a prime." --json | jq .decode_tokens_per_s
+      edgellm run embedder "A text." "Another one." | jq .embedding
     """
+    from edgellm.cli.run_encoder import is_encoder, run_encoder
+
+    if is_encoder(path):
+        run_encoder(
+            parameters,
+            path,
+            [*([] if prompt is None else [prompt]), *(words or ())],
+            device=device,
+            threads=threads,
+            verify=verify,
+            runtime=runtime,
+            stats=stats,
+            as_json=as_json,
+        )
+        return
     if prompt and words:  # a question without quotes
         prompt = " ".join((prompt, *words))
+    from edgellm.cli.run_seq2seq import is_seq2seq, run_seq2seq
+    from edgellm.sampling import SamplingOptions
+
+    sampling = SamplingOptions(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        seed=seed,
+    )
+    if is_seq2seq(path):
+        given = parameters.get_parameter_source("repeat_penalty")
+        if given is None or given.name == "DEFAULT":  # such a model repeats its text's words
+            sampling = replace(sampling, repeat_penalty=1.0)
+        run_seq2seq(
+            parameters,
+            path,
+            prompt,
+            sampling,
+            max_tokens=max_tokens,
+            device=device,
+            threads=threads,
+            verify=verify,
+            runtime=runtime,
+            stats=stats,
+            as_json=as_json,
+        )
+        return
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         prompt = sys.stdin.read().strip()
         if not prompt:
@@ -169,17 +220,9 @@ def run(
         check_file_place(save_session)
     adapters = _adapters(adapter)
     from edgellm.chat import open as open_model
-    from edgellm.sampling import SamplingOptions
 
     answering: dict[str, Any] = {
-        "sampling": SamplingOptions(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repeat_penalty=repeat_penalty,
-            seed=seed,
-        ),
+        "sampling": sampling,
         "max_tokens": max_tokens,
         "stop": tuple(stop or ()),
     }

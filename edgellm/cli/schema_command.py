@@ -12,6 +12,8 @@ from edgellm.errors import UsageError
 DOCUMENTS = {
     "profile": "edgellm.profiling.document:Profile",
     "manifest": "edgellm.manifest:Manifest",
+    "encoder-profile": "edgellm.encoders.profiling:EncoderProfile",
+    "seq2seq-profile": "edgellm.seq2seq.profiling:Seq2SeqProfile",
 }
 """Documents that edgellm writes: where their structs stand."""
 
@@ -20,7 +22,12 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def schema(
-    document: Annotated[str, typer.Argument(metavar="DOCUMENT", help="profile or manifest.")],
+    document: Annotated[
+        str,
+        typer.Argument(
+            metavar="DOCUMENT", help="profile, manifest, encoder-profile or seq2seq-profile."
+        ),
+    ],
 ) -> None:
     """Show the JSON Schema of a document that edgellm writes.
 

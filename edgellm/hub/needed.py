@@ -29,8 +29,15 @@ SMALL_FILES = frozenset(
         "chat_template.jinja",
         "chat_template.json",
         "README.md",
+        # Of encoders, and what sentence-transformers does around them.
+        "modules.json",
+        "config_sentence_transformers.json",
     }
 )
+SENTENCE_FILES = re.compile(
+    r"sentence_[\w-]+_config\.json|\d+_[A-Za-z]+/config\.json|\d+_Dense/model\.safetensors"
+)
+"""What sentence-transformers adds to a model, by the number of its step."""
 OLDER_TOKENIZERS = re.compile(
     r"spiece\.model|tekken\.json|vocab\.txt|tiktoken\.model|[^/]+\.tiktoken"
 )
@@ -67,8 +74,9 @@ def needed_files(wanted: HubId, names: Collection[str]) -> list[str]:
     if chosen:
         templates = [name for name in names if name.startswith(f"{TEMPLATE_FOLDER}/")]
         older = [name for name in names if OLDER_TOKENIZERS.fullmatch(name)]
+        around = [name for name in names if SENTENCE_FILES.fullmatch(name)]
         tokenizer = [] if "tokenizer.json" in names else older
-        return sorted([*chosen, *templates, *tokenizer, *SMALL_FILES.intersection(names)])
+        return sorted([*chosen, *templates, *around, *tokenizer, *SMALL_FILES.intersection(names)])
     if ggufs:
         raise HubError(
             f"{wanted.repo} holds {len(ggufs)} GGUF files: name one, such as "

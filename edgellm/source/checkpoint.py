@@ -81,7 +81,7 @@ def open_folder(
             _refuse_quantized(path, settings)
     else:
         tensors = checkpoint.tensors
-        _refuse_other_dtypes(path, tensors)
+        refuse_other_dtypes(path, tensors)
     left_out: tuple[str, ...] = ()
     if text_only:
         tensors, left_out = text_tensors(tensors, family)
@@ -250,7 +250,8 @@ def _refuse_quantized(path: Path, settings: Any) -> None:
     )
 
 
-def _refuse_other_dtypes(path: Path, tensors: Mapping[str, TensorRef]) -> None:
+def refuse_other_dtypes(path: Path, tensors: Mapping[str, TensorRef]) -> None:
+    """Raise ``TensorError`` for weights of a type that is not read as floats."""
     readable = {dtype.lower() for dtype in READABLE}
     quantized = {
         name: ref.dtype

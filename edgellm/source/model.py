@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -60,9 +61,15 @@ class ModelSource:
 
     @cached_property
     def _digest(self) -> str:
-        files = sorted(self.weight_files, key=lambda path: path.name)
-        with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
-            digests = list(pool.map(file_sha256, files))
-        return combined_sha256(
-            {path.name: digest for path, digest in zip(files, digests, strict=True)}
-        )
+        return digest_of(self.weight_files)
+
+
+def digest_of(weight_files: Sequence[Path]) -> str:
+    """SHA-256 of ``weight_files`` as ``combined_sha256`` takes it, by a thread for each core."""
+    files = sorted(weight_files, key=lambda path: path.name)
+    with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(file_sha256, files))
+    names = [path.name for path in files]
+    if len(set(names)) < len(names):  # in folders of their own, as sentence-transformers has some
+        names = [f"{path.parent.name}/{path.name}" for path in files]
+    return combined_sha256(dict(zip(names, digests, strict=True)))

@@ -50,6 +50,8 @@ def read(folder: Path) -> Tokenizer:
     special_ids = _special_ids(backend, config, model)
     # The post-processor alone: with a tokenizer.json, transformers 5 reads neither add_bos_token
     # nor add_eos_token of the config.
+    backend.no_padding()  # that of its training, which sentence-transformers leaves in
+    backend.no_truncation()
     prefix, suffix = surroundings(backend)
     eos: list[int] = [special_ids["eos"]] if "eos" in special_ids else []
     # As transformers: the model's config speaks where there is no generation config. Folders of

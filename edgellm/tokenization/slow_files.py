@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from tokenizers import Tokenizer as Backend
 
 from edgellm.errors import SourceError, UnsupportedTokenizer
@@ -31,6 +39,9 @@ WAY_OUT = (
 PIECE_FILES = ("tokenizer.model", "spiece.model")
 TEKKEN, GPT2_VOCAB, GPT2_MERGES, WORDS = "tekken.json", "vocab.json", "merges.txt", "vocab.txt"
 ADDED = "added_tokens.json"
+
+GENERIC = ("", "pretrained", "auto", "tokenizersbackend")
+"""Names of classes, as ``_kind`` shortens them, that say nothing of what they do with text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +229,20 @@ def _words(path: Path, config: Mapping[str, Any], model: Mapping[str, Any]) -> B
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##")
-    return _finished(backend, kind, path.parent, config)
+    named = [token_text(config.get(f"{name}_token")) for name in SPECIAL_NAMES]
+    if missing := [text for text in named if text and text not in vocab]:
+        raise SourceError(
+            f"{path} has no {', '.join(missing)}, which are special tokens of the tokenizer: it "
+            "belongs to another model, or is cut short; fetch it again"
+        )
+    built = _finished(backend, kind, path.parent, config)
+    before, after = (token_text(built.config[f"{name}_token"]) for name in ("cls", "sep"))
+    built.backend.post_processor = processors.TemplateProcessing(
+        single=f"{before}:0 $A:0 {after}:0",
+        pair=f"{before}:0 $A:0 {after}:0 $B:1 {after}:1",
+        special_tokens=[(text, vocab[text]) for text in (before, after) if text],
+    )
+    return built
 
 
 def _byte_level(
@@ -300,9 +324,9 @@ def _kind(
     """The row of the tokenizer's class, or failing that of the model's type."""
     cls = str(config.get("tokenizer_class") or "")
     name = cls.removesuffix("Fast").removesuffix("Tokenizer").lower()
-    for each in (name, str(model.get("model_type") or "")):
-        if each in rows:
-            return rows[each]
+    kind = name if name not in GENERIC else str(model.get("model_type") or "")
+    if kind in rows:
+        return rows[kind]
     said = cls or "no tokenizer_class"
     raise UnsupportedTokenizer(
         f"{path.parent} holds its tokenizer as {path.name} and has no tokenizer.json; its "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from edgellm.errors import SourceError, UnsupportedTokenizer
+from edgellm.errors import SourceError, UnsupportedTokenizer, UsageError
 from edgellm.tokenization import chat
 from edgellm.tokenization.stream import TextStream
 
@@ -39,6 +39,22 @@ class Settings:
     prefix_ids: tuple[int, ...] = ()
     suffix_ids: tuple[int, ...] = ()
     chat_templates: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedText:
+    """A text, or a pair of them, as a model that sees all of it at once takes it.
+
+    ``types``: 0 or, in the second text of a pair of most models, 1. ``spans``: where a token stands
+    in its text, in characters; both ends are 0 for the model's own tokens, which ``special`` names.
+    ``truncated``: the end did not fit.
+    """
+
+    ids: tuple[int, ...]
+    types: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+    special: tuple[bool, ...]
+    truncated: bool
 
 
 class Tokenizer:
@@ -149,6 +165,34 @@ class Tokenizer:
         if not add_special:
             return ids
         return [*self.settings.prefix_ids, *ids, *self.settings.suffix_ids]
+
+    def encode_whole(self, text: str, second: str | None = None, *, max_tokens: int) -> EncodedText:
+        """``text``, or it and a ``second``, with the model's own tokens, in ``max_tokens`` of them.
+
+        Of a pair the longer one is cut, as transformers does. Special tokens written in a text are
+        those tokens. Raises ``UsageError`` where not even one token of a text would fit.
+        """
+        with self._lock:
+            self.backend.encode_special_tokens = False
+            own = self.backend.num_special_tokens_to_add(second is not None)
+            texts = 1 if second is None else 2
+            if max_tokens < own + texts:
+                raise UsageError(
+                    f"{max_tokens} tokens are too few: {own} of them are the model's own, so a "
+                    f"text needs at least {own + texts}"
+                )
+            self.backend.enable_truncation(max_tokens)
+            try:
+                found = self.backend.encode(text, second)
+            finally:
+                self.backend.no_truncation()
+        return EncodedText(
+            ids=tuple(found.ids),
+            types=tuple(found.type_ids),
+            spans=tuple(found.offsets),
+            special=tuple(bool(mark) for mark in found.special_tokens_mask),
+            truncated=bool(found.overflowing),
+        )
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ``ids``; broken UTF-8 becomes U+FFFD, ids without a token become nothing."""

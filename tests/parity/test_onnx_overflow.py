@@ -11,7 +11,7 @@ pytest.importorskip("onnx", reason="onnx is not installed")
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from edgellm.runtimes.ort import _session_options
+from edgellm.runtimes.ort import session_options
 
 
 def test_unsigned_by_signed_bytes_do_not_overflow() -> None:
@@ -37,7 +37,7 @@ def test_unsigned_by_signed_bytes_do_not_overflow() -> None:
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     session = onnxruntime.InferenceSession(
-        model.SerializeToString(), _session_options(onnxruntime, 1)
+        model.SerializeToString(), session_options(onnxruntime, 1)
     )
     (y,) = session.run(None, {"x": x})
     step = np.float32((x.max() + 50) / np.float32(255))

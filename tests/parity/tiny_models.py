@@ -369,7 +369,7 @@ def build(name: str, folder: Path) -> Path:
     config = getattr(transformers, tiny.config_class)(
         vocab_size=tiny.vocab_size, **special, **tiny.settings
     )
-    with _quiet():
+    with quiet():
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
     randomize(model, seed=sorted(MODELS).index(name))
@@ -468,7 +468,7 @@ def load(folder: Path) -> transformers.PreTrainedModel:
     import torch
     import transformers
 
-    with _quiet():
+    with quiet():
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         )
@@ -509,7 +509,7 @@ def copy_of(folder: Path, to: Path) -> Path:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' bar and its advice."""
     import transformers
 
