@@ -70,8 +70,8 @@ SLOWLY = """
 import sys, time
 from edgellm.cli import main
 from edgellm.runtimes.fake import FakeSession
-prefill = FakeSession.prefill
-FakeSession.prefill = lambda *args, **options: time.sleep(0.05) or prefill(*args, **options)
+compute = FakeSession._compute
+FakeSession._compute = lambda *args: time.sleep(0.05) or compute(*args)
 sys.exit(main(sys.argv[1:]))
 """
 """The command line with a fake runtime that takes 50 ms for a token."""
@@ -175,7 +175,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(chat: Typist, tmp_path: Path) 
 def test_ctrl_c_before_an_answer_begins_does_not_end_the_chat(
     open_chat: Callable[[str], Typist],
 ) -> None:
-    slow = SLOWLY.replace("prefill =", f"{BEFORE_ANSWERS}prefill =", 1)
+    slow = SLOWLY.replace("compute =", f"{BEFORE_ANSWERS}compute =", 1)
     chat = open_chat(slow)
     chat.type("tell me everything\n")
     chat.wait_for("thinking")
