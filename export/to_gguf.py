@@ -14,7 +14,7 @@ import edgellm
 from edgellm.architectures import gguf_keys, rope_factors
 from edgellm.architectures.gguf_rows import as_llamacpp_stores
 from edgellm.errors import UnsupportedTarget
-from edgellm.export.gguf_graphs import check_expressible, context_of
+from edgellm.export.gguf_graphs import check_expressible, context_of, notes_of
 from edgellm.export.gguf_head import ARCHITECTURE, StoredTensor, gguf_head
 from edgellm.export.gguf_mixture import MIXTURES, Choice, chooser, quantizable
 from edgellm.export.layout import Container, Layout, OutputTensor, StoredArray
@@ -106,7 +106,12 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
             for (ref, choice), offset in zip(stored, head.offsets, strict=True)
         ),
         context_length=context,
-        notes=(*notes, *renamed, *((IQ3_NOTE,) if unweighed_iq3 else ())),
+        notes=(
+            *notes,
+            *notes_of(decoder, stored_as),
+            *renamed,
+            *((IQ3_NOTE,) if unweighed_iq3 else ()),
+        ),
         tokenizer_limits=source.tokenizer.gguf_limits(),
     )
 

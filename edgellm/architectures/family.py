@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from edgellm.architectures.config import Config
 from edgellm.architectures.decoder import Activation, Decoder, Feature
+from edgellm.architectures.row_order import RowOrder
 from edgellm.errors import UnsupportedTarget
 
 Value = bool | int | float | str | list[bool] | list[int]
@@ -22,7 +23,7 @@ class TensorRow:
 
     ``source`` is its name in a Hugging Face checkpoint, ``role`` its GGUF name, ``shape`` what is
     expected in ``[out, in]`` order. ``transposed``: the checkpoint holds ``[in, out]`` (GPT-2's
-    Conv1D).
+    Conv1D). ``order``: how rows lie in the checkpoint, where the network takes them in another.
     """
 
     source: str
@@ -30,6 +31,7 @@ class TensorRow:
     shape: tuple[int, ...]
     kind: Kind
     transposed: bool = False
+    order: RowOrder | None = None
 
 
 def _nothing(decoder: Decoder) -> Iterator[str]:
@@ -46,13 +48,15 @@ class GgufGraph:
 
     llama.cpp reads most hyper-parameters from the file but builds the rest into the graph: a
     difference would load without a word and answer wrongly. ``features`` are those that it has,
-    ``always`` those that it cannot be without. ``square_attention``: the heads together are as wide
+    ``always`` those that it cannot be without. ``nearly``: activations that its own stands for,
+    which the user is told of. ``square_attention``: the heads together are as wide
     as the model. ``any_yarn``: settings that no key says are baked into ``rope_freqs.weight``.
     ``differences``: what else it would compute differently, in words.
     """
 
     features: frozenset[Feature]
     activation: Activation
+    nearly: tuple[Activation, ...] = ()
     always: frozenset[Feature] = frozenset()
     square_attention: bool = False
     any_yarn: bool = False

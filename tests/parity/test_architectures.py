@@ -42,7 +42,8 @@ def read(folder: Path) -> tuple[Decoder, Tensors]:
     tensors = {}
     for row in family.tensors(decoder):
         values = stored.pop(row.source)
-        tensors[row.role] = values.T if row.transposed else values
+        values = values.T if row.transposed else values
+        tensors[row.role] = values if row.order is None else values[row.order.places()]
         assert tensors[row.role].shape == row.shape, row
     assert not stored, "tensors without a row"
     return decoder, tensors
@@ -268,4 +269,5 @@ BEYOND_LLAMA_CPP = {
     "starcoder2-window",
     "gemma3-scale",
     "gpt2-untied",
+    "gpt_neox-sequential",
 }

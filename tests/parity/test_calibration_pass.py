@@ -97,8 +97,8 @@ def test_statistics_are_of_the_inputs_that_transformers_has(
     ]
     assert set(products) <= set(found)
     for role, statistics in found.items():
-        tied = role == "token_embd.weight"
-        module = "lm_head" if tied else source.tensors[role].name.removesuffix(".weight")
+        head = role in ("token_embd.weight", "output.weight")
+        module = "lm_head" if head else source.tensors[role].name.removesuffix(".weight")
         x = inputs[module].astype(np.float64)
         counts = np.ones(len(x))
         if role.startswith("blk."):
