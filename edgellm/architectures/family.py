@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,11 +34,30 @@ class TensorRow:
     order: RowOrder | None = None
 
 
+def weight_and_bias(
+    source: str,
+    role: str,
+    shape: tuple[int, ...],
+    kind: Kind,
+    biased: bool = True,
+    *,
+    order: RowOrder | None = None,
+) -> Iterator[TensorRow]:
+    """The rows of a product's or a norm's weight of ``shape``, and of its bias where it has one."""
+    yield TensorRow(f"{source}.weight", f"{role}.weight", shape, kind, order=order)
+    if biased:
+        yield TensorRow(f"{source}.bias", f"{role}.bias", shape[:1], "bias", order=order)
+
+
 def _nothing(decoder: Decoder) -> Iterator[str]:
     return iter(())
 
 
 def _no_keys(decoder: Decoder) -> dict[str, Value]:
+    return {}
+
+
+def _no_names(decoder: Decoder) -> dict[str, str]:
     return {}
 
 
@@ -85,6 +104,7 @@ class GgufLayout:
     ``rope_factors``: tensors whose values its graph divides rotary frequencies by, all alike; none
     where it looks at no such.
 
+    ``names``: parts of a layer that its tensors call otherwise than their roles, by the role's.
     ``keys`` are the architecture's own, beside those that all have (``gguf_metadata.gguf_keys``).
     ``config`` reads a file back as the config of this family; None where files of the architecture
     are read as another family's.
@@ -96,6 +116,7 @@ class GgufLayout:
     norm_plus_one: bool = False
     window: bool = False
     rope_factors: tuple[str, ...] = ()
+    names: Callable[[Decoder], Mapping[str, str]] = _no_names
     keys: Callable[[Decoder], dict[str, Value]] = _no_keys
     config: Callable[[GgufFacts], dict[str, Any]] | None = None
 

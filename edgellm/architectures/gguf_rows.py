@@ -13,6 +13,15 @@ PAIRED_ROLES = ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias")
 """Ends of the roles whose rows ``GgufLayout.interleaved_rope`` is about."""
 
 
+def name_in_file(role: str, decoder: Decoder, layout: GgufLayout) -> str:
+    """What a GGUF file calls the tensor of ``role``."""
+    names = layout.names(decoder)
+    if not names or not role.startswith("blk."):
+        return role
+    block, index, part, end = role.split(".")
+    return f"{block}.{index}.{names.get(part, part)}.{end}"
+
+
 def as_llamacpp_stores(
     ref: TensorRef, row: TensorRow, decoder: Decoder, layout: GgufLayout
 ) -> TensorRef:

@@ -29,8 +29,8 @@ def match(
 
     ``by`` says which of a row's names the source uses: a checkpoint's, whose Conv1D matrices are
     turned round and whose rows are put in the network's order here, or GGUF's. ``where`` names the
-    source in messages. Raises ``TensorError`` listing every tensor that is missing, not wanted (unless ``ignored``), or of a
-    shape that the config does not give it.
+    source in messages. Raises ``TensorError`` listing every tensor that is missing, not wanted
+    (unless ``ignored``), or of a shape that the config does not give it.
     """
     expected = {getattr(row, by): row for row in rows}
     missing = [name for name in expected if name not in stored]

@@ -15,9 +15,9 @@ from edgellm.architectures.family import (
     GgufFacts,
     GgufGraph,
     GgufLayout,
-    Kind,
     TensorRow,
     Value,
+    weight_and_bias,
 )
 from edgellm.architectures.gguf_metadata import built_like_llama
 from edgellm.architectures.rope import read_rope
@@ -65,32 +65,31 @@ def tensors(decoder: Decoder) -> Iterator[TensorRow]:
     hidden, ffn, vocab = decoder.hidden_size, decoder.ffn_size, decoder.vocab_size
     by_head = FusedHeads(decoder.kv_heads, 1, decoder.head_dim)
 
-    def pair(
-        source: str, role: str, shape: tuple[int, ...], kind: Kind, biased: bool, **order: Any
-    ) -> Iterator[TensorRow]:
-        yield TensorRow(f"{source}.weight", f"{role}.weight", shape, kind, **order)
-        if biased:
-            yield TensorRow(f"{source}.bias", f"{role}.bias", shape[:1], "bias", **order)
-
     yield TensorRow("gpt_neox.embed_in.weight", "token_embd.weight", (vocab, hidden), "embedding")
     for index in range(len(decoder.layers)):
         source, role = f"gpt_neox.layers.{index}", f"blk.{index}"
         attention, mlp = f"{source}.attention", f"{source}.mlp"
-        yield from pair(f"{source}.input_layernorm", f"{role}.attn_norm", (hidden,), "norm", True)
-        yield from pair(
+        yield from weight_and_bias(
+            f"{source}.input_layernorm", f"{role}.attn_norm", (hidden,), "norm"
+        )
+        yield from weight_and_bias(
             f"{attention}.query_key_value", f"{role}.attn_qkv", (3 * hidden, hidden), "linear",
             decoder.qkv_bias, order=by_head,
         )  # fmt: skip
-        yield from pair(
+        yield from weight_and_bias(
             f"{attention}.dense", f"{role}.attn_output", (hidden, hidden), "linear",
             decoder.output_bias,
         )  # fmt: skip
-        yield from pair(
-            f"{source}.post_attention_layernorm", f"{role}.ffn_norm", (hidden,), "norm", True
+        yield from weight_and_bias(
+            f"{source}.post_attention_layernorm", f"{role}.ffn_norm", (hidden,), "norm"
         )
-        yield from pair(f"{mlp}.dense_h_to_4h", f"{role}.ffn_up", (ffn, hidden), "linear", True)
-        yield from pair(f"{mlp}.dense_4h_to_h", f"{role}.ffn_down", (hidden, ffn), "linear", True)
-    yield from pair("gpt_neox.final_layer_norm", "output_norm", (hidden,), "norm", True)
+        yield from weight_and_bias(
+            f"{mlp}.dense_h_to_4h", f"{role}.ffn_up", (ffn, hidden), "linear"
+        )
+        yield from weight_and_bias(
+            f"{mlp}.dense_4h_to_h", f"{role}.ffn_down", (hidden, ffn), "linear"
+        )
+    yield from weight_and_bias("gpt_neox.final_layer_norm", "output_norm", (hidden,), "norm")
     if not decoder.tied_head:
         yield TensorRow("embed_out.weight", "output.weight", (vocab, hidden), "head")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgellm.architectures.family import TensorRow
-from edgellm.architectures.gguf_rows import as_checkpoint_stores
+from edgellm.architectures.gguf_rows import as_checkpoint_stores, name_in_file
 from edgellm.architectures.row_order import as_checkpoint_has
 from edgellm.errors import AdapterError
 from edgellm.lora.adapter import Adapter, Parts
@@ -97,7 +97,11 @@ def in_checkpoint_terms(adapter: Adapter, source: ModelSource) -> Adapter:
     """
     family, decoder = source.family, source.decoder
     check_architecture(adapter, family.gguf_layout.arch, source.name)
-    rows = {row.role: row for row in family.tensors(decoder) if row.role in source.tensors}
+    rows = {
+        name_in_file(row.role, decoder, family.gguf_layout): row
+        for row in family.tensors(decoder)
+        if row.role in source.tensors
+    }
     unknown = [name for name in (*adapter.parts, *adapter.replaced) if name not in rows]
     if unknown:
         raise AdapterError(_not_there(adapter, unknown, source.name))
