@@ -60,6 +60,20 @@ def test_the_description_computes_transformers_logits(name: str, tiny_model: Tin
     )
 
 
+@pytest.mark.parametrize("name", ["gpt_neox", "falcon-grouped", "bloom", "gptj"])
+def test_rows_left_in_the_checkpoints_order_would_show(name: str, tiny_model: TinyModel) -> None:
+    decoder, tensors = read(tiny_model(name))
+    right = reference_decoder.logits(decoder, tensors, TOKEN_IDS)
+    unordered = {
+        row.role: tensors[row.role][np.argsort(row.order.places())]
+        for row in family_of({"model_type": decoder.family}).tensors(decoder)
+        if row.order is not None
+    }
+    assert unordered
+    wrong = reference_decoder.logits(decoder, tensors | unordered, TOKEN_IDS)
+    assert np.abs(right - wrong).max() > 3 * TOLERANCE
+
+
 def _all_layers(decoder: Decoder, **change: Any) -> Decoder:
     return replace(decoder, layers=tuple(replace(layer, **change) for layer in decoder.layers))
 
@@ -121,6 +135,26 @@ MISREADINGS: dict[str, tuple[str, Callable[[Decoder], Decoder]]] = {
     "positions lost": ("gpt2", lambda decoder: replace(decoder, learned_positions=None)),
     "another gelu": ("gpt2-untied", lambda decoder: replace(decoder, activation="gelu_tanh")),
     "theta": ("llama-biased", lambda decoder: _all_layers(decoder, rope=Rope(1e5, 32))),
+    "ALiBi lost": ("bloom", lambda decoder: replace(decoder, alibi=())),
+    "slopes in one series": (
+        "mpt",
+        lambda decoder: replace(decoder, alibi=tuple(2 ** (-8 * n / 6) for n in range(1, 7))),
+    ),
+    "embedding's norm lost": ("bloom", lambda decoder: replace(decoder, embedding_norm=False)),
+    "clip lost": ("mpt", lambda decoder: replace(decoder, qkv_clip=None)),
+    "unused positions used": ("opt", lambda decoder: replace(decoder, skipped_positions=0)),
+    "blocks one after the other": (
+        "falcon-grouped",
+        lambda decoder: replace(decoder, parallel=False),
+    ),
+    "a norm of its own for each": (
+        "gpt_neox",
+        lambda decoder: replace(decoder, shared_norm=True),
+    ),
+    "rope over the whole head": (
+        "gptj-eighth",
+        lambda decoder: _all_layers(decoder, rope=Rope(1e4, 32)),
+    ),
     "head tied": ("qwen3", lambda decoder: replace(decoder, tied_head=True)),
 }
 

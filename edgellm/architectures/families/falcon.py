@@ -54,6 +54,8 @@ def read(config: Config) -> Decoder:
         raise config.refusal("num_kv_heads", kv_heads, f"a divisor of the {heads} heads")
     config.neutral("apply_residual_connection_post_layernorm", False)
     config.skip("multi_query", "auto_map")
+    ffn = config.integer("ffn_hidden_size", 4 * hidden)
+    config.neutral("ff_factor", ffn // hidden)
     head_dim = hidden // heads
     context = config.integer("max_position_embeddings", 2048)
     falls: tuple[float, ...] = ()
@@ -71,7 +73,7 @@ def read(config: Config) -> Decoder:
         family="falcon",
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden,
-        ffn_size=config.integer("ffn_hidden_size", 4 * hidden),
+        ffn_size=ffn,
         context_length=context,
         heads=heads,
         kv_heads=kv_heads,
