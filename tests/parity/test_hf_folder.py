@@ -219,6 +219,11 @@ def test_our_own_readers_get_the_values_back(
         ("llama-biased", None, "f16"),
         ("gpt2", None, "f32"),
         ("gpt_neox", None, "f32"),
+        ("falcon-grouped", None, "f32"),
+        ("opt", None, "f32"),
+        ("bloom", None, "f32"),
+        ("mpt", None, "f32"),
+        ("gptj", None, "f32"),
         ("gemma3", None, "f32"),
     ],
 )

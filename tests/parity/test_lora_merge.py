@@ -90,6 +90,12 @@ CASES = {
         tied=False,
         containers=("onnx",),
     ),
+    "rows in pairs": Case(
+        "gptj",
+        {"target_modules": ["q_proj", "k_proj", "v_proj", "fc_in"]},
+        tied=False,
+        containers=("onnx",),
+    ),
     "biases": Case("llama-biased", {"target_modules": LINEAR, "bias": "all"}, tied=True),
     "bias of B": Case("llama-biased", {"target_modules": LINEAR, "lora_bias": True}, tied=True),
     "norms whole": Case(
