@@ -231,16 +231,33 @@ def one_layer(graph: GraphBuilder, source: ModelSource, index: int, longest: int
 def embedded(source: ModelSource, window: Sequence[int]) -> Array:
     """What the first layer is given for ``window``, float32 ``[tokens, hidden]``.
 
-    The rows of the embedding, scaled, with the learned positions added.
+    The rows of the embedding, scaled and normed, with the learned positions added.
     """
     decoder, table = source.decoder, source.tensors["token_embd.weight"]
     rows = {token: stacked_rows([table], token, token + 1)[0] for token in set(window)}
     stream = np.stack([rows[token] for token in window])
     if decoder.embedding_scale != 1.0:
         stream *= np.float32(decoder.embedding_scale)
+    if decoder.embedding_norm:
+        stream = _normed(source, stream)
     if decoder.learned_positions is not None:
-        stream += source.tensors["position_embd.weight"].load(0, len(window))
+        first = decoder.skipped_positions
+        stream += source.tensors["position_embd.weight"].load(first, first + len(window))
     return stream
+
+
+def _normed(source: ModelSource, stream: Array) -> Array:
+    """``stream`` ``[tokens, hidden]`` behind the embedding's own norm."""
+    norm, tensors = source.decoder.norm, source.tensors
+    weight, bias = (
+        tensors[f"token_embd_norm.{part}"].load().reshape(-1).astype(np.float64)
+        for part in ("weight", "bias")
+    )
+    wide = stream.astype(np.float64)
+    wide -= wide.mean(axis=-1, keepdims=True)
+    spread = np.sqrt(np.square(wide).mean(axis=-1, keepdims=True) + norm.epsilon)
+    normed: Array = (wide / spread * weight + bias).astype(np.float32)
+    return normed
 
 
 def _whole(parts: Sequence[TensorRef]) -> Array:

@@ -22,6 +22,9 @@ SLAB_BYTES = 8 << 20
 COLUMN_CHUNK_BYTES = 1 << 20
 """Float32 bytes of whole rows that are alive at once while columns are cut out of them."""
 
+LONG_RUN = 16
+"""Consecutive rows, on average, that are worth a load of their own where rows are reordered."""
+
 TURNED_ROWS = 64
 """Rows of a strip while a matrix is turned: what is written stays in the cache."""
 
@@ -160,8 +163,11 @@ def _turned(matrix: Array) -> Array:
 def reordered(ref: TensorRef, order: npt.NDArray[np.intp]) -> TensorRef:
     """``ref`` with its rows taken in ``order`` (row ``i`` of the result is row ``order[i]``).
 
-    Loads the span of source rows that a slab touches, so keep ``order`` local (within a head).
+    Of a vector, its values. Loads the runs of source rows that a slab touches, or their span where
+    runs are short, so keep ``order`` local (within a head) or in long runs.
     """
+    if len(ref.shape) == 1:
+        return derived(ref, lambda values: values[:, order])
     # One that knows more than values (quant.stored) takes that along.
     in_order: Callable[[npt.NDArray[np.intp]], LoadRows] | None
     in_order = getattr(ref.load_rows, "in_order", None)
@@ -172,12 +178,15 @@ def reordered(ref: TensorRef, order: npt.NDArray[np.intp]) -> TensorRef:
 def rows_in_order(
     load: Callable[[int, int], npt.NDArray[Item]], order: npt.NDArray[np.intp]
 ) -> Callable[[int, int], npt.NDArray[Item]]:
-    """A loader of the rows of ``load`` in ``order``; it loads the span that a slab touches."""
+    """A loader of the rows of ``load`` in ``order``; see ``reordered`` for what it loads."""
 
     def load_rows(start: int, stop: int) -> npt.NDArray[Item]:
         wanted = order[start:stop]
         if wanted.size == 0:
             return load(0, 0)
+        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
+        if len(runs) * LONG_RUN <= wanted.size:
+            return np.concatenate([load(int(run[0]), int(run[-1]) + 1) for run in runs])
         low, high = int(wanted.min()), int(wanted.max()) + 1
         return np.ascontiguousarray(load(low, high)[wanted - low])
 

@@ -40,6 +40,9 @@ FLOAT = GRIDS["f32"]
 OUTLIERS = GRIDS["f16"]
 """What columns that are multiplied apart are stored in, as in the paper."""
 
+BIAS_PLACE = 10
+"""Where ``attention_bias`` stands among GroupQueryAttention's inputs."""
+
 SCALES_PLACE = 12
 """Where ``k_scale`` and ``v_scale`` stand among GroupQueryAttention's inputs."""
 
@@ -97,6 +100,7 @@ class DecoderGraph:
     inputs: dict[str, list[str]] = field(default_factory=dict)
     """Roles of the weights that each value of the graph is multiplied by, layer by layer."""
     _counted: str = ""
+    _biased: str = ""
     _ropes: dict[Rope, tuple[str, str]] = field(default_factory=dict)
     _apart: dict[str, tuple[str, str]] = field(default_factory=dict)
 
@@ -200,6 +204,8 @@ class DecoderGraph:
         )
         stream = operators.gather(graph, "input_ids", self.embedding, "token_embd")
         stream = self._scaled("token_embd.scaled", stream, decoder.embedding_scale)
+        if decoder.embedding_norm:
+            stream = self._norm_alone("token_embd_norm", stream)
         if decoder.learned_positions is not None:
             stream = graph.node("Add", [stream, self._learned_positions()], "position_embd.sum")
         return stream
@@ -213,6 +219,11 @@ class DecoderGraph:
         scalar = graph.constant("int64_axes", np.asarray([0], np.int64))
         start = graph.node("Squeeze", ["positions.first", scalar], "positions.start")
         stop = graph.node("Squeeze", ["positions.total", scalar], "positions.stop")
+        if self.decoder.skipped_positions:
+            rows = np.asarray(self.decoder.skipped_positions, np.int64)
+            skipped = graph.constant("positions.skipped", rows)
+            start = graph.node("Add", [start, skipped], "positions.start_row")
+            stop = graph.node("Add", [stop, skipped], "positions.stop_row")
         one = graph.constant("int64_one", np.asarray(1, np.int64))
         ids = graph.node("Range", [start, stop, one], "positions.ids")
         return graph.node("Gather", [table, ids], "position_embd")
@@ -230,6 +241,9 @@ class DecoderGraph:
         inputs = [query, key, value, *past, "seqlens_k", "total_length"]
         if layer.rope is not None and inside:
             inputs += self._rope(layer.rope)
+        if decoder.alibi:
+            inputs += [""] * (BIAS_PLACE - len(inputs))
+            inputs.append(self._alibi(x))
         cache = self._int8_cache(index, inputs) if self.int8_cache else {}
         return graph.node(
             "GroupQueryAttention", inputs, name, outputs=[name, *present], contrib=True,
@@ -343,6 +357,28 @@ class DecoderGraph:
             offsets = graph.node("Range", [zero, count, one], "positions.offsets")
             graph.node("Add", [column, offsets], self._counted)
         return self._counted
+
+    def _alibi(self, x: str) -> str:
+        """What is added to the scores, ``[batch, heads, sequence, total]``, alike in every layer.
+
+        Zero for a token itself, which is where rounding must not be felt; what it gives to tokens
+        that come after is masked.
+        """
+        graph, name = self.graph, "alibi"
+        if not self._biased:
+            self._biased = name
+            places = self._places(x)
+            zero, one = (graph.constant(f"int64_at_{n}", np.asarray(n, np.int64)) for n in (0, 1))
+            scalar = graph.constant("int64_axes", np.asarray([0], np.int64))
+            total = graph.node("Cast", ["total_length"], f"{name}.total", to=TensorProto.INT64)
+            stop = graph.node("Squeeze", [total, scalar], f"{name}.stop")
+            keys = graph.node("Range", [zero, stop, one], f"{name}.keys")
+            rows = graph.node("Unsqueeze", [places, graph.integers(1, 3)], f"{name}.queries")
+            age = graph.node("Sub", [keys, rows], f"{name}.distance")
+            age = graph.node("Cast", [age], f"{name}.distance_float", to=graph.element)
+            slopes = np.asarray(self.decoder.alibi, np.float32).reshape(-1, 1, 1)
+            graph.node("Mul", [age, graph.floats(f"{name}.slopes", slopes)], name)
+        return self._biased
 
     def _rope(self, rope: Rope) -> tuple[str, str]:
         if rope not in self._ropes:

@@ -9,12 +9,17 @@ from typing import Any
 from edgellm.architectures.decoder import Decoder
 from edgellm.errors import SourceError
 
-MODEL_TYPES = {"gpt2": "llama"}
-"""Types that genai runs a family as, where its own type expects other inputs.
+OWN_TYPES = frozenset(
+    (
+        "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo", "phi", "phi3",
+        "qwen2", "qwen3", "smollm3",
+    )
+)  # fmt: skip
+"""Families that genai knows by their own name; it refuses types that it does not know."""
 
-genai's ``gpt2`` wants one combined cache tensor a layer; every decoder of ours has the inputs of
-its ``llama``. Other families are known to genai by their own name.
-"""
+MODEL_TYPE = "llama"
+"""What it runs the others as: every decoder of ours has the inputs of its ``llama``. Its ``gpt2``
+wants one combined cache tensor a layer."""
 
 
 def genai_config(
@@ -59,7 +64,7 @@ def genai_config(
             },
             "eos_token_id": eos,
             "pad_token_id": pad if isinstance(pad, int) else first_eos,
-            "type": MODEL_TYPES.get(decoder.family, decoder.family),
+            "type": decoder.family if decoder.family in OWN_TYPES else MODEL_TYPE,
             "vocab_size": decoder.vocab_size,
         },
         "search": {

@@ -19,6 +19,7 @@ import numpy as np
 import edgellm
 from edgellm.architectures.family import TensorRow
 from edgellm.architectures.gguf_rows import as_llamacpp_stores
+from edgellm.architectures.row_order import as_network_takes
 from edgellm.errors import AdapterError, OutputError
 from edgellm.export.gguf_head import ARCHITECTURE, StoredTensor, gguf_head
 from edgellm.export.layout import AdapterBeside, Layout, OutputTensor, StoredArray
@@ -196,7 +197,8 @@ def _pair(adapter: Adapter, source: ModelSource, row: TensorRow, edit: Edit) -> 
         return Factors(row.role, low.b, turned(low.a), wanted)
     if row.kind not in ("linear", "head"):
         raise _cannot(adapter, f"changes {row.role}, which llama.cpp adds no product to")
-    b = as_llamacpp_stores(low.b, row, source.decoder, source.family.gguf_layout)
+    rows = as_network_takes(low.b, row)
+    b = as_llamacpp_stores(rows, row, source.decoder, source.family.gguf_layout)
     return Factors(row.role, low.a, b, wanted)
 
 

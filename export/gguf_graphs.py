@@ -29,7 +29,7 @@ def check_expressible(decoder: Decoder, layout: GgufLayout) -> None:
 
 
 def _differences(decoder: Decoder, graph: GgufGraph) -> Iterator[str]:
-    if decoder.activation != graph.activation:
+    if decoder.activation not in (graph.activation, *graph.nearly):
         yield f"the activation {decoder.activation} (it has {graph.activation})"
     if graph.square_attention and decoder.query_size != decoder.hidden_size:
         yield (
@@ -38,6 +38,17 @@ def _differences(decoder: Decoder, graph: GgufGraph) -> Iterator[str]:
     for rope in {layer.rope for layer in decoder.layers if layer.rope is not None}:
         if rope.scaling and not graph.any_yarn and not has_keys(rope.scaling):
             yield "yarn with beta_fast, beta_slow or truncate other than 32, 1 and true"
+
+
+def notes_of(decoder: Decoder, layout: GgufLayout) -> Iterator[str]:
+    """What llama.cpp computes a little differently, for the user to know."""
+    graph = layout.graph
+    if decoder.activation != graph.activation and decoder.activation in graph.nearly:
+        yield (
+            f"llama.cpp's {layout.arch} graph computes {graph.activation} for the model's "
+            f"{decoder.activation}: they lie within 0.0005 of each other, as near as its table of "
+            "GELU in halves"
+        )
 
 
 def context_of(

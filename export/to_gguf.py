@@ -12,9 +12,9 @@ from gguf.utility import size_label
 
 import edgellm
 from edgellm.architectures import gguf_keys, rope_factors
-from edgellm.architectures.gguf_rows import as_llamacpp_stores
+from edgellm.architectures.gguf_rows import as_llamacpp_stores, name_in_file
 from edgellm.errors import UnsupportedTarget
-from edgellm.export.gguf_graphs import check_expressible, context_of
+from edgellm.export.gguf_graphs import check_expressible, context_of, notes_of
 from edgellm.export.gguf_head import ARCHITECTURE, StoredTensor, gguf_head
 from edgellm.export.gguf_mixture import MIXTURES, Choice, chooser, quantizable
 from edgellm.export.layout import Container, Layout, OutputTensor, StoredArray
@@ -82,7 +82,10 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     refs = list(stored_tensors(source, context))
     roles = [ref.role for ref in refs if quantizable(ref.role, ref.shape)]
     types = chooser(recipe, decoder, stored_as.arch, roles)
-    stored = [(ref, types.choose(ref.role, ref.shape)) for ref in refs]
+    stored = [
+        (name_in_file(ref.role, decoder, stored_as), ref, types.choose(ref.role, ref.shape))
+        for ref in refs
+    ]
     words = source.tokenizer.gguf_metadata(rows=decoder.vocab_size)
     general = general_keys(source)
     name, renamed = loadable_name(str(general["general.name"]), words["tokenizer.ggml.tokens"])
@@ -96,7 +99,7 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
         **sampling_keys(source.generation),
         **words,
     }
-    head = gguf_head(metadata, [_entry(ref, choice) for ref, choice in stored])
+    head = gguf_head(metadata, [_entry(*each) for each in stored])
     unweighed_iq3 = types.mixture.grid.startswith("iq3") and not types.weighed
     return Layout(
         container=CONTAINER.name,
@@ -104,11 +107,15 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
         files={FILE: head.content},
         data_files={FILE: head.total_bytes},
         tensors=tuple(
-            _output(ref, choice, offset)
-            for (ref, choice), offset in zip(stored, head.offsets, strict=True)
+            _output(*each, offset) for each, offset in zip(stored, head.offsets, strict=True)
         ),
         context_length=context,
-        notes=(*notes, *renamed, *((IQ3_NOTE,) if unweighed_iq3 else ())),
+        notes=(
+            *notes,
+            *notes_of(decoder, stored_as),
+            *renamed,
+            *((IQ3_NOTE,) if unweighed_iq3 else ()),
+        ),
         tokenizer_limits=source.tokenizer.gguf_limits(),
     )
 
@@ -129,7 +136,7 @@ def loadable_name(name: str, tokens: object) -> tuple[str, tuple[str, ...]]:
 
 
 def stored_tensors(source: ModelSource, context: int) -> Iterator[TensorRef]:
-    """The tensors as llama.cpp expects them, in the family's order, ``role`` being their name."""
+    """The tensors as llama.cpp expects them, in the family's order."""
     layout = source.family.gguf_layout
     divisors = rope_factors(source.decoder, layout)
     if divisors is not None:
@@ -175,17 +182,17 @@ def general_keys(source: ModelSource) -> dict[str, object]:
     }
 
 
-def _entry(ref: TensorRef, choice: Choice) -> StoredTensor:
+def _entry(name: str, ref: TensorRef, choice: Choice) -> StoredTensor:
     grid = choice.grid
     assert grid.ggml_type is not None
-    return StoredTensor(ref.role, ref.shape, grid.ggml_type, ref.rows * _row_bytes(ref, choice))
+    return StoredTensor(name, ref.shape, grid.ggml_type, ref.rows * _row_bytes(ref, choice))
 
 
-def _output(ref: TensorRef, choice: Choice, offset: int) -> OutputTensor:
+def _output(name: str, ref: TensorRef, choice: Choice, offset: int) -> OutputTensor:
     row_bytes = _row_bytes(ref, choice)
-    array = StoredArray(ref.role, "data", FILE, offset, row_bytes, ref.rows)
+    array = StoredArray(name, "data", FILE, offset, row_bytes, ref.rows)
     return OutputTensor(
-        name=ref.role,
+        name=name,
         role=ref.role,
         parts=(ref,),
         grid=choice.grid,

@@ -12,12 +12,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgellm.architectures.family import TensorRow
+from edgellm.architectures.row_order import as_checkpoint_has
 from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
 from edgellm.export.checkpoint_shards import Part, Weight, index_of, json_file, shards_of
 from edgellm.export.hf_folder import CARD, CONFIG, quantized_card
 from edgellm.export.hf_layouts import LAYOUTS, OUTLIER_THRESHOLD, Storage, default_layout
 from edgellm.export.layout import Container, Layout
 from edgellm.export.packing_hf import STATE_DTYPES
+from edgellm.lora.checkpoint_weights import HEADS
 from edgellm.quant.grid import GRIDS, Grid
 from edgellm.registry import suggestion
 from edgellm.source.checkpoint import INDEX
@@ -81,6 +83,8 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
         scales: Any = storage.scale_dtype or dtype
         grid = dataclasses.replace(grid, scale_dtype=scales)
     head = head_row(source.family, source.decoder).source.removesuffix(".weight")
+    # What it is called in the checkpoint, and in transformers' model, which may differ (GPT-NeoX).
+    heads = list(dict.fromkeys((head, HEADS[0])))
     weights = [_weight(source, row, grid, dtype, storage) for row in _rows(source)]
     _check_shapes(weights, grid, name, storage)
     shards = list(shards_of(weights, {}))
@@ -92,7 +96,7 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     config.pop("torch_dtype", None)
     notes = []
     if storage is not None:
-        config["quantization_config"] = storage.config(grid, dtype, [head])
+        config["quantization_config"] = storage.config(grid, dtype, heads)
         notes.append(f"stored as {name}: transformers loads it with {storage.readers}")
         if name == "compressed-tensors" and grid.kind == "affine" and not grid.symmetric:
             notes.append(ZEROS_NOTE)
@@ -197,7 +201,7 @@ def _rows(source: ModelSource) -> Iterator[TensorRow]:
 def _weight(
     source: ModelSource, row: TensorRow, grid: Grid, dtype: str, storage: Storage | None
 ) -> Weight:
-    ref = source.tensors[row.role]
+    ref = as_checkpoint_has(source.tensors[row.role], row)
     if storage is not None and row.kind == "linear":
         parts = tuple(storage.parts(ref.rows, ref.columns, grid, dtype))
         return Weight(

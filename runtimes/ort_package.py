@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgellm.architectures.decoder import Feature
 from edgellm.errors import UnsupportedTarget
 from edgellm.hardware import Hardware
 from edgellm.manifest import Artifact
@@ -27,6 +28,9 @@ PROVIDERS = {
 
 HALVES_ON = frozenset({"cuda"})
 """Devices on which the attention of our graphs (GroupQueryAttention) takes halves alone."""
+
+UNBIASED_ON = frozenset({"cuda"})
+"""Devices on which it takes no ``attention_bias`` (onnxruntime's group_query_attention.cc)."""
 
 BUILD_FILE = Path("capi", "build_and_package_info.py")
 """Where a build says the name of its package, within the module."""
@@ -92,4 +96,10 @@ def check_compute(artifact: Artifact, device: str) -> None:
         raise UnsupportedTarget(
             f"onnxruntime's attention on {device} takes halves alone, and {artifact.path} computes "
             "in f32: convert it again with --compute f16, or choose --device cpu"
+        )
+    manifest = artifact.manifest
+    if device in UNBIASED_ON and manifest and Feature.ALIBI in manifest.artifact.model.features:
+        raise UnsupportedTarget(
+            f"onnxruntime's attention on {device} takes no bias, which {artifact.path} has "
+            f"({Feature.ALIBI}): choose --device cpu, or convert it with --format gguf"
         )

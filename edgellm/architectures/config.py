@@ -126,6 +126,10 @@ class Config:
         """Whether ``key`` is there at all, be it null."""
         return key in self._values
 
+    def spelled(self, *names: str) -> str:
+        """The first of ``names``, spellings of one key, that is there; else the first of all."""
+        return next((name for name in names if self.has(name)), names[0])
+
     def note(self, text: str) -> None:
         """Record a fact about the description that the user should be shown."""
         self.notes.append(text)

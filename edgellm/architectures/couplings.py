@@ -104,7 +104,7 @@ def left_out(decoder: Decoder) -> dict[str, str]:
     if not decoder.pre_norms:
         unscalable = "its input is the residual stream, which other parts of the network read"
     if unscalable:
-        reasons |= dict.fromkeys(("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"), unscalable)
+        reasons |= dict.fromkeys(_attention(decoder) + _feed_forward(decoder), unscalable)
     if decoder.qkv_clip is not None:
         reasons["attn_output"] = "values are clipped, which does not pass factors on"
     if not decoder.gated_mlp:
@@ -132,13 +132,22 @@ def _rows(role: str, biased: bool, first: int = 0) -> tuple[Absorber, ...]:
     return (weight, Absorber(f"{role}.bias", first)) if biased else (weight,)
 
 
+def _attention(decoder: Decoder) -> list[str]:
+    """The products that read what attention is given."""
+    return ["attn_qkv"] if decoder.fused_qkv else ["attn_q", "attn_k", "attn_v"]
+
+
+def _feed_forward(decoder: Decoder) -> list[str]:
+    """The products that read what the feed-forward is given."""
+    gated = decoder.gated_mlp and not decoder.fused_gate_up
+    return ["ffn_gate", "ffn_up"] if gated else ["ffn_up"]
+
+
 def _norms(decoder: Decoder, layer: int) -> list[Coupling]:
     """Norms to the products that read them: one for attention and feed-forward, or one each."""
     if not decoder.pre_norms or not decoder.norm.weight:
         return []
-    attention = ["attn_qkv"] if decoder.fused_qkv else ["attn_q", "attn_k", "attn_v"]
-    gated = decoder.gated_mlp and not decoder.fused_gate_up
-    feed_forward = ["ffn_gate", "ffn_up"] if gated else ["ffn_up"]
+    attention, feed_forward = _attention(decoder), _feed_forward(decoder)
     readers = {"attn_norm": attention, "ffn_norm": feed_forward}
     if decoder.shared_norm:
         readers = {"attn_norm": attention + feed_forward}

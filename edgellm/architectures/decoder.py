@@ -26,6 +26,8 @@ class Feature(enum.StrEnum):
     ROPE_PARTIAL = "rotary positions over a part of each head"
     LAYERS_WITHOUT_ROPE = "layers without rotary positions"
     LEARNED_POSITIONS = "learned positions"
+    SKIPPED_POSITIONS = "learned positions behind unused rows of their table"
+    ALIBI = "attention scores that fall with the distance (ALiBi)"
     RMS_NORM = "RMS norm"
     LAYER_NORM = "layer norm"
     NORM_OFFSET = "norm weights stored less one"
@@ -49,6 +51,7 @@ class Feature(enum.StrEnum):
     MLP_BIAS = "biases in the feed-forward"
     HEAD_BIAS = "a bias on the output head"
     EMBEDDING_SCALE = "scaled embeddings"
+    EMBEDDING_NORM = "a norm on the embeddings"
     RESIDUAL_SCALE = "scaled residual branches"
     LOGIT_SCALE = "scaled logits"
     ATTENTION_SCALE = "an attention scale other than 1/sqrt(head_dim)"
@@ -129,7 +132,9 @@ class Decoder:
     stream before the layer, after a norm each or, with ``shared_norm``, after the same one.
     ``residual_scale`` multiplies what each of the two adds to the stream, ``logit_scale`` the
     logits. Soft caps c turn x into c * tanh(x / c); ``qkv_clip`` keeps queries, keys and values
-    within +-c.
+    within +-c. ``alibi``: by query head, how much the score of a key falls with each token that
+    lies between, after the scale. ``embedding_norm``: a norm on what the embedding gives.
+    ``skipped_positions``: rows of the table of positions before that of the first token.
     """
 
     family: str
@@ -158,7 +163,10 @@ class Decoder:
     parallel: bool = False
     shared_norm: bool = False
     learned_positions: int | None = None
+    skipped_positions: int = 0
+    alibi: tuple[float, ...] = ()
     embedding_scale: float = 1.0
+    embedding_norm: bool = False
     attention_scale: float | None = None
     attention_softcap: float | None = None
     residual_scale: float = 1.0
@@ -197,6 +205,8 @@ class Decoder:
             Feature.ROPE_FACTORS: "factors" in scalings,
             Feature.ROPE_PER_LAYER: len(ropes) > 1,
             Feature.LEARNED_POSITIONS: self.learned_positions is not None,
+            Feature.SKIPPED_POSITIONS: self.skipped_positions > 0,
+            Feature.ALIBI: bool(self.alibi),
             Feature.RMS_NORM: self.norm.kind == "rms",
             Feature.LAYER_NORM: self.norm.kind == "layer",
             Feature.NORM_OFFSET: self.norm.offset,
@@ -222,6 +232,7 @@ class Decoder:
             Feature.MLP_BIAS: self.mlp_bias,
             Feature.HEAD_BIAS: self.head_bias,
             Feature.EMBEDDING_SCALE: self.embedding_scale != 1.0,
+            Feature.EMBEDDING_NORM: self.embedding_norm,
             Feature.RESIDUAL_SCALE: self.residual_scale != 1.0,
             Feature.LOGIT_SCALE: self.logit_scale != 1.0,
             Feature.ATTENTION_SCALE: self.attention_scale is not None,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from edgellm.architectures.config import Config
 from edgellm.architectures.decoder import Activation, Decoder, Feature
+from edgellm.architectures.row_order import RowOrder
 from edgellm.errors import UnsupportedTarget
 
 REMOTE_CODE = "auto_map"
@@ -25,7 +26,7 @@ class TensorRow:
 
     ``source`` is its name in a Hugging Face checkpoint, ``role`` its GGUF name, ``shape`` what is
     expected in ``[out, in]`` order. ``transposed``: the checkpoint holds ``[in, out]`` (GPT-2's
-    Conv1D).
+    Conv1D). ``order``: how rows lie in the checkpoint, where the network takes them in another.
     """
 
     source: str
@@ -33,6 +34,22 @@ class TensorRow:
     shape: tuple[int, ...]
     kind: Kind
     transposed: bool = False
+    order: RowOrder | None = None
+
+
+def weight_and_bias(
+    source: str,
+    role: str,
+    shape: tuple[int, ...],
+    kind: Kind,
+    biased: bool = True,
+    *,
+    order: RowOrder | None = None,
+) -> Iterator[TensorRow]:
+    """The rows of a product's or a norm's weight of ``shape``, and of its bias where it has one."""
+    yield TensorRow(f"{source}.weight", f"{role}.weight", shape, kind, order=order)
+    if biased:
+        yield TensorRow(f"{source}.bias", f"{role}.bias", shape[:1], "bias", order=order)
 
 
 def _nothing(decoder: Decoder) -> Iterator[str]:
@@ -43,19 +60,25 @@ def _no_keys(decoder: Decoder) -> dict[str, Value]:
     return {}
 
 
+def _no_names(decoder: Decoder) -> dict[str, str]:
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class GgufGraph:
     """What llama.cpp's graph of an architecture computes (``src/models/`` there).
 
     llama.cpp reads most hyper-parameters from the file but builds the rest into the graph: a
     difference would load without a word and answer wrongly. ``features`` are those that it has,
-    ``always`` those that it cannot be without. ``square_attention``: the heads together are as wide
+    ``always`` those that it cannot be without. ``nearly``: activations that its own stands for,
+    which the user is told of. ``square_attention``: the heads together are as wide
     as the model. ``any_yarn``: settings that no key says are baked into ``rope_freqs.weight``.
     ``differences``: what else it would compute differently, in words.
     """
 
     features: frozenset[Feature]
     activation: Activation
+    nearly: tuple[Activation, ...] = ()
     always: frozenset[Feature] = frozenset()
     square_attention: bool = False
     any_yarn: bool = False
@@ -84,6 +107,7 @@ class GgufLayout:
     ``rope_factors``: tensors whose values its graph divides rotary frequencies by, all alike; none
     where it looks at no such.
 
+    ``names``: parts of a layer that its tensors call otherwise than their roles, by the role's.
     ``keys`` are the architecture's own, beside those that all have (``gguf_metadata.gguf_keys``).
     ``config`` reads a file back as the config of this family; None where files of the architecture
     are read as another family's.
@@ -95,6 +119,7 @@ class GgufLayout:
     norm_plus_one: bool = False
     window: bool = False
     rope_factors: tuple[str, ...] = ()
+    names: Callable[[Decoder], Mapping[str, str]] = _no_names
     keys: Callable[[Decoder], dict[str, Value]] = _no_keys
     config: Callable[[GgufFacts], dict[str, Any]] | None = None
 

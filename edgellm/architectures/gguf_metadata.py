@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -218,6 +218,39 @@ def built_like_llama(
         "hidden_act": "silu",
         "rope_parameters": rope,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class PlainSizes:
+    """The sizes of a network whose heads have keys and values each and make its width together."""
+
+    hidden: int
+    heads: int
+    layers: int
+    context: int
+    ffn: int
+    epsilon: float
+
+
+def plain_sizes(facts: GgufFacts) -> PlainSizes:
+    """The sizes of a GPT-2, and of what was built like it before Llama.
+
+    Raises ``UnsupportedModel`` where heads share keys, or are of another width.
+    """
+    keys = facts.keys
+    heads = keys.integer("attention.head_count")
+    hidden = keys.integer("embedding_length")
+    for key in ("attention.key_length", "attention.value_length"):
+        keys.neutral(key, hidden // heads)
+    keys.neutral("attention.head_count_kv", heads)
+    return PlainSizes(
+        hidden,
+        heads,
+        keys.integer("block_count", maximum=MOST_LAYERS),
+        keys.integer("context_length"),
+        keys.integer("feed_forward_length"),
+        keys.number("attention.layer_norm_epsilon"),
+    )
 
 
 def _epsilon(keys: Config) -> dict[str, Any]:

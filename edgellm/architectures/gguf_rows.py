@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from edgellm.architectures.decoder import Decoder
 from edgellm.architectures.family import GgufLayout, TensorRow
+from edgellm.architectures.row_order import Order
 from edgellm.tensors import TensorRef, derived, reordered
 
 PAIRED_ROLES = ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias")
 """Ends of the roles whose rows ``GgufLayout.interleaved_rope`` is about."""
 
-Order = npt.NDArray[np.intp]
+
+def name_in_file(role: str, decoder: Decoder, layout: GgufLayout) -> str:
+    """What a GGUF file calls the tensor of ``role``."""
+    names = layout.names(decoder)
+    if not names or not role.startswith("blk."):
+        return role
+    block, index, part, end = role.split(".")
+    return f"{block}.{index}.{names.get(part, part)}.{end}"
 
 
 def as_llamacpp_stores(
@@ -20,7 +27,7 @@ def as_llamacpp_stores(
 ) -> TensorRef:
     """``ref`` with the rows of q and k in pairs, or a norm with its offset added."""
     if layout.interleaved_rope and row.role.endswith(PAIRED_ROLES):
-        return _in_order(ref, pairs_order(_heads(row, decoder), decoder.head_dim))
+        return reordered(ref, pairs_order(_heads(row, decoder), decoder.head_dim))
     if layout.norm_plus_one and row.kind == "norm":
         return derived(ref, lambda values: values + np.float32(1))
     return ref
@@ -31,7 +38,7 @@ def as_checkpoint_stores(
 ) -> TensorRef:
     """``ref`` with the rows of q and k back in half-rotation order, or a norm less its offset."""
     if layout.interleaved_rope and row.role.endswith(PAIRED_ROLES):
-        return _in_order(ref, halves_order(_heads(row, decoder), decoder.head_dim))
+        return reordered(ref, halves_order(_heads(row, decoder), decoder.head_dim))
     if layout.norm_plus_one and row.kind == "norm":
         return derived(ref, lambda values: values - np.float32(1))
     return ref
@@ -52,9 +59,3 @@ def halves_order(heads: int, head_dim: int) -> Order:
 
 def _heads(row: TensorRow, decoder: Decoder) -> int:
     return decoder.heads if ".attn_q." in row.role else decoder.kv_heads
-
-
-def _in_order(ref: TensorRef, order: Order) -> TensorRef:
-    if len(ref.shape) == 1:
-        return derived(ref, lambda values: values[:, order])
-    return reordered(ref, order)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from edgellm.architectures.family import TensorRow
+from edgellm.architectures.row_order import as_checkpoint_has, as_network_takes
 from edgellm.errors import AdapterError, TensorError
 from edgellm.lora.adapter import Adapter
 from edgellm.lora.binding import Binding, Combination
@@ -117,7 +118,8 @@ def _rows(source: ModelSource) -> list[TensorRow]:
 def _by_name(source: ModelSource) -> NamedWeights:
     weights = {
         row.source: NamedWeight(
-            Target(row.source, row.shape, row.kind, row.transposed), source.tensors[row.role]
+            Target(row.source, row.shape, row.kind, row.transposed),
+            as_checkpoint_has(source.tensors[row.role], row),
         )
         for row in source.family.tensors(source.decoder)
     }
@@ -147,7 +149,9 @@ def _tensor(
         )
     if changed is None:
         return before
-    return _recorded(before, changed, record)
+    # Adapters know the rows as the checkpoint has them.
+    merged = _recorded(as_checkpoint_has(before, row), changed, record)
+    return as_network_takes(merged, row)
 
 
 def _recorded(before: TensorRef, changed: ChangedWeight, record: MergeRecord) -> TensorRef:

@@ -28,8 +28,9 @@ from edgellm.tensors import Array, TensorRef, transposed
 
 Item = TypeVar("Item")
 
-RENAMED = ((".mlp.", ".block_sparse_moe."),)
-"""Modules that transformers 5 calls otherwise than the checkpoints that it loads: Mixtral's."""
+RENAMED = ((".mlp.", ".block_sparse_moe."), ("lm_head.", "embed_out."))
+"""Modules that transformers 5 calls otherwise than the checkpoints that it loads: Mixtral's, and
+GPT-NeoX's head."""
 
 TABLES = ("embedding", "head")
 """Kinds of weight with a row for each token, of which an adapter may bring more."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgellm.architectures import config_from_gguf, family_of
 from edgellm.architectures.config import Config
-from edgellm.architectures.gguf_rows import as_checkpoint_stores
+from edgellm.architectures.gguf_rows import as_checkpoint_stores, name_in_file
 from edgellm.errors import TensorError
 from edgellm.generation_defaults import generation_from_gguf
 from edgellm.lora import lineage
@@ -50,17 +50,18 @@ def open_gguf(
     reader = Config(config, ignore=ignore_config_keys, context=context, where=str(path))
     decoder = family.describe(reader)
     rows = tuple(family.tensors(decoder))
+    layout = family.gguf_layout
+    roles = {name_in_file(row.role, decoder, layout): row.role for row in rows}
     matched = match(
         rows,
-        refs,
+        {roles.get(name, name): ref for name, ref in refs.items()},
         by="role",
         where=str(path),
         # Its values are in the config by now.
         ignored=lambda name: name == ROPE_FACTORS or name.endswith(IGNORED),
     )
     tensors = {
-        row.role: as_checkpoint_stores(matched[row.role], row, decoder, family.gguf_layout)
-        for row in rows
+        row.role: as_checkpoint_stores(matched[row.role], row, decoder, layout) for row in rows
     }
     tokenizer = Tokenizer.from_gguf(stored.metadata)
     notes = check_vocabulary(str(path), tokenizer.vocab_size, decoder.vocab_size)

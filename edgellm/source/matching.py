@@ -10,6 +10,7 @@ import numpy as np
 
 from edgellm.architectures.decoder import Decoder
 from edgellm.architectures.family import Family, TensorRow
+from edgellm.architectures.row_order import as_network_takes
 from edgellm.errors import SourceError, TensorError
 from edgellm.tensors import SLAB_BYTES, TensorRef, rows_within, transposed
 
@@ -27,9 +28,9 @@ def match(
     """Tensors by role, in the order of ``rows``; nothing is loaded.
 
     ``by`` says which of a row's names the source uses: a checkpoint's, whose Conv1D matrices are
-    turned round here, or GGUF's. ``where`` names the source in messages. Raises
-    ``TensorError`` listing every tensor that is missing, not wanted (unless ``ignored``), or of a
-    shape that the config does not give it.
+    turned round and whose rows are put in the network's order here, or GGUF's. ``where`` names the
+    source in messages. Raises ``TensorError`` listing every tensor that is missing, not wanted
+    (unless ``ignored``), or of a shape that the config does not give it.
     """
     expected = {getattr(row, by): row for row in rows}
     missing = [name for name in expected if name not in stored]
@@ -54,6 +55,8 @@ def match(
             ref = transposed(ref)
         if ref.shape != row.shape:
             raise TensorError(_wrong_shape(where, row, ref))
+        if by == "source":
+            ref = as_network_takes(ref, row)
         result[row.role] = ref.with_role(row.role)
     return result
 

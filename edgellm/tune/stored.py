@@ -1,7 +1,7 @@
 """The tensors of an artifact by role: read from where a layout placed them, and written back.
 
 A weight comes in the network's own order of rows (``ModelSource``'s), whatever its container
-stores: llama.cpp's pairs of q and k are undone, stacked tensors are parted.
+stores: llama.cpp's pairs of q and k and a checkpoint's order are undone, stacked tensors parted.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from edgellm.architectures.gguf_rows import PAIRED_ROLES, halves_order, pairs_order
+from edgellm.architectures.gguf_rows import PAIRED_ROLES, halves_order
+from edgellm.architectures.row_order import Order
 from edgellm.export.layout import Layout, OutputTensor
 from edgellm.export.packing import PACKERS
 from edgellm.export.writer import StagedFolder
 from edgellm.quant.grid import QTensor, SuperBlocks
 from edgellm.source.model import ModelSource
-
-Order = npt.NDArray[np.intp]
 
 
 class StoredModel:
@@ -37,6 +35,12 @@ class StoredModel:
         self.norms_offset = layout.container == "onnx" or (
             layout.container == "gguf" and source.family.gguf_layout.norm_plus_one
         )
+        in_checkpoint = layout.container == "hf"
+        self._orders = {
+            row.role: row.order
+            for row in source.family.tensors(source.decoder)
+            if in_checkpoint and row.order is not None
+        }
         self._outputs = tuple(
             tensor
             for tensor in layout.model_tensors
@@ -81,16 +85,25 @@ class StoredModel:
             staged.write_at(array.file, array.offset, packed[array.component])
 
     def _in_order(self, weight: QTensor, role: str, *, as_stored: bool) -> QTensor:
-        if not self._pairs or not role.endswith(PAIRED_ROLES):
+        places = self._places(role)
+        if places is None:
             return weight
-        decoder = self._source.decoder
-        heads = decoder.heads if ".attn_q." in role else decoder.kv_heads
-        order = (pairs_order if as_stored else halves_order)(heads, decoder.head_dim)
+        order = np.argsort(places) if as_stored else places
         if role.endswith(".bias"):  # one row of floats
             assert weight.packed is not None
             values = weight.packed.reshape(len(order), -1)
             return replace(weight, packed=values[order].reshape(weight.packed.shape))
         return rows_of(weight, order)
+
+    def _places(self, role: str) -> Order | None:
+        """For each row that the network takes, its place among the stored; None where it is its."""
+        if role in self._orders:
+            return self._orders[role].places()
+        if not self._pairs or not role.endswith(PAIRED_ROLES):
+            return None
+        decoder = self._source.decoder
+        heads = decoder.heads if ".attn_q." in role else decoder.kv_heads
+        return halves_order(heads, decoder.head_dim)
 
 
 def _parts(tensor: OutputTensor) -> Iterator[tuple[str, int, int]]:

@@ -30,8 +30,10 @@ def embedded(decoder: Decoder, weights: Weights, ids: Tensor) -> Tensor:
     stream = weights.rows("token_embd.weight", ids)
     if decoder.embedding_scale != 1.0:
         stream = stream * decoder.embedding_scale
+    if decoder.embedding_norm:
+        stream = norm(decoder, weights, "token_embd_norm", stream)
     if decoder.learned_positions is not None:
-        places = torch.arange(ids.shape[-1], device=ids.device)
+        places = torch.arange(ids.shape[-1], device=ids.device) + decoder.skipped_positions
         stream = stream + weights.rows("position_embd.weight", places)
     return stream
 
@@ -93,6 +95,8 @@ def _attention(decoder: Decoder, index: int, weights: Weights, x: Tensor) -> Ten
     if shared > 1:
         k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
     mask = _mask(settings, x.shape[1], x.device)
+    if decoder.alibi:
+        mask = _with_alibi(decoder, mask, x)
     if decoder.attention_softcap is not None:
         mixed = _capped_attention(decoder, q, k, v, mask)
         return weights.product(f"{name}.attn_output", mixed.transpose(1, 2).flatten(2))
@@ -140,6 +144,15 @@ def _mask(settings: Layer, tokens: int, device: torch.device) -> Tensor | None:
         return None
     age = torch.arange(tokens, device=device)[:, None] - torch.arange(tokens, device=device)
     return (age >= 0) & (age < settings.window)
+
+
+def _with_alibi(decoder: Decoder, mask: Tensor | None, x: Tensor) -> Tensor:
+    """What is added to scores ``[heads, tokens, tokens]``; minus infinity where one is unseen."""
+    places = torch.arange(x.shape[1], device=x.device)
+    age = places - places[:, None]
+    slopes = torch.tensor(decoder.alibi, dtype=x.dtype, device=x.device)
+    seen = age <= 0 if mask is None else mask
+    return (slopes[:, None, None] * age).masked_fill(~seen, -torch.inf)
 
 
 def _turns(rope: Rope, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -147,14 +147,15 @@ class _Tuner:
         is none they are read one at a time, and what was trained is returned.
         """
         decoder, settings = self.decoder, self.settings
-        source = self._source(["token_embd.weight", "position_embd.weight"])
+        tables = ("token_embd", "position_embd")
+        source = self._source([role for role in self.source.tensors if role.startswith(tables)])
         with torch.no_grad():
             wanted = [torch_decoder.embedded(decoder, source, ids) for ids in batches]
         given: list[Tensor] = []
         if settings.block_steps:
-            tables = student or self._student(("token_embd", "position_embd"))
+            own = student or self._student(tables)
             with torch.no_grad():
-                given = [torch_decoder.embedded(decoder, tables, ids) for ids in batches]
+                given = [torch_decoder.embedded(decoder, own, ids) for ids in batches]
         values: dict[str, Array] = {}
         kept = 0
         for index in range(len(decoder.layers)):

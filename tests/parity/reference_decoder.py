@@ -27,8 +27,10 @@ def logits(decoder: Decoder, tensors: Tensors, token_ids: Sequence[int]) -> Arra
     """
     weights = {role: np.asarray(value, dtype=np.float64) for role, value in tensors.items()}
     x = weights["token_embd.weight"][list(token_ids)] * decoder.embedding_scale
+    if decoder.embedding_norm:
+        x = _norm(decoder.norm, weights, "token_embd_norm", x)
     if decoder.learned_positions is not None:
-        x = x + weights["position_embd.weight"][: len(token_ids)]
+        x = x + weights["position_embd.weight"][decoder.skipped_positions :][: len(token_ids)]
     for index, layer in enumerate(decoder.layers):
         block = _under(weights, f"blk.{index}.")
         before = _norm(decoder.norm, block, "attn_norm", x) if decoder.pre_norms else x
@@ -68,6 +70,8 @@ def _attention(decoder: Decoder, layer: Layer, block: Tensors, x: Array) -> Arra
     scores = np.einsum("qhd,khd->hqk", q, k) * decoder.softmax_scale
     scores = _capped(scores, decoder.attention_softcap)
     age = np.arange(tokens)[:, None] - np.arange(tokens)[None, :]
+    if decoder.alibi:
+        scores = scores - np.asarray(decoder.alibi)[:, None, None] * age
     seen = age >= 0
     if layer.window is not None:
         seen &= age < layer.window

@@ -27,7 +27,7 @@ TinyModel = Callable[[str], Path]
 
 WINDOWS = [tiny_models.some_token_ids(length, seed=length) for length in (40, 17, 1, 33)]
 
-LAYER = re.compile(r"\.(?:layers|h)\.(\d+)$")
+LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)$")
 """What transformers calls a layer."""
 
 TOLERANCE = 2e-4
@@ -57,7 +57,9 @@ def seen_by_transformers(folder: Path) -> dict[str, np.ndarray]:
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: object, given: tuple[torch.Tensor, ...], _: object) -> None:
-            seen.setdefault(name, []).append(given[0][0].numpy().copy())
+            # OPT lays the tokens of all texts below each other before its feed-forward.
+            x = given[0].reshape(-1, given[0].shape[-1])
+            seen.setdefault(name, []).append(x.numpy().copy())
 
         return hook
 
@@ -70,7 +72,7 @@ def seen_by_transformers(folder: Path) -> dict[str, np.ndarray]:
         return hook
 
     for name, module in model.named_modules():
-        if type(module).__name__ in ("Linear", "Conv1D"):
+        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D":
             module.register_forward_hook(watch(name))
         elif layer := LAYER.search(name):
             module.register_forward_hook(watch_layer(f"blk.{layer[1]}"))
@@ -97,8 +99,8 @@ def test_statistics_are_of_the_inputs_that_transformers_has(
     ]
     assert set(products) <= set(found)
     for role, statistics in found.items():
-        tied = role == "token_embd.weight"
-        module = "lm_head" if tied else source.tensors[role].name.removesuffix(".weight")
+        head = role in ("token_embd.weight", "output.weight")
+        module = "lm_head" if head else source.tensors[role].name.removesuffix(".weight")
         x = inputs[module].astype(np.float64)
         counts = np.ones(len(x))
         if role.startswith("blk."):

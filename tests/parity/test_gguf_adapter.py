@@ -17,6 +17,7 @@ from gguf_files import write_gguf  # noqa: E402
 from peft_adapters import PeftAdapter, make_adapter  # noqa: E402
 
 from edgellm.architectures.gguf_rows import as_llamacpp_stores  # noqa: E402
+from edgellm.architectures.row_order import as_network_takes  # noqa: E402
 from edgellm.errors import AdapterError  # noqa: E402
 from edgellm.export.gguf_adapter import write_gguf_adapter  # noqa: E402
 from edgellm.lora.binding import Combination  # noqa: E402
@@ -38,8 +39,9 @@ SCALES: dict[str, dict[str, Any]] = {
     "patterns": PATTERNS,
     "rslora with patterns": {"use_rslora": True, **PATTERNS},
 }
-MODELS = ("llama", "gemma3-pattern", "gpt2")
-"""Rows in pairs, rows as they are, and products that the checkpoint stores turned round."""
+MODELS = ("llama", "gemma3-pattern", "gpt2", "gpt_neox")
+"""Rows in pairs, rows as they are, products that the checkpoint stores turned round, and rows that
+it stores head by head."""
 
 
 def lora(base: Path, **settings: Any) -> Any:
@@ -53,13 +55,13 @@ def expected_change(made: PeftAdapter, source: ModelSource) -> dict[str, np.ndar
     """PEFT's merged weights less the base's, by role, rows as llama.cpp stores them."""
     changes = {}
     for row in source.family.tensors(source.decoder):
-        change = made.merged[row.source].astype(np.float64) - made.base[row.source]
+        name = row.source if row.source in made.merged else "lm_head.weight"
+        change = made.merged[name].astype(np.float64) - made.base[name]
         if row.transposed:
             change = change.T
         if np.any(change):
-            ref = as_llamacpp_stores(
-                constant(row.source, change), row, source.decoder, source.family
-            )
+            ordered = as_network_takes(constant(row.source, change), row)
+            ref = as_llamacpp_stores(ordered, row, source.decoder, source.family.gguf_layout)
             changes[row.role] = ref.load()
     return changes
 

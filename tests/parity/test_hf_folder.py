@@ -218,6 +218,12 @@ def test_our_own_readers_get_the_values_back(
         ("llama-256", None, "bf16"),
         ("llama-biased", None, "f16"),
         ("gpt2", None, "f32"),
+        ("gpt_neox", None, "f32"),
+        ("falcon-grouped", None, "f32"),
+        ("opt", None, "f32"),
+        ("bloom", None, "f32"),
+        ("mpt", None, "f32"),
+        ("gptj", None, "f32"),
         ("gemma3", None, "f32"),
     ],
 )
@@ -256,6 +262,28 @@ def test_matrices_that_a_checkpoint_turns_round(
     if layout == "bitsandbytes":
         wanted = logits_of(tiny_models.load(source))
         assert distance(logits_of(loaded(out, layout)), wanted) < DYNAMIC_BOUND
+
+
+@pytest.mark.parametrize(
+    ("layout", "grid"), [("bitsandbytes", "nf4"), ("compressed-tensors", "int8")]
+)
+def test_rows_that_a_checkpoint_has_in_another_order(
+    layout: str, grid: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """GPT-NeoX's queries, keys and values, which a checkpoint has head by head."""
+    source = tiny_model("gpt_neox")
+    out = converted(source, tmp_path / "out", layout, grid)
+    read = open_source(str(out), quantized=True)
+    for tensor in plan_of(source, layout, grid).layout.tensors:
+        expected = values_of(tensor).reshape(tensor.shape)
+        row = next(row for row in read.family.tensors(read.decoder) if row.role == tensor.role)
+        if row.order is not None:
+            expected = expected[row.order.places()]
+        rounded = floats.rounded(expected, "f16")
+        found = read.tensors[tensor.role].load().reshape(tensor.shape)
+        np.testing.assert_array_equal(found, rounded, err_msg=tensor.name)
+    wanted = logits_of(float_model(source, layout, grid))
+    assert distance(logits_of(loaded(out, layout)), wanted) < 1e-2
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -84,6 +84,18 @@ CASES = {
         tied=True,
         containers=("onnx",),  # llama.cpp looks GELU up in a table of halves
     ),
+    "q, k and v stored head by head": Case(
+        "gpt_neox",
+        {"target_modules": ["query_key_value", "dense", "lm_head"], "use_dora": True},
+        tied=False,
+        containers=("onnx",),
+    ),
+    "rows in pairs": Case(
+        "gptj",
+        {"target_modules": ["q_proj", "k_proj", "v_proj", "fc_in"]},
+        tied=False,
+        containers=("onnx",),
+    ),
     "biases": Case("llama-biased", {"target_modules": LINEAR, "bias": "all"}, tied=True),
     "bias of B": Case("llama-biased", {"target_modules": LINEAR, "lora_bias": True}, tied=True),
     "norms whole": Case(
@@ -224,13 +236,16 @@ def test_several_adapters_are_the_weighted_sum(tiny_model: TinyModel, tmp_path: 
     np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE["onnx"])
 
 
-@pytest.mark.parametrize("model", ["llama", "qwen3", "mistral-no-window"])
+@pytest.mark.parametrize("model", ["llama", "qwen3", "mistral-no-window", "gpt_neox"])
 def test_a_gguf_adapter_merges_as_the_folder_that_it_was_made_from(
     tiny_model: TinyModel, tmp_path: Path, model: str
 ) -> None:
-    """Rows of q and k are stored in another order there, for Llama and Mistral."""
+    """Rows are stored in another order there, for Llama and Mistral, or in checkpoints."""
     base, folder = tiny_model(model), tmp_path / "adapter"
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=LINEAR, use_rslora=True)
+    targets = "all-linear" if model == "gpt_neox" else LINEAR
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=targets, use_rslora=True, task_type="CAUSAL_LM"
+    )
     live = peft_adapters.trained(base, config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

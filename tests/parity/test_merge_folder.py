@@ -64,7 +64,9 @@ def resaved(base: Path, folder: Path, *, dtype: torch.dtype, shard: str = "5GB")
     return folder
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-biased", "gpt2", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-biased", "gpt2", "gpt_neox", "qwen2", "qwen3", "gemma3"]
+)
 def test_the_folder_holds_what_peft_merges(
     name: str, tiny_model: TinyModel, tmp_path: Path
 ) -> None:

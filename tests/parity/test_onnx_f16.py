@@ -148,6 +148,9 @@ def test_cuda_is_given_no_graph_that_it_cannot_compute(
     )
     with pytest.raises(UnsupportedTarget, match=r"halves alone.*--compute f16"):
         OnnxRuntime().open(plain, RunOptions())
+    biased = converted(tiny_model("bloom"), tmp_path / "biased", "f32")
+    with pytest.raises(UnsupportedTarget, match=r"takes no bias.*ALiBi.*--device cpu"):
+        OnnxRuntime().open(biased, RunOptions())
 
 
 def converted(folder: Path, out: Path, quant: str) -> Artifact:

@@ -15,6 +15,8 @@ import onnx_files
 import onnxruntime_genai as genai
 import tiny_models
 
+from edgellm.architectures import FAMILIES
+
 TinyModel = Callable[[str], Path]
 
 NEW_TOKENS = 24
@@ -41,6 +43,16 @@ def our_greedy(folder: Path, prompt: list[int], count: int) -> list[int]:
     return found[: found.index(2)] if 2 in found else found
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_type_that_genai_knows(
+    family: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """By the names of the tiny models, which begin with their family's or its first word."""
+    name = next(each for each in tiny_models.MODELS if each.startswith(family.split("_text")[0]))
+    onnx_files.write_onnx(tiny_model(name), tmp_path)
+    genai.Model(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("name", "quant"),  # and the type of the cache
     [
@@ -52,6 +64,9 @@ def our_greedy(folder: Path, prompt: list[int], count: int) -> list[int]:
         ("qwen3", "int4-g32"),
         ("gemma3", "f32"),
         ("gpt2", "int8-dynamic"),
+        ("bloom", "f32"),
+        ("mpt", "int4-g32 int8"),
+        ("opt", "f32"),
         ("llama", "f32 int8"),
         ("gemma3", "f32 int8"),
     ],

@@ -54,6 +54,48 @@ def test_the_last_positions_are_given_by_default_and_any_when_asked(
         np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["bloom", "gpt_neox-sequential"])
+def test_places_are_counted_for_each_sequence_of_a_batch(
+    name: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Two prompts of different lengths, the shorter one padded behind, then a token each."""
+    import onnxruntime
+
+    folder = tiny_model(name)
+    onnx_files.write_onnx(folder, tmp_path)
+    texts = [tiny_models.some_token_ids(n, seed=n) for n in (20, 12)]
+    wanted = [tiny_models.reference_logits(folder, text) for text in texts]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", options)
+    lengths, step = [len(text) - 1 for text in texts], max(map(len, texts)) - 1
+    past = {
+        each.name: np.zeros((2, each.shape[1], 0, each.shape[3]), np.float32)
+        for each in session.get_inputs()
+        if each.name.startswith("past_key_values.")
+    }
+    prompts = np.zeros((2, step), np.int64)
+    for row, text, length in zip(prompts, texts, lengths, strict=True):
+        row[:length] = text[:length]
+    mask = np.arange(step) < np.asarray(lengths)[:, np.newaxis]
+    given = {"input_ids": prompts, "attention_mask": mask.astype(np.int64)}
+    whole = {"logits_from": np.zeros(1, np.int64)}
+    names = [each.name for each in session.get_outputs()]
+    outputs = dict(zip(names, session.run(names, given | whole | past), strict=True))
+    logits = outputs.pop("logits")
+    for found, expected, length in zip(logits, wanted, lengths, strict=True):
+        np.testing.assert_allclose(found[:length], expected[:length], rtol=0, atol=TOLERANCE)
+    mask = np.arange(step + 1) <= np.asarray(lengths)[:, np.newaxis]
+    given = {
+        "input_ids": np.asarray([[text[-1]] for text in texts], np.int64),
+        "attention_mask": mask.astype(np.int64),
+    }
+    held = {name.replace("present", "past_key_values"): each for name, each in outputs.items()}
+    found = session.run(["logits"], given | whole | held)[0]
+    for step_logits, expected in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(step_logits[0], expected[-1], rtol=0, atol=TOLERANCE)
+
+
 def test_f16_weights_answer_as_the_same_weights_in_transformers(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:

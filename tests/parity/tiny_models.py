@@ -56,7 +56,8 @@ SPLITS = {
 class Tiny:
     """A model to build: the class of its config, what it is given, and how text is split.
 
-    ``old_style``: its config.json is rewritten as transformers 4 wrote it.
+    ``old_style``: its config.json is rewritten as transformers 4 wrote it. ``seed`` of its weights;
+    None for its place among those without one, which a new model must not change.
     """
 
     config_class: str
@@ -64,6 +65,7 @@ class Tiny:
     split: str = "gpt2"
     old_style: bool = False
     vocab_size: int = field(default=517, kw_only=True)
+    seed: int | None = field(default=None, kw_only=True)
 
 
 _LLAMA: dict[str, Any] = {
@@ -107,6 +109,31 @@ _SQUARE: dict[str, Any] = {
     "hidden_size": 192,
 }
 """Heads that together are as wide as the model, 32 each."""
+
+_NEOX: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 256,
+}
+
+_MPT: dict[str, Any] = {"d_model": 192, "n_heads": 6, "n_layers": 3, "max_seq_len": 256}
+_OPT: dict[str, Any] = {
+    "hidden_size": 192,
+    "ffn_dim": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 128,
+}
+_GPTJ: dict[str, Any] = {"n_embd": 192, "n_layer": 3, "n_head": 6, "n_positions": 128}
+_FALCON: dict[str, Any] = {
+    "hidden_size": 192,
+    "ffn_hidden_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 256,
+}
 
 MODELS: dict[str, Tiny] = {
     # Llama: three query heads to a kv head, heads wider than the model together, untied.
@@ -338,6 +365,83 @@ MODELS: dict[str, Tiny] = {
             "tie_word_embeddings": True,
         },
     ),
+    # Heads that are no power of two, whose slopes come in two series.
+    "bloom": Tiny("BloomConfig", {"hidden_size": 192, "n_layer": 3, "n_head": 6}, seed=107),
+    "mpt": Tiny("MptConfig", _MPT | {"attn_config": {"clip_qkv": 1.5}}, seed=108),
+    "mpt-scale": Tiny(
+        "MptConfig",
+        _MPT | {"n_heads": 4, "tie_word_embeddings": False, "attn_config": {"softmax_scale": 0.1}},
+        seed=109,
+    ),
+    "opt": Tiny("OPTConfig", _OPT, seed=110),
+    "opt-bare": Tiny(
+        "OPTConfig",
+        _OPT
+        | {
+            "enable_bias": False,
+            "layer_norm_elementwise_affine": False,
+            "tie_word_embeddings": False,
+            "activation_function": "gelu",
+        },
+        seed=111,
+    ),
+    "gptj": Tiny("GPTJConfig", _GPTJ | {"rotary_dim": 16}, seed=112),
+    "gptj-eighth": Tiny("GPTJConfig", _GPTJ | {"rotary_dim": 8, "n_inner": 160}, seed=113),
+    "falcon": Tiny(
+        "FalconConfig",
+        _FALCON
+        | {
+            "activation": "gelu_new",
+            "rope_parameters": {"rope_type": "default", "rope_theta": 2e4},
+        },
+        seed=103,
+    ),
+    "falcon-grouped": Tiny(
+        "FalconConfig",
+        _FALCON
+        | {"new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": False},
+        seed=104,
+    ),
+    "falcon-grouped-one-norm": Tiny(
+        "FalconConfig",
+        _FALCON
+        | {"new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1},
+        seed=105,
+    ),
+    # As many heads as make slopes, and their products with places, that bf16 holds exactly.
+    "falcon-alibi": Tiny(
+        "FalconConfig",
+        _FALCON
+        | {
+            "num_attention_heads": 8,
+            "alibi": True,
+            "bias": True,
+            "multi_query": False,
+            "parallel_attn": False,
+        },
+        seed=106,
+    ),
+    # A third of a head of 48, which onnxruntime's attention turns, and a quarter of one of 32,
+    # which it does not.
+    "gpt_neox": Tiny(
+        "GPTNeoXConfig",
+        _NEOX
+        | {
+            "num_attention_heads": 4,
+            "hidden_act": "gelu_new",
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 2e4,
+                "partial_rotary_factor": 1 / 3,
+            },
+        },
+        seed=101,
+    ),
+    "gpt_neox-sequential": Tiny(
+        "GPTNeoXConfig",
+        _NEOX | {"use_parallel_residual": False},
+        seed=102,
+    ),
     "gpt2": Tiny("GPT2Config", _GPT2),
     "gpt2-untied": Tiny(
         "GPT2Config",
@@ -400,7 +504,7 @@ def build(name: str, folder: Path) -> Path:
     with quiet():
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    randomize(model, seed=seed_of(name))
+    randomize(model, seed=seed_of(name) if tiny.seed is None else tiny.seed)
     model.save_pretrained(folder)
     if tiny.old_style:
         path = folder / "config.json"
@@ -498,9 +602,16 @@ def load(folder: Path) -> transformers.PreTrainedModel:
 
     with quiet():
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
+            folder, dtype=torch.float32, attn_implementation=_attention_of(folder)
         )
     return model.eval()
+
+
+def _attention_of(folder: Path) -> str:
+    """Eager where it is right: Falcon's adds ALiBi twice."""
+    config = json.loads((folder / "config.json").read_text())
+    alibi = config["model_type"] == "falcon" and config["alibi"]
+    return "sdpa" if alibi else "eager"
 
 
 def reference_logits(folder: Path, token_ids: list[int]) -> np.ndarray:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from edgellm.architectures.row_order import FusedHeads
 from edgellm.errors import TensorError
 from edgellm.tensors import (
     COLUMN_CHUNK_BYTES,
@@ -55,6 +57,24 @@ def test_changes_reach_the_columns_too() -> None:
     np.testing.assert_array_equal(changed.load_columns(0, 2), MATRIX[:, :2] + 1)
     order = np.array([1, 0, 3, 2, 5, 4, 6])
     np.testing.assert_array_equal(reordered(source, order).load_columns(0, 2), MATRIX[order][:, :2])
+
+
+def test_rows_in_another_order_are_loaded_run_by_run() -> None:
+    """And a vector's values are its rows."""
+    order = FusedHeads(kv_heads=3, group=2, head_dim=20).places()
+    loads: list[tuple[int, int]] = []
+    table = np.arange(2.0 * len(order), dtype=np.float32).reshape(-1, 2)
+    ref = constant("x", table)
+
+    def watched(start: int, stop: int) -> Array:
+        loads.append((start, stop))
+        return ref.load_rows(start, stop)
+
+    found = reordered(replace(ref, load_rows=watched), order).load(35, 90)
+    np.testing.assert_array_equal(found, table[order][35:90])
+    assert loads == [(35, 40), (80, 120), (160, 170)]
+    vector = constant("b", table[:, 0])
+    np.testing.assert_array_equal(reordered(vector, order).load(), table[np.newaxis, order, 0])
 
 
 def test_stacked_parts_are_one_matrix() -> None:

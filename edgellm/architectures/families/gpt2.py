@@ -8,6 +8,7 @@ from typing import Any
 from edgellm.architectures.config import ACTIVATIONS, MOST_LAYERS, Config
 from edgellm.architectures.decoder import Decoder, Feature, Layer, Norm
 from edgellm.architectures.family import Family, GgufFacts, GgufGraph, GgufLayout, TensorRow
+from edgellm.architectures.gguf_metadata import plain_sizes
 
 
 def read(config: Config) -> Decoder:
@@ -91,19 +92,14 @@ GGUF_FEATURES = frozenset(
 
 
 def _from_gguf(facts: GgufFacts) -> dict[str, Any]:
-    keys = facts.keys
-    heads = keys.integer("attention.head_count")
-    hidden = keys.integer("embedding_length")
-    for key in ("attention.key_length", "attention.value_length"):
-        keys.neutral(key, hidden // heads)
-    keys.neutral("attention.head_count_kv", heads)
+    sizes = plain_sizes(facts)
     return {
-        "n_embd": hidden,
-        "n_head": heads,
-        "n_layer": keys.integer("block_count", maximum=MOST_LAYERS),
-        "n_positions": keys.integer("context_length"),
-        "n_inner": keys.integer("feed_forward_length"),
-        "layer_norm_epsilon": keys.number("attention.layer_norm_epsilon"),
+        "n_embd": sizes.hidden,
+        "n_head": sizes.heads,
+        "n_layer": sizes.layers,
+        "n_positions": sizes.context,
+        "n_inner": sizes.ffn,
+        "layer_norm_epsilon": sizes.epsilon,
         "activation_function": "gelu_new",
     }
 

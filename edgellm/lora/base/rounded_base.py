@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from edgellm.architectures.family import TensorRow
+from edgellm.architectures.row_order import as_checkpoint_has, as_network_takes
 from edgellm.quant import bnb_4bit, bnb_absmax, bnb_int8
 from edgellm.quant.bnb_4bit import BLOCK
 from edgellm.quant.floats import ENCODERS, rounded
@@ -47,7 +48,9 @@ def dequantized_base(
     tensors = dict(source.tensors)
     for row in source.family.tensors(source.decoder):
         if row.role in tensors and _is_rounded(row, skipped):
-            tensors[row.role] = _rounded(tensors[row.role], method, scales)
+            # Blocks of scales go on from row to row, as the checkpoint has them.
+            stored = as_checkpoint_has(tensors[row.role], row)
+            tensors[row.role] = as_network_takes(_rounded(stored, method, scales), row)
     return replace(source, tensors=tensors)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from edgellm.architectures.row_order import as_checkpoint_has
 from edgellm.calibration import texts
 from edgellm.errors import RuntimeMissing, UnsupportedTarget, VerificationError
 from edgellm.evaluation import Comparison, Divergence, session_logits
@@ -231,6 +232,7 @@ def weight_survivals(
     assert merge is not None, "nothing was merged into this source"
     base = replicated(merge.base, merge.adapters)
     grids = _grids(layout)
+    rows = {row.role: row for row in merged.family.tensors(merged.decoder)}
 
     def survive(role: str) -> WeightSurvival | None:
         before, after = base.tensors.get(role), merged.tensors[role]
@@ -241,6 +243,8 @@ def weight_survivals(
         if any(factor.b.shape[0] != after.rows for factor in factors):
             return None
         grid = grids[role]
+        # Factors have their rows as the checkpoint has them.
+        before, after = (as_checkpoint_has(ref, rows[role]) for ref in (before, after))
         try:
             cosine = projected_cosine(
                 before, after, factors, lambda rows: _values(rtn.solve(rows, grid))

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from edgellm.architectures.family import TensorRow
-from edgellm.architectures.gguf_rows import as_checkpoint_stores
+from edgellm.architectures.gguf_rows import as_checkpoint_stores, name_in_file
+from edgellm.architectures.row_order import as_checkpoint_has
 from edgellm.errors import AdapterError
 from edgellm.lora.adapter import Adapter, Parts
 from edgellm.lora.lineage import HUB_URL
@@ -96,7 +97,11 @@ def in_checkpoint_terms(adapter: Adapter, source: ModelSource) -> Adapter:
     """
     family, decoder = source.family, source.decoder
     check_architecture(adapter, family.gguf_layout.arch, source.name)
-    rows = {row.role: row for row in family.tensors(decoder) if row.role in source.tensors}
+    rows = {
+        name_in_file(row.role, decoder, family.gguf_layout): row
+        for row in family.tensors(decoder)
+        if row.role in source.tensors
+    }
     unknown = [name for name in (*adapter.parts, *adapter.replaced) if name not in rows]
     if unknown:
         raise AdapterError(_not_there(adapter, unknown, source.name))
@@ -174,15 +179,13 @@ def _not_there(adapter: Adapter, names: list[str], model: str) -> str:
 
 
 def _as_peft(pair: Parts, row: TensorRow, source: ModelSource) -> Parts:
-    """The pair under PEFT's names, rows of q and k back in half-rotation order."""
+    """The pair under PEFT's names, rows back in the order of the checkpoint."""
     a, b = pair["lora_a"], pair["lora_b"]
     if row.kind == "embedding":
         # llama.cpp looks rows of A up by token, so it is stored [vocabulary, rank].
         return {"lora_embedding_A": transposed(a), "lora_embedding_B": b}
-    return {
-        "lora_A": a,
-        "lora_B": as_checkpoint_stores(b, row, source.decoder, source.family.gguf_layout),
-    }
+    rows = as_checkpoint_stores(b, row, source.decoder, source.family.gguf_layout)
+    return {"lora_A": a, "lora_B": as_checkpoint_has(rows, row)}
 
 
 def _check_kind(path: Path, metadata: dict[str, Any]) -> None:
