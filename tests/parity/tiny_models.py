@@ -442,6 +442,7 @@ MODELS: dict[str, Tiny] = {
         _NEOX | {"use_parallel_residual": False},
         seed=102,
     ),
+    "cohere": Tiny("CohereConfig", _SQUARE | {"logit_scale": 0.4}),
     "gpt2": Tiny("GPT2Config", _GPT2),
     "gpt2-untied": Tiny(
         "GPT2Config",
