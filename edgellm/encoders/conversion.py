@@ -21,6 +21,7 @@ from edgellm.errors import VerificationError
 from edgellm.export.encoder_graph import outputs_of
 from edgellm.export.writer import StagedFolder, check_free, check_no_overlap, check_output
 from edgellm.hardware import peak_memory_bytes
+from edgellm.made import note_made
 from edgellm.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -110,6 +111,7 @@ def carry_out(
             measured |= kind.check(plan, open_artifact(staged.path), progress)
             staged.write_file(MANIFEST, Manifest.of(digested, measured).to_json())
         staged.commit()
+    note_made(out)
     return open_artifact(out)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from edgellm.errors import UsageError
@@ -21,6 +21,23 @@ LIBRARIES = {"hf": "transformers", "mlx": "mlx"}
 """By container the library that the Hub shows code for; GGUF and ONNX it tells by their files."""
 
 TAGS = {"gguf": ("gguf", "llama.cpp"), "onnx": ("onnx", "onnxruntime"), "hf": (), "mlx": ("mlx",)}
+TASKS = {
+    "embeddings": "feature-extraction",
+    "sequence_classification": "text-classification",
+    "token_classification": "token-classification",
+    "masked_lm": "fill-mask",
+}
+"""Of encoders by their task."""
+
+OF_OUTPUTS = {
+    "cosine_mean": "cosine to the source's outputs, mean",
+    "cosine_min": "cosine, least",
+    "max_difference": "largest difference of a value",
+    "kld_mean": "KL divergence, mean (nats)",
+    "top1_agreement": "the same likeliest answer (share)",
+}
+"""What conversions of encoders, alone or with a decoder, measure of themselves."""
+
 FLOATS = ("f32", "f16", "bf16")
 
 
@@ -42,7 +59,7 @@ def model_card(
         base_model=(bases[0] if len(bases) == 1 else bases) or None,
         base_model_relation=relation(made) if bases else None,
         library_name=LIBRARIES.get(made.container),
-        pipeline_tag="text-generation",
+        pipeline_tag=_task(made),
         tags=_tags(made),
         **(_licence(made) if licence is None else {"license": licence}),
     )
@@ -88,6 +105,13 @@ def _licence(made: Digested) -> dict[str, Any]:
     if LICENCE_ID.fullmatch(licence):
         return {"license": licence}
     return {"license": "other", "license_name": licence, **link}
+
+
+def _task(made: Digested) -> str:
+    """What it is for, in the Hub's words."""
+    if made.seq2seq is not None:
+        return "text2text-generation"
+    return "text-generation" if made.encoder is None else TASKS[made.encoder.task]
 
 
 def _tags(made: Digested) -> list[str]:
@@ -186,11 +210,26 @@ def _grids(made: Digested) -> Iterator[str]:
     yield from _table(("grid", "tensors", "size", "bits per weight"), rows)
 
 
+def _outputs(quality: Mapping[str, Any]) -> Iterator[str]:
+    rows = [
+        (said, f"{quality[name]:.4g}")
+        for name, said in OF_OUTPUTS.items()
+        if quality.get(name) is not None
+    ]
+    if rows:
+        yield "## How far its outputs are from the source's"
+        yield ""
+        yield from _table(("figure", "value"), rows)
+
+
 def _quality(manifest: Manifest) -> Iterator[str]:
     """The figures against the source, where the conversion took them."""
     from edgellm.lora.check.surviving import survival_line
 
     quality = manifest.measured.get("quality", {})
+    if manifest.artifact.encoder is not None or manifest.artifact.seq2seq is not None:
+        yield from _outputs(quality)
+        return
     survival = survival_line(manifest.measured)
     if "kld_mean" not in quality and not survival:
         return

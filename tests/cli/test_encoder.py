@@ -326,3 +326,23 @@ def test_profiles_refuse_what_encoders_have_not(
     done = command("profile", artifact("bert"), *options)
     assert done.code in (2, 7)
     assert said in done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "figure"),
+    [
+        ("bert-64", "feature-extraction", "cosine to the source's outputs, mean"),
+        ("t5-64", "text2text-generation", "KL divergence, mean (nats)"),
+    ],
+)
+def test_it_is_listed_and_has_a_card(
+    name: str, task: str, figure: str, command: Command, tiny_encoder: TinyEncoder, tmp_path: Path
+) -> None:
+    out = tmp_path / "made"
+    assert command("convert", tiny_encoder(name), "--out", out).code == 0
+    (listed,) = command("models", "--json").json()["artifacts"]
+    assert listed["path"] == str(out)
+    card = command("push", out, "org/made", "--dry-run")
+    assert card.code == 0, card.err
+    assert f"pipeline_tag: {task}" in card.out
+    assert f"| {figure} |" in card.out
