@@ -249,6 +249,7 @@ def embedded(source: ModelSource, window: Sequence[int]) -> Array:
 def _normed(source: ModelSource, stream: Array) -> Array:
     """``stream`` ``[tokens, hidden]`` behind the embedding's own norm."""
     norm, tensors = source.decoder.norm, source.tensors
+    assert norm.biased, "BLOOM's, which is the only one"
     weight, bias = (
         tensors[f"token_embd_norm.{part}"].load().reshape(-1).astype(np.float64)
         for part in ("weight", "bias")

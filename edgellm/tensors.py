@@ -184,8 +184,9 @@ def rows_in_order(
         wanted = order[start:stop]
         if wanted.size == 0:
             return load(0, 0)
-        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
-        if len(runs) * LONG_RUN <= wanted.size:
+        breaks = np.flatnonzero(np.diff(wanted) != 1) + 1
+        if (len(breaks) + 1) * LONG_RUN <= wanted.size:
+            runs = np.split(wanted, breaks)
             return np.concatenate([load(int(run[0]), int(run[-1]) + 1) for run in runs])
         low, high = int(wanted.min()), int(wanted.max()) + 1
         return np.ascontiguousarray(load(low, high)[wanted - low])

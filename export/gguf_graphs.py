@@ -46,8 +46,8 @@ def notes_of(decoder: Decoder, layout: GgufLayout) -> Iterator[str]:
     if decoder.activation != graph.activation and decoder.activation in graph.nearly:
         yield (
             f"llama.cpp's {layout.arch} graph computes {graph.activation} for the model's "
-            f"{decoder.activation}: they lie within 0.0005 of each other, as near as its table of "
-            "GELU in halves"
+            f"{decoder.activation}: they lie within 0.0005 of each other, nearer than its "
+            "table of GELU in halves is exact"
         )
 
 

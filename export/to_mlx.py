@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgellm.architectures.family import TensorRow
+from edgellm.architectures.row_order import as_checkpoint_has
 from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
 from edgellm.export.checkpoint_shards import (
     Part,
@@ -220,7 +221,7 @@ def _check_groups(rows: Sequence[TensorRow], grids: Mapping[str, Grid]) -> None:
 
 def _weight(source: ModelSource, row: TensorRow, grid: Grid | None, dtype: str) -> Weight:
     """mlx-lm's models lie below ``model.`` and have Conv1D's matrices as ``[out, in]``."""
-    ref, prefix = source.tensors[row.role], source.family.base_prefix
+    ref, prefix = as_checkpoint_has(source.tensors[row.role], row), source.family.base_prefix
     name = row.source
     if name.startswith(prefix):
         name = f"model.{name.removeprefix(prefix)}"

@@ -118,6 +118,8 @@ def rescaled_config(
     for older in ("rope_scaling", "rope_theta"):
         changed.pop(older, None)
     section["rope_theta"] = theta
+    if "partial_rotary_factor" in ropes:
+        section["partial_rotary_factor"] = ropes["partial_rotary_factor"]
     nested = "full_attention" in ropes
     changed["rope_parameters"] = {**ropes, "full_attention": section} if nested else section
     return changed, trained

@@ -17,7 +17,8 @@ class HeadDivergence(torch.autograd.Function):
     """The sum over positions of KL(teacher || student) in nats.
 
     ``hidden`` and ``wanted`` are the normed states ``[tokens, hidden]`` that the student's and the
-    teacher's head are given. Gradients are computed on the way and need no second pass.
+    teacher's head are given. ``bias`` ``[vocab]`` and the soft cap ``cap`` are the same on both
+    sides and not trained. Gradients are computed on the way and need no second pass.
     """
 
     @staticmethod
@@ -29,6 +30,8 @@ class HeadDivergence(torch.autograd.Function):
         matrix: Matrix,
         wanted: Tensor,
         teacher: Tensor,
+        bias: Tensor | None,
+        cap: float | None,
     ) -> Tensor:
         needed = ctx.needs_input_grad  # type: ignore[attr-defined]
         levels = matrix.float_levels()
@@ -38,13 +41,16 @@ class HeadDivergence(torch.autograd.Function):
         by_head = torch.zeros_like(head) if needed[1] else None
         for start in range(0, len(hidden), POSITIONS):
             part = slice(start, start + POSITIONS)
-            theirs = torch.log_softmax(wanted[part] @ reference.T, dim=-1)
-            ours = torch.log_softmax(hidden[part] @ head.T, dim=-1)
+            theirs = torch.log_softmax(_logits(wanted[part], reference, bias, cap), dim=-1)
+            logits = _logits(hidden[part], head, bias, cap)
+            ours = torch.log_softmax(logits, dim=-1)
             likely = theirs.exp()
             total += (likely * theirs.sub_(ours)).sum(dtype=torch.float64)
             if by_hidden is None and by_head is None:
                 continue
             gradient = ours.exp_().sub_(likely)
+            if cap is not None:
+                gradient.mul_(1 - (logits / cap).square_())
             if by_hidden is not None:
                 torch.mm(gradient, head, out=by_hidden[part])
             if by_head is not None:
@@ -58,10 +64,25 @@ class HeadDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def]
         found = (None if each is None else each * gradient for each in ctx.gradients)
-        return (*found, None, None, None)
+        return (*found, *[None] * 5)
 
 
-def head_divergence(hidden: Tensor, matrix: Matrix, wanted: Tensor, teacher: Tensor) -> Tensor:
+def _logits(states: Tensor, head: Tensor, bias: Tensor | None, cap: float | None) -> Tensor:
+    product = states @ head.T
+    if bias is not None:
+        product += bias
+    return product if cap is None else cap * torch.tanh(product / cap)
+
+
+def head_divergence(
+    hidden: Tensor,
+    matrix: Matrix,
+    wanted: Tensor,
+    teacher: Tensor,
+    *,
+    bias: Tensor | None = None,
+    cap: float | None = None,
+) -> Tensor:
     """``HeadDivergence`` for states ``[..., hidden]``, of the student's head ``matrix``."""
     columns = hidden.shape[-1]
     total = HeadDivergence.apply(  # type: ignore[no-untyped-call]
@@ -71,6 +92,8 @@ def head_divergence(hidden: Tensor, matrix: Matrix, wanted: Tensor, teacher: Ten
         matrix,
         wanted.reshape(-1, columns),
         teacher,
+        None if bias is None else bias.detach(),
+        cap,
     )
     assert isinstance(total, Tensor)
     return total

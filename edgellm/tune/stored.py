@@ -35,7 +35,7 @@ class StoredModel:
         self.norms_offset = layout.container == "onnx" or (
             layout.container == "gguf" and source.family.gguf_layout.norm_plus_one
         )
-        in_checkpoint = layout.container == "hf"
+        in_checkpoint = layout.container in ("hf", "mlx")
         self._orders = {
             row.role: row.order
             for row in source.family.tensors(source.decoder)

@@ -66,7 +66,14 @@ class Network:
             else:
                 stream = torch_decoder.layer(decoder, index, weights, stream)
         normed = torch_decoder.head_input(decoder, weights, stream)
-        return head_divergence(normed, weights.head(), example.wanted, self.teacher_head)
+        return head_divergence(
+            normed,
+            weights.head(),
+            example.wanted,
+            self.teacher_head,
+            bias=weights.vector("output.bias"),
+            cap=decoder.logit_softcap,
+        )
 
     def mean_divergence(self, examples: Sequence[Example]) -> float:
         """By token, over all ``examples``."""

@@ -4,7 +4,8 @@ Measured: where the activation is SiLU the logits, whose spread is 3 to 5, come 
 transformers'. With GELU they come within 5e-3, because ggml looks GELU up in a table of halves
 (``ggml_table_gelu_f16``). Against the same network computed with such a GELU most of that is gone:
 what is left comes from values that lie so close between two halves that float32 and float64 round
-them apart.
+them apart. Where the model has the exact GELU, for which the graph has the other form, they come
+within 1e-2.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ TinyModel = Callable[[str], Path]
 
 SILU_TOLERANCE = 3e-4
 GELU_TOLERANCE = 1e-2
+NEARLY_TOLERANCE = 2e-2
 
 LENGTH = 100
 """Tokens: more than every window, and than the trained contexts of the scaled ropes."""
@@ -67,6 +69,8 @@ def test_logits_equal_transformers(name: str, tiny_model: TinyModel, tmp_path: P
     ids = tiny_models.some_token_ids(min(LENGTH, layout.context_length))
     wanted = tiny_models.reference_logits(folder, ids)
     tolerance = GELU_TOLERANCE if f"{name}-".startswith(GELU) else SILU_TOLERANCE
+    if any("computes gelu_tanh for the model's gelu" in note for note in layout.notes):
+        tolerance = NEARLY_TOLERANCE
     ways: list[tuple[int, tuple[int, ...]]] = [
         (len(ids), ()),
         (5, ()),

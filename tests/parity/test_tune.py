@@ -114,22 +114,29 @@ def test_gradients_are_those_of_the_plain_product(name: str) -> None:
         torch.testing.assert_close(z.grad, gradient, rtol=2e-4, atol=1e-3)
 
 
-def test_divergence_is_torchs_with_its_gradients() -> None:
+@pytest.mark.parametrize(("biased", "cap"), [(False, None), (True, None), (True, 5.0)])
+def test_divergence_is_torchs_with_its_gradients(biased: bool, cap: float | None) -> None:
     """Over more positions than a slab holds; the head's scales get gradients too."""
     draw = torch.Generator().manual_seed(3)
     matrix = Matrix(rounded(GRIDS["q8_0"], rows=50, columns=64))
     hidden = torch.randn(3, 100, 64, generator=draw)
     wanted = hidden + 0.1 * torch.randn(hidden.shape, generator=draw)
     teacher = torch.randn(50, 64, generator=draw)
+    bias = torch.randn(50, generator=draw) if biased else None
     ours, plain = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    loss = head_divergence(ours, matrix, wanted, teacher)
+    loss = head_divergence(ours, matrix, wanted, teacher, bias=bias, cap=cap)
     (3 * loss).backward()
     found = [z.grad for z in matrix.parameters()]
     matrix.zero_grad()
     weight = matrix.lookup(torch.arange(matrix.rows))
+
+    def answers(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        logits = functional.linear(states, head, bias)
+        return torch.log_softmax(logits if cap is None else cap * torch.tanh(logits / cap), -1)
+
     reference = functional.kl_div(
-        torch.log_softmax(plain @ weight.T, -1),
-        torch.log_softmax(wanted @ teacher.T, -1),
+        answers(plain, weight),
+        answers(wanted, teacher),
         reduction="sum",
         log_target=True,
     )
@@ -259,6 +266,32 @@ def test_a_hugging_face_folder_is_read_moved_and_written_alike(
             )
 
 
+def test_rows_of_a_folder_are_read_in_the_order_of_the_network(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """GPT-NeoX's queries, keys and values, written head by head, and the same bytes put back."""
+    choice = {"source": str(tiny_model("gpt_neox")), "format": "hf", "layout": "gptq"}
+    plan = make_plan(make_recipe({**choice, "quant": "rtn:int4-g32-sym"}))
+    with staged_artifact(plan, tmp_path / "out") as staged:
+        stored = StoredModel(plan.layout, plan.source, staged.path)
+        untouched = data_of(plan, staged)
+        for tensor, by_role in stored.under("blk.1.attn_qkv"):
+            stored.write(tensor, by_role, staged)
+        assert data_of(plan, staged) == untouched
+        found = {role: each for _, by_role in stored.under("") for role, each in by_role.items()}
+    role = "blk.1.attn_qkv"
+    ref = plan.source.tensors[f"{role}.weight"]
+    grid = found[f"{role}.weight"].grid
+    np.testing.assert_allclose(
+        dequantize(found[f"{role}.weight"]), dequantize(solve(ref.load(), grid)), atol=1e-3
+    )
+    student = StudentWeights(found, plan.source.decoder, norms_offset=stored.norms_offset)
+    bias = student.vector(f"{role}.bias")
+    assert bias is not None
+    wanted = plan.source.tensors[f"{role}.bias"].load()[0]
+    np.testing.assert_allclose(bias.detach().numpy(), wanted, atol=1e-3)
+
+
 def tuning(whole: bool = True, recompute: bool = False, **settings: float) -> Tuning:
     """What the plan would say, without its text and memory."""
     defaults = {"steps": 40, "step_tokens": 96, "rate": 4e-3, "norm_rate": 4e-3}
@@ -277,6 +310,8 @@ def tuning(whole: bool = True, recompute: bool = False, **settings: float) -> Tu
     ("name", "quant", "format"),
     [
         ("llama", "rtn:q4_0", "gguf"),
+        ("bloom", "rtn:int4-g32", "onnx"),
+        ("gptj", "rtn:int4-g32", "onnx"),
         ("llama-256", "rtn:q3_k_s", "gguf"),
         ("llama-biased", "rtn:int4-g32", "onnx"),
     ],

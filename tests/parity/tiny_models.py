@@ -273,11 +273,12 @@ MODELS: dict[str, Tiny] = {
     ),
     # An attention scale that is not the head's, which llama.cpp's graph fixes.
     "gemma3-scale": Tiny("Gemma3TextConfig", _GEMMA | {"query_pre_attn_scalar": 24}),
-    "gemma": Tiny("GemmaConfig", _GEMMA1 | {"hidden_act": "gelu_pytorch_tanh"}),
+    "gemma": Tiny("GemmaConfig", _GEMMA1 | {"hidden_act": "gelu_pytorch_tanh"}, seed=0),
     # Soft caps low enough to be felt.
     "gemma2": Tiny(
         "Gemma2Config",
         _GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
+        seed=1,
     ),
     "granite": Tiny(
         "GraniteConfig",
@@ -290,9 +291,10 @@ MODELS: dict[str, Tiny] = {
             "logits_scaling": 2.0,
             "tie_word_embeddings": True,
         },
+        seed=7,
     ),
-    "olmo": Tiny("OlmoConfig", _SQUARE | {"clip_qkv": 0.8}),
-    "olmo2": Tiny("Olmo2Config", _SQUARE | {"rms_norm_eps": 1e-5}),
+    "olmo": Tiny("OlmoConfig", _SQUARE | {"clip_qkv": 0.8}, seed=16),
+    "olmo2": Tiny("Olmo2Config", _SQUARE | {"rms_norm_eps": 1e-5}, seed=17),
     "olmo3": Tiny(
         "Olmo3Config",
         _SQUARE
@@ -310,18 +312,24 @@ MODELS: dict[str, Tiny] = {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 5e4},
             },
         },
+        seed=18,
     ),
     "smollm3": Tiny(
-        "SmolLM3Config", _SQUARE | {"rms_norm_eps": 1e-6, "num_hidden_layers": 5}, "llama3"
+        "SmolLM3Config",
+        _SQUARE | {"rms_norm_eps": 1e-6, "num_hidden_layers": 5},
+        "llama3",
+        seed=26,
     ),
     "starcoder2": Tiny(
         "Starcoder2Config",
         _SQUARE | {"hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "sliding_window": None},
+        seed=30,
     ),
     "starcoder2-window": Tiny(
         "Starcoder2Config",
         _SQUARE
         | {"hidden_act": "gelu_pytorch_tanh", "sliding_window": 8, "tie_word_embeddings": False},
+        seed=31,
     ),
     "stablelm": Tiny(
         "StableLmConfig",
@@ -334,6 +342,7 @@ MODELS: dict[str, Tiny] = {
                 "partial_rotary_factor": 0.5,
             },
         },
+        seed=27,
     ),
     # A quarter of a head of 64, and of one of 32, which onnxruntime's attention does not turn.
     "stablelm-parallel": Tiny(
@@ -341,12 +350,16 @@ MODELS: dict[str, Tiny] = {
         _SQUARE
         | {"num_attention_heads": 3, "num_key_value_heads": 1}
         | {"use_parallel_residual": True},
+        seed=29,
     ),
-    "stablelm-eighth": Tiny("StableLmConfig", _SQUARE),
-    "phi": Tiny("PhiConfig", _SQUARE | {"hidden_act": "gelu_new", "num_key_value_heads": 6}),
+    "stablelm-eighth": Tiny("StableLmConfig", _SQUARE, seed=28),
+    "phi": Tiny(
+        "PhiConfig", _SQUARE | {"hidden_act": "gelu_new", "num_key_value_heads": 6}, seed=19
+    ),
     "phi3": Tiny(
         "Phi3Config",
         _SQUARE | {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 256},
+        seed=20,
     ),
     # Factors for texts within the trained length, which its context is capped at.
     "phi3-longrope": Tiny(
@@ -364,6 +377,7 @@ MODELS: dict[str, Tiny] = {
             },
             "tie_word_embeddings": True,
         },
+        seed=21,
     ),
     # Heads that are no power of two, whose slopes come in two series.
     "bloom": Tiny("BloomConfig", {"hidden_size": 192, "n_layer": 3, "n_head": 6}, seed=107),

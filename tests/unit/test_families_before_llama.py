@@ -12,6 +12,7 @@ from edgellm.architectures import alibi, config_from_gguf, family_of, gguf_keys
 from edgellm.architectures.config import Config
 from edgellm.architectures.decoder import Decoder, Feature, Rope
 from edgellm.architectures.gguf_rows import name_in_file
+from edgellm.architectures.rope_scaling import AskedScaling, rescaled_config
 from edgellm.architectures.row_order import (
     FusedHeads,
     PairedRope,
@@ -174,6 +175,19 @@ def test_pythia() -> None:
     modern = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.25}
     later = {key: value for key, value in PYTHIA.items() if not key.startswith("rotary")}
     assert describe(later | {"rope_parameters": modern}) == decoder
+
+
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn"])
+def test_a_rope_that_is_asked_for_turns_what_the_models_own_does(kind: str) -> None:
+    modern = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}
+    for config in (PYTHIA | {"rotary_pct": 0.5}, PYTHIA | {"rope_parameters": modern}):
+        asked, trained = rescaled_config(config, describe(config), AskedScaling(kind, 2.0), "it")
+        decoder = describe(asked)
+        assert decoder.layers[0].rope is not None
+        assert decoder.layers[0].rope.dimensions == 32
+        assert decoder.context_length == 2 * trained == 4096
+    with pytest.raises(UnsupportedTarget, match="no rotary positions"):
+        rescaled_config(BLOOM, describe(BLOOM), AskedScaling(kind, 2.0), "it")
 
 
 def test_falcon() -> None:
