@@ -236,12 +236,14 @@ def _words(path: Path, config: Mapping[str, Any], model: Mapping[str, Any]) -> B
             "belongs to another model, or is cut short; fetch it again"
         )
     built = _finished(backend, kind, path.parent, config)
-    before, after = (token_text(built.config[f"{name}_token"]) for name in ("cls", "sep"))
-    built.backend.post_processor = processors.TemplateProcessing(
-        single=f"{before}:0 $A:0 {after}:0",
-        pair=f"{before}:0 $A:0 {after}:0 $B:1 {after}:1",
-        special_tokens=[(text, vocab[text]) for text in (before, after) if text],
-    )
+    if config.get("add_bos_token") is not False and config.get("add_eos_token") is not False:
+        # As it is for a text alone, and for two.
+        before, after = (token_text(built.config[f"{name}_token"]) for name in ("cls", "sep"))
+        built.backend.post_processor = processors.TemplateProcessing(
+            single=f"{before}:0 $A:0 {after}:0",
+            pair=f"{before}:0 $A:0 {after}:0 $B:1 {after}:1",
+            special_tokens=[(text, vocab[text]) for text in (before, after) if text],
+        )
     return built
 
 
