@@ -52,13 +52,16 @@ def measure(*, quick: bool) -> Result:
     genai += [str(THREADS), str(count), "waiting-as-ours"]
     of_genai = [sys.executable, str(LOOPS / "profile_rounds.py"), "onnxruntime-genai", "peer-equal"]
     of_genai += [str(THREADS), str(count), str(PROMPT_TOKENS), str(PROMPT_TOKENS)]
+    # A cell is a process of its own, as it is in a profile: two models in one slow each other down.
+    prompts, answers = [*rounds, str(PROMPT_TOKENS)], [*rounds[:-1], "1", "1"]
     pairs = {
-        "bare llama.cpp loop": ([*rounds, str(PROMPT_TOKENS)], bare),
-        "llama-bench": ([*rounds, "1"], llamabench),
-        "onnxruntime-genai": (of_genai, genai),
+        "bare llama.cpp loop": (prompts, bare, ("prefill", "decode")),
+        "llama-bench's pp512": (prompts, llamabench, ("prefill",)),
+        "llama-bench's tg128": (answers, llamabench, ("decode",)),
+        "onnxruntime-genai": (of_genai, genai, ("prefill", "decode")),
     }
     comparisons: list[Comparison] = []
-    for label, (ours, peer) in pairs.items():
+    for label, (ours, peer, quantities) in pairs.items():
         overhead = label.startswith("bare")
         found, _ = speed.compare(
             ours,
@@ -71,7 +74,7 @@ def measure(*, quick: bool) -> Result:
             at_most={} if overhead else dict.fromkeys(speed.QUANTITIES, AGREEMENT[1]),
             quick=quick,
         )
-        comparisons += found
+        comparisons += [each for each in found if each.what.startswith(quantities)]
         commands |= {f"edgellm, {label}": shown(ours), label: shown(peer)}
     profile = [*edgellm(), "profile", "profiled-q4", "profiled-q8", "--prompt-tokens", "64"]
     profile += [
