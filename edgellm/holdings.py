@@ -68,6 +68,6 @@ def _artifact(path: Path) -> Removal:
 def _nothing(name: str, folders: Sequence[Path]) -> str:
     known = holdings(folders)
     names = [*(model.repo for model in known.cache.models), *(a.name for a in known.artifacts)]
-    near = get_close_matches(name, names, cutoff=0.4)
+    near = get_close_matches(name, names)
     meant = f"did you mean {shlex.join(near)}?" if near else "`edgellm models` lists them"
     return f"no model {name}, neither in the Hub's cache nor made here: {meant}"

@@ -99,6 +99,7 @@ def test_the_table_of_gelu_is_all_that_differs(
     for activation in ("gelu", "gelu_tanh"):
         monkeypatch.setitem(reference_decoder._ACTIVATIONS, activation, half_gelu)
     with_halves = reference_decoder.logits(source.decoder, tensors, ids)
+    # Found: 7.5 for BLOOM, whose embeddings are normed, and 8 or more for all others.
     assert np.median(np.abs(got - with_halves)) < np.median(np.abs(got - exact)) / 6
 
 
