@@ -21,23 +21,29 @@ def compare(
     label: str,
     at_least: dict[str, float],
     at_most: dict[str, float] | None = None,
+    starts: int = STARTS,
     quick: bool,
 ) -> tuple[list[Comparison], float]:
     """Comparisons of prefill and decode, and the share of equal greedy tokens of the last round.
 
     Both programs are started anew several times, since where memory falls moves a process's speed;
-    in each start they take turns round by round, after one round each that is not counted.
+    in each start they take turns round by round, after one round each that is not counted. Who is
+    loaded first and goes first changes from start to start: it is worth some percent.
     ``at_least`` and ``at_most`` bound the ratio of a quantity, where there is a target.
     """
     samples: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in QUANTITIES}
     last: list[dict[str, Any]] = []
-    for _ in range(1 if quick else STARTS):
+    for start in range(1 if quick else starts):
         if not quick:
             settle()
-        with Loop(ours) as our_loop, Loop(peer) as peer_loop:
+        swapped = start % 2
+        first, second = (peer, ours) if swapped else (ours, peer)
+        with Loop(first) as first_loop, Loop(second) as second_loop:
             a, b = interleaved(
-                our_loop.round, peer_loop.round, pairs=1 if quick else ROUNDS, warm_up=1
+                first_loop.round, second_loop.round, pairs=1 if quick else ROUNDS, warm_up=1
             )
+        if swapped:
+            a, b = b, a
         for name, key in QUANTITIES.items():
             samples[name][0].extend(answer[key] for answer in a)
             samples[name][1].extend(answer[key] for answer in b)

@@ -1,8 +1,9 @@
 """Speeds as llama-bench defines them (its pp and tg tests), a round for each line on stdin.
 
-Arguments: FILE.gguf THREADS NEW_TOKENS PROMPT_TOKENS REPACK (see ``llamacpp_bare.py``). Prefill:
-random tokens in one batch on an empty cache. Decoding: random tokens one by one on an empty cache,
-whose logits nobody reads. Each ends when llama.cpp has computed (``llama_synchronize``).
+Arguments: FILE.gguf TOKENS.json|random THREADS NEW_TOKENS PROMPT_TOKENS REPACK (see
+``llamacpp_bare.py``). Prefill: the text's tokens, or random ones as llama-bench has them, in one
+batch on an empty cache. Decoding: random tokens one by one on an empty cache, whose logits nobody
+reads. Each ends when llama.cpp has computed (``llama_synchronize``).
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import ctypes
 import json
 import sys
 import time
+from pathlib import Path
 
 import llama_cpp
 import numpy as np
 
-path, threads, new_tokens, prompt_tokens, repack = sys.argv[1:]
+path, tokens, threads, new_tokens, prompt_tokens, repack = sys.argv[1:]
 count, length = int(new_tokens), int(prompt_tokens)
 
 llama_cpp.llama_backend_init()
@@ -31,6 +33,9 @@ if not context:
     raise SystemExit("no context")
 vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 random = np.random.default_rng(1)
+text = None
+if tokens != "random":
+    text = np.array(json.loads(Path(tokens).read_text())["prompt"], np.int32)[:length]
 print(json.dumps({"device": "cpu"}), flush=True)
 
 
@@ -43,7 +48,7 @@ def compute(ids: np.ndarray) -> None:
 
 
 for _ in sys.stdin:
-    prompt = random.integers(0, vocabulary, length, dtype=np.int32)
+    prompt = random.integers(0, vocabulary, length, dtype=np.int32) if text is None else text
     steps = random.integers(0, vocabulary, (count, 1), dtype=np.int32)
     memory = llama_cpp.llama_get_memory(context)
     llama_cpp.llama_memory_clear(memory, False)

@@ -295,8 +295,8 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     """How it was measured, so that others can judge and repeat it.
 
     ``command``: without paths of the machine. ``interleaved``: the cells took turns, round by
-    round. ``stayed_loaded``: their processes lived through all rounds. ``not_counted``: what no
-    figure includes, in sentences.
+    round. ``stayed_loaded``: their processes lived through several rounds, and were started
+    ``starts`` times. ``not_counted``: what no figure includes, in sentences.
     """
 
     command: str
@@ -305,6 +305,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     budget_s: float | None = None
     interleaved: bool = True
     stayed_loaded: bool = True
+    starts: int = 1
     sampling: str = "greedy"
     prompt: str = ""
     not_counted: tuple[str, ...] = ()

@@ -60,9 +60,11 @@ def method(profiles: Sequence[Profile]) -> Facts:
             else "one cell after another"
         ),
         "processes": lambda profile: (
-            "stay loaded through all rounds"
-            if profile.method.stayed_loaded
-            else "start anew for each round"
+            "start anew for each round"
+            if not profile.method.stayed_loaded
+            else f"stay loaded, started {profile.method.starts} times in turns"
+            if profile.method.starts > 1
+            else "stay loaded through all rounds"
         ),
         "next token": lambda profile: plain(profile.method.sampling),
         "prompt": lambda profile: plain(profile.method.prompt),

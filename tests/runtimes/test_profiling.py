@@ -103,6 +103,26 @@ def test_cells_take_turns(artifact: Callable[..., Artifact]) -> None:
     assert seen == [(number, name) for number in (0, 1, 2) for name in names]
 
 
+def test_processes_that_stay_loaded_are_started_again_in_the_other_order(
+    artifact: Callable[..., Artifact],
+) -> None:
+    seen: list[tuple[int, str, str]] = []
+
+    def watch(step: Step) -> None:
+        seen.append((step.round, step.cell, step.stage))
+
+    found = profile([str(artifact("llama", "onnx").path)], FEW, Effort(rounds=5), watch=watch)
+    names = [cell.name for cell in found.cells]
+    expected = [(number, name, "measure") for number in (1, 2, 3) for name in names]
+    expected += [(4, name, "load") for name in reversed(names)]
+    expected += [(5, name, "measure") for name in reversed(names)]
+    assert seen[2:] == expected
+    assert (found.method.starts, found.method.stayed_loaded) == (2, True)
+    for cell in found.cells:
+        assert cell.load_s is not None
+        assert (cell.rounds, len(cell.load_s.samples)) == (5, 2)
+
+
 def test_processes_that_do_not_fit_together_are_started_anew_each_round(
     artifact: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
