@@ -1,10 +1,10 @@
 """A ``Decoder`` as an ONNX graph of onnxruntime's operators, with a KV cache as inputs and outputs.
 
 Inputs: ``input_ids`` ``[batch, sequence]``, ``attention_mask`` ``[batch, total]``, past keys and
-values ``[batch, kv_heads, past, head_dim]``, and ``logits_from``, which may be left out: the first
-position of the step whose logits are wanted, counted from the end when negative (-1, the last, is
-the default; 0 gives all). Outputs: ``logits`` and the present keys and values. Past and present may
-share one buffer.
+values ``[batch, cache_heads, past, cache_dim]``, and ``logits_from``, which may be left out: the
+first position of the step whose logits are wanted, counted from the end when negative (-1, the
+last, is the default; 0 gives all). Outputs: ``logits`` and the present keys and values. Past and
+present may share one buffer.
 
 q, k and v are one product where the attention takes them together, and the residual sums ride in
 the norms. Gate and up are two: as one they need a copy to part them, which no second thread helps
@@ -22,8 +22,15 @@ import numpy as np
 from onnx import TensorProto
 
 from edgellm.architectures.decoder import Decoder, Feature, Rope
+from edgellm.architectures.latent import Latent
 from edgellm.errors import UnsupportedTarget
 from edgellm.export.kv_scales import CacheScales
+from edgellm.export.latent_attention import (
+    BY_HEAD,
+    absorbed_queries,
+    expanded_values,
+    expansion,
+)
 from edgellm.export.layout import OutputTensor
 from edgellm.export.onnx_graph import GraphBuilder
 from edgellm.export.onnx_operators import operators_of
@@ -231,9 +238,41 @@ class DecoderGraph:
     # --- parts of a layer ------------------------------------------------------------------------
 
     def _attention(self, index: int, x: str, *, cached: bool) -> str:
-        graph, decoder = self.graph, self.decoder
-        name, layer = f"blk.{index}.attn", decoder.layers[index]
+        if self.decoder.latent is not None:
+            return self._latent_attention(index, x, self.decoder.latent, cached=cached)
         query, key, value = self._queries_keys_values(index, x)
+        return self._attended(index, f"blk.{index}.attn", (query, key, value), x, cached=cached)
+
+    def _latent_attention(self, index: int, x: str, latent: Latent, *, cached: bool) -> str:
+        """Attention over latents, one head of keys for all queries, and what it gives expanded."""
+        graph, decoder, heads = self.graph, self.decoder, self.decoder.heads
+        name, rank = f"blk.{index}.attn", latent.query_rank
+        first, width = ("attn_q", decoder.query_size) if rank is None else ("attn_q_a", rank)
+        made = self._linear(f"{name}_a", [first, "attn_kv_a_mqa"], x, index)
+        query, latents, turned = (f"{name}_{part}" for part in ("low_q", "low_kv", "k_rope"))
+        widths = graph.integers(width, latent.rank, latent.rope_dim)
+        graph.node(
+            "Split", [made, widths], f"{name}_a.parts", outputs=[query, latents, turned], axis=-1
+        )
+        if rank is not None:
+            query = self._norm_alone(f"{name}_q_a_norm", query, latent.epsilon)
+            query = self._linear(f"{name}_q_b", ["attn_q_b"], query, index)
+        latents = self._norm_alone(f"{name}_kv_a_norm", latents, latent.epsilon)
+        expanding = f"blk.{index}.{BY_HEAD}"
+        self.inputs.setdefault(latents, []).append(expanding)
+        keys, values = expansion(graph, latent, heads, self.tensors[expanding], self.grids.body)
+        query = absorbed_queries(graph, latent, heads, f"{name}_q", query, keys)
+        key = graph.node("Concat", [turned, latents], f"{name}_k", axis=-1)
+        mixed = self._attended(index, f"{name}_mixed", (query, key, key), x, cached=cached)
+        return expanded_values(graph, latent, heads, name, mixed, values)
+
+    def _attended(
+        self, index: int, name: str, parts: tuple[str, str, str], x: str, *, cached: bool
+    ) -> str:
+        """What attention gives for queries, keys and values, the two turned where they are."""
+        graph, decoder = self.graph, self.decoder
+        query, key, value = parts
+        layer = decoder.layers[index]
         past, present = self._past_present(index) if cached else (["", ""], [])
         inside = layer.rope is not None and layer.rope.dimensions % TURNED == 0
         if layer.rope is not None and not inside:
@@ -247,7 +286,7 @@ class DecoderGraph:
         cache = self._int8_cache(index, inputs) if self.int8_cache else {}
         return graph.node(
             "GroupQueryAttention", inputs, name, outputs=[name, *present], contrib=True,
-            num_heads=decoder.heads, kv_num_heads=decoder.kv_heads, scale=decoder.softmax_scale,
+            num_heads=decoder.heads, kv_num_heads=decoder.cache_heads, scale=decoder.softmax_scale,
             do_rotary=int(inside), local_window_size=layer.window or -1,
             softcap=decoder.attention_softcap or 0.0, **cache,
         )  # fmt: skip
@@ -268,7 +307,7 @@ class DecoderGraph:
     def _int8_cache(self, index: int, inputs: list[str]) -> dict[str, Any]:
         """Add the scales of keys and values to ``inputs``; returns what the attention is told."""
         scales = CacheScales(self.decoder, self.tensors, index)
-        shape = [self.decoder.kv_heads, 1, self.decoder.head_dim]
+        shape = [self.decoder.cache_heads, 1, self.decoder.cache_dim]
         inputs += [""] * (SCALES_PLACE - len(inputs))
         for ref in (scales.keys(), scales.values()):
             stored = self.graph.store(ref.role, [ref], FLOAT, "float")
@@ -277,8 +316,8 @@ class DecoderGraph:
         return {**by_channel, "kv_cache_bit_width": 8}
 
     def _cache_shape(self, extent: str) -> list[int | str]:
-        kv_heads, head_dim = self.decoder.kv_heads, self.decoder.head_dim
-        return ["batch_size", kv_heads, f"{extent}_sequence_length", head_dim]
+        heads, width = self.decoder.cache_heads, self.decoder.cache_dim
+        return ["batch_size", heads, f"{extent}_sequence_length", width]
 
     def _queries_keys_values(self, index: int, x: str) -> tuple[str, str, str]:
         """All three in one value, the others empty, unless queries and keys are normed apart."""
@@ -313,9 +352,25 @@ class DecoderGraph:
             return self._norm_alone(f"{name}_norm", name)
         by_head = graph.integers(0, -1, heads, decoder.head_dim)
         split = graph.node("Reshape", [name, by_head], f"{name}.heads")
-        normed = self._norm_alone(f"{name}_norm", split)
+        if decoder.qk_norm_by_head:
+            normed = self._normed_by_head(f"{name}_norm", split)
+        else:
+            normed = self._norm_alone(f"{name}_norm", split)
         flat = graph.integers(0, -1, heads * decoder.head_dim)
         return graph.node("Reshape", [normed, flat], f"{name}.normed")
+
+    def _normed_by_head(self, name: str, x: str) -> str:
+        """``x`` ``[batch, sequence, heads, head_dim]`` normed, and weighed by a row for each head.
+
+        onnxruntime's norms have the same weights everywhere.
+        """
+        graph, norm = self.graph, self.decoder.norm
+        operator = {"rms": "SimplifiedLayerNormalization", "layer": "LayerNormalization"}
+        ones = graph.floats("head_norm.ones", np.ones(self.decoder.head_dim, np.float32))
+        plain = graph.node(
+            operator[norm.kind], [x, ones], f"{name}.plain", axis=-1, epsilon=norm.epsilon
+        )
+        return graph.node("Mul", [plain, self._vector(f"{name}.weight")], name)
 
     def _turned_apart(
         self, name: str, rope: Rope, query: str, key: str, value: str
@@ -333,7 +388,7 @@ class DecoderGraph:
                 "RotaryEmbedding", [x, places, *self._rope(rope)], f"{x}.turned", contrib=True,
                 num_heads=heads, rotary_embedding_dim=rope.dimensions,
             )
-            for x, heads in ((query, decoder.heads), (key, decoder.kv_heads))
+            for x, heads in ((query, decoder.heads), (key, decoder.cache_heads))
         ]  # fmt: skip
         return turned[0], turned[1], value
 
@@ -497,11 +552,13 @@ class DecoderGraph:
         )  # fmt: skip
         return outputs[0], outputs[3]
 
-    def _norm_alone(self, name: str, x: str) -> str:
+    def _norm_alone(self, name: str, x: str, epsilon: float | None = None) -> str:
+        """``x`` normed; ``epsilon`` where it is not that of the other norms."""
         norm = self.decoder.norm
         operator = {"rms": "SimplifiedLayerNormalization", "layer": "LayerNormalization"}
         return self.graph.node(
-            operator[norm.kind], [x, *self._norm_weights(name)], name, axis=-1, epsilon=norm.epsilon
+            operator[norm.kind], [x, *self._norm_weights(name)], name, axis=-1,
+            epsilon=epsilon or norm.epsilon,
         )
 
     def _post_norm(self, name: str, x: str) -> str:

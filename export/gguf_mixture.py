@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from edgellm.architectures.decoder import Decoder
+from edgellm.architectures.gguf_latent import KEYS
 from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
 from edgellm.export.tensor_grids import grids_by_role
 from edgellm.quant import SOLVERS
@@ -80,7 +81,8 @@ class Mixture:
     """One row: ``file_type`` is llama.cpp's number of it (``general.file_type``).
 
     ``grid`` is the type where nothing else is said. The other columns are rules for one kind of
-    tensor, of which the first that holds counts; ``value`` is for attn_v and for a fused attn_qkv.
+    tensor, of which the first that holds counts; ``value`` is for attn_v, and for attn_qkv and
+    attn_kv_b, which make values among others.
     ``head`` is the output head, and the embedding too where the two are one tensor. ``needs``: the
     types that are garbage without importance in this mixture alone (``NEED_IMPORTANCE``: in all).
     ``more_for_70b``: values of models of that size get more bits.
@@ -212,6 +214,7 @@ MIXTURES: dict[str, Mixture] = {
 KINDS = {
     "attn_v.weight": "value",
     "attn_qkv.weight": "value",
+    "attn_kv_b.weight": "value",
     "attn_k.weight": "key",
     "attn_q.weight": "query",
     "attn_output.weight": "attention_output",
@@ -291,7 +294,7 @@ class Chooser:
                 raise UnsupportedTarget(_does_not_divide(role, shape[-1], asked))
             table = role in (EMBEDDING, HEAD)
             if asked.name in (NO_GUESS if table else NEED_IMPORTANCE) and (
-                role == EMBEDDING or not self.weighed
+                role == EMBEDDING or not self._has_importance(role)
             ):
                 raise UnsupportedTarget(
                     f"{role} cannot be {asked.name}, which ggml rounds to by importance alone, "
@@ -302,7 +305,7 @@ class Chooser:
         wanted = GRIDS[self._by_rule(role, shape[-1])]
         grid = fallback(wanted, shape[-1])
         needs = grid.name in NEED_IMPORTANCE or grid.name in self.mixture.needs
-        if needs and not self.weighed and role not in (EMBEDDING, HEAD):
+        if needs and not self._has_importance(role) and role not in (EMBEDDING, HEAD):
             raise UnsupportedTarget(
                 f"{self.name} makes {role} {grid.name}, which is garbage without an importance "
                 f"matrix: choose imatrix:{self.name} or gptq:{self.name}, which calibrate first, "
@@ -311,6 +314,10 @@ class Chooser:
         if grid == wanted:
             return Choice(grid, self._note(grid))
         return Choice(grid, f"{wanted.name}'s blocks of {wanted.block} do not divide {shape[-1]}")
+
+    def _has_importance(self, role: str) -> bool:
+        """Whether that of the columns of ``role`` is known: not where inputs differ by head."""
+        return self.weighed and KEYS not in role
 
     def _note(self, grid: Grid) -> str:
         """What becomes of a solver that ``grid`` is not for."""

@@ -12,6 +12,7 @@ from gguf.utility import size_label
 
 import edgellm
 from edgellm.architectures import gguf_keys, rope_factors
+from edgellm.architectures.gguf_latent import apart, stored_shape
 from edgellm.architectures.gguf_rows import as_llamacpp_stores, name_in_file
 from edgellm.errors import UnsupportedTarget
 from edgellm.export.gguf_graphs import check_expressible, context_of, notes_of
@@ -24,6 +25,7 @@ from edgellm.lora.lineage import BASE_MODEL, gguf_lineage
 from edgellm.tensors import TensorRef, constant
 
 if TYPE_CHECKING:
+    from edgellm.architectures.decoder import Decoder
     from edgellm.lora.adapter import Adapter
     from edgellm.recipe import Recipe
     from edgellm.source import ModelSource
@@ -99,7 +101,7 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
         **sampling_keys(source.generation),
         **words,
     }
-    head = gguf_head(metadata, [_entry(*each) for each in stored])
+    head = gguf_head(metadata, [_entry(*each, decoder) for each in stored])
     unweighed_iq3 = types.mixture.grid.startswith("iq3") and not types.weighed
     return Layout(
         container=CONTAINER.name,
@@ -148,7 +150,8 @@ def stored_tensors(source: ModelSource, context: int) -> Iterator[TensorRef]:
             # llama.cpp wants one row for each token of the stated context.
             ref = dataclasses.replace(ref, shape=(context, *ref.shape[1:]))
         if ref is not None:
-            yield as_llamacpp_stores(ref, row, source.decoder, layout)
+            stored = as_llamacpp_stores(ref, row, source.decoder, layout)
+            yield from apart(stored, source.decoder) if layout.absorbed else (stored,)
 
 
 def general_keys(source: ModelSource) -> dict[str, object]:
@@ -182,10 +185,11 @@ def general_keys(source: ModelSource) -> dict[str, object]:
     }
 
 
-def _entry(name: str, ref: TensorRef, choice: Choice) -> StoredTensor:
+def _entry(name: str, ref: TensorRef, choice: Choice, decoder: Decoder) -> StoredTensor:
     grid = choice.grid
     assert grid.ggml_type is not None
-    return StoredTensor(name, ref.shape, grid.ggml_type, ref.rows * _row_bytes(ref, choice))
+    shape = stored_shape(ref, decoder)
+    return StoredTensor(name, shape, grid.ggml_type, ref.rows * _row_bytes(ref, choice))
 
 
 def _output(name: str, ref: TensorRef, choice: Choice, offset: int) -> OutputTensor:

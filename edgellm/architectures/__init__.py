@@ -39,7 +39,6 @@ REFUSED = {
     "granitemoe": "its feed-forward is a mixture of experts",
     "gpt_oss": "its feed-forward is a mixture of experts, and its attention has sinks",
     "dbrx": "its feed-forward is a mixture of experts",
-    "deepseek_v2": "its keys and values are compressed (MLA), with a mixture of experts",
     "deepseek_v3": "its keys and values are compressed (MLA), with a mixture of experts",
     "lfm2": "short convolutions stand between its attention layers",
     "mamba": "it is a state-space model, without attention",

@@ -11,8 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from edgellm.architectures.decoder import Decoder
+from edgellm.architectures.latent import Latent
 from edgellm.tensors import Array
 
 
@@ -20,20 +22,31 @@ from edgellm.tensors import Array
 class Absorber:
     """A tensor before a coupling that divides by its factors: rows of a weight, or a vector.
 
-    Factors belong to the rows (or values) from ``first`` on. ``offset`` is what the network adds to
+    Factors belong to the rows (or values) from ``first`` on; with ``run``, to so many, and so on in
+    runs that begin ``step`` rows apart. ``offset`` is what the network adds to
     the stored values (norms stored less one).
     """
 
     role: str
     first: int = 0
     offset: float = 0.0
+    run: int = 0
+    step: int = 0
+
+    def places(self, count: int) -> npt.NDArray[np.intp]:
+        """The row (or value) that each of ``count`` factors belongs to, ascending."""
+        numbers = np.arange(count)
+        if self.run:
+            numbers = numbers // self.run * self.step + numbers % self.run
+        return self.first + numbers
 
 
 @dataclass(frozen=True, slots=True)
 class Coupling:
     """Weights that share an input, and what absorbs the inverse of their factors.
 
-    ``name`` is the tensor that makes the input (``attn_norm``, ``attn_v``, ``ffn_norm``,
+    ``name`` is the tensor that makes the input (``attn_norm``, ``attn_q_a_norm``,
+    ``attn_kv_a_norm``, ``attn_v``, ``ffn_norm``,
     ``ffn_up``, ``output_norm``). ``consumers`` are roles of the weights ``[out, columns]`` that
     share it. ``layer`` counts the layers, the head is one more. The input's columns are
     ``[kv_heads, group, width]``: the heads of a group repeat one head of values, so that they share
@@ -77,7 +90,8 @@ class Coupling:
 def couplings(decoder: Decoder) -> tuple[Coupling, ...]:
     """Every coupling of the network, in the order of the computation, the head's last.
 
-    A layer has up to four: attention's norm to q, k and v; the rows of v to attention's output
+    A layer has up to four, and more with latent attention, whose norms of latent vectors couple
+    too: attention's norm to q, k and v; the rows of v to attention's output
     (softmax weighs values and does not change them); the feed-forward's norm to gate and up; the
     rows of up, which a gate only multiplies, to down. ``left_out`` says which are not there.
     """
@@ -85,6 +99,8 @@ def couplings(decoder: Decoder) -> tuple[Coupling, ...]:
     for layer in range(len(decoder.layers)):
         before = _norms(decoder, layer)
         found += [each for each in before if each.name == "attn_norm"]
+        if decoder.latent is not None:
+            found += _latent_norms(decoder, layer, decoder.latent)
         if decoder.qkv_clip is None:
             found.append(_values(decoder, layer))
         found += [each for each in before if each.name != "attn_norm"]
@@ -134,6 +150,9 @@ def _rows(role: str, biased: bool, first: int = 0) -> tuple[Absorber, ...]:
 
 def _attention(decoder: Decoder) -> list[str]:
     """The products that read what attention is given."""
+    if decoder.latent is not None:
+        whole = decoder.latent.query_rank is None
+        return ["attn_q" if whole else "attn_q_a", "attn_kv_a_mqa"]
     return ["attn_qkv"] if decoder.fused_qkv else ["attn_q", "attn_k", "attn_v"]
 
 
@@ -163,7 +182,38 @@ def _norms(decoder: Decoder, layer: int) -> list[Coupling]:
     ]
 
 
+def _latent_norms(decoder: Decoder, layer: int, latent: Latent) -> list[Coupling]:
+    """The norms of latent vectors to the products that read them."""
+    readers = [("attn_kv_a_norm", "attn_kv_b", latent.rank)]
+    if latent.query_rank is not None:
+        readers = [("attn_q_a_norm", "attn_q_b", latent.query_rank), *readers]
+    return [
+        Coupling(
+            layer,
+            name,
+            (f"blk.{layer}.{part}.weight",),
+            _norm(decoder, f"blk.{layer}.{name}"),
+            width,
+        )
+        for name, part, width in readers
+    ]
+
+
+def _latent_values(decoder: Decoder, layer: int, latent: Latent) -> Coupling:
+    """The rows of each head that make values, below those that make keys."""
+    rows = Absorber(
+        f"blk.{layer}.attn_kv_b.weight",
+        first=latent.plain_dim,
+        run=latent.value_dim,
+        step=latent.head_rows,
+    )
+    consumers = (f"blk.{layer}.attn_output.weight",)
+    return Coupling(layer, "attn_v", consumers, (rows,), latent.value_dim, decoder.heads)
+
+
 def _values(decoder: Decoder, layer: int) -> Coupling:
+    if decoder.latent is not None:
+        return _latent_values(decoder, layer, decoder.latent)
     fused = decoder.fused_qkv
     part, first = ("attn_qkv", decoder.query_size + decoder.kv_size) if fused else ("attn_v", 0)
     return Coupling(

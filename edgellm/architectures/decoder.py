@@ -11,6 +11,8 @@ import enum
 from dataclasses import dataclass
 from typing import Literal
 
+from edgellm.architectures.latent import Latent
+
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
 
 
@@ -35,6 +37,8 @@ class Feature(enum.StrEnum):
     UNBIASED_LAYER_NORM = "layer norms without biases"
     QK_NORM = "norms on queries and keys"
     QK_NORM_WHOLE = "norms on queries and keys over all heads together"
+    QK_NORM_BY_HEAD = "norms on queries and keys with other weights for each head"
+    LATENT_ATTENTION = "keys and values made of one latent vector (MLA)"
     POST_NORMS = "norms after attention and feed-forward"
     NO_PRE_NORMS = "no norms before attention and feed-forward"
     PARALLEL_BLOCK = "attention and feed-forward side by side"
@@ -128,7 +132,9 @@ class Decoder:
     not the head. ``attention_scale`` multiplies query times key; None means 1/sqrt(head_dim).
 
     ``fused_gate_up``: gate above up in one tensor, ``ffn_up``. ``qk_norm_whole``: the norms go over
-    all heads of queries (or keys) together. ``parallel``: attention and feed-forward both read the
+    all heads of queries (or keys) together; ``qk_norm_by_head``: over each, with a row of weights
+    for each, and never a bias. ``latent``: keys and values are made of one vector; ``kv_heads`` is
+    then ``heads``, and ``head_dim`` the width of a key. ``parallel``: attention and feed-forward both read the
     stream before the layer, after a norm each or, with ``shared_norm``, after the same one.
     ``residual_scale`` multiplies what each of the two adds to the stream, ``logit_scale`` the
     logits. Soft caps c turn x into c * tanh(x / c); ``qkv_clip`` keeps queries, keys and values
@@ -157,6 +163,8 @@ class Decoder:
     head_bias: bool = False
     qk_norm: bool = False
     qk_norm_whole: bool = False
+    qk_norm_by_head: bool = False
+    latent: Latent | None = None
     qkv_clip: float | None = None
     pre_norms: bool = True
     post_norms: bool = False
@@ -185,6 +193,24 @@ class Decoder:
         return self.kv_heads * self.head_dim
 
     @property
+    def attended_size(self) -> int:
+        """Values of all heads that attention gives for a token, which ``attn_output`` takes."""
+        return self.heads * (self.latent.value_dim if self.latent else self.head_dim)
+
+    @property
+    def cache_heads(self) -> int:
+        """Heads whose keys, and values, an attention that is not expanded keeps of a token.
+
+        One where a latent vector stands for all of them.
+        """
+        return 1 if self.latent else self.kv_heads
+
+    @property
+    def cache_dim(self) -> int:
+        """Values of one of ``cache_heads``."""
+        return self.latent.cache_dim if self.latent else self.head_dim
+
+    @property
     def softmax_scale(self) -> float:
         """What query times key is multiplied with before the softmax."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
@@ -197,7 +223,9 @@ class Decoder:
         scalings = {rope.scaling.kind for rope in ropes if rope.scaling}
         chosen = {
             Feature.ROPE: bool(ropes),
-            Feature.ROPE_PARTIAL: any(rope.dimensions < self.head_dim for rope in ropes),
+            Feature.ROPE_PARTIAL: (
+                not self.latent and any(rope.dimensions < self.head_dim for rope in ropes)
+            ),
             Feature.LAYERS_WITHOUT_ROPE: None in turned and bool(ropes),
             Feature.ROPE_LINEAR: "linear" in scalings,
             Feature.ROPE_YARN: "yarn" in scalings,
@@ -216,6 +244,8 @@ class Decoder:
             ),
             Feature.QK_NORM: self.qk_norm,
             Feature.QK_NORM_WHOLE: self.qk_norm_whole,
+            Feature.QK_NORM_BY_HEAD: self.qk_norm_by_head,
+            Feature.LATENT_ATTENTION: self.latent is not None,
             Feature.QKV_CLIP: self.qkv_clip is not None,
             Feature.POST_NORMS: self.post_norms,
             Feature.NO_PRE_NORMS: not self.pre_norms,

@@ -73,6 +73,7 @@ class GgufGraph:
     ``always`` those that it cannot be without. ``nearly``: activations that its own stands for,
     which the user is told of. ``square_attention``: the heads together are as wide
     as the model. ``any_yarn``: settings that no key says are baked into ``rope_freqs.weight``.
+    ``without_adapters``: parts of a layer, and the head, that it multiplies by passing adapters over.
     ``differences``: what else it would compute differently, in words.
     """
 
@@ -82,6 +83,7 @@ class GgufGraph:
     always: frozenset[Feature] = frozenset()
     square_attention: bool = False
     any_yarn: bool = False
+    without_adapters: tuple[str, ...] = ()
     differences: Callable[[Decoder], Iterator[str]] = _nothing
 
 
@@ -105,7 +107,9 @@ class GgufLayout:
     ``norm_plus_one``: norm weights are stored with the offset added. ``window``: llama.cpp's graph
     applies the sliding window; where it does not, the context is capped at the window.
     ``rope_factors``: tensors whose values its graph divides rotary frequencies by, all alike; none
-    where it looks at no such.
+    where it looks at no such. ``as_checkpoint``: rows lie as in a checkpoint (``TensorRow.order``).
+
+    ``absorbed``: what makes keys and values of latent vectors is in two stacks (``gguf_latent``).
 
     ``names``: parts of a layer that its tensors call otherwise than their roles, by the role's.
     ``keys`` are the architecture's own, beside those that all have (``gguf_metadata.gguf_keys``).
@@ -119,6 +123,8 @@ class GgufLayout:
     norm_plus_one: bool = False
     window: bool = False
     rope_factors: tuple[str, ...] = ()
+    as_checkpoint: bool = False
+    absorbed: bool = False
     names: Callable[[Decoder], Mapping[str, str]] = _no_names
     keys: Callable[[Decoder], dict[str, Value]] = _no_keys
     config: Callable[[GgufFacts], dict[str, Any]] | None = None

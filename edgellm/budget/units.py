@@ -10,6 +10,7 @@ import msgspec
 from edgellm.calibration.blocks import EMBEDDING, HEAD, LAYER_ROLE
 from edgellm.errors import UnsupportedTarget
 from edgellm.export.gguf_mixture import NEED_IMPORTANCE
+from edgellm.export.latent_attention import BY_HEAD
 from edgellm.export.layout import Container, Layout, OutputTensor
 from edgellm.export.onnx_operators import operators_of
 from edgellm.export.tensor_grids import grids_by_role
@@ -85,7 +86,8 @@ def stored(layout: Layout) -> list[OutputTensor]:
     for tensor in layout.model_tensors:
         role = tensor.parts[0].role
         product = LAYER_ROLE.match(role) and role.endswith(".weight") and len(tensor.shape) == 2
-        if (product and "norm" not in role) or role in (EMBEDDING, HEAD):
+        by_head = role.endswith(BY_HEAD) and layout.container == "onnx" or source_role(role) != role
+        if (product and "norm" not in role and not by_head) or role in (EMBEDDING, HEAD):
             found.append(tensor)
     return found
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from edgellm.architectures.gguf_latent import KEYS, whole_role
 from edgellm.export.layout import OutputTensor
 from edgellm.quant.grid import Grid
 from edgellm.quant.statistics import Statistics
@@ -76,14 +77,24 @@ def statistics_of(tensor: OutputTensor, found: Mapping[str, Statistics]) -> Stat
     """
     if tensor.grid.kind == "float":
         return None
-    known = {id(found.get(part.role)): found.get(part.role) for part in tensor.parts}
+    of_parts = [found.get(whole_role(part.role)) for part in tensor.parts]
+    known = {id(each): each for each in of_parts}
     if len(known) != 1:
         raise AssertionError(f"the parts of {tensor.name} have different inputs")
     return next(iter(known.values()))
 
 
 def grids_by_role(tensors: Sequence[OutputTensor], *, tied: bool) -> dict[str, Grid]:
-    """The grid of every part of ``tensors``; of a tied table that is stored twice, the head's."""
+    """The grid of every part of ``tensors``; of a tied table that is stored twice, the head's.
+
+    Of a weight that is stored in two stacks, that of the one whose input it shares; the other's
+    inputs are the queries of each head, of which nothing is known.
+    """
     heads = heads_among(tensors, tied=tied)
     order = sorted(range(len(tensors)), key=lambda place: place in heads)
-    return {part.role: tensors[place].grid for place in order for part in tensors[place].parts}
+    return {
+        whole_role(part.role): tensors[place].grid
+        for place in order
+        for part in tensors[place].parts
+        if KEYS not in part.role
+    }

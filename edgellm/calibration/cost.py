@@ -55,15 +55,23 @@ class Cost:
     disk_bytes: int
 
 
-def input_widths(decoder: Decoder) -> tuple[int, int, int, int]:
+def input_widths(decoder: Decoder) -> tuple[int, ...]:
     """Columns of the inputs of a layer's products: attention's, its output's, gate's, down's."""
-    return decoder.hidden_size, decoder.query_size, decoder.hidden_size, decoder.ffn_size
+    hidden, latent = decoder.hidden_size, decoder.latent
+    widths = (hidden, decoder.attended_size, hidden, decoder.ffn_size)
+    return widths if latent is None else (*widths, latent.rank, latent.query_rank or 0)
 
 
 def layer_weights(decoder: Decoder) -> int:
     """Values of the weights of one layer's products."""
     hidden, query = decoder.hidden_size, decoder.query_size
     attention = hidden * (query + 2 * decoder.kv_size) + query * hidden
+    if (latent := decoder.latent) is not None:
+        queries = hidden * query
+        if latent.query_rank is not None:
+            queries = (hidden + query) * latent.query_rank
+        expansion = decoder.heads * latent.head_rows * latent.rank
+        attention = queries + hidden * (latent.cache_dim + decoder.attended_size) + expansion
     return attention + (3 if decoder.gated_mlp else 2) * hidden * decoder.ffn_size
 
 
@@ -81,7 +89,8 @@ def pass_cost(
     ``layers`` before the one that is solved, as ``passes.CalibrationPass`` has it.
     """
     widths, hidden = input_widths(decoder), decoder.hidden_size
-    attention = 4 * min(window, tokens) * decoder.query_size * ATTENTION_SLOWNESS
+    scored = decoder.heads * decoder.cache_dim
+    attention = 4 * min(window, tokens) * scored * ATTENTION_SLOWNESS
     per_token = RUNS[layers] * (2 * layer_weights(decoder) + attention)
     squares = sum(width * width for width in widths)
     # Of a product with its own transpose half is computed.
@@ -111,7 +120,7 @@ def sums_bytes(decoder: Decoder, importance_only: bool) -> int:
 
 def runtime_bytes(decoder: Decoder, window: int, threads: int) -> int:
     """What onnxruntime computes of a window on each thread, and keeps for the next."""
-    query, keys = decoder.query_size, decoder.kv_size
+    query, keys = decoder.heads * decoder.cache_dim, decoder.cache_heads * decoder.cache_dim
     computed = window * (4 * decoder.hidden_size + 3 * query + 6 * keys + 3 * decoder.ffn_size)
     scores = decoder.heads * window * window
     return RUNTIME_BYTES + 4 * threads * (computed + scores)

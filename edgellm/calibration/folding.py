@@ -187,14 +187,12 @@ def roles_of(coupling: Coupling) -> tuple[str, ...]:
 
 def _absorb(rows: Array, start: int, vector: bool, absorber: Absorber, factors: Array) -> None:
     """Divide in place what ``rows`` (from row ``start`` of the tensor on) hold of the absorber."""
+    places = absorber.places(len(factors))
     if vector:
-        values = rows[0, absorber.first : absorber.first + len(factors)]
+        values = rows[0, places]
         values += np.float32(absorber.offset)
         values /= factors
-        values -= np.float32(absorber.offset)
+        rows[0, places] = values - np.float32(absorber.offset)
         return
-    low = max(start, absorber.first)
-    high = min(start + len(rows), absorber.first + len(factors))
-    if low < high:
-        part = factors[low - absorber.first : high - absorber.first]
-        rows[low - start : high - start] /= part[:, None]
+    low, high = np.searchsorted(places, (start, start + len(rows)))
+    rows[places[low:high] - start] /= factors[low:high, None]

@@ -58,7 +58,9 @@ of answers drawn from the model, in torch, as long as all the rest): power 0.5 0
 the first tokens alone 0.0860.
 """
 
-ATTENTION_INPUTS = ("attn_q", "attn_k", "attn_v", "attn_qkv")
+ATTENTION_INPUTS = (
+    "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b",
+)  # fmt: skip
 """Products that make queries, keys and values of a token."""
 
 SMALLEST_SQUARE = np.float32(1e-12)

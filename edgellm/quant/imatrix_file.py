@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgellm.architectures.gguf_latent import source_role
 from edgellm.errors import OutputError, SourceError, TensorError
 from edgellm.tensors import Array
 
@@ -100,7 +101,8 @@ def unmatched(imatrix: Imatrix, widths: Mapping[str, int]) -> list[str]:
     Raises ``TensorError`` for importance of another width, and where a tensor of it is not in the
     model: then it is another model's. That of a head is left alone where the head is the embedding.
     """
-    strangers = [name for name in imatrix.importance if name not in widths and name != HEAD]
+    known = {HEAD, *widths}
+    strangers = [name for name in imatrix.importance if source_role(name) not in known]
     if strangers:
         raise TensorError(
             f"the importance matrix has {len(strangers)} tensors that this model has not "

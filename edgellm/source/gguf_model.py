@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from edgellm.architectures import config_from_gguf, family_of
 from edgellm.architectures.config import Config
+from edgellm.architectures.gguf_latent import joined
 from edgellm.architectures.gguf_rows import as_checkpoint_stores, name_in_file
-from edgellm.errors import TensorError
+from edgellm.errors import TensorError, UnsupportedModel
 from edgellm.generation_defaults import generation_from_gguf
 from edgellm.lora import lineage
 from edgellm.quant import floats, ggml
@@ -25,7 +26,7 @@ UNREADABLE = {
     "q2_0": "a type that libgguf does not dequantize",
 }
 
-ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 IGNORED = (".attn_rot_embd.weight", ".rope_freqs.weight", ".rope.freqs")
 """Ends of names that old converters wrote: tables that llama.cpp computes anyway."""
 
@@ -42,7 +43,7 @@ def open_gguf(
     """
     stored = read_gguf_model(path)
     refs = references(stored)
-    factors = refs[ROPE_FACTORS].load().reshape(-1).tolist() if ROPE_FACTORS in refs else None
+    factors = _rope_factors(path, refs)
     config = config_from_gguf(
         stored.metadata, refs.keys(), factors, ignore_config_keys=ignore_config_keys
     )
@@ -52,13 +53,15 @@ def open_gguf(
     rows = tuple(family.tensors(decoder))
     layout = family.gguf_layout
     roles = {name_in_file(row.role, decoder, layout): row.role for row in rows}
+    if layout.absorbed:
+        refs = joined(refs, decoder)
     matched = match(
         rows,
         {roles.get(name, name): ref for name, ref in refs.items()},
         by="role",
         where=str(path),
         # Its values are in the config by now.
-        ignored=lambda name: name == ROPE_FACTORS or name.endswith(IGNORED),
+        ignored=lambda name: name in ROPE_FACTORS or name.endswith(IGNORED),
     )
     tensors = {
         row.role: as_checkpoint_stores(matched[row.role], row, decoder, layout) for row in rows
@@ -83,6 +86,17 @@ def open_gguf(
         notes=(*reader.notes, *notes),
         merged_before=lineage.from_gguf(stored.metadata),
     )
+
+
+def _rope_factors(path: Path, refs: Mapping[str, TensorRef]) -> Sequence[float] | None:
+    """What all rotary frequencies are divided by, whatever the length of the text."""
+    found = [refs[name].load().reshape(-1).tolist() for name in ROPE_FACTORS if name in refs]
+    if any(factors != found[0] for factors in found):
+        raise UnsupportedModel(
+            f"{path} divides rotary frequencies by other factors in long texts than in short ones, "
+            "and edgellm reads one set: convert the folder that it was made from"
+        )
+    return found[0] if found else None
 
 
 def references(stored: GgufFile) -> dict[str, TensorRef]:

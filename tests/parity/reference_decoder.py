@@ -47,6 +47,31 @@ def logits(decoder: Decoder, tensors: Tensors, token_ids: Sequence[int]) -> Arra
 
 def _attention(decoder: Decoder, layer: Layer, block: Tensors, x: Array) -> Array:
     tokens = len(x)
+    made = _from_latents if decoder.latent is not None else _queries_keys_values
+    q, k, v = made(decoder, layer, block, x)
+    shared = decoder.heads // decoder.kv_heads
+    k, v = np.repeat(k, shared, axis=1), np.repeat(v, shared, axis=1)
+    scores = np.einsum("qhd,khd->hqk", q, k) * decoder.softmax_scale
+    scores = _capped(scores, decoder.attention_softcap)
+    age = np.arange(tokens)[:, None] - np.arange(tokens)[None, :]
+    if decoder.alibi:
+        scores = scores - np.asarray(decoder.alibi)[:, None, None] * age
+    seen = age >= 0
+    if layer.window is not None:
+        seen &= age < layer.window
+    scores = np.where(seen, scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    mixed = np.einsum("hqk,khd->qhd", weights, v).reshape(tokens, -1)
+    out = _product(block, "attn_output", mixed)
+    return _norm(decoder.norm, block, "post_attention_norm", out) if decoder.post_norms else out
+
+
+def _queries_keys_values(
+    decoder: Decoder, layer: Layer, block: Tensors, x: Array
+) -> tuple[Array, Array, Array]:
+    """Each ``[tokens, heads, width]``, queries and keys turned."""
+    tokens = len(x)
     q_size, kv_size = decoder.query_size, decoder.kv_size
     if decoder.fused_qkv:
         q, k, v = np.split(_product(block, "attn_qkv", x), [q_size, q_size + kv_size], axis=1)
@@ -65,22 +90,28 @@ def _attention(decoder: Decoder, layer: Layer, block: Tensors, x: Array) -> Arra
         k = _norm(decoder.norm, block, "attn_k_norm", k)
     if layer.rope is not None:
         q, k = _rotate(layer.rope, q), _rotate(layer.rope, k)
-    shared = decoder.heads // decoder.kv_heads
-    k, v = np.repeat(k, shared, axis=1), np.repeat(v, shared, axis=1)
-    scores = np.einsum("qhd,khd->hqk", q, k) * decoder.softmax_scale
-    scores = _capped(scores, decoder.attention_softcap)
-    age = np.arange(tokens)[:, None] - np.arange(tokens)[None, :]
-    if decoder.alibi:
-        scores = scores - np.asarray(decoder.alibi)[:, None, None] * age
-    seen = age >= 0
-    if layer.window is not None:
-        seen &= age < layer.window
-    scores = np.where(seen, scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    mixed = np.einsum("hqk,khd->qhd", weights, v).reshape(tokens, q_size)
-    out = _product(block, "attn_output", mixed)
-    return _norm(decoder.norm, block, "post_attention_norm", out) if decoder.post_norms else out
+    return q, k, v
+
+
+def _from_latents(
+    decoder: Decoder, layer: Layer, block: Tensors, x: Array
+) -> tuple[Array, Array, Array]:
+    """The same of latent vectors, with a key and a value for every head."""
+    tokens, latent = len(x), decoder.latent
+    assert latent is not None and layer.rope is not None
+    norm = Norm("rms", latent.epsilon)
+    if latent.query_rank is None:
+        q = _product(block, "attn_q", x)
+    else:
+        low = _norm(norm, block, "attn_q_a_norm", _product(block, "attn_q_a", x))
+        q = _product(block, "attn_q_b", low)
+    low, turned = np.split(_product(block, "attn_kv_a_mqa", x), [latent.rank], axis=1)
+    made = _product(block, "attn_kv_b", _norm(norm, block, "attn_kv_a_norm", low))
+    k, v = np.split(made.reshape(tokens, decoder.heads, -1), [latent.plain_dim], axis=2)
+    plain, q = np.split(q.reshape(tokens, decoder.heads, -1), [latent.plain_dim], axis=2)
+    q, turned = _rotate(layer.rope, q), _rotate(layer.rope, turned[:, None])
+    turned = np.repeat(turned, decoder.heads, axis=1)
+    return np.concatenate([plain, q], axis=2), np.concatenate([k, turned], axis=2), v
 
 
 def _feed_forward(decoder: Decoder, block: Tensors, x: Array) -> Array:

@@ -14,8 +14,10 @@ import pytest
 from edgellm.architectures import FAMILIES, config_from_gguf, family_of, gguf_keys, rope_factors
 from edgellm.architectures.config import HARMLESS_KEYS, NEUTRAL_VALUES, Config
 from edgellm.architectures.decoder import Decoder, Layer, Rope
+from edgellm.architectures.family import TensorRow
 from edgellm.architectures.gguf_rows import name_in_file
 from edgellm.architectures.rope import inverse_frequencies, read_rope
+from edgellm.architectures.row_order import sorts_columns
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
@@ -34,6 +36,14 @@ TinyModel = Callable[[str], Path]
 Tensors = dict[str, np.ndarray]
 
 
+def ordered(values: np.ndarray, row: TensorRow, *, back: bool = False) -> np.ndarray:
+    """``values`` as the network takes them, or, ``back``, as the checkpoint has them."""
+    if row.order is None:
+        return values
+    places = np.argsort(row.order.places()) if back else row.order.places()
+    return values[:, places] if sorts_columns(row.order) else values[places]
+
+
 def read(folder: Path) -> tuple[Decoder, Tensors]:
     """The description of a folder and its tensors by role; each stored tensor is used once."""
     config = json.loads((folder / "config.json").read_text())
@@ -44,7 +54,7 @@ def read(folder: Path) -> tuple[Decoder, Tensors]:
     for row in family.tensors(decoder):
         values = stored.pop(row.source)
         values = values.T if row.transposed else values
-        tensors[row.role] = values if row.order is None else values[row.order.places()]
+        tensors[row.role] = ordered(values, row)
         assert tensors[row.role].shape == row.shape, row
     assert not stored, "tensors without a row"
     return decoder, tensors
@@ -60,12 +70,13 @@ def test_the_description_computes_transformers_logits(name: str, tiny_model: Tin
     )
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "falcon-grouped", "bloom", "gptj"])
+@pytest.mark.parametrize("name", ["gpt_neox", "falcon-grouped", "bloom", "gptj", "deepseek_v2", "cohere-normed"]
+)
 def test_rows_left_in_the_checkpoints_order_would_show(name: str, tiny_model: TinyModel) -> None:
     decoder, tensors = read(tiny_model(name))
     right = reference_decoder.logits(decoder, tensors, TOKEN_IDS)
     unordered = {
-        row.role: tensors[row.role][np.argsort(row.order.places())]
+        row.role: ordered(tensors[row.role], row, back=True)
         for row in family_of({"model_type": decoder.family}).tensors(decoder)
         if row.order is not None
     }

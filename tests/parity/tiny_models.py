@@ -135,6 +135,29 @@ _FALCON: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 
+_MINICPM3: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "max_position_embeddings": 256,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 64,
+}
+_DEEPSEEK: dict[str, Any] = _MINICPM3 | {
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "kv_lora_rank": 96,
+    "v_head_dim": 32,
+    "qk_rope_head_dim": 8,
+    "first_k_dense_replace": 3,
+}
+"""Latent attention without a mixture of experts."""
+
 MODELS: dict[str, Tiny] = {
     # Llama: three query heads to a kv head, heads wider than the model together, untied.
     "llama": Tiny(
@@ -456,7 +479,74 @@ MODELS: dict[str, Tiny] = {
         _NEOX | {"use_parallel_residual": False},
         seed=102,
     ),
+    # Latent attention: keys of 32 and 16 values, values of 64, so that heads together are wider than
+    # the model; queries out of a smaller vector.
+    "minicpm3": Tiny("MiniCPM3Config", _MINICPM3, seed=201),
+    # Everything that llama.cpp's graph has other numbers for in its code.
+    "minicpm3-plain": Tiny(
+        "MiniCPM3Config",
+        _MINICPM3
+        | {
+            "q_lora_rank": None,
+            "qk_rope_head_dim": 8,
+            "scale_emb": 3,
+            "scale_depth": None,
+            "dim_model_base": 48,
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        },
+        seed=202,
+    ),
+    "minicpm3-longrope": Tiny(
+        "MiniCPM3Config",
+        _MINICPM3
+        | {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 256,
+                "short_factor": [1.0 + 0.2 * n for n in range(8)],
+                "long_factor": [1.0 + 0.2 * n for n in range(8)],
+            }
+        },
+        seed=203,
+    ),
+    "deepseek_v2": Tiny("DeepseekV2Config", _DEEPSEEK, seed=204),
+    # Yarn whose two factors differ, and queries made at once.
+    "deepseek_v2-lite": Tiny(
+        "DeepseekV2Config",
+        _DEEPSEEK
+        | {
+            "q_lora_rank": None,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "original_max_position_embeddings": 32,
+                "mscale": 1.3,
+                "mscale_all_dim": 0.7,
+            },
+        },
+        "llama3",
+        old_style=True,
+        seed=205,
+    ),
     "cohere": Tiny("CohereConfig", _SQUARE | {"logit_scale": 0.4}),
+    # Command R+: as many layers as llama.cpp looks for norms of heads in.
+    "cohere-normed": Tiny(
+        "CohereConfig",
+        _SQUARE
+        | {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "use_qk_norm": True,
+            "logit_scale": 0.4,
+        },
+        seed=206,
+    ),
     "gpt2": Tiny("GPT2Config", _GPT2),
     "gpt2-untied": Tiny(
         "GPT2Config",
