@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 import edgellm
 from edgellm import quality_gate, registry
+from edgellm.architectures.experts import stack_of
 from edgellm.calibration.running import Outcome, round_in_blocks
 from edgellm.digests import file_sha256, ranges_sha256
 from edgellm.encoders.finding import find_encoder
@@ -59,6 +61,7 @@ from edgellm.quant import SOLVERS, settings_of
 from edgellm.quant.devices import CPU, torch_name
 from edgellm.recipe import Recipe
 from edgellm.slabs import Solve, write_tensors
+from edgellm.tensors import Array
 from edgellm.tokenization import artifact_parity
 from edgellm.tune.settings import Tuned
 
@@ -196,9 +199,17 @@ def write_importance(plan: Plan, outcome: Outcome, path: Path) -> None:
     assert text is not None
     # llama.cpp calls the head so whether it is tied or not.
     names = {"token_embd.weight": HEAD}
+    found: dict[str, list[Array]] = {}
+    counts: dict[str, list[float]] = {}
+    for role, values in outcome.importance.items():
+        stack = stack_of(role)
+        found.setdefault(stack or names.get(role, role), []).append(values)
+        if stack:
+            counts.setdefault(stack, []).append(float(outcome.tokens[role]))
     write_imatrix(
         path,
-        {names.get(role, role): values for role, values in outcome.importance.items()},
+        {name: np.concatenate(parts) for name, parts in found.items()},
+        counts={name: np.asarray(each, np.float32) for name, each in counts.items()},
         tokens=text.tokens,
         chunk_tokens=len(text.windows[0]),
         datasets=[text.name],

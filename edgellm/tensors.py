@@ -90,6 +90,22 @@ class TensorRef:
         return replace(self, role=role)
 
 
+def rows_of(ref: TensorRef, first: int, rows: int, name: str = "") -> TensorRef:
+    """Rows ``first`` to ``first + rows`` of the matrix ``ref`` as a tensor of their own."""
+
+    def load_rows(start: int, stop: int) -> Array:
+        return ref.load_rows(first + start, first + stop)
+
+    return replace(
+        ref,
+        name=name or ref.name,
+        shape=(rows, ref.columns),
+        nbytes=ref.nbytes // ref.rows * rows,
+        load_rows=load_rows,
+        column_loader=None,
+    )
+
+
 def rows_within(nbytes: int, columns: int) -> int:
     """How many rows of ``columns`` float32 values take no more than ``nbytes``, at least one."""
     return max(1, nbytes // (4 * max(1, columns)))

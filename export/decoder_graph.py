@@ -22,8 +22,10 @@ import numpy as np
 from onnx import TensorProto
 
 from edgellm.architectures.decoder import Decoder, Feature, Rope
+from edgellm.architectures.experts import expert_of
 from edgellm.architectures.latent import Latent
 from edgellm.errors import UnsupportedTarget
+from edgellm.export.experts_graph import ExpertsGraph, Routed
 from edgellm.export.kv_scales import CacheScales
 from edgellm.export.latent_attention import (
     BY_HEAD,
@@ -106,6 +108,9 @@ class DecoderGraph:
     int8_cache: bool = False
     inputs: dict[str, list[str]] = field(default_factory=dict)
     """Roles of the weights that each value of the graph is multiplied by, layer by layer."""
+    routed: Routed | None = None
+    """Of a layer alone whose inputs are looked at, what its experts are given."""
+    _taps: bool = False
     _counted: str = ""
     _biased: str = ""
     _ropes: dict[Rope, tuple[str, str]] = field(default_factory=dict)
@@ -137,7 +142,7 @@ class DecoderGraph:
         with ``taps``, the inputs of the layer's products too (``self.inputs`` names them).
         Nothing is cached, and no token before the sequence is seen.
         """
-        graph = self.graph
+        graph, self._taps = self.graph, taps
         shape = self._stream_shape()
         stream = graph.input("stream", TensorProto.FLOAT, shape)
         graph.input("seqlens_k", TensorProto.INT32, ["batch_size"])
@@ -146,9 +151,23 @@ class DecoderGraph:
         graph.node("Add", [stream, branch], "stream_out")
         graph.output("stream_out", TensorProto.FLOAT, shape)
         if taps:
-            for x, weights in self.inputs.items():
-                columns = self.tensors[weights[0]].columns
-                graph.output(x, TensorProto.FLOAT, ["batch_size", "sequence_length", columns])
+            self._output_inputs()
+
+    def _output_inputs(self) -> None:
+        graph, routed = self.graph, self.routed
+        if routed is not None:
+            for x, roles in routed.inputs.items():
+                columns = self.tensors[roles[0][0]].columns
+                graph.output(x, TensorProto.FLOAT, ["assignments", columns])
+            graph.output(routed.order, TensorProto.INT64, ["assignments"])
+            graph.output(routed.counts, TensorProto.INT64, [routed.experts.count])
+            # What each expert is given is a part of those.
+            self.inputs = {
+                x: roles for x, roles in self.inputs.items() if expert_of(roles[0]) is None
+            }
+        for x, weights in self.inputs.items():
+            columns = self.tensors[weights[0]].columns
+            graph.output(x, TensorProto.FLOAT, ["batch_size", "sequence_length", columns])
 
     def build_output_norm(self) -> None:
         """Add the norm before the head alone: ``stream`` ``[batch, sequence, hidden]`` goes in."""
@@ -182,7 +201,8 @@ class DecoderGraph:
             normed, stream = self._pre_norm(f"{name}.ffn_norm", stream, branch)
         elif not self.decoder.shared_norm:
             normed = self._norm_alone(f"{name}.ffn_norm", stream)
-        mixed = self._post_norm(f"{name}.post_ffw_norm", self._feed_forward(index, normed))
+        mixed = self._mixture(index, normed) or self._feed_forward(index, normed)
+        mixed = self._post_norm(f"{name}.post_ffw_norm", mixed)
         mixed = self._scaled(f"{name}.ffn_scaled", mixed, self.decoder.residual_scale)
         if parallel:
             mixed = self.graph.node("Add", [branch, mixed], f"{name}.both")
@@ -457,9 +477,29 @@ class DecoderGraph:
             else:
                 gate = self._linear(f"{name}_gate", ["ffn_gate"], x, index)
                 up = self._linear(f"{name}_up", ["ffn_up"], x, index)
-            gate = self._activate(f"{name}_act", gate)
-            active = graph.node("Mul", [gate, up], f"{name}_gated")
+            active = self._gated(name, gate, up)
         return self._linear(f"{name}_down", ["ffn_down"], active, index)
+
+    def _gated(self, name: str, gate: str, up: str) -> str:
+        gate = self._activate(f"{name}_act", gate)
+        return self.graph.node("Mul", [gate, up], f"{name}_gated")
+
+    def _mixture(self, index: int, x: str) -> str:
+        """The answers of a layer's experts; empty where it has none."""
+        experts = self.decoder.layers[index].experts
+        if experts is None:
+            return ""
+        mixture = ExpertsGraph(
+            self.graph,
+            experts,
+            self.decoder.hidden_size,
+            index,
+            lambda name, roles, x: self._linear(name, roles, x, index),
+            self._vector,
+            self._gated,
+        )
+        answers, self.routed = mixture.build(x, taps=self._taps)
+        return answers
 
     def _activate(self, name: str, x: str) -> str:
         activation = self.decoder.activation

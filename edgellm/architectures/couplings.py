@@ -8,14 +8,18 @@ arXiv 2211.10438, section 4). Every family is described by its ``Decoder`` alone
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from edgellm.architectures.decoder import Decoder
+from edgellm.architectures.decoder import Decoder, Experts
 from edgellm.architectures.latent import Latent
 from edgellm.tensors import Array
+
+OF_EXPERTS = ("ffn_gate_exps", "ffn_up_exps")
+"""Parts whose input is also the router's, so that its scores would move with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,8 @@ def couplings(decoder: Decoder) -> tuple[Coupling, ...]:
     A layer has up to four, and more with latent attention, whose norms of latent vectors couple
     too: attention's norm to q, k and v; the rows of v to attention's output
     (softmax weighs values and does not change them); the feed-forward's norm to gate and up; the
-    rows of up, which a gate only multiplies, to down. ``left_out`` says which are not there.
+    rows of up, which a gate only multiplies, to down. Every expert has the last of these for
+    itself. ``left_out`` says which are not there.
     """
     found: list[Coupling] = []
     for layer in range(len(decoder.layers)):
@@ -104,7 +109,10 @@ def couplings(decoder: Decoder) -> tuple[Coupling, ...]:
         if decoder.qkv_clip is None:
             found.append(_values(decoder, layer))
         found += [each for each in before if each.name != "attn_norm"]
-        if decoder.gated_mlp:
+        experts = decoder.layers[layer].experts
+        if experts is not None:
+            found += _gated_experts(experts, layer)
+        elif decoder.gated_mlp:
             found.append(_gated(decoder, layer))
     if not decoder.tied_head and decoder.norm.weight:
         layer = len(decoder.layers)
@@ -121,9 +129,11 @@ def left_out(decoder: Decoder) -> dict[str, str]:
         unscalable = "its input is the residual stream, which other parts of the network read"
     if unscalable:
         reasons |= dict.fromkeys(_attention(decoder) + _feed_forward(decoder), unscalable)
+    if any(layer.experts for layer in decoder.layers):
+        reasons |= dict.fromkeys(OF_EXPERTS, "the router and all experts read it together")
     if decoder.qkv_clip is not None:
         reasons["attn_output"] = "values are clipped, which does not pass factors on"
-    if not decoder.gated_mlp:
+    if not decoder.gated_mlp and not all(layer.experts for layer in decoder.layers):
         reasons["ffn_down"] = (
             f"its input comes out of {decoder.activation}, which does not pass factors on"
         )
@@ -168,6 +178,8 @@ def _norms(decoder: Decoder, layer: int) -> list[Coupling]:
         return []
     attention, feed_forward = _attention(decoder), _feed_forward(decoder)
     readers = {"attn_norm": attention, "ffn_norm": feed_forward}
+    if decoder.layers[layer].experts is not None:
+        del readers["ffn_norm"]
     if decoder.shared_norm:
         readers = {"attn_norm": attention + feed_forward}
     return [
@@ -236,3 +248,17 @@ def _gated(decoder: Decoder, layer: int) -> Coupling:
         _rows(f"blk.{layer}.ffn_up", decoder.mlp_bias, first),
         decoder.ffn_size,
     )
+
+def _gated_experts(experts: Experts, layer: int) -> Iterator[Coupling]:
+    parts = [(f"exps.{expert}", experts.width) for expert in range(experts.count)]
+    if experts.shared_width:
+        parts.append(("shexp", experts.shared_width))
+    for part, width in parts:
+        yield Coupling(
+            layer,
+            f"ffn_up_{part}",
+            (f"blk.{layer}.ffn_down_{part}.weight",),
+            _rows(f"blk.{layer}.ffn_up_{part}", biased=False),
+            width,
+        )
+

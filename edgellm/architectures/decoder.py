@@ -60,6 +60,15 @@ class Feature(enum.StrEnum):
     LOGIT_SCALE = "scaled logits"
     ATTENTION_SCALE = "an attention scale other than 1/sqrt(head_dim)"
     TIED_HEAD = "an output head tied to the embedding"
+    EXPERTS = "a mixture of experts"
+    DENSE_LAYERS = "layers without experts among those with"
+    SHARED_EXPERTS = "experts that every token passes through"
+    SHARED_EXPERT_GATE = "a gate on the shared expert"
+    NORMALIZED_ROUTER = "router weights that sum to one"
+    SCALED_ROUTER = "scaled router weights"
+    SIGMOID_ROUTER = "router scores by sigmoid"
+    ROUTER_BIAS = "a bias on the choice of experts"
+    EXPERT_GROUPS = "experts chosen from the best groups"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +99,62 @@ class Rope:
 
     theta: float
     dimensions: int
-    scaling: RopeScaling | None = None
+    scaling: RopeScaling |@dataclass(frozen=True, slots=True)
+class Router:
+    """How the experts of a token are chosen, and what their answers are weighed by.
+
+    ``scores``: of the router's logits over all experts. The ``used`` largest are chosen, and each
+    weighs its expert's answer: divided by their sum where ``normalized``, then times ``factor``. A
+    softmax over the chosen logits alone is the same as a normalized one over all.
+
+    ``bias``: a stored number for each expert is added to its score for the choice alone
+    (DeepSeek-V3). ``groups``: experts stand in so many groups of equal size, and those outside the
+    ``groups_used`` best cannot be chosen; a group is as good as its ``group_score`` says, its best
+    expert (DeepSeek-V2) or the sum of its two best (V3).
+    """
+
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    normalized: bool = False
+    factor: float = 1.0
+    bias: bool = False
+    groups: int = 1
+    groups_used: int = 1
+    group_score: Literal["best", "two best"] = "best"
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A feed-forward that is a mixture: ``count`` gated ones, of which each token passes ``used``.
+
+    Each is ``width`` wide. Every token passes the shared one too, of ``shared_width`` (all shared
+    experts together, which is the same; 0 for none), whose answer is multiplied by a sigmoid of
+    the token where there is a ``shared_gate``. No product of them has a bias.
+
+    Roles in layer N: ``blk.N.ffn_gate_inp.weight`` ``[count, hidden]`` is the router,
+    ``blk.N.exp_probs_b.bias`` its bias, ``blk.N.ffn_gate_exps.E.weight`` (up, down) those of expert
+    E, ``blk.N.ffn_gate_shexp.weight`` the shared one's, ``blk.N.ffn_gate_inp_shexp.weight``
+    ``[1, hidden]`` its gate.
+    """
+
+    count: int
+    used: int
+    width: int
+    router: Router = Router()
+    shared_width: int = 0
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What may differ between layers: the rope, the attention window, and experts.
+
+    With ``window`` w the token at position p sees positions p - w + 1 to p. Without ``experts`` the
+    feed-forward is the decoder's own, of its ``ffn_size``.
+    """
+
+    window: int | None = None
+    rope: Rope | None = None
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +285,8 @@ class Decoder:
         turned = {layer.rope for layer in self.layers}
         ropes = {rope for rope in turned if rope is not None}
         scalings = {rope.scaling.kind for rope in ropes if rope.scaling}
+        mixtures = {layer.experts for layer in self.layers if layer.experts is not None}
+        routers = {each.router for each in mixtures}
         chosen = {
             Feature.ROPE: bool(ropes),
             Feature.ROPE_PARTIAL: (
@@ -267,5 +333,14 @@ class Decoder:
             Feature.LOGIT_SCALE: self.logit_scale != 1.0,
             Feature.ATTENTION_SCALE: self.attention_scale is not None,
             Feature.TIED_HEAD: self.tied_head,
+            Feature.EXPERTS: bool(mixtures),
+            Feature.DENSE_LAYERS: bool(mixtures) and any(not each.experts for each in self.layers),
+            Feature.SHARED_EXPERTS: any(each.shared_width for each in mixtures),
+            Feature.SHARED_EXPERT_GATE: any(each.shared_gate for each in mixtures),
+            Feature.NORMALIZED_ROUTER: any(router.normalized for router in routers),
+            Feature.SCALED_ROUTER: any(router.factor != 1.0 for router in routers),
+            Feature.SIGMOID_ROUTER: any(router.scores == "sigmoid" for router in routers),
+            Feature.ROUTER_BIAS: any(router.bias for router in routers),
+            Feature.EXPERT_GROUPS: any(router.groups > 1 for router in routers),
         }
         return frozenset(feature for feature, present in chosen.items() if present)

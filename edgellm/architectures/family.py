@@ -17,7 +17,20 @@ REMOTE_CODE = "auto_map"
 Value = bool | int | float | str | list[bool] | list[int]
 """Of a key in a GGUF file; int stands for uint32 there, float for float32."""
 
-Kind = Literal["embedding", "positions", "linear", "norm", "bias", "head"]
+Kind = Literal["embedding", "positions", "linear", "router", "norm", "bias", "head"]
+"""What a tensor is; a ``router``'s product chooses experts, and no container rounds it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where checkpoints of another spelling have a tensor: rows of ``name`` from ``first`` on.
+
+    ``shape`` is that of the whole; rows are counted over all of its dimensions but the last.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    first: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +40,8 @@ class TensorRow:
     ``source`` is its name in a Hugging Face checkpoint, ``role`` its GGUF name, ``shape`` what is
     expected in ``[out, in]`` order. ``transposed``: the checkpoint holds ``[in, out]`` (GPT-2's
     Conv1D). ``order``: how rows lie in the checkpoint, where the network takes them in another.
+    ``elsewhere``: other places that it may be in. Where it is not stored ``apart``, it is always in
+    one of these, and ``source`` is our own name for it.
     """
 
     source: str
@@ -35,6 +50,8 @@ class TensorRow:
     kind: Kind
     transposed: bool = False
     order: RowOrder | None = None
+    elsewhere: tuple[Part, ...] = ()
+    apart: bool = True
 
 
 def weight_and_bias(

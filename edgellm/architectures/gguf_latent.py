@@ -32,11 +32,11 @@ def source_role(role: str) -> str:
     return role.replace(KEYS, WHOLE).replace(VALUES, WHOLE)
 
 
-def stored_shape(ref: TensorRef, decoder: Decoder) -> tuple[int, ...]:
+def stored_shape(role: str, shape: tuple[int, ...], decoder: Decoder) -> tuple[int, ...]:
     """The shape that the file states; we have a stack's matrices one below the other."""
-    if decoder.latent is None or not (KEYS in ref.role or VALUES in ref.role):
-        return ref.shape
-    return (decoder.heads, ref.rows // decoder.heads, ref.columns)
+    if decoder.latent is None or not (KEYS in role or VALUES in role):
+        return shape
+    return (decoder.heads, shape[0] // decoder.heads, shape[1])
 
 
 def apart(ref: TensorRef, decoder: Decoder) -> Iterator[TensorRef]:

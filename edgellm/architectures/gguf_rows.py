@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from edgellm.architectures.decoder import Decoder
+from edgellm.architectures.experts import SHARED_GATE
 from edgellm.architectures.family import GgufLayout, TensorRow
 from edgellm.architectures.row_order import Order, as_checkpoint_has, as_network_takes
 from edgellm.tensors import TensorRef, derived, reordered
@@ -25,7 +28,12 @@ def name_in_file(role: str, decoder: Decoder, layout: GgufLayout) -> str:
 def as_llamacpp_stores(
     ref: TensorRef, row: TensorRow, decoder: Decoder, layout: GgufLayout
 ) -> TensorRef:
-    """``ref`` with the rows of q and k in pairs, or a norm with its offset added."""
+    """``ref`` with the rows of q and k in pairs, or a norm with its offset added.
+
+    The gate of a shared expert is a vector there.
+    """
+    if row.role.endswith(SHARED_GATE):
+        return replace(ref, shape=(ref.columns,))
     if layout.as_checkpoint:
         return as_checkpoint_has(ref, row)
     if layout.interleaved_rope and row.role.endswith(PAIRED_ROLES):

@@ -70,13 +70,17 @@ def heads_among(tensors: Sequence[OutputTensor], *, tied: bool) -> set[int]:
     return {place for place, tensor in enumerate(tensors) if tensor.parts[0].role == EMBEDDING}
 
 
-def statistics_of(tensor: OutputTensor, found: Mapping[str, Statistics]) -> Statistics | None:
-    """What is known of the input that all parts of ``tensor`` share.
+def statistics_of(
+    tensor: OutputTensor, found: Mapping[str, Statistics], expert: int = 0
+) -> Statistics | None:
+    """What is known of the input that all parts of ``tensor`` share, or ``expert`` of a stack has.
 
     None for floats, which nothing is chosen for, and for what is no product's weight.
     """
     if tensor.grid.kind == "float":
         return None
+    if tensor.experts > 1:
+        return found.get(tensor.parts[expert].role)
     of_parts = [found.get(whole_role(part.role)) for part in tensor.parts]
     known = {id(each): each for each in of_parts}
     if len(known) != 1:

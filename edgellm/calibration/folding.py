@@ -44,6 +44,7 @@ class Folding:
     coupled: tuple[Coupling, ...]
     corrected: bool = False
     scalings: dict[str, Scaling] = field(default_factory=dict)
+    _touching: dict[str, list[Coupling]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def units(self) -> int:
@@ -52,7 +53,7 @@ class Folding:
 
     def unit_of(self, role: str) -> int | None:
         """The unit that must be filled before tensor ``role`` is loaded; None where none must."""
-        return next((each.layer for each in self.coupled if role in roles_of(each)), None)
+        return next((each.layer for each in self._by_role().get(role, [])), None)
 
     def fill_layer(
         self,
@@ -89,6 +90,14 @@ class Folding:
         """Fill unit ``index`` with factors that were searched before."""
         for coupling in self._of(index):
             self._keep(coupling, Scaling(np.asarray(factors[coupling.name], np.float32)))
+
+    def _by_role(self) -> dict[str, list[Coupling]]:
+        """The couplings of every role that has some; thousands where there are experts."""
+        if not self._touching:
+            for coupling in self.coupled:
+                for role in roles_of(coupling):
+                    self._touching.setdefault(role, []).append(coupling)
+        return self._touching
 
     def _of(self, index: int) -> list[Coupling]:
         return [each for each in self.coupled if each.layer == index]
@@ -138,10 +147,11 @@ class Folding:
 
     def folded(self, role: str, ref: TensorRef) -> TensorRef:
         """``ref`` scaled by all couplings that it is part of; itself where there are none."""
-        consumed = [each for each in self.coupled if role in each.consumers]
+        touching = self._by_role().get(role, [])
+        consumed = [each for each in touching if role in each.consumers]
         absorbing = [
             (each, absorber)
-            for each in self.coupled
+            for each in touching
             for absorber in each.absorbers
             if absorber.role == role
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from threading import Condition
 
 import numpy as np
@@ -33,7 +34,7 @@ class InputSums:
         self._tokens = 0
         self._weight = 0.0
         self.columns = columns
-        self._diagonal_only = diagonal_only
+        self.diagonal_only = diagonal_only
         self._turns = dict.fromkeys(range(0, columns, STRIP_COLUMNS), 0)
         self._changed = Condition()
         self._stopped = False
@@ -41,8 +42,11 @@ class InputSums:
     def add(self, number: int, x: Array, weights: Array | None = None) -> None:
         """Count piece ``number``, its tokens by ``weights`` ``[tokens]`` in the Hessian.
 
-        Where there are weights, ``x`` is changed.
+        Where there are weights, ``x`` is changed. A piece may be of no tokens.
         """
+        if not len(x):
+            self._pass(number)
+            return
         largest = np.maximum(x.max(axis=0), -x.min(axis=0))
         squares = None
         if weights is not None:
@@ -66,9 +70,35 @@ class InputSums:
             if last == x.shape[1]:
                 self._tokens += len(x)
                 self._weight += len(x) if weights is None else float(weights.sum(dtype=np.float64))
-            with self._changed:
-                self._turns[first] += 1
-                self._changed.notify_all()
+            self._next(first)
+
+    def _pass(self, number: int) -> None:
+        for first in self._turns:
+            if not self._await_turn(first, number):
+                return
+            self._next(first)
+
+    def _next(self, first: int) -> None:
+        with self._changed:
+            self._turns[first] += 1
+            self._changed.notify_all()
+
+    @property
+    def tokens(self) -> int:
+        """How many were counted."""
+        return self._tokens
+
+    @classmethod
+    def of_all(cls, sums: Sequence[InputSums]) -> InputSums:
+        """What ``sums``, of inputs of one kind, come to together; they stay as they are."""
+        total = cls(sums[0].columns, diagonal_only=sums[0].diagonal_only)
+        for each in sums:
+            total._sums += each._sums
+            total._squares += each._squares
+            np.maximum(total._largest, each._largest, out=total._largest)
+            total._tokens += each._tokens
+            total._weight += each._weight
+        return total
 
     def stop(self) -> None:
         """Let nobody wait any more: a piece will not come."""
@@ -78,7 +108,7 @@ class InputSums:
 
     def result(self) -> Statistics:
         """What the pieces come to; the sums must not be added to any more."""
-        if not self._diagonal_only:
+        if not self.diagonal_only:
             self._mirror()
         self._sums /= np.float32(self._weight)
         weighed = self._weight != self._tokens
@@ -90,7 +120,7 @@ class InputSums:
 
         numpy asks BLAS for half of a product of a matrix with its own transpose (``syrk``).
         """
-        if self._diagonal_only:
+        if self.diagonal_only:
             return [(slice(None), np.einsum("ij,ij->j", strip, strip))]
         own = (slice(last - strip.shape[1], last), strip.T @ strip)
         right = x[:, last:]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from edgellm.architectures import config_from_gguf, family_of
@@ -16,6 +18,7 @@ from edgellm.quant import floats, ggml
 from edgellm.source.gguf_file import GgufFile, GgufTensor, read_gguf_model
 from edgellm.source.matching import check_vocabulary, match
 from edgellm.source.model import ModelSource
+from edgellm.source.stacks import unstacked_gguf
 from edgellm.source.weight_file import Bytes, WeightFile
 from edgellm.tensors import Array, TensorRef
 from edgellm.tokenization import Tokenizer
@@ -55,9 +58,11 @@ def open_gguf(
     roles = {name_in_file(row.role, decoder, layout): row.role for row in rows}
     if layout.absorbed:
         refs = joined(refs, decoder)
+    matrices = references(stored, flat=True)
+    named = {roles.get(name, name): ref for name, ref in refs.items()}
     matched = match(
         rows,
-        {roles.get(name, name): ref for name, ref in refs.items()},
+        unstacked_gguf(named, rows, lambda ref: matrices[ref.name], str(path)),
         by="role",
         where=str(path),
         # Its values are in the config by now.
@@ -99,10 +104,20 @@ def _rope_factors(path: Path, refs: Mapping[str, TensorRef]) -> Sequence[float] 
     return found[0] if found else None
 
 
-def references(stored: GgufFile) -> dict[str, TensorRef]:
-    """Every tensor of the file by name, dequantized slab by slab on loading, as it is stored."""
+def references(stored: GgufFile, *, flat: bool = False) -> dict[str, TensorRef]:
+    """Every tensor of the file by name, dequantized slab by slab on loading, as it is stored.
+
+    ``flat``: as a matrix, all dimensions but the last as rows.
+    """
     files = {path: WeightFile(path) for path in stored.files}
-    return {name: _reference(files[tensor.file], tensor) for name, tensor in stored.tensors.items()}
+    tensors = list(stored.tensors.values())
+    if flat:
+        tensors = [replace(tensor, shape=_flattened(tensor.shape)) for tensor in tensors]
+    return {tensor.name: _reference(files[tensor.file], tensor) for tensor in tensors}
+
+
+def _flattened(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (math.prod(shape[:-1]), shape[-1])
 
 
 def _reference(file: WeightFile, tensor: GgufTensor) -> TensorRef:
