@@ -34,7 +34,6 @@ REFUSED = {
     "phimoe": "its router masks scores that lie apart before it weighs them (sparse mixer)",
     "gpt_oss": "its feed-forward is a mixture of experts, and its attention has sinks",
     "dbrx": "its feed-forward is a mixture of experts",
-    "deepseek_v3": "its keys and values are compressed (MLA), with a mixture of experts",
     "lfm2": "short convolutions stand between its attention layers",
     "mamba": "it is a state-space model, without attention",
     "mamba2": "it is a state-space model, without attention",

@@ -158,6 +158,14 @@ _DEEPSEEK: dict[str, Any] = _MINICPM3 | {
 }
 """Latent attention without a mixture of experts."""
 
+_DEEPSEEK_EXPERTS: dict[str, Any] = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 64,
+}
+
 MODELS: dict[str, Tiny] = {
     # Llama: three query heads to a kv head, heads wider than the model together, untied.
     "llama": Tiny(
@@ -530,6 +538,39 @@ MODELS: dict[str, Tiny] = {
         "llama3",
         old_style=True,
         seed=205,
+    ),
+    # A dense layer, then mixtures; experts of the best groups alone, which llama.cpp ranks otherwise.
+    "deepseek_v2-experts": Tiny(
+        "DeepseekV2Config",
+        _DEEPSEEK | _DEEPSEEK_EXPERTS | {"topk_method": "greedy", "routed_scaling_factor": 1.7},
+        seed=207,
+    ),
+    "deepseek_v2-groups": Tiny(
+        "DeepseekV2Config",
+        _DEEPSEEK
+        | _DEEPSEEK_EXPERTS
+        | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+        seed=208,
+    ),
+    "deepseek_v3": Tiny(
+        "DeepseekV3Config",
+        _DEEPSEEK
+        | _DEEPSEEK_EXPERTS
+        | {
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.7,
+            "num_nextn_predict_layers": 0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "original_max_position_embeddings": 32,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        },
+        seed=209,
     ),
     "cohere": Tiny("CohereConfig", _SQUARE | {"logit_scale": 0.4}),
     # Command R+: as many layers as llama.cpp looks for norms of heads in.

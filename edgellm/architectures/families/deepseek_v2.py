@@ -6,8 +6,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from edgellm.architectures import deepseek_experts
 from edgellm.architectures.config import Config
 from edgellm.architectures.decoder import Decoder, Feature
+from edgellm.architectures.deepseek_experts import SPELLING, with_mixture
+from edgellm.architectures.experts import with_mixtures
 from edgellm.architectures.families import llama
 from edgellm.architectures.family import (
     Family,
@@ -27,7 +30,6 @@ from edgellm.architectures.latent_rows import (
     with_latent,
 )
 from edgellm.architectures.rope import yarn_attention_factor
-from edgellm.errors import UnsupportedModel
 
 LITE_LAYERS = (26, 27)
 """Numbers of layers that llama.cpp takes for a Lite model, whose queries are made at once."""
@@ -39,14 +41,18 @@ PER_MSCALE = 0.1
 
 
 def read(config: Config) -> Decoder:
+    return with_mixture(config, read_dense(config, "deepseek_v2"), third=False)
+
+
+def read_dense(config: Config, family: str) -> Decoder:
+    """The network without its experts."""
     latent = read_latent(config, config.integer("num_attention_heads"))
     shape = read_shape(config, latent)
     rope, scale = read_scaled_rope(config, latent, shape.context_length, 10000.0)
-    _dense(config, shape.layers)
     decoder = llama.read_decoder(
         config,
         shape,
-        "deepseek_v2",
+        family,
         windows=(None,) * shape.layers,
         rope=rope,
         mlp_bias=config.flag("mlp_bias", False),
@@ -54,25 +60,8 @@ def read(config: Config) -> Decoder:
     return with_latent(decoder, latent, scale)
 
 
-def _dense(config: Config, layers: int) -> None:
-    """Refuse experts; what is said of them means nothing where no layer has them."""
-    if config.integer("first_k_dense_replace", 0, minimum=0) < layers:
-        raise UnsupportedModel(
-            f"{config.where}: first_k_dense_replace leaves layers whose feed-forward is a mixture "
-            "of experts, which edgellm does not convert"
-        )
-    config.skip(*EXPERT_KEYS)
-
-
-EXPERT_KEYS = (
-    "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size",
-    "moe_layer_freq", "n_group", "topk_group", "topk_method", "norm_topk_prob", "scoring_func",
-    "routed_scaling_factor", "aux_loss_alpha", "seq_aux", "ep_size", "output_router_logits",
-)  # fmt: skip
-
-
 def tensors(decoder: Decoder) -> Iterator[TensorRow]:
-    return latent_tensors(decoder, paired=True)
+    return with_mixtures(latent_tensors(decoder, paired=True), decoder, SPELLING)
 
 
 def gguf_keys(decoder: Decoder) -> dict[str, Value]:
@@ -87,9 +76,7 @@ def gguf_keys(decoder: Decoder) -> dict[str, Value]:
         "attention.value_length_mla": latent.value_dim,
         "attention.q_lora_rank": latent.query_rank or 0,
         "attention.kv_lora_rank": latent.rank,
-        "leading_dense_block_count": len(decoder.layers),
-        "expert_feed_forward_length": decoder.ffn_size,
-        "expert_shared_count": 0,
+        **deepseek_experts.gguf_keys(decoder),
         **_yarn_keys(decoder),
     }
 
@@ -116,7 +103,7 @@ def _growth(decoder: Decoder) -> float:
     return math.sqrt(decoder.softmax_scale * decoder.head_dim**0.5)
 
 
-def _differences(decoder: Decoder) -> Iterator[str]:
+def differences(decoder: Decoder) -> Iterator[str]:
     layers = len(decoder.layers)
     lite = layers in LITE_LAYERS or (layers, decoder.vocab_size) == LITE_48
     if lite and decoder.latent is not None and decoder.latent.query_rank is not None:
@@ -124,6 +111,7 @@ def _differences(decoder: Decoder) -> Iterator[str]:
     rope = decoder.layers[0].rope
     if decoder.attention_scale is not None and (rope is None or rope.scaling is None):
         yield "an attention scale without yarn"
+    yield from deepseek_experts.differences(decoder)
 
 
 def from_gguf(facts: GgufFacts) -> dict[str, Any]:
@@ -148,20 +136,8 @@ def from_gguf(facts: GgufFacts) -> dict[str, Any]:
         "qk_rope_head_dim": rope_dim,
         "qk_nope_head_dim": key_dim - rope_dim,
         "v_head_dim": value_dim,
-        **_experts(facts, config["num_hidden_layers"]),
+        **deepseek_experts.from_gguf(facts, config["num_hidden_layers"]),
     }
-
-
-def _experts(facts: GgufFacts, layers: int) -> dict[str, Any]:
-    keys = facts.keys
-    dense = keys.integer("leading_dense_block_count", 0, minimum=0)
-    if dense < layers:
-        raise UnsupportedModel(
-            "GGUF of the architecture deepseek2: layers with a mixture of experts are not converted"
-        )
-    keys.skip("expert_feed_forward_length", "expert_shared_count", "expert_weights_scale")
-    keys.skip("expert_weights_norm", "expert_gating_func")
-    return {"first_k_dense_replace": dense}
 
 
 def _scaled(facts: GgufFacts, rope: dict[str, Any]) -> dict[str, Any]:
@@ -189,10 +165,11 @@ FAMILY = Family(
         "deepseek2",
         GgufGraph(
             (llama.GGUF_FEATURES - {Feature.ROPE_LINEAR})
-            | {Feature.ROPE_YARN, Feature.LATENT_ATTENTION, Feature.ATTENTION_SCALE},
+            | {Feature.ROPE_YARN, Feature.LATENT_ATTENTION, Feature.ATTENTION_SCALE}
+            | deepseek_experts.FEATURES,
             "silu",
             without_adapters=(*WITHOUT_ADAPTERS, "output"),
-            differences=_differences,
+            differences=differences,
         ),
         as_checkpoint=True,
         absorbed=True,
