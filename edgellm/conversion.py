@@ -22,6 +22,7 @@ import numpy as np
 
 import edgellm
 from edgellm import quality_gate, registry
+from edgellm.architectures.decoder import Decoder
 from edgellm.architectures.experts import stack_of
 from edgellm.calibration.running import Outcome, round_in_blocks
 from edgellm.digests import file_sha256, ranges_sha256
@@ -41,6 +42,7 @@ from edgellm.lora.lineage import kept_entries, merge_entry
 from edgellm.lora.record import MergeRecord
 from edgellm.made import CARD, note_made
 from edgellm.manifest import (
+    ExpertFacts,
     MANIFEST,
     SCHEMA_VERSION,
     Artifact,
@@ -424,7 +426,13 @@ def _model_facts(plan: Plan) -> ModelFacts:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_ids=tuple(tokenizer.eos_token_ids),
         features=tuple(sorted(feature.value for feature in decoder.features())),
+        experts=_expert_facts(decoder),
     )
+
+
+def _expert_facts(decoder: Decoder) -> ExpertFacts | msgspec.UnsetType:
+    experts = next((layer.experts for layer in decoder.layers if layer.experts), None)
+    return ExpertFacts(count=experts.count, used=experts.used) if experts else msgspec.UNSET
 
 
 def _tool_versions(plan: Plan) -> dict[str, str]:

@@ -223,6 +223,17 @@ def stacked_rows(parts: Sequence[TensorRef], start: int, stop: int) -> Array:
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
+def stacked(parts: Sequence[TensorRef], name: str) -> TensorRef:
+    """``parts`` laid one below the other as one matrix called ``name``."""
+    rows, columns = sum(part.rows for part in parts), parts[0].columns
+    nbytes = sum(part.nbytes for part in parts)
+
+    def load_rows(start: int, stop: int) -> Array:
+        return stacked_rows(parts, start, stop)
+
+    return TensorRef(name, parts[0].role, (rows, columns), parts[0].dtype, nbytes, load_rows)
+
+
 def spans_of(
     parts: Sequence[TensorRef], start: int, stop: int
 ) -> Iterator[tuple[TensorRef, int, int]]:

@@ -168,7 +168,7 @@ class ExpertsGraph:
         graph.node("Split", [vectors, counts], f"{name}.split", outputs=pieces, axis=0)
         inner = [self._inner(expert, piece) for expert, piece in enumerate(pieces)]
         answers = [
-            self.linear(f"{name}.{expert}.down", [f"ffn_down_exps.{expert}"], each)
+            self.linear(f"{name}_down_exps.{expert}", [f"ffn_down_exps.{expert}"], each)
             for expert, each in enumerate(inner)
         ]
         together = graph.node("Concat", answers, f"{name}.answers", axis=0)
@@ -208,17 +208,16 @@ class ExpertsGraph:
 
     def _inner(self, expert: int, x: str) -> str:
         """What the expert's last product is given."""
-        name = f"{self.name}.{expert}"
-        gate = self.linear(f"{name}.gate", [f"ffn_gate_exps.{expert}"], x)
-        up = self.linear(f"{name}.up", [f"ffn_up_exps.{expert}"], x)
-        return self.gated(name, gate, up)
+        gate = self.linear(f"{self.name}_gate_exps.{expert}", [f"ffn_gate_exps.{expert}"], x)
+        up = self.linear(f"{self.name}_up_exps.{expert}", [f"ffn_up_exps.{expert}"], x)
+        return self.gated(f"{self.name}.{expert}", gate, up)
 
     def _shared(self, x: str) -> str:
         graph, name = self.graph, f"{self.name}.shared"
-        gate = self.linear(f"{name}.gate", ["ffn_gate_shexp"], x)
-        up = self.linear(f"{name}.up", ["ffn_up_shexp"], x)
+        gate = self.linear(f"{self.name}_gate_shexp", ["ffn_gate_shexp"], x)
+        up = self.linear(f"{self.name}_up_shexp", ["ffn_up_shexp"], x)
         answer = self.linear(
-            f"{name}.down", ["ffn_down_shexp"], self.gated(name, gate, up)
+            f"{self.name}_down_shexp", ["ffn_down_shexp"], self.gated(name, gate, up)
         )
         if not self.experts.shared_gate:
             return answer

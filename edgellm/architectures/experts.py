@@ -8,12 +8,13 @@ them and as GGUF stores them: ``ffn_gate_exps`` ``[experts, out, in]``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from edgellm.architectures.config import MOST_LAYERS, REQUIRED, Config
 from edgellm.architectures.decoder import Decoder, Experts, Layer
 from edgellm.architectures.family import Part, TensorRow
+from edgellm.tensors import TensorRef
 
 MOST_EXPERTS = 1024
 """Far above any real model, and what llama.cpp has room for (``LLAMA_MAX_EXPERTS``)."""
@@ -65,6 +66,16 @@ def expert_of(role: str) -> int | None:
     """Which expert of its layer the weight ``role`` belongs to; None for any other role."""
     found = OF_EXPERT.fullmatch(role)
     return int(found[2]) if found else None
+
+
+def active_weights(decoder: Decoder, tensors: Mapping[str, TensorRef]) -> int:
+    """Number of weights that one token passes: all but those of experts that it is not sent to."""
+    total = 0.0
+    for role, ref in tensors.items():
+        layer = int(role.split(".")[1]) if stack_of(role) else -1
+        experts = decoder.layers[layer].experts if layer >= 0 else None
+        total += ref.size if experts is None else ref.size * experts.used / experts.count
+    return round(total)
 
 
 def mixture_rows(

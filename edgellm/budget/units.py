@@ -54,6 +54,12 @@ def units_of(recipe: Recipe, source: ModelSource, container: Container) -> list[
             "--fit and --bits choose a grid for each tensor, and edgellm writes one for all to "
             f"{container.name}: choose --format gguf, {' or '.join(GROUPS)}"
         )
+    if any(layer.experts for layer in source.decoder.layers):
+        raise UnsupportedTarget(
+            "--fit and --bits measure what each tensor's rounding costs, which is not known of "
+            f"experts that few tokens pass ({source.decoder.family} models are mixtures of them): "
+            "choose --quant, with --tensor-grid for what should have more bits"
+        )
     base = container.lay_out(source, recipe)
     tied = source.decoder.tied_head
     free = [tensor for tensor in stored(base) if not _fixed(tensor, base, recipe, tied=tied)]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edgellm.architectures.decoder import Decoder, Layer, Norm, Rope
+from edgellm.architectures.decoder import Decoder, Experts, Layer, Norm, Rope
 from edgellm.architectures.rope import inverse_frequencies
 
 Array = npt.NDArray[np.float64]
@@ -38,7 +38,7 @@ def logits(decoder: Decoder, tensors: Tensors, token_ids: Sequence[int]) -> Arra
         if not decoder.shared_norm:
             before = x if decoder.parallel else after
             before = _norm(decoder.norm, block, "ffn_norm", before) if decoder.pre_norms else before
-        x = after + decoder.residual_scale * _feed_forward(decoder, block, before)
+        x = after + decoder.residual_scale * _after_attention(decoder, layer, block, before)
     x = _norm(decoder.norm, weights, "output_norm", x)
     head = weights["token_embd.weight" if decoder.tied_head else "output.weight"]
     found = x @ head.T * decoder.logit_scale + weights.get("output.bias", 0.0)
@@ -112,6 +112,48 @@ def _from_latents(
     q, turned = _rotate(layer.rope, q), _rotate(layer.rope, turned[:, None])
     turned = np.repeat(turned, decoder.heads, axis=1)
     return np.concatenate([plain, q], axis=2), np.concatenate([k, turned], axis=2), v
+
+
+def _after_attention(decoder: Decoder, layer: Layer, block: Tensors, x: Array) -> Array:
+    if layer.experts is None:
+        return _feed_forward(decoder, block, x)
+    return _mixture(decoder, layer.experts, block, x)
+
+
+def _mixture(decoder: Decoder, experts: Experts, block: Tensors, x: Array) -> Array:
+    router = experts.router
+    logits = _product(block, "ffn_gate_inp", x)
+    if router.scores == "sigmoid":
+        scores = 1.0 / (1.0 + np.exp(-logits))
+    else:
+        scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+        scores /= scores.sum(axis=1, keepdims=True)
+    ranked = scores + block["exp_probs_b.bias"] if router.bias else scores
+    if router.groups > 1:
+        by_group = ranked.reshape(len(x), router.groups, -1)
+        tops = 1 if router.group_score == "best" else 2
+        worth = np.sort(by_group, axis=2)[:, :, -tops:].sum(axis=2)
+        last = np.sort(worth, axis=1)[:, -router.groups_used, None]
+        ranked = np.where((worth >= last)[:, :, None], by_group, -np.inf).reshape(len(x), -1)
+    out = np.zeros_like(x)
+    for token, row in enumerate(ranked):
+        chosen = np.argsort(-row, kind="stable")[: experts.used]
+        weights = scores[token, chosen]
+        if router.normalized:
+            weights = weights / weights.sum()
+        for expert, weight in zip(chosen, weights * router.factor, strict=True):
+            out[token] += weight * _gated(decoder, block, f"exps.{expert}", x[token : token + 1])[0]
+    if experts.shared_width:
+        shared = _gated(decoder, block, "shexp", x)
+        if experts.shared_gate:
+            shared = shared / (1.0 + np.exp(-_product(block, "ffn_gate_inp_shexp", x)))
+        out = out + shared
+    return out
+
+
+def _gated(decoder: Decoder, block: Tensors, part: str, x: Array) -> Array:
+    gate = _ACTIVATIONS[decoder.activation](_product(block, f"ffn_gate_{part}", x))
+    return _product(block, f"ffn_down_{part}", gate * _product(block, f"ffn_up_{part}", x))
 
 
 def _feed_forward(decoder: Decoder, block: Tensors, x: Array) -> Array:

@@ -166,6 +166,23 @@ _DEEPSEEK_EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 64,
 }
 
+_QWEN_EXPERTS: dict[str, Any] = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+}
+_SHARED: dict[str, Any] = {"shared_expert_intermediate_size": 160}
+_GRANITE_EXPERTS: dict[str, Any] = {
+    "rms_norm_eps": 1e-5,
+    "intermediate_size": 64,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "embedding_multiplier": 6.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.1,
+    "logits_scaling": 3.0,
+}
+
 MODELS: dict[str, Tiny] = {
     # Llama: three query heads to a kv head, heads wider than the model together, untied.
     "llama": Tiny(
@@ -409,6 +426,53 @@ MODELS: dict[str, Tiny] = {
             "tie_word_embeddings": True,
         },
         seed=21,
+    ),
+    # Mixtures of experts: counts that are no power of two, experts narrower than the model.
+    "mixtral": Tiny(
+        "MixtralConfig",
+        _LLAMA | {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None},
+        "llama3",
+        seed=201,
+    ),
+    "qwen2_moe": Tiny("Qwen2MoeConfig", _QWEN2 | _QWEN_EXPERTS | _SHARED, "qwen2", seed=202),
+    # What llama.cpp's graph cannot: weights that sum to one, a layer without experts.
+    "qwen2_moe-dense": Tiny(
+        "Qwen2MoeConfig",
+        _QWEN2 | _QWEN_EXPERTS | _SHARED | {"norm_topk_prob": True, "mlp_only_layers": [1]},
+        "qwen2",
+        seed=203,
+    ),
+    "qwen3_moe": Tiny(
+        "Qwen3MoeConfig",
+        _QWEN | _QWEN_EXPERTS | {"norm_topk_prob": True, "num_experts": 7},
+        "qwen2",
+        seed=204,
+    ),
+    "qwen3_moe-dense": Tiny(
+        "Qwen3MoeConfig",
+        _QWEN | _QWEN_EXPERTS | {"decoder_sparse_step": 2, "num_hidden_layers": 4},
+        "qwen2",
+        seed=205,
+    ),
+    "olmoe": Tiny(
+        "OlmoeConfig",
+        _SQUARE
+        | {
+            "num_key_value_heads": 6,
+            "rms_norm_eps": 1e-5,
+            "num_experts": 9,
+            "num_experts_per_tok": 4,
+            "intermediate_size": 64,
+        },
+        seed=206,
+    ),
+    "granitemoe": Tiny(
+        "GraniteMoeConfig", _SQUARE | _GRANITE_EXPERTS | {"tie_word_embeddings": True}, seed=207
+    ),
+    "granitemoeshared": Tiny(
+        "GraniteMoeSharedConfig",
+        _SQUARE | _GRANITE_EXPERTS | {"shared_intermediate_size": 96},
+        seed=208,
     ),
     # Heads that are no power of two, whose slopes come in two series.
     "bloom": Tiny("BloomConfig", {"hidden_size": 192, "n_layer": 3, "n_head": 6}, seed=107),
