@@ -17,7 +17,10 @@ from edgellm.architectures.gguf_metadata import facts_of, gguf_keys, rope_factor
 from edgellm.errors import UnsupportedModel
 from edgellm.registry import suggestion
 
-__all__ = ["FAMILIES", "REFUSED", "config_from_gguf", "family_of", "gguf_keys", "rope_factors"]
+__all__ = [
+    "FAMILIES", "REFUSED", "config_from_gguf", "family_of", "gguf_keys", "passed_over",
+    "rope_factors",
+]  # fmt: skip
 
 FAMILIES = tuple(sorted(module.name for module in pkgutil.iter_modules(families.__path__)))
 """Every ``model_type`` that is converted."""
@@ -83,6 +86,14 @@ def family_named(model_type: str) -> Family:
     """The family of ``FAMILIES`` with that name."""
     found: Family = importlib.import_module(f"{families.__name__}.{model_type}").FAMILY
     return found
+
+
+def passed_over(arch: str) -> tuple[str, ...]:
+    """Parts of a layer, and the head, that llama.cpp's graph of ``arch`` takes no adapters for."""
+    layouts = (family_named(name).gguf for name in FAMILIES)
+    return next(
+        (layout.graph.without_adapters for layout in layouts if layout and layout.arch == arch), ()
+    )
 
 
 def config_from_gguf(

@@ -41,7 +41,8 @@ class TensorRow:
     expected in ``[out, in]`` order. ``transposed``: the checkpoint holds ``[in, out]`` (GPT-2's
     Conv1D). ``order``: how rows lie in the checkpoint, where the network takes them in another.
     ``elsewhere``: other places that it may be in. Where it is not stored ``apart``, it is always in
-    one of these, and ``source`` is our own name for it.
+    one of these, and ``source`` is our own name for it. ``pieces``: names of the tensors that a
+    checkpoint has its rows in, one in each, in place of ``source``.
     """
 
     source: str
@@ -52,6 +53,7 @@ class TensorRow:
     order: RowOrder | None = None
     elsewhere: tuple[Part, ...] = ()
     apart: bool = True
+    pieces: tuple[str, ...] = ()
 
 
 def weight_and_bias(

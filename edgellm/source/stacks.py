@@ -12,7 +12,7 @@ from dataclasses import replace
 from edgellm.architectures.experts import SHARED_GATE, expert_of, stack_of
 from edgellm.architectures.family import TensorRow
 from edgellm.errors import TensorError
-from edgellm.tensors import TensorRef, rows_of
+from edgellm.tensors import TensorRef, rows_of, stacked
 
 Matrix = Callable[[TensorRef], TensorRef]
 """A stored tensor of any shape as ``[rows, in]``, all of its dimensions but the last as rows."""
@@ -28,6 +28,10 @@ def unstacked(
     found, used = dict(stored), set()
     for row in rows:
         if row.source in stored:
+            continue
+        if row.pieces and all(name in stored for name in row.pieces):
+            used.update(row.pieces)
+            found[row.source] = stacked([stored[name] for name in row.pieces], row.source)
             continue
         part = next((each for each in row.elsewhere if each.name in stored), None)
         if part is None:

@@ -401,6 +401,10 @@ MODELS: dict[str, Tiny] = {
         seed=29,
     ),
     "stablelm-eighth": Tiny("StableLmConfig", _SQUARE, seed=28),
+    # As StableLM 2 12B is: heads normed each with their own weights, one norm for both halves.
+    "stablelm-normed": Tiny(
+        "StableLmConfig", _SQUARE | {"qk_layernorm": True, "use_parallel_residual": True}, seed=210
+    ),
     "phi": Tiny(
         "PhiConfig", _SQUARE | {"hidden_act": "gelu_new", "num_key_value_heads": 6}, seed=19
     ),
@@ -743,6 +747,9 @@ def randomize(model: transformers.PreTrainedModel, seed: int) -> None:
             else:
                 # Products of a Conv1D are stored [in, out]: sizes are close enough for a test.
                 parameter.copy_(1.3 * noise / parameter.shape[-1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=draw))
 
 
 def as_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
