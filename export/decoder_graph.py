@@ -22,7 +22,7 @@ import numpy as np
 from onnx import TensorProto
 
 from edgellm.architectures.decoder import Decoder, Feature, Rope
-from edgellm.architectures.experts import expert_of
+from edgellm.architectures.experts import ROUTER, SHARED_GATE, expert_of
 from edgellm.architectures.latent import Latent
 from edgellm.errors import UnsupportedTarget
 from edgellm.export.experts_graph import ExpertsGraph, Routed
@@ -489,6 +489,8 @@ class DecoderGraph:
         experts = self.decoder.layers[index].experts
         if experts is None:
             return ""
+        gates = (ROUTER, SHARED_GATE)[: 1 + experts.shared_gate]
+        self.inputs[x] = [f"blk.{index}.{role}" for role in gates]
         mixture = ExpertsGraph(
             self.graph,
             experts,

@@ -18,9 +18,6 @@ from edgellm.architectures.decoder import Decoder, Experts
 from edgellm.architectures.latent import Latent
 from edgellm.tensors import Array
 
-OF_EXPERTS = ("ffn_gate_exps", "ffn_up_exps")
-"""Parts whose input is also the router's, so that its scores would move with it."""
-
 
 @dataclass(frozen=True, slots=True)
 class Absorber:
@@ -129,8 +126,6 @@ def left_out(decoder: Decoder) -> dict[str, str]:
         unscalable = "its input is the residual stream, which other parts of the network read"
     if unscalable:
         reasons |= dict.fromkeys(_attention(decoder) + _feed_forward(decoder), unscalable)
-    if any(layer.experts for layer in decoder.layers):
-        reasons |= dict.fromkeys(OF_EXPERTS, "the router and all experts read it together")
     if decoder.qkv_clip is not None:
         reasons["attn_output"] = "values are clipped, which does not pass factors on"
     if not decoder.gated_mlp and not all(layer.experts for layer in decoder.layers):
@@ -176,10 +171,11 @@ def _norms(decoder: Decoder, layer: int) -> list[Coupling]:
     """Norms to the products that read them: one for attention and feed-forward, or one each."""
     if not decoder.pre_norms or not decoder.norm.weight:
         return []
+    experts = decoder.layers[layer].experts
     attention, feed_forward = _attention(decoder), _feed_forward(decoder)
+    if experts is not None:
+        feed_forward = _readers(experts)
     readers = {"attn_norm": attention, "ffn_norm": feed_forward}
-    if decoder.layers[layer].experts is not None:
-        del readers["ffn_norm"]
     if decoder.shared_norm:
         readers = {"attn_norm": attention + feed_forward}
     return [
@@ -221,6 +217,14 @@ def _latent_values(decoder: Decoder, layer: int, latent: Latent) -> Coupling:
     )
     consumers = (f"blk.{layer}.attn_output.weight",)
     return Coupling(layer, "attn_v", consumers, (rows,), latent.value_dim, decoder.heads)
+
+
+def _readers(experts: Experts) -> list[str]:
+    """The products that read what a mixture is given; the router, whose input is all of it, first."""
+    shared = ["ffn_gate_shexp", "ffn_up_shexp"] if experts.shared_width else []
+    gates = ["ffn_gate_inp_shexp"] if experts.shared_gate else []
+    of_each = [f"ffn_{part}_exps.{n}" for n in range(experts.count) for part in ("gate", "up")]
+    return ["ffn_gate_inp", *gates, *shared, *of_each]
 
 
 def _values(decoder: Decoder, layer: int) -> Coupling:

@@ -62,6 +62,11 @@ def stack_of(role: str) -> str:
     return f"{found[1]}.weight" if found else ""
 
 
+def is_router(role: str) -> bool:
+    """Whether ``role`` is the weight that experts are chosen by."""
+    return role.endswith(ROUTER)
+
+
 def expert_of(role: str) -> int | None:
     """Which expert of its layer the weight ``role`` belongs to; None for any other role."""
     found = OF_EXPERT.fullmatch(role)

@@ -31,6 +31,10 @@ from edgellm.source.model import ModelSource
 from edgellm.tensors import Array, TensorRef
 
 
+MOST_WEIGHTS = 24
+"""Of weights that share an input a search looks at so many, spread over all: experts are many."""
+
+
 @dataclass
 class Folding:
     """The factors of every coupling of ``original``, unit by unit: layers from 0 on, then the head.
@@ -77,9 +81,12 @@ class Folding:
         folded = dict(statistics)
         for coupling in self._of(index):
             known = [role for role in coupling.consumers if role in statistics]
-            if known:
-                shared = folded_statistics(statistics[known[0]], self._columns_of(coupling))
-                folded.update(dict.fromkeys(known, shared))
+            made: dict[int, Statistics] = {}
+            for role in known:  # experts have statistics of their own, of a part of the tokens
+                given = statistics[role]
+                if id(given) not in made:
+                    made[id(given)] = folded_statistics(given, self._columns_of(coupling))
+                folded[role] = made[id(given)]
         return folded
 
     def factors(self, index: int) -> dict[str, Array]:
@@ -116,6 +123,7 @@ class Folding:
             for role in coupling.consumers
             if grids[role].kind != "float"
         ]
+        weights = weights[:: -(-len(weights) // MOST_WEIGHTS)] if weights else weights
         if not weights:
             return unscaled(coupling, "its weights stay floats")
         return self.search(weights, inputs, coupling, corrected=self.corrected)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from edgellm.architectures.experts import is_router
 from edgellm.calibration.routing import RoutedSums
 from edgellm.calibration.stream import BUDGET_BYTES, TokenStream
 from edgellm.calibration.sums import CHUNK_TOKENS, InputSums
@@ -207,7 +208,8 @@ class CalibrationPass:
             (total.result(), layer.inputs[name]) for name, total in sums.items()
         ]
         if routed is not None:
-            results += routed.results()
+            (whole,) = (found for found, roles in results if is_router(roles[0]))
+            results += routed.results(whole)
         found = []
         for statistics, names in results:
             # The graph knows every layer as its first.

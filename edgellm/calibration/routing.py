@@ -1,8 +1,7 @@
 """Statistics of what each expert of a mixture is given: of the tokens alone that are sent to it.
 
 Experts that too few tokens reached have no statistics worth the name. Their gate and up are then
-told of the inputs that all experts of the layer were given, for those are vectors of one stream,
-and their down, whose inputs are the expert's own, counts all channels alike, as llama.cpp does
+rounded by the inputs of the whole layer, for those are vectors of one stream, and their down, whose inputs are the expert's own, counts all channels alike, as llama.cpp does
 where its importance matrix knows nothing of an expert.
 """
 
@@ -24,7 +23,7 @@ Integers = npt.NDArray[np.int64]
 FEW_TOKENS = 32
 """Below so many, what was seen of an expert's inputs is not taken for what they are like."""
 
-OF_ALL = "by the inputs of all experts of the layer"
+OF_ALL = "by the inputs of the whole layer"
 ALIKE = "with all channels of the input counted alike"
 """How an expert that few tokens reached is rounded (``Statistics.instead``)."""
 
@@ -75,23 +74,26 @@ class RoutedSums:
             for total in sums:
                 total.stop()
 
-    def results(self) -> Iterator[tuple[Statistics, tuple[str, ...]]]:
-        """Statistics of every expert's inputs, and the weights that are multiplied by them."""
+    def results(self, whole: Statistics) -> Iterator[tuple[Statistics, tuple[str, ...]]]:
+        """Statistics of every expert's inputs, and the weights that are multiplied by them.
+
+        ``whole``: those of all that the layer's experts were given.
+        """
         for x, roles in self.routed.inputs.items():
             sums = self.sums[x]
             few = [total.tokens < FEW_TOKENS for total in sums]
-            instead = self._instead(sums, len(roles[0]) > 1) if any(few) else None
+            shared = whole if len(roles[0]) > 1 else None
+            instead = self._instead(sums[0], shared) if any(few) else whole
             for total, names, is_few in zip(sums, roles, few, strict=True):
                 # One object for all of them: what is made of it is made once.
-                yield instead if is_few and instead is not None else total.result(), names
+                yield instead if is_few else total.result(), names
 
-    def _instead(self, sums: list[InputSums], shared: bool) -> Statistics:
-        """What stands in for an expert's own; ``shared``: all are given vectors of one stream."""
-        if shared and sum(total.tokens for total in sums):
-            return replace(InputSums.of_all(sums).result(), instead=OF_ALL)
-        first = sums[0]
-        ones = np.ones(first.columns, np.float32)
-        hessian = ones if first.diagonal_only else np.diag(ones)
+    def _instead(self, sums: InputSums, whole: Statistics | None) -> Statistics:
+        """What stands in for an expert's own; ``whole`` where all are given parts of one input."""
+        if whole is not None:
+            return replace(whole, instead=OF_ALL)
+        ones = np.ones(sums.columns, np.float32)
+        hessian = ones if sums.diagonal_only else np.diag(ones)
         return Statistics(hessian, ones.copy(), 0, instead=ALIKE)
 
     def _bounds(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from threading import Condition
 
 import numpy as np
@@ -87,18 +86,6 @@ class InputSums:
     def tokens(self) -> int:
         """How many were counted."""
         return self._tokens
-
-    @classmethod
-    def of_all(cls, sums: Sequence[InputSums]) -> InputSums:
-        """What ``sums``, of inputs of one kind, come to together; they stay as they are."""
-        total = cls(sums[0].columns, diagonal_only=sums[0].diagonal_only)
-        for each in sums:
-            total._sums += each._sums
-            total._squares += each._squares
-            np.maximum(total._largest, each._largest, out=total._largest)
-            total._tokens += each._tokens
-            total._weight += each._weight
-        return total
 
     def stop(self) -> None:
         """Let nobody wait any more: a piece will not come."""
