@@ -83,6 +83,11 @@ def plan_tuning(
             f"--tune trains dense networks, and {source.decoder.family} models are mixtures of "
             "experts: leave it out; --quant gptq:GRID makes good what rounding loses"
         )
+    if layout.container == "gguf" and source.family.gguf_layout.absorbed:
+        raise UnsupportedTarget(
+            "--tune reads weights back whole, and GGUF has what makes keys and values of latent "
+            "vectors in two stacks: leave it out, or choose --format onnx"
+        )
     if importlib.util.find_spec("torch") is None:
         raise RuntimeMissing(
             "--tune trains with torch, which is not installed: pip install 'edgellm[calibrate]', "

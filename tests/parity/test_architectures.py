@@ -52,7 +52,8 @@ def read(folder: Path) -> tuple[Decoder, Tensors]:
     stored = safetensors.load_file(folder / "model.safetensors")
     tensors = {}
     for row in family.tensors(decoder):
-        values = stored.pop(row.source)
+        pieces = [stored.pop(name) for name in row.pieces]
+        values = np.stack(pieces) if pieces else stored.pop(row.source)
         values = values.T if row.transposed else values
         tensors[row.role] = ordered(values, row)
         assert tensors[row.role].shape == row.shape, row
@@ -167,6 +168,14 @@ MISREADINGS: dict[str, tuple[str, Callable[[Decoder], Decoder]]] = {
         lambda decoder: _all_layers(decoder, rope=Rope(1e4, 32)),
     ),
     "head tied": ("qwen3", lambda decoder: replace(decoder, tied_head=True)),
+    "scores of yarn lost": (
+        "deepseek_v2-lite",
+        lambda decoder: replace(decoder, attention_scale=None),
+    ),
+    "norms of heads alike": (
+        "stablelm-normed",
+        lambda decoder: replace(decoder, qk_norm=False),
+    ),
 }
 
 
@@ -285,7 +294,8 @@ def test_roles_are_the_names_of_gguf(name: str, tiny_model: TinyModel) -> None:
         block = stem.split(".")[1] if stem.startswith("blk.") else ""
         assert stem.replace(f"blk.{block}.", "blk.{bid}.") in known
         # Some names are known there as models saved without their head have them alone.
-        sources = (row.source, row.source.removeprefix(family.base_prefix))
+        source = row.source.replace(".norms.", ".") if row.pieces else row.source
+        sources = (source, source.removeprefix(family.base_prefix))
         assert name in [mapping.get_name(source, (f".{suffix}",)) for source in sources]
 
 
@@ -328,4 +338,6 @@ BEYOND_LLAMA_CPP = {
     "mpt-scale",
     "falcon-grouped",
     "falcon-grouped-one-norm",
+    "minicpm3-plain",
+    "deepseek_v2-groups",
 }
