@@ -45,6 +45,8 @@ REFUSED = {
     "mpt-scale": r"an attention scale other than 1/sqrt\(head_dim\)",
     **dict.fromkeys(("gptj", "gptj-eighth", "opt", "opt-bare"), "no graph for (gptj|opt) models"),
     "gpt2-untied": "an attention scale other than.*the activation gelu ",
+    "qwen2_moe-dense": "layers without experts among those with; router weights that sum to one",
+    "qwen3_moe-dense": "layers without experts.*a model without router weights that sum to one",
 }
 CAPPED = {"mistral": 8, "qwen2-window": 6, "starcoder2-window": 8}
 """Models with windows that the graph of their architecture does not have."""
