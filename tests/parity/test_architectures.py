@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from edgellm.architectures import FAMILIES, config_from_gguf, family_of, gguf_keys, rope_factors
 from edgellm.architectures.config import HARMLESS_KEYS, NEUTRAL_VALUES, Config
 from edgellm.architectures.decoder import Decoder, Layer, Rope
+from edgellm.architectures.experts import stack_of
 from edgellm.architectures.family import TensorRow
 from edgellm.architectures.gguf_rows import name_in_file
 from edgellm.architectures.rope import inverse_frequencies, read_rope
@@ -51,13 +53,21 @@ def read(folder: Path) -> tuple[Decoder, Tensors]:
     decoder = family.describe(Config(config))
     stored = safetensors.load_file(folder / "model.safetensors")
     tensors = {}
+    used = set()
     for row in family.tensors(decoder):
-        pieces = [stored.pop(name) for name in row.pieces]
-        values = np.stack(pieces) if pieces else stored.pop(row.source)
+        name, values = row.source, stored.get(row.source)
+        if row.pieces:
+            values = np.stack([stored[piece] for piece in row.pieces])
+            used.update(row.pieces)
+        elif values is None:
+            part = next(each for each in row.elsewhere if each.name in stored)
+            name, last = part.name, part.first + row.shape[0]
+            values = stored[name].reshape(-1, row.shape[1])[part.first : last]
+        used.update(() if row.pieces else (name,))
         values = values.T if row.transposed else values
         tensors[row.role] = ordered(values, row)
         assert tensors[row.role].shape == row.shape, row
-    assert not stored, "tensors without a row"
+    assert used == stored.keys(), "tensors without a row"
     return decoder, tensors
 
 
@@ -98,6 +108,20 @@ def _with_scaling(decoder: Decoder, **change: Any) -> Decoder:
         return replace(layer, rope=replace(rope, scaling=replace(rope.scaling, **change)))
 
     return replace(decoder, layers=tuple(changed(layer) for layer in decoder.layers))
+
+
+def _with_mixture(decoder: Decoder, **change: Any) -> Decoder:
+    return replace(
+        decoder,
+        layers=tuple(
+            replace(each, experts=replace(each.experts, **change)) for each in decoder.layers
+        ),
+    )
+
+
+def _with_router(decoder: Decoder, **change: Any) -> Decoder:
+    router = replace(decoder.layers[0].experts.router, **change)
+    return _with_mixture(decoder, router=router)
 
 
 def _unscaled(decoder: Decoder) -> Decoder:
@@ -166,6 +190,20 @@ MISREADINGS: dict[str, tuple[str, Callable[[Decoder], Decoder]]] = {
     "rope over the whole head": (
         "gptj-eighth",
         lambda decoder: _all_layers(decoder, rope=Rope(1e4, 32)),
+    ),
+    "router weights not normalized": (
+        "mixtral",
+        lambda decoder: _with_router(decoder, normalized=False),
+    ),
+    "router weights normalized": (
+        "olmoe",
+        lambda decoder: _with_router(decoder, normalized=True),
+    ),
+    "one expert fewer": ("qwen3_moe", lambda decoder: _with_mixture(decoder, used=2)),
+    "shared expert lost": ("qwen2_moe", lambda decoder: _with_mixture(decoder, shared_width=0)),
+    "shared expert's gate lost": (
+        "qwen2_moe",
+        lambda decoder: _with_mixture(decoder, shared_gate=False),
     ),
     "head tied": ("qwen3", lambda decoder: replace(decoder, tied_head=True)),
     "scores of yarn lost": (
@@ -289,12 +327,16 @@ def test_roles_are_the_names_of_gguf(name: str, tiny_model: TinyModel) -> None:
     known = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[arch]}
     mapping = gguf.get_tensor_name_map(arch, len(decoder.layers))
     for row in family.tensors(decoder):
-        name = name_in_file(row.role, decoder, family.gguf)
+        name = stack_of(row.role) or name_in_file(row.role, decoder, family.gguf)
         stem, _, suffix = name.rpartition(".")
         block = stem.split(".")[1] if stem.startswith("blk.") else ""
         assert stem.replace(f"blk.{block}.", "blk.{bid}.") in known
-        # Some names are known there as models saved without their head have them alone.
-        source = row.source.replace(".norms.", ".") if row.pieces else row.source
+        if not row.apart:  # llama.cpp's converter takes these apart by code
+            continue
+        # Some names are known there as models saved without their head have them alone, and
+        # those of experts once they are stacked.
+        source = re.sub(r"experts\.\d+\.", "experts.", row.source)
+        source = source.replace(".norms.", ".") if row.pieces else source
         sources = (source, source.removeprefix(family.base_prefix))
         assert name in [mapping.get_name(source, (f".{suffix}",)) for source in sources]
 
@@ -316,7 +358,7 @@ def test_gguf_keys_have_gguf_names_and_mean_the_same_model(
     if name in BEYOND_LLAMA_CPP:
         return
     factors = rope_factors(decoder, family.gguf_layout)
-    stored = [name_in_file(role, decoder, family.gguf) for role in tensors]
+    stored = [stack_of(role) or name_in_file(role, decoder, family.gguf) for role in tensors]
     config = config_from_gguf({"general.architecture": family.gguf.arch, **keys}, stored, factors)
     again = family_of(config).describe(Config(config))
     np.testing.assert_allclose(
@@ -340,4 +382,6 @@ BEYOND_LLAMA_CPP = {
     "falcon-grouped-one-norm",
     "minicpm3-plain",
     "deepseek_v2-groups",
+    "qwen2_moe-dense",
+    "qwen3_moe-dense",
 }

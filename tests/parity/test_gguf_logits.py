@@ -48,6 +48,8 @@ REFUSED = {
     "gpt2-untied": "an attention scale other than.*the activation gelu ",
     "minicpm3-plain": r"queries that are made at once.*a scale_emb of 3 \(it has 12\)",
     "deepseek_v2-groups": "groups of experts that are as good as their best one",
+    "qwen2_moe-dense": "layers without experts among those with; router weights that sum to one",
+    "qwen3_moe-dense": "layers without experts.*a model without router weights that sum to one",
 }
 CAPPED = {"mistral": 8, "qwen2-window": 6, "starcoder2-window": 8}
 """Models with windows that the graph of their architecture does not have."""
