@@ -294,9 +294,11 @@ class DecoderGraph:
         query, key, value = parts
         layer = decoder.layers[index]
         past, present = self._past_present(index) if cached else (["", ""], [])
-        inside = layer.rope is not None and layer.rope.dimensions % TURNED == 0
+        one = bool(key) and key == value  # cached once where the runtime knows of it
+        inside = layer.rope is not None and layer.rope.dimensions % TURNED == 0 and not one
         if layer.rope is not None and not inside:
             query, key, value = self._turned_apart(name, layer.rope, query, key, value)
+            value = key if one else value
         inputs = [query, key, value, *past, "seqlens_k", "total_length"]
         if layer.rope is not None and inside:
             inputs += self._rope(layer.rope)

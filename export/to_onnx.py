@@ -14,6 +14,7 @@ from onnx import TensorProto
 
 import edgellm
 from edgellm.architectures.decoder import Decoder, Feature
+from edgellm.architectures.latent import VALUES_ARE_KEYS
 from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
 from edgellm.export.context import capped_context
 from edgellm.export.decoder_graph import EXPRESSIBLE, DecoderGraph, Grids
@@ -107,7 +108,7 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     generation = source.generation
     tokenizer = source.tokenizer
     files = {
-        MODEL_FILE: graph.serialize({"edgellm.family": decoder.family}),
+        MODEL_FILE: graph.serialize(_metadata(decoder)),
         GENAI_CONFIG: genai_config(
             decoder,
             context_length=context_length,
@@ -142,6 +143,11 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
         context_length=context_length,
         notes=tuple(notes),
     )
+
+
+def _metadata(decoder: Decoder) -> dict[str, str]:
+    about = {"edgellm.family": decoder.family}
+    return about if decoder.latent is None else {**about, VALUES_ARE_KEYS: "1"}
 
 
 def _compute(asked: str | None, grids: Grids) -> str:

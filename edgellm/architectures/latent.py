@@ -37,3 +37,8 @@ class Latent:
     def head_rows(self) -> int:
         """Rows of ``attn_kv_b`` for each head: those of its keys, then those of its values."""
         return self.plain_dim + self.value_dim
+
+
+VALUES_ARE_KEYS = "edgellm.values_are_keys"
+"""In the metadata of an ONNX model: both caches of a layer hold the same, so that one memory can
+stand for both."""
