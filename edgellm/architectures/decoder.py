@@ -99,7 +99,10 @@ class Rope:
 
     theta: float
     dimensions: int
-    scaling: RopeScaling |@dataclass(frozen=True, slots=True)
+    scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Router:
     """How the experts of a token are chosen, and what their answers are weighed by.
 
@@ -174,17 +177,6 @@ class Norm:
     def biased(self) -> bool:
         """Whether a bias is stored."""
         return self.kind == "layer" and self.bias and self.weight
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """What may differ between layers: the rope, and the attention window.
-
-    With ``window`` w the token at position p sees positions p - w + 1 to p.
-    """
-
-    window: int | None = None
-    rope: Rope | None = None
 
 
 @dataclass(frozen=True, slots=True)
