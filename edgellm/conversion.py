@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 import edgellm
 from edgellm import quality_gate, registry
+from edgellm.architectures.decoder import Decoder
+from edgellm.architectures.experts import stack_of
 from edgellm.calibration.running import Outcome, round_in_blocks
 from edgellm.digests import file_sha256, ranges_sha256
 from edgellm.encoders.finding import find_encoder
@@ -39,6 +42,7 @@ from edgellm.lora.lineage import kept_entries, merge_entry
 from edgellm.lora.record import MergeRecord
 from edgellm.made import CARD, note_made
 from edgellm.manifest import (
+    ExpertFacts,
     MANIFEST,
     SCHEMA_VERSION,
     Artifact,
@@ -59,6 +63,7 @@ from edgellm.quant import SOLVERS, settings_of
 from edgellm.quant.devices import CPU, torch_name
 from edgellm.recipe import Recipe
 from edgellm.slabs import Solve, write_tensors
+from edgellm.tensors import Array
 from edgellm.tokenization import artifact_parity
 from edgellm.tune.settings import Tuned
 
@@ -196,9 +201,17 @@ def write_importance(plan: Plan, outcome: Outcome, path: Path) -> None:
     assert text is not None
     # llama.cpp calls the head so whether it is tied or not.
     names = {"token_embd.weight": HEAD}
+    found: dict[str, list[Array]] = {}
+    counts: dict[str, list[float]] = {}
+    for role, values in outcome.importance.items():
+        stack = stack_of(role)
+        found.setdefault(stack or names.get(role, role), []).append(values)
+        if stack:
+            counts.setdefault(stack, []).append(float(outcome.tokens[role]))
     write_imatrix(
         path,
-        {names.get(role, role): values for role, values in outcome.importance.items()},
+        {name: np.concatenate(parts) for name, parts in found.items()},
+        counts={name: np.asarray(each, np.float32) for name, each in counts.items()},
         tokens=text.tokens,
         chunk_tokens=len(text.windows[0]),
         datasets=[text.name],
@@ -406,14 +419,20 @@ def _model_facts(plan: Plan) -> ModelFacts:
         hidden_size=decoder.hidden_size,
         layer_count=len(decoder.layers),
         head_count=decoder.heads,
-        kv_head_count=decoder.kv_heads,
-        head_dim=decoder.head_dim,
+        kv_head_count=decoder.cache_heads,
+        head_dim=decoder.cache_dim,
         context_length=plan.layout.context_length,
         windows=tuple(layer.window for layer in decoder.layers),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_ids=tuple(tokenizer.eos_token_ids),
         features=tuple(sorted(feature.value for feature in decoder.features())),
+        experts=_expert_facts(decoder),
     )
+
+
+def _expert_facts(decoder: Decoder) -> ExpertFacts | msgspec.UnsetType:
+    experts = next((layer.experts for layer in decoder.layers if layer.experts), None)
+    return ExpertFacts(count=experts.count, used=experts.used) if experts else msgspec.UNSET
 
 
 def _tool_versions(plan: Plan) -> dict[str, str]:

@@ -16,7 +16,14 @@ import msgspec
 
 from edgellm.errors import SourceError
 from edgellm.json_file import read_json
+from edgellm.lora.checkpoint_weights import text_config
 from edgellm.manifest import MANIFEST, Artifact, Manifest, open_artifact
+from edgellm.profiling.matrices import (
+    EXPERTS,
+    share_of_config,
+    share_of_gguf,
+    share_of_model,
+)
 from edgellm.source.pickles import PICKLES, refuse_pickle
 
 LONGEST_VALUE = 200
@@ -39,6 +46,8 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     ``kind``: ``artifact``, ``gguf``, ``onnx`` or ``safetensors``. ``output_bytes``: all its files.
     ``bits_per_weight`` counts a tied tensor once; None where codes are packed and their number
     cannot be known (a plain ONNX file). ``grid_bytes``: bytes of tensors by stored type.
+    ``weights``: how many there are, ``active_weights`` of these without the experts that a token
+    does not pass; None where ``bits_per_weight`` is, or there are no experts.
     """
 
     path: Path
@@ -50,6 +59,8 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     tensors: tuple[InspectedTensor, ...]
     notes: tuple[str, ...] = ()
     manifest: Manifest | None = None
+    weights: int | None = None
+    active_weights: int | None = None
 
 
 def inspect(path: str | PathLike[str]) -> Inspection:
@@ -98,7 +109,7 @@ def _inspect_artifact(artifact: Artifact) -> Inspection:
     assert artifact.manifest is not None
     made = artifact.manifest.artifact
     grid_bytes: Counter[str] = Counter()
-    weights = 0
+    weights, active, share = 0, 0.0, share_of_model(made.model)
     counted: set[tuple[tuple[str, int, int], ...]] = set()
     beside = {adapter.file for adapter in made.kept_adapters}
     for tensor in made.tensors:
@@ -106,6 +117,7 @@ def _inspect_artifact(artifact: Artifact) -> Inspection:
             counted.add(tensor.arrays)
             grid_bytes[tensor.grid] += tensor.nbytes
             weights += math.prod(tensor.shape)
+            active += math.prod(tensor.shape) * (share if EXPERTS.search(tensor.role) else 1.0)
     return Inspection(
         path=artifact.path,
         kind="artifact",
@@ -131,6 +143,8 @@ def _inspect_artifact(artifact: Artifact) -> Inspection:
         ),
         notes=made.notes,
         manifest=artifact.manifest,
+        weights=weights,
+        active_weights=round(active) if share < 1 else None,
     )
 
 
@@ -142,12 +156,14 @@ def _inspect_safetensors(path: Path, shards: list[Path]) -> Inspection:
     for config in (path / "config.json", path / "adapter_config.json"):
         if config.exists():
             metadata.update(read_json(config))
+    share = share_of_config(text_config(metadata))
     for header in headers:
         metadata.update(header.metadata)
     return _inspection(
         path,
         "safetensors",
         files=shards,
+        share=share,
         metadata=metadata,
         tensors=[
             InspectedTensor(
@@ -170,6 +186,7 @@ def _inspect_gguf(path: Path) -> Inspection:
         path,
         "gguf",
         files=stored.files,
+        share=share_of_gguf(stored.metadata),
         metadata=stored.metadata,
         tensors=[
             InspectedTensor(
@@ -235,7 +252,7 @@ def _inspect_onnx(path: Path) -> Inspection:
         tensors=tensors,
         notes=tuple(f"its data file {name} is missing" for name in missing),
     )
-    return msgspec.structs.replace(found, bits_per_weight=None)
+    return msgspec.structs.replace(found, bits_per_weight=None, weights=None)
 
 
 def _onnx_bytes(data_type: int, size: int) -> int:
@@ -256,11 +273,14 @@ def _inspection(
     metadata: dict[str, Any],
     tensors: list[InspectedTensor],
     notes: tuple[str, ...] = (),
+    share: float = 1.0,
 ) -> Inspection:
+    """``share``: how much of a layer's experts each token passes."""
     grid_bytes: Counter[str] = Counter()
     for tensor in tensors:
         grid_bytes[tensor.grid] += tensor.nbytes
     weights = sum(math.prod(tensor.shape) for tensor in tensors)
+    of_experts = sum(math.prod(each.shape) for each in tensors if EXPERTS.search(each.name))
     return Inspection(
         path=path,
         kind=kind,
@@ -270,6 +290,8 @@ def _inspection(
         metadata={name: shortened(value) for name, value in metadata.items()},
         tensors=tuple(tensors),
         notes=notes,
+        weights=weights,
+        active_weights=round(weights - (1 - share) * of_experts) if share < 1 else None,
     )
 
 

@@ -154,6 +154,13 @@ class TuningEntry(msgspec.Struct, frozen=True, kw_only=True):
     torch: str
 
 
+class ExpertFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a mixture: how many experts a layer has, and how many of them each token passes."""
+
+    count: int
+    used: int
+
+
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What a runtime needs to know to run the artifact without the source's config."""
 
@@ -169,6 +176,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     features: tuple[str, ...] = ()
+    experts: ExpertFacts | msgspec.UnsetType = msgspec.UNSET
 
 
 class EncoderFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

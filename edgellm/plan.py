@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import psutil
 
+from edgellm.architectures.experts import active_weights
 from edgellm.errors import UsageError
 from edgellm.export import CONTAINERS, container_named
 from edgellm.export.layout import Container, Layout
@@ -104,6 +105,11 @@ class Plan:
             for array in tensor.arrays
         }
         return 8 * sum(stored.values()) / self.layout.weights
+
+    @property
+    def active_weights(self) -> int:
+        """Number of the source's weights without those of experts that a token does not pass."""
+        return active_weights(self.source.decoder, self.source.tensors)
 
     def slabs(self) -> list[Slab]:
         """The units of work, in the order of the file; the same for any number of threads."""

@@ -51,6 +51,8 @@ class Written:
 def slab_rows(tensor: OutputTensor, most_bytes: int | None = None) -> int:
     """Rows of ``tensor`` that fit into a slab, at least those that are packed together.
 
+    Never of two experts.
+
     All of one whose rows cannot be rounded apart. ``most_bytes`` of float32, where a slab is not
     to have ``SLAB_BYTES``.
     """
@@ -58,7 +60,7 @@ def slab_rows(tensor: OutputTensor, most_bytes: int | None = None) -> int:
         return tensor.rows
     together = tensor.rows_together
     rows = rows_within(most_bytes or SLAB_BYTES, tensor.columns)
-    return max(together, rows - rows % together)
+    return min(tensor.rows // tensor.experts, max(together, rows - rows % together))
 
 
 def slab_bytes(tensor: OutputTensor, most_bytes: int | None = None) -> int:
@@ -71,11 +73,18 @@ def slabs_of(
 ) -> list[Slab]:
     """The slabs of the tensors at ``places``, in that order; the same for any number of threads."""
     return [
-        Slab(place, start, min(start + step, tensors[place].rows))
+        Slab(place, start, min(start + step, first + each))
         for place in places
         for step in (slab_rows(tensors[place], most_bytes),)
-        for start in range(0, tensors[place].rows, step)
+        for each in (tensors[place].rows // tensors[place].experts,)
+        for first in range(0, tensors[place].rows, each)
+        for start in range(first, first + each, step)
     ]
+
+
+def expert_of(tensor: OutputTensor, slab: Slab) -> int:
+    """Which part of a stack of experts ``slab`` lies in; 0 for any other tensor."""
+    return slab.start // (tensor.rows // tensor.experts)
 
 
 def write_slab(

@@ -90,6 +90,22 @@ class TensorRef:
         return replace(self, role=role)
 
 
+def rows_of(ref: TensorRef, first: int, rows: int, name: str = "") -> TensorRef:
+    """Rows ``first`` to ``first + rows`` of the matrix ``ref`` as a tensor of their own."""
+
+    def load_rows(start: int, stop: int) -> Array:
+        return ref.load_rows(first + start, first + stop)
+
+    return replace(
+        ref,
+        name=name or ref.name,
+        shape=(rows, ref.columns),
+        nbytes=ref.nbytes // ref.rows * rows,
+        load_rows=load_rows,
+        column_loader=None,
+    )
+
+
 def rows_within(nbytes: int, columns: int) -> int:
     """How many rows of ``columns`` float32 values take no more than ``nbytes``, at least one."""
     return max(1, nbytes // (4 * max(1, columns)))
@@ -205,6 +221,17 @@ def stacked_rows(parts: Sequence[TensorRef], start: int, stop: int) -> Array:
         check_finite(piece, part.name, first_row=low)
         pieces.append(piece)
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def stacked(parts: Sequence[TensorRef], name: str) -> TensorRef:
+    """``parts`` laid one below the other as one matrix called ``name``."""
+    rows, columns = sum(part.rows for part in parts), parts[0].columns
+    nbytes = sum(part.nbytes for part in parts)
+
+    def load_rows(start: int, stop: int) -> Array:
+        return stacked_rows(parts, start, stop)
+
+    return TensorRef(name, parts[0].role, (rows, columns), parts[0].dtype, nbytes, load_rows)
 
 
 def spans_of(

@@ -1,10 +1,10 @@
 """A ``Decoder`` as an ONNX graph of onnxruntime's operators, with a KV cache as inputs and outputs.
 
 Inputs: ``input_ids`` ``[batch, sequence]``, ``attention_mask`` ``[batch, total]``, past keys and
-values ``[batch, kv_heads, past, head_dim]``, and ``logits_from``, which may be left out: the first
-position of the step whose logits are wanted, counted from the end when negative (-1, the last, is
-the default; 0 gives all). Outputs: ``logits`` and the present keys and values. Past and present may
-share one buffer.
+values ``[batch, cache_heads, past, cache_dim]``, and ``logits_from``, which may be left out: the
+first position of the step whose logits are wanted, counted from the end when negative (-1, the
+last, is the default; 0 gives all). Outputs: ``logits`` and the present keys and values. Past and
+present may share one buffer.
 
 q, k and v are one product where the attention takes them together, and the residual sums ride in
 the norms. Gate and up are two: as one they need a copy to part them, which no second thread helps
@@ -22,8 +22,17 @@ import numpy as np
 from onnx import TensorProto
 
 from edgellm.architectures.decoder import Decoder, Feature, Rope
+from edgellm.architectures.experts import ROUTER, SHARED_GATE, expert_of
+from edgellm.architectures.latent import Latent
 from edgellm.errors import UnsupportedTarget
+from edgellm.export.experts_graph import ExpertsGraph, Routed
 from edgellm.export.kv_scales import CacheScales
+from edgellm.export.latent_attention import (
+    BY_HEAD,
+    absorbed_queries,
+    expanded_values,
+    expansion,
+)
 from edgellm.export.layout import OutputTensor
 from edgellm.export.onnx_graph import GraphBuilder
 from edgellm.export.onnx_operators import operators_of
@@ -99,6 +108,9 @@ class DecoderGraph:
     int8_cache: bool = False
     inputs: dict[str, list[str]] = field(default_factory=dict)
     """Roles of the weights that each value of the graph is multiplied by, layer by layer."""
+    routed: Routed | None = None
+    """Of a layer alone whose inputs are looked at, what its experts are given."""
+    _taps: bool = False
     _counted: str = ""
     _biased: str = ""
     _ropes: dict[Rope, tuple[str, str]] = field(default_factory=dict)
@@ -130,7 +142,7 @@ class DecoderGraph:
         with ``taps``, the inputs of the layer's products too (``self.inputs`` names them).
         Nothing is cached, and no token before the sequence is seen.
         """
-        graph = self.graph
+        graph, self._taps = self.graph, taps
         shape = self._stream_shape()
         stream = graph.input("stream", TensorProto.FLOAT, shape)
         graph.input("seqlens_k", TensorProto.INT32, ["batch_size"])
@@ -139,9 +151,23 @@ class DecoderGraph:
         graph.node("Add", [stream, branch], "stream_out")
         graph.output("stream_out", TensorProto.FLOAT, shape)
         if taps:
-            for x, weights in self.inputs.items():
-                columns = self.tensors[weights[0]].columns
-                graph.output(x, TensorProto.FLOAT, ["batch_size", "sequence_length", columns])
+            self._output_inputs()
+
+    def _output_inputs(self) -> None:
+        graph, routed = self.graph, self.routed
+        if routed is not None:
+            for x, roles in routed.inputs.items():
+                columns = self.tensors[roles[0][0]].columns
+                graph.output(x, TensorProto.FLOAT, ["assignments", columns])
+            graph.output(routed.order, TensorProto.INT64, ["assignments"])
+            graph.output(routed.counts, TensorProto.INT64, [routed.experts.count])
+            # What each expert is given is a part of those.
+            self.inputs = {
+                x: roles for x, roles in self.inputs.items() if expert_of(roles[0]) is None
+            }
+        for x, weights in self.inputs.items():
+            columns = self.tensors[weights[0]].columns
+            graph.output(x, TensorProto.FLOAT, ["batch_size", "sequence_length", columns])
 
     def build_output_norm(self) -> None:
         """Add the norm before the head alone: ``stream`` ``[batch, sequence, hidden]`` goes in."""
@@ -175,7 +201,8 @@ class DecoderGraph:
             normed, stream = self._pre_norm(f"{name}.ffn_norm", stream, branch)
         elif not self.decoder.shared_norm:
             normed = self._norm_alone(f"{name}.ffn_norm", stream)
-        mixed = self._post_norm(f"{name}.post_ffw_norm", self._feed_forward(index, normed))
+        mixed = self._mixture(index, normed) or self._feed_forward(index, normed)
+        mixed = self._post_norm(f"{name}.post_ffw_norm", mixed)
         mixed = self._scaled(f"{name}.ffn_scaled", mixed, self.decoder.residual_scale)
         if parallel:
             mixed = self.graph.node("Add", [branch, mixed], f"{name}.both")
@@ -231,13 +258,47 @@ class DecoderGraph:
     # --- parts of a layer ------------------------------------------------------------------------
 
     def _attention(self, index: int, x: str, *, cached: bool) -> str:
-        graph, decoder = self.graph, self.decoder
-        name, layer = f"blk.{index}.attn", decoder.layers[index]
+        if self.decoder.latent is not None:
+            return self._latent_attention(index, x, self.decoder.latent, cached=cached)
         query, key, value = self._queries_keys_values(index, x)
+        return self._attended(index, f"blk.{index}.attn", (query, key, value), x, cached=cached)
+
+    def _latent_attention(self, index: int, x: str, latent: Latent, *, cached: bool) -> str:
+        """Attention over latents, one head of keys for all queries, and what it gives expanded."""
+        graph, decoder, heads = self.graph, self.decoder, self.decoder.heads
+        name, rank = f"blk.{index}.attn", latent.query_rank
+        first, width = ("attn_q", decoder.query_size) if rank is None else ("attn_q_a", rank)
+        made = self._linear(f"{name}_a", [first, "attn_kv_a_mqa"], x, index)
+        query, latents, turned = (f"{name}_{part}" for part in ("low_q", "low_kv", "k_rope"))
+        widths = graph.integers(width, latent.rank, latent.rope_dim)
+        graph.node(
+            "Split", [made, widths], f"{name}_a.parts", outputs=[query, latents, turned], axis=-1
+        )
+        if rank is not None:
+            query = self._norm_alone(f"{name}_q_a_norm", query, latent.epsilon)
+            query = self._linear(f"{name}_q_b", ["attn_q_b"], query, index)
+        latents = self._norm_alone(f"{name}_kv_a_norm", latents, latent.epsilon)
+        expanding = f"blk.{index}.{BY_HEAD}"
+        self.inputs.setdefault(latents, []).append(expanding)
+        keys, values = expansion(graph, latent, heads, self.tensors[expanding], self.grids.body)
+        query = absorbed_queries(graph, latent, heads, f"{name}_q", query, keys)
+        key = graph.node("Concat", [turned, latents], f"{name}_k", axis=-1)
+        mixed = self._attended(index, f"{name}_mixed", (query, key, key), x, cached=cached)
+        return expanded_values(graph, latent, heads, name, mixed, values)
+
+    def _attended(
+        self, index: int, name: str, parts: tuple[str, str, str], x: str, *, cached: bool
+    ) -> str:
+        """What attention gives for queries, keys and values, the two turned where they are."""
+        graph, decoder = self.graph, self.decoder
+        query, key, value = parts
+        layer = decoder.layers[index]
         past, present = self._past_present(index) if cached else (["", ""], [])
-        inside = layer.rope is not None and layer.rope.dimensions % TURNED == 0
+        one = bool(key) and key == value  # cached once where the runtime knows of it
+        inside = layer.rope is not None and layer.rope.dimensions % TURNED == 0 and not one
         if layer.rope is not None and not inside:
             query, key, value = self._turned_apart(name, layer.rope, query, key, value)
+            value = key if one else value
         inputs = [query, key, value, *past, "seqlens_k", "total_length"]
         if layer.rope is not None and inside:
             inputs += self._rope(layer.rope)
@@ -247,7 +308,7 @@ class DecoderGraph:
         cache = self._int8_cache(index, inputs) if self.int8_cache else {}
         return graph.node(
             "GroupQueryAttention", inputs, name, outputs=[name, *present], contrib=True,
-            num_heads=decoder.heads, kv_num_heads=decoder.kv_heads, scale=decoder.softmax_scale,
+            num_heads=decoder.heads, kv_num_heads=decoder.cache_heads, scale=decoder.softmax_scale,
             do_rotary=int(inside), local_window_size=layer.window or -1,
             softcap=decoder.attention_softcap or 0.0, **cache,
         )  # fmt: skip
@@ -268,7 +329,7 @@ class DecoderGraph:
     def _int8_cache(self, index: int, inputs: list[str]) -> dict[str, Any]:
         """Add the scales of keys and values to ``inputs``; returns what the attention is told."""
         scales = CacheScales(self.decoder, self.tensors, index)
-        shape = [self.decoder.kv_heads, 1, self.decoder.head_dim]
+        shape = [self.decoder.cache_heads, 1, self.decoder.cache_dim]
         inputs += [""] * (SCALES_PLACE - len(inputs))
         for ref in (scales.keys(), scales.values()):
             stored = self.graph.store(ref.role, [ref], FLOAT, "float")
@@ -277,8 +338,8 @@ class DecoderGraph:
         return {**by_channel, "kv_cache_bit_width": 8}
 
     def _cache_shape(self, extent: str) -> list[int | str]:
-        kv_heads, head_dim = self.decoder.kv_heads, self.decoder.head_dim
-        return ["batch_size", kv_heads, f"{extent}_sequence_length", head_dim]
+        heads, width = self.decoder.cache_heads, self.decoder.cache_dim
+        return ["batch_size", heads, f"{extent}_sequence_length", width]
 
     def _queries_keys_values(self, index: int, x: str) -> tuple[str, str, str]:
         """All three in one value, the others empty, unless queries and keys are normed apart."""
@@ -313,9 +374,25 @@ class DecoderGraph:
             return self._norm_alone(f"{name}_norm", name)
         by_head = graph.integers(0, -1, heads, decoder.head_dim)
         split = graph.node("Reshape", [name, by_head], f"{name}.heads")
-        normed = self._norm_alone(f"{name}_norm", split)
+        if decoder.qk_norm_by_head:
+            normed = self._normed_by_head(f"{name}_norm", split)
+        else:
+            normed = self._norm_alone(f"{name}_norm", split)
         flat = graph.integers(0, -1, heads * decoder.head_dim)
         return graph.node("Reshape", [normed, flat], f"{name}.normed")
+
+    def _normed_by_head(self, name: str, x: str) -> str:
+        """``x`` ``[batch, sequence, heads, head_dim]`` normed, and weighed by a row for each head.
+
+        onnxruntime's norms have the same weights everywhere.
+        """
+        graph, norm = self.graph, self.decoder.norm
+        operator = {"rms": "SimplifiedLayerNormalization", "layer": "LayerNormalization"}
+        ones = graph.floats("head_norm.ones", np.ones(self.decoder.head_dim, np.float32))
+        plain = graph.node(
+            operator[norm.kind], [x, ones], f"{name}.plain", axis=-1, epsilon=norm.epsilon
+        )
+        return graph.node("Mul", [plain, self._vector(f"{name}.weight")], name)
 
     def _turned_apart(
         self, name: str, rope: Rope, query: str, key: str, value: str
@@ -333,7 +410,7 @@ class DecoderGraph:
                 "RotaryEmbedding", [x, places, *self._rope(rope)], f"{x}.turned", contrib=True,
                 num_heads=heads, rotary_embedding_dim=rope.dimensions,
             )
-            for x, heads in ((query, decoder.heads), (key, decoder.kv_heads))
+            for x, heads in ((query, decoder.heads), (key, decoder.cache_heads))
         ]  # fmt: skip
         return turned[0], turned[1], value
 
@@ -402,9 +479,31 @@ class DecoderGraph:
             else:
                 gate = self._linear(f"{name}_gate", ["ffn_gate"], x, index)
                 up = self._linear(f"{name}_up", ["ffn_up"], x, index)
-            gate = self._activate(f"{name}_act", gate)
-            active = graph.node("Mul", [gate, up], f"{name}_gated")
+            active = self._gated(name, gate, up)
         return self._linear(f"{name}_down", ["ffn_down"], active, index)
+
+    def _gated(self, name: str, gate: str, up: str) -> str:
+        gate = self._activate(f"{name}_act", gate)
+        return self.graph.node("Mul", [gate, up], f"{name}_gated")
+
+    def _mixture(self, index: int, x: str) -> str:
+        """The answers of a layer's experts; empty where it has none."""
+        experts = self.decoder.layers[index].experts
+        if experts is None:
+            return ""
+        gates = (ROUTER, SHARED_GATE)[: 1 + experts.shared_gate]
+        self.inputs[x] = [f"blk.{index}.{role}" for role in gates]
+        mixture = ExpertsGraph(
+            self.graph,
+            experts,
+            self.decoder.hidden_size,
+            index,
+            lambda name, roles, x: self._linear(name, roles, x, index),
+            self._vector,
+            self._gated,
+        )
+        answers, self.routed = mixture.build(x, taps=self._taps)
+        return answers
 
     def _activate(self, name: str, x: str) -> str:
         activation = self.decoder.activation
@@ -497,11 +596,13 @@ class DecoderGraph:
         )  # fmt: skip
         return outputs[0], outputs[3]
 
-    def _norm_alone(self, name: str, x: str) -> str:
+    def _norm_alone(self, name: str, x: str, epsilon: float | None = None) -> str:
+        """``x`` normed; ``epsilon`` where it is not that of the other norms."""
         norm = self.decoder.norm
         operator = {"rms": "SimplifiedLayerNormalization", "layer": "LayerNormalization"}
         return self.graph.node(
-            operator[norm.kind], [x, *self._norm_weights(name)], name, axis=-1, epsilon=norm.epsilon
+            operator[norm.kind], [x, *self._norm_weights(name)], name, axis=-1,
+            epsilon=epsilon or norm.epsilon,
         )
 
     def _post_norm(self, name: str, x: str) -> str:

@@ -45,7 +45,7 @@ def genai_config(
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": model_file,
-                "head_size": decoder.head_dim,
+                "head_size": decoder.cache_dim,
                 "hidden_size": decoder.hidden_size,
                 "inputs": {
                     "input_ids": "input_ids",
@@ -60,7 +60,7 @@ def genai_config(
                 },
                 "num_attention_heads": decoder.heads,
                 "num_hidden_layers": len(decoder.layers),
-                "num_key_value_heads": decoder.kv_heads,
+                "num_key_value_heads": decoder.cache_heads,
             },
             "eos_token_id": eos,
             "pad_token_id": pad if isinstance(pad, int) else first_eos,

@@ -195,7 +195,8 @@ def _pair(adapter: Adapter, source: ModelSource, row: TensorRow, edit: Edit) -> 
     if row.kind == "embedding":
         # A is looked up by token there: [vocabulary, rank] in the file, B [hidden, rank].
         return Factors(row.role, low.b, turned(low.a), wanted)
-    if row.kind not in ("linear", "head"):
+    graph = source.family.gguf_layout.graph
+    if row.role.split(".")[-2] in graph.without_adapters or row.kind not in ("linear", "head"):
         raise _cannot(adapter, f"changes {row.role}, which llama.cpp adds no product to")
     rows = as_network_takes(low.b, row)
     b = as_llamacpp_stores(rows, row, source.decoder, source.family.gguf_layout)

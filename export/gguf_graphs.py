@@ -43,6 +43,13 @@ def _differences(decoder: Decoder, graph: GgufGraph) -> Iterator[str]:
 def notes_of(decoder: Decoder, layout: GgufLayout) -> Iterator[str]:
     """What llama.cpp computes a little differently, for the user to know."""
     graph = layout.graph
+    latent = decoder.latent
+    if latent is not None and latent.epsilon != decoder.norm.epsilon:
+        yield (
+            f"llama.cpp norms latent vectors with an epsilon of {decoder.norm.epsilon:g}, where "
+            f"the model has {latent.epsilon:g}: where their mean square is one, they differ by "
+            f"{abs(decoder.norm.epsilon - latent.epsilon) / 2:.0e} of themselves"
+        )
     if decoder.activation != graph.activation and decoder.activation in graph.nearly:
         yield (
             f"llama.cpp's {layout.arch} graph computes {graph.activation} for the model's "

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
-from edgellm.architectures.decoder import Decoder
+from edgellm.architectures.decoder import Decoder, Experts
+from edgellm.architectures.experts import ROUTER
+from edgellm.architectures.gguf_latent import KEYS
 from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
 from edgellm.export.tensor_grids import grids_by_role
 from edgellm.quant import SOLVERS
@@ -26,13 +28,17 @@ EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 class Place:
     """Where a tensor stands: its layer of how many, and how many heads share a key/value head.
 
-    ``weighed``: the solver weighs columns by their importance.
+    ``weighed``: the solver weighs columns by their importance. ``experts``: how many a layer has.
+    ``down``: how many products lie before it that lead out of a feed-forward, a shared expert's
+    among them.
     """
 
     layer: int
     layers: int
     sharing: int
     weighed: bool = False
+    experts: int = 0
+    down: int = 0
 
 
 Condition = Callable[[Place], bool]
@@ -46,6 +52,21 @@ def always(place: Place) -> bool:
 def shared_by_four(place: Place) -> bool:
     """Keys and values are small beside the queries, so that bits for them are cheap."""
     return place.sharing >= 4
+
+
+def eight_experts(place: Place) -> bool:
+    """What llama.cpp takes for Mixtral."""
+    return place.experts == 8
+
+
+def cheap_values(place: Place) -> bool:
+    """Keys and values are small beside the queries, or beside the experts."""
+    return shared_by_four(place) or place.experts >= 4
+
+
+def first_downs(place: Place) -> bool:
+    """The first eighth, as llama.cpp counts: with a shared expert, a layer counts twice."""
+    return place.down < place.layers // 8
 
 
 def first(count: int) -> Condition:
@@ -75,15 +96,21 @@ def ends_and_thirds(place: Place) -> bool:
     return not middle(place) or (place.layer - place.layers // 8) % 3 == 2
 
 
+def more_for_eight(place: Place) -> bool:
+    return eight_experts(place) and ends_and_thirds(place)
+
+
 @dataclass(frozen=True, slots=True)
 class Mixture:
     """One row: ``file_type`` is llama.cpp's number of it (``general.file_type``).
 
     ``grid`` is the type where nothing else is said. The other columns are rules for one kind of
-    tensor, of which the first that holds counts; ``value`` is for attn_v and for a fused attn_qkv.
+    tensor, of which the first that holds counts; ``value`` is for attn_v, and for attn_qkv and
+    attn_kv_b, which make values among others.
     ``head`` is the output head, and the embedding too where the two are one tensor. ``needs``: the
     types that are garbage without importance in this mixture alone (``NEED_IMPORTANCE``: in all).
-    ``more_for_70b``: values of models of that size get more bits.
+    ``more_for_70b``: values of models of that size get more bits, keys and values of those with
+    eight experts too.
     """
 
     file_type: int
@@ -120,9 +147,10 @@ def _iq1_or_2(
     return Mixture(
         file_type,
         grid,
-        value=(("q4_k", shared_by_four), (more, always)),
-        attention_output=attention_output,
-        down=((more, first_part(8)),),
+        value=(("q4_k", cheap_values), (more, always)),
+        key=(("q4_k", eight_experts),),
+        attention_output=(("q5_k", eight_experts), *attention_output),
+        down=((more, first_downs),),
         embedding=((embedding, always),),
         head=(("q5_k", always),),
         more_for_70b=False,
@@ -179,7 +207,7 @@ MIXTURES: dict[str, Mixture] = {
         "iq3_s",
         value=(("q4_k", always),),
         attention_output=(("q4_k", always),),
-        down=(("q4_k", first_part(8)),),
+        down=(("q4_k", first_part(8)), ("q4_k", more_for_eight)),
     ),
     "iq3_s": Mixture(26, "iq3_s", value=(("q4_k", shared_by_four),)),
     "iq3_xs": Mixture(
@@ -212,16 +240,30 @@ MIXTURES: dict[str, Mixture] = {
 KINDS = {
     "attn_v.weight": "value",
     "attn_qkv.weight": "value",
+    "attn_kv_b.weight": "value",
     "attn_k.weight": "key",
     "attn_q.weight": "query",
     "attn_output.weight": "attention_output",
     "ffn_gate.weight": "gate_and_up",
     "ffn_up.weight": "gate_and_up",
     "ffn_down.weight": "down",
+    "ffn_gate_exps.weight": "gate_and_up",
+    "ffn_up_exps.weight": "gate_and_up",
+    "ffn_down_exps.weight": "down",
+    "ffn_gate_shexp.weight": "gate_and_up",
+    "ffn_up_shexp.weight": "gate_and_up",
+    "ffn_down_shexp.weight": "down",
     EMBEDDING: "embedding",
     HEAD: "head",
 }
 """The column of ``Mixture`` for a role without its ``blk.N.``."""
+
+OUTPUT_OF_EIGHT = (
+    "q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m", "iq3_xxs", "iq3_xs", "iq3_s", "iq3_m", "iq4_nl",
+    "iq4_xs",
+)  # fmt: skip
+"""Mixtures that give attention's output five bits where there are eight experts, and else the
+mixture's own type, beside keys and values of eight bits."""
 
 FALLBACKS = {
     "iq1_s": "iq4_nl",
@@ -291,7 +333,7 @@ class Chooser:
                 raise UnsupportedTarget(_does_not_divide(role, shape[-1], asked))
             table = role in (EMBEDDING, HEAD)
             if asked.name in (NO_GUESS if table else NEED_IMPORTANCE) and (
-                role == EMBEDDING or not self.weighed
+                role == EMBEDDING or not self._has_importance(role)
             ):
                 raise UnsupportedTarget(
                     f"{role} cannot be {asked.name}, which ggml rounds to by importance alone, "
@@ -302,7 +344,7 @@ class Chooser:
         wanted = GRIDS[self._by_rule(role, shape[-1])]
         grid = fallback(wanted, shape[-1])
         needs = grid.name in NEED_IMPORTANCE or grid.name in self.mixture.needs
-        if needs and not self.weighed and role not in (EMBEDDING, HEAD):
+        if needs and not self._has_importance(role) and role not in (EMBEDDING, HEAD):
             raise UnsupportedTarget(
                 f"{self.name} makes {role} {grid.name}, which is garbage without an importance "
                 f"matrix: choose imatrix:{self.name} or gptq:{self.name}, which calibrate first, "
@@ -311,6 +353,10 @@ class Chooser:
         if grid == wanted:
             return Choice(grid, self._note(grid))
         return Choice(grid, f"{wanted.name}'s blocks of {wanted.block} do not divide {shape[-1]}")
+
+    def _has_importance(self, role: str) -> bool:
+        """Whether that of the columns of ``role`` is known: not where inputs differ by head."""
+        return self.weighed and KEYS not in role
 
     def _note(self, grid: Grid) -> str:
         """What becomes of a solver that ``grid`` is not for."""
@@ -331,16 +377,33 @@ class Chooser:
         layer, kind = self._kind(role)
         heads, kv_heads = self.decoder.heads, self.decoder.kv_heads
         sharing = heads // kv_heads if kv_heads else 0
-        place = Place(layer, len(self.decoder.layers), sharing, self.weighed)
+        experts = self._experts()
+        place = Place(
+            layer,
+            len(self.decoder.layers),
+            sharing,
+            self.weighed,
+            experts.count if experts else 0,
+            2 * layer + ("_shexp" in role) if experts and experts.shared_width else layer,
+        )
         if kind == "head" and columns % GRIDS[self.mixture.grid].block:
             return "q8_0"
         rules: Rules = getattr(self.mixture, kind) if kind else ()
         name = next((name for name, holds in rules if holds(place)), self.mixture.grid)
+        of_eight = {"value": "q8_0", "key": "q8_0", "attention_output": self.mixture.grid}
+        if self.name in OUTPUT_OF_EIGHT:
+            of_eight["attention_output"] = "q5_k"
+        quantized = GRIDS[self.mixture.grid].kind != "float" and self.mixture.more_for_70b
+        if quantized and eight_experts(place) and kind in of_eight:
+            return of_eight[kind]
         more = kind == "value" and self.mixture.more_for_70b
         if more and is_70b(self.arch, self.decoder) and name in ("q3_k", "q4_k"):
             # Eight heads share a value head: more bits for it cost next to nothing.
             return "q5_k"
         return name
+
+    def _experts(self) -> Experts | None:
+        return next((each.experts for each in self.decoder.layers if each.experts), None)
 
     def _kind(self, role: str) -> tuple[int, str]:
         layer, stem = 0, role
@@ -436,9 +499,9 @@ def cannot_hold(grid: Grid) -> str:
 
 
 def quantizable(role: str, shape: tuple[int, ...]) -> bool:
-    """Whether llama.cpp quantizes the tensor: matrices, but neither norms nor learned positions."""
+    """Whether llama.cpp quantizes the tensor: matrices, but none of norms, positions, routers."""
     matrix = len(shape) >= 2 and role.endswith("weight")
-    return matrix and not role.endswith("_norm.weight") and role != "position_embd.weight"
+    return matrix and not role.endswith(("_norm.weight", ROUTER)) and role != "position_embd.weight"
 
 
 def fallback(wanted: Grid, columns: int) -> Grid:

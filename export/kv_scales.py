@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm.architectures.decoder import Decoder, Rope
+from edgellm.architectures.latent import Latent
 from edgellm.architectures.rope import inverse_frequencies
 from edgellm.tensors import Array, TensorRef, rows_within
 
@@ -44,16 +45,18 @@ class CacheScales:
     index: int
 
     def keys(self) -> TensorRef:
-        """``[kv_heads * head_dim]``, f32; the weights are read when it is loaded."""
+        """``[cache_heads * cache_dim]``, f32; the weights are read when it is loaded."""
         return self._lazy("attn_k_cache.scale", self._key_reach)
 
     def values(self) -> TensorRef:
-        """``[kv_heads * head_dim]``, f32; the weights are read when it is loaded."""
-        return self._lazy("attn_v_cache.scale", self._value_reach)
+        """``[cache_heads * cache_dim]``, f32; the weights are read when it is loaded."""
+        # A latent that is cached is key and value at once.
+        reach = self._key_reach if self.decoder.latent else self._value_reach
+        return self._lazy("attn_v_cache.scale", reach)
 
     def _lazy(self, part: str, reach: Reach) -> TensorRef:
         role = f"blk.{self.index}.{part}"
-        size = self.decoder.kv_size
+        size = self.decoder.cache_heads * self.decoder.cache_dim
 
         def load_rows(start: int, stop: int) -> Array:
             found = reach()
@@ -67,10 +70,14 @@ class CacheScales:
 
     def _key_reach(self) -> Vector:
         rope = self.decoder.layers[self.index].rope
+        if self.decoder.latent is not None:
+            return self._latent_reach(self.decoder.latent, rope)
         if self.decoder.qk_norm:
             # A head's values have a mean square of one before the weights: none exceeds this.
             weight = np.abs(self._norm_weight("attn_k_norm"))
-            if not self.decoder.qk_norm_whole:
+            if self.decoder.qk_norm_by_head:
+                weight = weight * self.decoder.head_dim**0.5
+            elif not self.decoder.qk_norm_whole:
                 weight = np.tile(weight, self.decoder.kv_heads) * self.decoder.head_dim**0.5
             else:
                 weight = weight * self.decoder.kv_size**0.5
@@ -82,6 +89,14 @@ class CacheScales:
         # Two clipped values that are turned into one another reach the corner of their square.
         return np.minimum(reach, self._turned(np.full_like(reach, clip), rope, np.hypot))
 
+    def _latent_reach(self, latent: Latent, rope: Rope | None) -> Vector:
+        """The turned values, as keys are, and the latent behind its norm: of mean square one."""
+        center, spread = self._of_rows("attn_kv_a_mqa", latent.rank, latent.rope_dim)
+        spread = self._turned(spread, rope, lambda one, other: np.hypot(one, other) / 2**0.5)
+        turned = self._turned(np.abs(center), rope, np.hypot) + KEY_SPREADS * spread
+        most = min(KEY_SPREADS, latent.rank**0.5)
+        return np.concatenate([turned, most * np.abs(self._norm_weight("attn_kv_a_norm"))])
+
     def _value_reach(self) -> Vector:
         first = self.decoder.query_size + self.decoder.kv_size
         center, spread = self._centers_and_spreads("attn_v", first)
@@ -92,7 +107,7 @@ class CacheScales:
         if rope is None:
             return reach
         _, factor = inverse_frequencies(rope)
-        heads = reach.reshape(self.decoder.kv_heads, self.decoder.head_dim).copy()
+        heads = reach.reshape(self.decoder.cache_heads, -1).copy()
         half = rope.dimensions // 2
         one, other = heads[:, :half], heads[:, half : 2 * half]
         heads[:, :half] = heads[:, half : 2 * half] = factor * join(one, other)
@@ -103,13 +118,15 @@ class CacheScales:
 
         ``fused_first`` is the first row of the part where q, k and v are one tensor.
         """
-        role = (
-            f"blk.{self.index}.attn_qkv" if self.decoder.fused_qkv else f"blk.{self.index}.{part}"
-        )
-        first = fused_first if self.decoder.fused_qkv else 0
+        if self.decoder.fused_qkv:
+            return self._of_rows("attn_qkv", fused_first, self.decoder.kv_size)
+        return self._of_rows(part, 0, self.decoder.kv_size)
+
+    def _of_rows(self, part: str, first: int, size: int) -> tuple[Vector, Vector]:
+        """The same for ``size`` rows of a product from ``first`` on."""
+        role = f"blk.{self.index}.{part}"
         weight, bias = self.tensors[f"{role}.weight"], self.tensors.get(f"{role}.bias")
         gain, middle = self._norm_weight("attn_norm"), self._norm_bias("attn_norm")
-        size = self.decoder.kv_size
         center, spread = np.empty(size), np.empty(size)
         step = rows_within(CHUNK_BYTES, weight.columns)
         for start in range(0, size, step):
@@ -124,7 +141,7 @@ class CacheScales:
     def _norm_weight(self, name: str) -> Vector:
         if not self.decoder.norm.weight:
             return np.ones(self.decoder.hidden_size)
-        weight = self.tensors[f"blk.{self.index}.{name}.weight"].load_rows(0, 1).reshape(-1)
+        weight = self.tensors[f"blk.{self.index}.{name}.weight"].load().reshape(-1)
         return weight.astype(np.float64) + float(self.decoder.norm.offset)
 
     def _norm_bias(self, name: str) -> Vector:

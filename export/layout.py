@@ -68,7 +68,8 @@ class OutputTensor:
     ``packer`` names the row of ``export.packing.PACKERS`` that lays its rows out. ``note`` says
     what the user should know (a fallback type, a cap), or is empty. ``in_one_piece``: its rows
     cannot be rounded apart. ``keeps_codes``: no solver rounds it, the codes that its parts
-    are stored as are taken over (``quant.stored``).
+    are stored as are taken over (``quant.stored``). ``experts``: how many parts are stacked that
+    have an input each, so that no solver may see rows of two of them at once.
     """
 
     name: str
@@ -80,6 +81,7 @@ class OutputTensor:
     note: str = ""
     in_one_piece: bool = False
     keeps_codes: bool = False
+    experts: int = 1
 
     @property
     def rows_together(self) -> int:
@@ -96,7 +98,9 @@ class OutputTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``[out, in]``, or ``[n]`` for a vector."""
+        """``[out, in]``, ``[n]`` for a vector, ``[experts, out, in]`` for a stack of experts."""
+        if self.experts > 1:
+            return (self.experts, *self.parts[0].shape)
         return self.parts[0].shape if len(self.parts) == 1 else (self.rows, self.columns)
 
     @property

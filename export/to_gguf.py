@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 from gguf.constants import GGML_QUANT_VERSION
@@ -12,6 +12,8 @@ from gguf.utility import size_label
 
 import edgellm
 from edgellm.architectures import gguf_keys, rope_factors
+from edgellm.architectures.experts import stack_of
+from edgellm.architectures.gguf_latent import apart, stored_shape
 from edgellm.architectures.gguf_rows import as_llamacpp_stores, name_in_file
 from edgellm.errors import UnsupportedTarget
 from edgellm.export.gguf_graphs import check_expressible, context_of, notes_of
@@ -24,6 +26,7 @@ from edgellm.lora.lineage import BASE_MODEL, gguf_lineage
 from edgellm.tensors import TensorRef, constant
 
 if TYPE_CHECKING:
+    from edgellm.architectures.decoder import Decoder
     from edgellm.lora.adapter import Adapter
     from edgellm.recipe import Recipe
     from edgellm.source import ModelSource
@@ -79,12 +82,12 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     check_expressible(decoder, stored_as)
     context, notes = context_of(decoder, stored_as, recipe.context)
     stated = dataclasses.replace(decoder, context_length=context)
-    refs = list(stored_tensors(source, context))
-    roles = [ref.role for ref in refs if quantizable(ref.role, ref.shape)]
+    found = stacks_of(stored_tensors(source, context))
+    roles = [each.role for each in found if quantizable(each.role, each.shape)]
     types = chooser(recipe, decoder, stored_as.arch, roles)
     stored = [
-        (name_in_file(ref.role, decoder, stored_as), ref, types.choose(ref.role, ref.shape))
-        for ref in refs
+        (name_in_file(each.role, decoder, stored_as), each, types.choose(each.role, each.shape))
+        for each in found
     ]
     words = source.tokenizer.gguf_metadata(rows=decoder.vocab_size)
     general = general_keys(source)
@@ -99,7 +102,7 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
         **sampling_keys(source.generation),
         **words,
     }
-    head = gguf_head(metadata, [_entry(*each) for each in stored])
+    head = gguf_head(metadata, [_entry(*each, decoder) for each in stored])
     unweighed_iq3 = types.mixture.grid.startswith("iq3") and not types.weighed
     return Layout(
         container=CONTAINER.name,
@@ -118,6 +121,32 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
         ),
         tokenizer_limits=source.tokenizer.gguf_limits(),
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of the file: one of the model's, or the same part of all experts of a layer."""
+
+    role: str
+    parts: tuple[TensorRef, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``[out, in]``, ``[n]``, or ``[experts, out, in]``."""
+        shape = self.parts[0].shape
+        return shape if len(self.parts) == 1 else (len(self.parts), *shape)
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+
+def stacks_of(refs: Iterable[TensorRef]) -> list[Stored]:
+    """``refs`` in their order, with the weights of experts stacked where the first of them was."""
+    found: dict[str, list[TensorRef]] = {}
+    for ref in refs:
+        found.setdefault(stack_of(ref.role) or ref.role, []).append(ref)
+    return [Stored(role, tuple(parts)) for role, parts in found.items()]
 
 
 def loadable_name(name: str, tokens: object) -> tuple[str, tuple[str, ...]]:
@@ -148,7 +177,8 @@ def stored_tensors(source: ModelSource, context: int) -> Iterator[TensorRef]:
             # llama.cpp wants one row for each token of the stated context.
             ref = dataclasses.replace(ref, shape=(context, *ref.shape[1:]))
         if ref is not None:
-            yield as_llamacpp_stores(ref, row, source.decoder, layout)
+            stored = as_llamacpp_stores(ref, row, source.decoder, layout)
+            yield from apart(stored, source.decoder) if layout.absorbed else (stored,)
 
 
 def general_keys(source: ModelSource) -> dict[str, object]:
@@ -161,7 +191,6 @@ def general_keys(source: ModelSource) -> dict[str, object]:
     parents = {key: value for key, value in source.provenance.items() if key.startswith(BASE_MODEL)}
     organization, slash, _ = source.name.rpartition("/")
     finetune = " + ".join(each.name for each in source.merge.adapters) if source.merge else ""
-    weights = sum(ref.size for ref in source.tensors.values())
     parents = parents or {
         f"{BASE_MODEL}count": 1,
         f"{BASE_MODEL}0.name": source.name,
@@ -173,7 +202,7 @@ def general_keys(source: ModelSource) -> dict[str, object]:
         "general.type": "model",
         "general.name": source.name,
         "general.organization": organization if slash else "",
-        "general.size_label": size_label(weights, weights, 0, 0),
+        "general.size_label": _size(source),
         **kept,
         **({"general.finetune": finetune} if finetune else {}),
         "general.license": source.licence,
@@ -182,23 +211,37 @@ def general_keys(source: ModelSource) -> dict[str, object]:
     }
 
 
-def _entry(name: str, ref: TensorRef, choice: Choice) -> StoredTensor:
+def _size(source: ModelSource) -> str:
+    """The label as llama.cpp's converter makes it: ``8x7B`` where there are experts."""
+    experts = [ref.size for ref in source.tensors.values() if stack_of(ref.role)]
+    weights = sum(ref.size for ref in source.tensors.values())
+    if not experts:
+        return str(size_label(weights, weights, 0, 0))
+    count = max(layer.experts.count for layer in source.decoder.layers if layer.experts)
+    each = sum(experts) // count
+    return str(size_label(weights, weights - sum(experts), each, count))
+
+
+def _entry(name: str, each: Stored, choice: Choice, decoder: Decoder) -> StoredTensor:
     grid = choice.grid
     assert grid.ggml_type is not None
-    return StoredTensor(name, ref.shape, grid.ggml_type, ref.rows * _row_bytes(ref, choice))
+    nbytes = each.rows * _row_bytes(each.parts[0], choice)
+    shape = stored_shape(each.role, each.shape, decoder)
+    return StoredTensor(name, shape, grid.ggml_type, nbytes)
 
 
-def _output(name: str, ref: TensorRef, choice: Choice, offset: int) -> OutputTensor:
-    row_bytes = _row_bytes(ref, choice)
-    array = StoredArray(name, "data", FILE, offset, row_bytes, ref.rows)
+def _output(name: str, each: Stored, choice: Choice, offset: int) -> OutputTensor:
+    row_bytes = _row_bytes(each.parts[0], choice)
+    array = StoredArray(name, "data", FILE, offset, row_bytes, each.rows)
     return OutputTensor(
         name=name,
-        role=ref.role,
-        parts=(ref,),
+        role=each.role,
+        parts=each.parts,
         grid=choice.grid,
         packer=choice.grid.kind,
         arrays=(array,),
         note=choice.note,
+        experts=len(each.parts),
     )
 
 

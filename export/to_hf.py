@@ -24,7 +24,7 @@ from edgellm.quant.grid import GRIDS, Grid
 from edgellm.registry import suggestion
 from edgellm.source.checkpoint import INDEX
 from edgellm.source.matching import head_row, listed
-from edgellm.tensors import transposed
+from edgellm.tensors import rows_of, stacked, transposed
 
 if TYPE_CHECKING:
     from edgellm.recipe import Recipe
@@ -82,10 +82,19 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     if storage is not None:
         scales: Any = storage.scale_dtype or dtype
         grid = dataclasses.replace(grid, scale_dtype=scales)
+    if storage is not None and any(layer.experts for layer in source.decoder.layers):
+        raise UnsupportedTarget(
+            f"--layout {name}: transformers computes with the experts of a layer as one tensor, "
+            "which no reader of quantized layers knows: choose --quant bf16 or f16, or --format "
+            "gguf or onnx"
+        )
     head = head_row(source.family, source.decoder).source.removesuffix(".weight")
     # What it is called in the checkpoint, and in transformers' model, which may differ (GPT-NeoX).
     heads = list(dict.fromkeys((head, HEADS[0])))
-    weights = [_weight(source, row, grid, dtype, storage) for row in _rows(source)]
+    whole = [row for row in _rows(source) if row.apart and not row.pieces]
+    weights = [_weight(source, row, grid, dtype, storage) for row in whole]
+    weights += _pieces(source, dtype)
+    weights += _stacks(source, dtype)
     _check_shapes(weights, grid, name, storage)
     shards = list(shards_of(weights, {}))
     config: dict[str, Any] = {
@@ -217,6 +226,31 @@ def _weight(
         ref = transposed(ref)
     part = Part("", dtype.upper(), ref.shape, "data")
     return Weight(row, ref, GRIDS[dtype], "float", (part,), row.source, in_one_piece=False)
+
+
+def _pieces(source: ModelSource, dtype: str) -> Iterator[Weight]:
+    """The tensors of checkpoints that hold a row each of one of ours, as vectors."""
+    for row in _rows(source):
+        for number, name in enumerate(row.pieces):
+            ref = rows_of(source.tensors[row.role], number, 1, name)
+            ref = dataclasses.replace(ref, shape=(ref.columns,))
+            part = Part("", dtype.upper(), ref.shape, "data")
+            piece = dataclasses.replace(row, source=name)
+            yield Weight(piece, ref, GRIDS[dtype], "float", (part,), name, in_one_piece=False)
+
+
+def _stacks(source: ModelSource, dtype: str) -> Iterator[Weight]:
+    """The tensors of checkpoints that hold several of ours, one below the other."""
+    stacks: dict[str, list[TensorRow]] = {}
+    for row in _rows(source):
+        if not row.apart:
+            stacks.setdefault(row.elsewhere[0].name, []).append(row)
+    for name, rows in stacks.items():
+        rows.sort(key=lambda row: row.elsewhere[0].first)
+        ref = stacked([source.tensors[row.role] for row in rows], name)
+        part = Part("", dtype.upper(), rows[0].elsewhere[0].shape, "data")
+        whole = dataclasses.replace(rows[0], source=name)
+        yield Weight(whole, ref, GRIDS[dtype], "float", (part,), name, in_one_piece=False)
 
 
 def _check_shapes(

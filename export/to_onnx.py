@@ -14,11 +14,13 @@ from onnx import TensorProto
 
 import edgellm
 from edgellm.architectures.decoder import Decoder, Feature
+from edgellm.architectures.latent import VALUES_ARE_KEYS
 from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
 from edgellm.export.context import capped_context
 from edgellm.export.decoder_graph import EXPRESSIBLE, DecoderGraph, Grids
 from edgellm.export.genai_config import genai_config
 from edgellm.export.gguf_mixture import EMBEDDING, HEAD, MIXTURES
+from edgellm.export.latent_attention import BY_HEAD
 from edgellm.export.layout import Container, Layout, OutputTensor
 from edgellm.export.onnx_graph import DATA_FILE, GraphBuilder
 from edgellm.export.onnx_operators import operators_of
@@ -76,6 +78,11 @@ INT8_CACHE_NOTE = (
     "of the memory and quicker with a long past, slower in prefill, and a little less exact"
 )
 
+BY_HEAD_NOTE = (
+    "attn_kv_b stays in f16: the latent vectors are cached, so it is multiplied head by head, and "
+    "onnxruntime has no rounded product for that"
+)
+
 
 def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     """Every byte that converting ``source`` to ONNX will write; reads no weight.
@@ -101,7 +108,7 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     generation = source.generation
     tokenizer = source.tokenizer
     files = {
-        MODEL_FILE: graph.serialize({"edgellm.family": decoder.family}),
+        MODEL_FILE: graph.serialize(_metadata(decoder)),
         GENAI_CONFIG: genai_config(
             decoder,
             context_length=context_length,
@@ -122,6 +129,8 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     notes = [NOTES[name] for name in told if name not in eased]
     if int8_cache:
         notes.append(INT8_CACHE_NOTE)
+    if decoder.latent is not None and grids.body.kind != "float":
+        notes.append(BY_HEAD_NOTE)
     if compute == "f16":
         notes.append(F16_COMPUTE_NOTE)
     notes += context_notes
@@ -134,6 +143,11 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
         context_length=context_length,
         notes=tuple(notes),
     )
+
+
+def _metadata(decoder: Decoder) -> dict[str, str]:
+    about = {"edgellm.family": decoder.family}
+    return about if decoder.latent is None else {**about, VALUES_ARE_KEYS: "1"}
 
 
 def _compute(asked: str | None, grids: Grids) -> str:
@@ -167,7 +181,10 @@ def roles_of(source: ModelSource) -> list[str]:
     linear = [
         row.role
         for row in source.family.tensors(source.decoder)
-        if row.kind == "linear" and row.role.startswith("blk.") and row.role in source.tensors
+        if row.kind == "linear"
+        and row.role.startswith("blk.")
+        and row.role in source.tensors
+        and not row.role.endswith(BY_HEAD)
     ]
     return [EMBEDDING, *linear, HEAD]
 

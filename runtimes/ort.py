@@ -173,7 +173,7 @@ class OnnxSession:
         self._logits: Logits = np.empty((1, 1, self.vocab_size), np.float32)
         self._binding: Any = self._session.io_binding()
         self._bound_step = 0
-        pasts = pasts_of(self._session)
+        pasts = pasts_of(self._session, in_one=self.device in IN_HOST_MEMORY)
         self._caches: Caches = (
             HostCaches(self._binding, pasts)
             if self.device in IN_HOST_MEMORY

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from edgellm.architectures.latent import VALUES_ARE_KEYS
 from edgellm.hardware import free_memory_bytes
 from edgellm.runtimes import limits
 from edgellm.runtimes.kv_buffers import allocate, next_room
@@ -29,23 +30,43 @@ CACHE_TYPES: dict[str, CacheType] = {
 """Types of the keys and values that a graph takes, as onnxruntime names them."""
 
 PAST, PRESENT = "past_key_values.", "present."
+KEY, VALUE = ".key", ".value"
 
 
 class Past(NamedTuple):
-    """One input of the graph that holds keys or values, ``[1, heads, tokens, width]``."""
+    """One input of the graph that holds keys or values, ``[1, heads, tokens, width]``.
+
+    ``also``: another that holds the same values, for which the same memory stands.
+    """
 
     name: str
     heads: int
     width: int
     dtype: CacheType
+    also: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The inputs that its memory is bound as."""
+        return (self.name, self.also) if self.also else (self.name,)
 
 
-def pasts_of(session: Any) -> list[Past]:
-    """Plain values: onnxruntime's own descriptions would keep its session alive."""
-    return [
+def pasts_of(session: Any, *, in_one: bool = False) -> list[Past]:
+    """Plain values: onnxruntime's own descriptions would keep its session alive.
+
+    ``in_one``: where values are their keys (MLA), one memory stands for both.
+    """
+    pasts = [
         Past(given.name, given.shape[1], given.shape[3], CACHE_TYPES[given.type])
         for given in session.get_inputs()
         if given.name.startswith(PAST)
+    ]
+    if not in_one or VALUES_ARE_KEYS not in session.get_modelmeta().custom_metadata_map:
+        return pasts
+    return [
+        past._replace(also=past.name.removesuffix(KEY) + VALUE)
+        for past in pasts
+        if past.name.endswith(KEY)
     ]
 
 
@@ -59,7 +80,7 @@ class Caches(ABC):
         """Tokens that there is memory for."""
 
     def __len__(self) -> int:
-        return len(self._pasts)
+        return sum(len(past.names) for past in self._pasts)
 
     @property
     def token_bytes(self) -> int:
@@ -124,8 +145,9 @@ class HostCaches(Caches):
             if old is not None:
                 array[:, :, :used] = old[:, :, :used]
             where = (array.dtype.type, array.shape, array.ctypes.data)
-            self._binding.bind_input(past.name, "cpu", 0, *where)
-            self._binding.bind_output(past.name.replace(PAST, PRESENT), "cpu", 0, *where)
+            for name in past.names:
+                self._binding.bind_input(name, "cpu", 0, *where)
+                self._binding.bind_output(name.replace(PAST, PRESENT), "cpu", 0, *where)
         self._arrays = grown
 
     def read(self, used: int) -> tuple[Cache, ...]:

@@ -17,7 +17,10 @@ from edgellm.architectures.gguf_metadata import facts_of, gguf_keys, rope_factor
 from edgellm.errors import UnsupportedModel
 from edgellm.registry import suggestion
 
-__all__ = ["FAMILIES", "REFUSED", "config_from_gguf", "family_of", "gguf_keys", "rope_factors"]
+__all__ = [
+    "FAMILIES", "REFUSED", "config_from_gguf", "family_of", "gguf_keys", "passed_over",
+    "rope_factors",
+]  # fmt: skip
 
 FAMILIES = tuple(sorted(module.name for module in pkgutil.iter_modules(families.__path__)))
 """Every ``model_type`` that is converted."""
@@ -31,16 +34,9 @@ REFUSED = {
     "paligemma": "it is a vision-language model, which sees prompts in both directions",
     "whisper": "it is a model of speech",
     "qwen2_audio": "it is a model of speech and text",
-    "mixtral": "its feed-forward is a mixture of experts",
-    "qwen2_moe": "its feed-forward is a mixture of experts",
-    "qwen3_moe": "its feed-forward is a mixture of experts",
-    "olmoe": "its feed-forward is a mixture of experts",
-    "phimoe": "its feed-forward is a mixture of experts",
-    "granitemoe": "its feed-forward is a mixture of experts",
+    "phimoe": "its router masks scores that lie apart before it weighs them (sparse mixer)",
     "gpt_oss": "its feed-forward is a mixture of experts, and its attention has sinks",
     "dbrx": "its feed-forward is a mixture of experts",
-    "deepseek_v2": "its keys and values are compressed (MLA), with a mixture of experts",
-    "deepseek_v3": "its keys and values are compressed (MLA), with a mixture of experts",
     "lfm2": "short convolutions stand between its attention layers",
     "mamba": "it is a state-space model, without attention",
     "mamba2": "it is a state-space model, without attention",
@@ -90,6 +86,14 @@ def family_named(model_type: str) -> Family:
     """The family of ``FAMILIES`` with that name."""
     found: Family = importlib.import_module(f"{families.__name__}.{model_type}").FAMILY
     return found
+
+
+def passed_over(arch: str) -> tuple[str, ...]:
+    """Parts of a layer, and the head, that llama.cpp's graph of ``arch`` takes no adapters for."""
+    layouts = (family_named(name).gguf for name in FAMILIES)
+    return next(
+        (layout.graph.without_adapters for layout in layouts if layout and layout.arch == arch), ()
+    )
 
 
 def config_from_gguf(

@@ -204,6 +204,13 @@ class Config:
             raise self.refusal(key, value, "a list of true and false")
         return tuple(bool(item) for item in value)
 
+    def integers(self, key: str) -> tuple[int, ...]:
+        """The list of whole numbers at ``key``."""
+        value = self._take(key, REQUIRED)
+        if not self.lists(key) or not all(type(item) is int for item in value):
+            raise self.refusal(key, value, "a list of whole numbers")
+        return tuple(value)
+
     def numbers(self, key: str) -> tuple[float, ...]:
         """The list of finite numbers at ``key``."""
         value = self._take(key, REQUIRED)

@@ -8,11 +8,14 @@ arXiv 2211.10438, section 4). Every family is described by its ``Decoder`` alone
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from edgellm.architectures.decoder import Decoder
+from edgellm.architectures.decoder import Decoder, Experts
+from edgellm.architectures.latent import Latent
 from edgellm.tensors import Array
 
 
@@ -20,20 +23,31 @@ from edgellm.tensors import Array
 class Absorber:
     """A tensor before a coupling that divides by its factors: rows of a weight, or a vector.
 
-    Factors belong to the rows (or values) from ``first`` on. ``offset`` is what the network adds to
+    Factors belong to the rows (or values) from ``first`` on; with ``run``, to so many, and so on in
+    runs that begin ``step`` rows apart. ``offset`` is what the network adds to
     the stored values (norms stored less one).
     """
 
     role: str
     first: int = 0
     offset: float = 0.0
+    run: int = 0
+    step: int = 0
+
+    def places(self, count: int) -> npt.NDArray[np.intp]:
+        """The row (or value) that each of ``count`` factors belongs to, ascending."""
+        numbers = np.arange(count)
+        if self.run:
+            numbers = numbers // self.run * self.step + numbers % self.run
+        return self.first + numbers
 
 
 @dataclass(frozen=True, slots=True)
 class Coupling:
     """Weights that share an input, and what absorbs the inverse of their factors.
 
-    ``name`` is the tensor that makes the input (``attn_norm``, ``attn_v``, ``ffn_norm``,
+    ``name`` is the tensor that makes the input (``attn_norm``, ``attn_q_a_norm``,
+    ``attn_kv_a_norm``, ``attn_v``, ``ffn_norm``,
     ``ffn_up``, ``output_norm``). ``consumers`` are roles of the weights ``[out, columns]`` that
     share it. ``layer`` counts the layers, the head is one more. The input's columns are
     ``[kv_heads, group, width]``: the heads of a group repeat one head of values, so that they share
@@ -77,18 +91,25 @@ class Coupling:
 def couplings(decoder: Decoder) -> tuple[Coupling, ...]:
     """Every coupling of the network, in the order of the computation, the head's last.
 
-    A layer has up to four: attention's norm to q, k and v; the rows of v to attention's output
+    A layer has up to four, and more with latent attention, whose norms of latent vectors couple
+    too: attention's norm to q, k and v; the rows of v to attention's output
     (softmax weighs values and does not change them); the feed-forward's norm to gate and up; the
-    rows of up, which a gate only multiplies, to down. ``left_out`` says which are not there.
+    rows of up, which a gate only multiplies, to down. Every expert has the last of these for
+    itself. ``left_out`` says which are not there.
     """
     found: list[Coupling] = []
     for layer in range(len(decoder.layers)):
         before = _norms(decoder, layer)
         found += [each for each in before if each.name == "attn_norm"]
+        if decoder.latent is not None:
+            found += _latent_norms(decoder, layer, decoder.latent)
         if decoder.qkv_clip is None:
             found.append(_values(decoder, layer))
         found += [each for each in before if each.name != "attn_norm"]
-        if decoder.gated_mlp:
+        experts = decoder.layers[layer].experts
+        if experts is not None:
+            found += _gated_experts(experts, layer)
+        elif decoder.gated_mlp:
             found.append(_gated(decoder, layer))
     if not decoder.tied_head and decoder.norm.weight:
         layer = len(decoder.layers)
@@ -107,7 +128,7 @@ def left_out(decoder: Decoder) -> dict[str, str]:
         reasons |= dict.fromkeys(_attention(decoder) + _feed_forward(decoder), unscalable)
     if decoder.qkv_clip is not None:
         reasons["attn_output"] = "values are clipped, which does not pass factors on"
-    if not decoder.gated_mlp:
+    if not decoder.gated_mlp and not all(layer.experts for layer in decoder.layers):
         reasons["ffn_down"] = (
             f"its input comes out of {decoder.activation}, which does not pass factors on"
         )
@@ -134,6 +155,9 @@ def _rows(role: str, biased: bool, first: int = 0) -> tuple[Absorber, ...]:
 
 def _attention(decoder: Decoder) -> list[str]:
     """The products that read what attention is given."""
+    if decoder.latent is not None:
+        whole = decoder.latent.query_rank is None
+        return ["attn_q" if whole else "attn_q_a", "attn_kv_a_mqa"]
     return ["attn_qkv"] if decoder.fused_qkv else ["attn_q", "attn_k", "attn_v"]
 
 
@@ -147,7 +171,10 @@ def _norms(decoder: Decoder, layer: int) -> list[Coupling]:
     """Norms to the products that read them: one for attention and feed-forward, or one each."""
     if not decoder.pre_norms or not decoder.norm.weight:
         return []
+    experts = decoder.layers[layer].experts
     attention, feed_forward = _attention(decoder), _feed_forward(decoder)
+    if experts is not None:
+        feed_forward = _readers(experts)
     readers = {"attn_norm": attention, "ffn_norm": feed_forward}
     if decoder.shared_norm:
         readers = {"attn_norm": attention + feed_forward}
@@ -163,7 +190,46 @@ def _norms(decoder: Decoder, layer: int) -> list[Coupling]:
     ]
 
 
+def _latent_norms(decoder: Decoder, layer: int, latent: Latent) -> list[Coupling]:
+    """The norms of latent vectors to the products that read them."""
+    readers = [("attn_kv_a_norm", "attn_kv_b", latent.rank)]
+    if latent.query_rank is not None:
+        readers = [("attn_q_a_norm", "attn_q_b", latent.query_rank), *readers]
+    return [
+        Coupling(
+            layer,
+            name,
+            (f"blk.{layer}.{part}.weight",),
+            _norm(decoder, f"blk.{layer}.{name}"),
+            width,
+        )
+        for name, part, width in readers
+    ]
+
+
+def _latent_values(decoder: Decoder, layer: int, latent: Latent) -> Coupling:
+    """The rows of each head that make values, below those that make keys."""
+    rows = Absorber(
+        f"blk.{layer}.attn_kv_b.weight",
+        first=latent.plain_dim,
+        run=latent.value_dim,
+        step=latent.head_rows,
+    )
+    consumers = (f"blk.{layer}.attn_output.weight",)
+    return Coupling(layer, "attn_v", consumers, (rows,), latent.value_dim, decoder.heads)
+
+
+def _readers(experts: Experts) -> list[str]:
+    """The products that read what a mixture is given; the router, whose input is all of it, first."""
+    shared = ["ffn_gate_shexp", "ffn_up_shexp"] if experts.shared_width else []
+    gates = ["ffn_gate_inp_shexp"] if experts.shared_gate else []
+    of_each = [f"ffn_{part}_exps.{n}" for n in range(experts.count) for part in ("gate", "up")]
+    return ["ffn_gate_inp", *gates, *shared, *of_each]
+
+
 def _values(decoder: Decoder, layer: int) -> Coupling:
+    if decoder.latent is not None:
+        return _latent_values(decoder, layer, decoder.latent)
     fused = decoder.fused_qkv
     part, first = ("attn_qkv", decoder.query_size + decoder.kv_size) if fused else ("attn_v", 0)
     return Coupling(
@@ -186,3 +252,17 @@ def _gated(decoder: Decoder, layer: int) -> Coupling:
         _rows(f"blk.{layer}.ffn_up", decoder.mlp_bias, first),
         decoder.ffn_size,
     )
+
+def _gated_experts(experts: Experts, layer: int) -> Iterator[Coupling]:
+    parts = [(f"exps.{expert}", experts.width) for expert in range(experts.count)]
+    if experts.shared_width:
+        parts.append(("shexp", experts.shared_width))
+    for part, width in parts:
+        yield Coupling(
+            layer,
+            f"ffn_up_{part}",
+            (f"blk.{layer}.ffn_down_{part}.weight",),
+            _rows(f"blk.{layer}.ffn_up_{part}", biased=False),
+            width,
+        )
+

@@ -11,6 +11,8 @@ import enum
 from dataclasses import dataclass
 from typing import Literal
 
+from edgellm.architectures.latent import Latent
+
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
 
 
@@ -35,6 +37,8 @@ class Feature(enum.StrEnum):
     UNBIASED_LAYER_NORM = "layer norms without biases"
     QK_NORM = "norms on queries and keys"
     QK_NORM_WHOLE = "norms on queries and keys over all heads together"
+    QK_NORM_BY_HEAD = "norms on queries and keys with other weights for each head"
+    LATENT_ATTENTION = "keys and values made of one latent vector (MLA)"
     POST_NORMS = "norms after attention and feed-forward"
     NO_PRE_NORMS = "no norms before attention and feed-forward"
     PARALLEL_BLOCK = "attention and feed-forward side by side"
@@ -56,6 +60,15 @@ class Feature(enum.StrEnum):
     LOGIT_SCALE = "scaled logits"
     ATTENTION_SCALE = "an attention scale other than 1/sqrt(head_dim)"
     TIED_HEAD = "an output head tied to the embedding"
+    EXPERTS = "a mixture of experts"
+    DENSE_LAYERS = "layers without experts among those with"
+    SHARED_EXPERTS = "experts that every token passes through"
+    SHARED_EXPERT_GATE = "a gate on the shared expert"
+    NORMALIZED_ROUTER = "router weights that sum to one"
+    SCALED_ROUTER = "scaled router weights"
+    SIGMOID_ROUTER = "router scores by sigmoid"
+    ROUTER_BIAS = "a bias on the choice of experts"
+    EXPERT_GROUPS = "experts chosen from the best groups"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +103,64 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
+class Router:
+    """How the experts of a token are chosen, and what their answers are weighed by.
+
+    ``scores``: of the router's logits over all experts. The ``used`` largest are chosen, and each
+    weighs its expert's answer: divided by their sum where ``normalized``, then times ``factor``. A
+    softmax over the chosen logits alone is the same as a normalized one over all.
+
+    ``bias``: a stored number for each expert is added to its score for the choice alone
+    (DeepSeek-V3). ``groups``: experts stand in so many groups of equal size, and those outside the
+    ``groups_used`` best cannot be chosen; a group is as good as its ``group_score`` says, its best
+    expert (DeepSeek-V2) or the sum of its two best (V3).
+    """
+
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    normalized: bool = False
+    factor: float = 1.0
+    bias: bool = False
+    groups: int = 1
+    groups_used: int = 1
+    group_score: Literal["best", "two best"] = "best"
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A feed-forward that is a mixture: ``count`` gated ones, of which each token passes ``used``.
+
+    Each is ``width`` wide. Every token passes the shared one too, of ``shared_width`` (all shared
+    experts together, which is the same; 0 for none), whose answer is multiplied by a sigmoid of
+    the token where there is a ``shared_gate``. No product of them has a bias.
+
+    Roles in layer N: ``blk.N.ffn_gate_inp.weight`` ``[count, hidden]`` is the router,
+    ``blk.N.exp_probs_b.bias`` its bias, ``blk.N.ffn_gate_exps.E.weight`` (up, down) those of expert
+    E, ``blk.N.ffn_gate_shexp.weight`` the shared one's, ``blk.N.ffn_gate_inp_shexp.weight``
+    ``[1, hidden]`` its gate.
+    """
+
+    count: int
+    used: int
+    width: int
+    router: Router = Router()
+    shared_width: int = 0
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What may differ between layers: the rope, the attention window, and experts.
+
+    With ``window`` w the token at position p sees positions p - w + 1 to p. Without ``experts`` the
+    feed-forward is the decoder's own, of its ``ffn_size``.
+    """
+
+    window: int | None = None
+    rope: Rope | None = None
+    experts: Experts | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Norm:
     """``rms`` or ``layer`` norm; with ``offset`` the stored weight is used as ``weight + 1``.
 
@@ -109,17 +180,6 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
-    """What may differ between layers: the rope, and the attention window.
-
-    With ``window`` w the token at position p sees positions p - w + 1 to p.
-    """
-
-    window: int | None = None
-    rope: Rope | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Decoder:
     """A decoder-only network, whole: shapes, norms, positions, attention, feed-forward.
 
@@ -128,7 +188,9 @@ class Decoder:
     not the head. ``attention_scale`` multiplies query times key; None means 1/sqrt(head_dim).
 
     ``fused_gate_up``: gate above up in one tensor, ``ffn_up``. ``qk_norm_whole``: the norms go over
-    all heads of queries (or keys) together. ``parallel``: attention and feed-forward both read the
+    all heads of queries (or keys) together; ``qk_norm_by_head``: over each, with a row of weights
+    for each, and never a bias. ``latent``: keys and values are made of one vector; ``kv_heads`` is
+    then ``heads``, and ``head_dim`` the width of a key. ``parallel``: attention and feed-forward both read the
     stream before the layer, after a norm each or, with ``shared_norm``, after the same one.
     ``residual_scale`` multiplies what each of the two adds to the stream, ``logit_scale`` the
     logits. Soft caps c turn x into c * tanh(x / c); ``qkv_clip`` keeps queries, keys and values
@@ -157,6 +219,8 @@ class Decoder:
     head_bias: bool = False
     qk_norm: bool = False
     qk_norm_whole: bool = False
+    qk_norm_by_head: bool = False
+    latent: Latent | None = None
     qkv_clip: float | None = None
     pre_norms: bool = True
     post_norms: bool = False
@@ -185,6 +249,24 @@ class Decoder:
         return self.kv_heads * self.head_dim
 
     @property
+    def attended_size(self) -> int:
+        """Values of all heads that attention gives for a token, which ``attn_output`` takes."""
+        return self.heads * (self.latent.value_dim if self.latent else self.head_dim)
+
+    @property
+    def cache_heads(self) -> int:
+        """Heads whose keys, and values, an attention that is not expanded keeps of a token.
+
+        One where a latent vector stands for all of them.
+        """
+        return 1 if self.latent else self.kv_heads
+
+    @property
+    def cache_dim(self) -> int:
+        """Values of one of ``cache_heads``."""
+        return self.latent.cache_dim if self.latent else self.head_dim
+
+    @property
     def softmax_scale(self) -> float:
         """What query times key is multiplied with before the softmax."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
@@ -195,9 +277,13 @@ class Decoder:
         turned = {layer.rope for layer in self.layers}
         ropes = {rope for rope in turned if rope is not None}
         scalings = {rope.scaling.kind for rope in ropes if rope.scaling}
+        mixtures = {layer.experts for layer in self.layers if layer.experts is not None}
+        routers = {each.router for each in mixtures}
         chosen = {
             Feature.ROPE: bool(ropes),
-            Feature.ROPE_PARTIAL: any(rope.dimensions < self.head_dim for rope in ropes),
+            Feature.ROPE_PARTIAL: (
+                not self.latent and any(rope.dimensions < self.head_dim for rope in ropes)
+            ),
             Feature.LAYERS_WITHOUT_ROPE: None in turned and bool(ropes),
             Feature.ROPE_LINEAR: "linear" in scalings,
             Feature.ROPE_YARN: "yarn" in scalings,
@@ -216,6 +302,8 @@ class Decoder:
             ),
             Feature.QK_NORM: self.qk_norm,
             Feature.QK_NORM_WHOLE: self.qk_norm_whole,
+            Feature.QK_NORM_BY_HEAD: self.qk_norm_by_head,
+            Feature.LATENT_ATTENTION: self.latent is not None,
             Feature.QKV_CLIP: self.qkv_clip is not None,
             Feature.POST_NORMS: self.post_norms,
             Feature.NO_PRE_NORMS: not self.pre_norms,
@@ -237,5 +325,14 @@ class Decoder:
             Feature.LOGIT_SCALE: self.logit_scale != 1.0,
             Feature.ATTENTION_SCALE: self.attention_scale is not None,
             Feature.TIED_HEAD: self.tied_head,
+            Feature.EXPERTS: bool(mixtures),
+            Feature.DENSE_LAYERS: bool(mixtures) and any(not each.experts for each in self.layers),
+            Feature.SHARED_EXPERTS: any(each.shared_width for each in mixtures),
+            Feature.SHARED_EXPERT_GATE: any(each.shared_gate for each in mixtures),
+            Feature.NORMALIZED_ROUTER: any(router.normalized for router in routers),
+            Feature.SCALED_ROUTER: any(router.factor != 1.0 for router in routers),
+            Feature.SIGMOID_ROUTER: any(router.scores == "sigmoid" for router in routers),
+            Feature.ROUTER_BIAS: any(router.bias for router in routers),
+            Feature.EXPERT_GROUPS: any(router.groups > 1 for router in routers),
         }
         return frozenset(feature for feature, present in chosen.items() if present)

@@ -17,7 +17,20 @@ REMOTE_CODE = "auto_map"
 Value = bool | int | float | str | list[bool] | list[int]
 """Of a key in a GGUF file; int stands for uint32 there, float for float32."""
 
-Kind = Literal["embedding", "positions", "linear", "norm", "bias", "head"]
+Kind = Literal["embedding", "positions", "linear", "router", "norm", "bias", "head"]
+"""What a tensor is; a ``router``'s product chooses experts, and no container rounds it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where checkpoints of another spelling have a tensor: rows of ``name`` from ``first`` on.
+
+    ``shape`` is that of the whole; rows are counted over all of its dimensions but the last.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    first: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +40,9 @@ class TensorRow:
     ``source`` is its name in a Hugging Face checkpoint, ``role`` its GGUF name, ``shape`` what is
     expected in ``[out, in]`` order. ``transposed``: the checkpoint holds ``[in, out]`` (GPT-2's
     Conv1D). ``order``: how rows lie in the checkpoint, where the network takes them in another.
+    ``elsewhere``: other places that it may be in. Where it is not stored ``apart``, it is always in
+    one of these, and ``source`` is our own name for it. ``pieces``: names of the tensors that a
+    checkpoint has its rows in, one in each, in place of ``source``.
     """
 
     source: str
@@ -35,6 +51,9 @@ class TensorRow:
     kind: Kind
     transposed: bool = False
     order: RowOrder | None = None
+    elsewhere: tuple[Part, ...] = ()
+    apart: bool = True
+    pieces: tuple[str, ...] = ()
 
 
 def weight_and_bias(
@@ -73,6 +92,7 @@ class GgufGraph:
     ``always`` those that it cannot be without. ``nearly``: activations that its own stands for,
     which the user is told of. ``square_attention``: the heads together are as wide
     as the model. ``any_yarn``: settings that no key says are baked into ``rope_freqs.weight``.
+    ``without_adapters``: parts of a layer, and the head, that it multiplies by passing adapters over.
     ``differences``: what else it would compute differently, in words.
     """
 
@@ -82,6 +102,7 @@ class GgufGraph:
     always: frozenset[Feature] = frozenset()
     square_attention: bool = False
     any_yarn: bool = False
+    without_adapters: tuple[str, ...] = ()
     differences: Callable[[Decoder], Iterator[str]] = _nothing
 
 
@@ -105,7 +126,9 @@ class GgufLayout:
     ``norm_plus_one``: norm weights are stored with the offset added. ``window``: llama.cpp's graph
     applies the sliding window; where it does not, the context is capped at the window.
     ``rope_factors``: tensors whose values its graph divides rotary frequencies by, all alike; none
-    where it looks at no such.
+    where it looks at no such. ``as_checkpoint``: rows lie as in a checkpoint (``TensorRow.order``).
+
+    ``absorbed``: what makes keys and values of latent vectors is in two stacks (``gguf_latent``).
 
     ``names``: parts of a layer that its tensors call otherwise than their roles, by the role's.
     ``keys`` are the architecture's own, beside those that all have (``gguf_metadata.gguf_keys``).
@@ -119,6 +142,8 @@ class GgufLayout:
     norm_plus_one: bool = False
     window: bool = False
     rope_factors: tuple[str, ...] = ()
+    as_checkpoint: bool = False
+    absorbed: bool = False
     names: Callable[[Decoder], Mapping[str, str]] = _no_names
     keys: Callable[[Decoder], dict[str, Value]] = _no_keys
     config: Callable[[GgufFacts], dict[str, Any]] | None = None

@@ -184,19 +184,23 @@ def vocab_size(keys: Config, metadata: Mapping[str, Any]) -> int:
 
 
 def built_like_llama(
-    facts: GgufFacts, *, windows: bool = False, partial_rope: bool = False
+    facts: GgufFacts,
+    *,
+    windows: bool = False,
+    partial_rope: bool = False,
+    value_dim: int | None = None,
 ) -> dict[str, Any]:
     """The config's keys that families built like Llama share, their activation and rope among them.
 
     ``windows``: the architecture's graph has some, and its family reads the keys of them. Where it
     has none, a file that names a window means something that is not known. ``partial_rope``: heads
-    may be turned in part.
+    may be turned in part. ``value_dim``: of a head, where it is not the key's.
     """
     keys = facts.keys
     hidden = keys.integer("embedding_length")
     heads = keys.integer("attention.head_count")
     head_dim = keys.integer("attention.key_length", max(hidden // heads, 1))
-    keys.neutral("attention.value_length", head_dim)
+    keys.neutral("attention.value_length", value_dim or head_dim)
     turned = keys.integer("rope.dimension_count", head_dim, maximum=head_dim)
     if turned != head_dim and not partial_rope:
         raise keys.refusal("rope.dimension_count", turned, f"the {head_dim} values of a head")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from edgellm.architectures.decoder import Decoder
+from edgellm.architectures.experts import SHARED_GATE
 from edgellm.architectures.family import GgufLayout, TensorRow
-from edgellm.architectures.row_order import Order
+from edgellm.architectures.row_order import Order, as_checkpoint_has, as_network_takes
 from edgellm.tensors import TensorRef, derived, reordered
 
 PAIRED_ROLES = ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias")
@@ -25,7 +28,14 @@ def name_in_file(role: str, decoder: Decoder, layout: GgufLayout) -> str:
 def as_llamacpp_stores(
     ref: TensorRef, row: TensorRow, decoder: Decoder, layout: GgufLayout
 ) -> TensorRef:
-    """``ref`` with the rows of q and k in pairs, or a norm with its offset added."""
+    """``ref`` with the rows of q and k in pairs, or a norm with its offset added.
+
+    The gate of a shared expert is a vector there.
+    """
+    if row.role.endswith(SHARED_GATE):
+        return replace(ref, shape=(ref.columns,))
+    if layout.as_checkpoint:
+        return as_checkpoint_has(ref, row)
     if layout.interleaved_rope and row.role.endswith(PAIRED_ROLES):
         return reordered(ref, pairs_order(_heads(row, decoder), decoder.head_dim))
     if layout.norm_plus_one and row.kind == "norm":
@@ -37,6 +47,8 @@ def as_checkpoint_stores(
     ref: TensorRef, row: TensorRow, decoder: Decoder, layout: GgufLayout
 ) -> TensorRef:
     """``ref`` with the rows of q and k back in half-rotation order, or a norm less its offset."""
+    if layout.as_checkpoint:
+        return as_network_takes(ref, row)
     if layout.interleaved_rope and row.role.endswith(PAIRED_ROLES):
         return reordered(ref, halves_order(_heads(row, decoder), decoder.head_dim))
     if layout.norm_plus_one and row.kind == "norm":

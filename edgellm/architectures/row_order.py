@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from edgellm.tensors import TensorRef, reordered
+from edgellm.tensors import TensorRef, derived, reordered
 
 if TYPE_CHECKING:
     from edgellm.architectures.family import TensorRow
@@ -43,20 +43,25 @@ class FusedHeads:
 
 @dataclass(frozen=True, slots=True)
 class PairedRope:
-    """The first ``dimensions`` rows of each head in pairs (x0, y0, ..), in the network in halves.
+    """``dimensions`` rows of each head in pairs (x0, y0, ..), in the network in halves.
 
-    Rotary positions turn a pair; the network has its two values half a rope apart.
+    Rotary positions turn a pair; the network has its two values half a rope apart. ``first``: where
+    in a head those rows begin. ``columns``: not rows are in pairs but the values of every row, as
+    in norms that have a row for each head.
     """
 
     heads: int
     head_dim: int
     dimensions: int
+    first: int = 0
+    columns: bool = False
 
     def places(self) -> Order:
         """For each row of the network's tensor, its place in the checkpoint's."""
         head = np.arange(self.head_dim)
-        turned = head[: self.dimensions].reshape(-1, 2).T.reshape(-1)
-        head = np.concatenate([turned, head[self.dimensions :]])
+        end = self.first + self.dimensions
+        turned = head[self.first : end].reshape(-1, 2).T.reshape(-1)
+        head = np.concatenate([head[: self.first], turned, head[end:]])
         return (np.arange(self.heads)[:, np.newaxis] * self.head_dim + head).reshape(-1)
 
 
@@ -65,9 +70,20 @@ RowOrder = FusedHeads | PairedRope
 
 def as_network_takes(ref: TensorRef, row: TensorRow) -> TensorRef:
     """The checkpoint's tensor ``ref`` with its rows, or values, in the order of the network."""
-    return ref if row.order is None else reordered(ref, row.order.places())
+    return ref if row.order is None else _in_order(ref, row.order, row.order.places())
 
 
 def as_checkpoint_has(ref: TensorRef, row: TensorRow) -> TensorRef:
     """The network's tensor ``ref`` with its rows, or values, in the order of the checkpoint."""
-    return ref if row.order is None else reordered(ref, np.argsort(row.order.places()))
+    return ref if row.order is None else _in_order(ref, row.order, np.argsort(row.order.places()))
+
+
+def sorts_columns(order: RowOrder | None) -> bool:
+    """Whether ``order`` is that of the values of each row."""
+    return isinstance(order, PairedRope) and order.columns
+
+
+def _in_order(ref: TensorRef, order: RowOrder, places: Order) -> TensorRef:
+    if sorts_columns(order):
+        return derived(ref, lambda rows: rows[:, places])
+    return reordered(ref, places)

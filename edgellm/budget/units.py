@@ -10,6 +10,7 @@ import msgspec
 from edgellm.calibration.blocks import EMBEDDING, HEAD, LAYER_ROLE
 from edgellm.errors import UnsupportedTarget
 from edgellm.export.gguf_mixture import NEED_IMPORTANCE
+from edgellm.export.latent_attention import BY_HEAD
 from edgellm.export.layout import Container, Layout, OutputTensor
 from edgellm.export.onnx_operators import operators_of
 from edgellm.export.tensor_grids import grids_by_role
@@ -53,6 +54,12 @@ def units_of(recipe: Recipe, source: ModelSource, container: Container) -> list[
             "--fit and --bits choose a grid for each tensor, and edgellm writes one for all to "
             f"{container.name}: choose --format gguf, {' or '.join(GROUPS)}"
         )
+    if any(layer.experts for layer in source.decoder.layers):
+        raise UnsupportedTarget(
+            "--fit and --bits measure what each tensor's rounding costs, which is not known of "
+            f"experts that few tokens pass ({source.decoder.family} models are mixtures of them): "
+            "choose --quant, with --tensor-grid for what should have more bits"
+        )
     base = container.lay_out(source, recipe)
     tied = source.decoder.tied_head
     free = [tensor for tensor in stored(base) if not _fixed(tensor, base, recipe, tied=tied)]
@@ -85,7 +92,8 @@ def stored(layout: Layout) -> list[OutputTensor]:
     for tensor in layout.model_tensors:
         role = tensor.parts[0].role
         product = LAYER_ROLE.match(role) and role.endswith(".weight") and len(tensor.shape) == 2
-        if (product and "norm" not in role) or role in (EMBEDDING, HEAD):
+        by_head = role.endswith(BY_HEAD) and layout.container == "onnx" or source_role(role) != role
+        if (product and "norm" not in role and not by_head) or role in (EMBEDDING, HEAD):
             found.append(tensor)
     return found
 

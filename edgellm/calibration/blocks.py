@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from edgellm.architectures.gguf_latent import KEYS, whole_role
 from edgellm.export.layout import OutputTensor
 from edgellm.quant.grid import Grid
 from edgellm.quant.statistics import Statistics
@@ -69,21 +70,35 @@ def heads_among(tensors: Sequence[OutputTensor], *, tied: bool) -> set[int]:
     return {place for place, tensor in enumerate(tensors) if tensor.parts[0].role == EMBEDDING}
 
 
-def statistics_of(tensor: OutputTensor, found: Mapping[str, Statistics]) -> Statistics | None:
-    """What is known of the input that all parts of ``tensor`` share.
+def statistics_of(
+    tensor: OutputTensor, found: Mapping[str, Statistics], expert: int = 0
+) -> Statistics | None:
+    """What is known of the input that all parts of ``tensor`` share, or ``expert`` of a stack has.
 
     None for floats, which nothing is chosen for, and for what is no product's weight.
     """
     if tensor.grid.kind == "float":
         return None
-    known = {id(found.get(part.role)): found.get(part.role) for part in tensor.parts}
+    if tensor.experts > 1:
+        return found.get(tensor.parts[expert].role)
+    of_parts = [found.get(whole_role(part.role)) for part in tensor.parts]
+    known = {id(each): each for each in of_parts}
     if len(known) != 1:
         raise AssertionError(f"the parts of {tensor.name} have different inputs")
     return next(iter(known.values()))
 
 
 def grids_by_role(tensors: Sequence[OutputTensor], *, tied: bool) -> dict[str, Grid]:
-    """The grid of every part of ``tensors``; of a tied table that is stored twice, the head's."""
+    """The grid of every part of ``tensors``; of a tied table that is stored twice, the head's.
+
+    Of a weight that is stored in two stacks, that of the one whose input it shares; the other's
+    inputs are the queries of each head, of which nothing is known.
+    """
     heads = heads_among(tensors, tied=tied)
     order = sorted(range(len(tensors)), key=lambda place: place in heads)
-    return {part.role: tensors[place].grid for place in order for part in tensors[place].parts}
+    return {
+        whole_role(part.role): tensors[place].grid
+        for place in order
+        for part in tensors[place].parts
+        if KEYS not in part.role
+    }

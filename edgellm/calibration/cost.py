@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgellm.architectures.decoder import Decoder
+from edgellm.architectures.decoder import Decoder, Layer
+from edgellm.architectures.experts import expert_of
 from edgellm.calibration.stream import BUDGET_BYTES
 from edgellm.calibration.sums import CHUNK_TOKENS, STRIP_COLUMNS
 from edgellm.export.layout import OutputTensor
@@ -55,16 +56,61 @@ class Cost:
     disk_bytes: int
 
 
-def input_widths(decoder: Decoder) -> tuple[int, int, int, int]:
-    """Columns of the inputs of a layer's products: attention's, its output's, gate's, down's."""
-    return decoder.hidden_size, decoder.query_size, decoder.hidden_size, decoder.ffn_size
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Products' inputs of one kind in a layer: ``width`` columns, ``each`` times for a token.
+
+    ``sums``: how many such inputs statistics are kept of.
+    """
+
+    width: int
+    each: int = 1
+    sums: int = 1
+
+
+def layer_inputs(decoder: Decoder, layer: Layer) -> list[Inputs]:
+    """Attention's, its output's, gate's and down's; of experts, those of each.
+
+    With latent attention also those of its vectors.
+    """
+    hidden, experts = decoder.hidden_size, layer.experts
+    found = [Inputs(hidden), Inputs(decoder.attended_size)]
+    if decoder.latent is not None:
+        found += [Inputs(decoder.latent.rank), Inputs(decoder.latent.query_rank or 0)]
+    if experts is None:
+        return [*found, Inputs(hidden), Inputs(decoder.ffn_size)]
+    found += [
+        Inputs(width, experts.used, experts.count) for width in (hidden, experts.width)
+    ]
+    if experts.shared_width:
+        found += [Inputs(hidden), Inputs(experts.shared_width)]
+    return found
 
 
 def layer_weights(decoder: Decoder) -> int:
-    """Values of the weights of one layer's products."""
-    hidden, query = decoder.hidden_size, decoder.query_size
+    """Values of the weights of one layer's products, of the layer that has most."""
+    return max(_weights_of(decoder, layer, active=False) for layer in decoder.layers)
+
+
+def active_weights(decoder: Decoder) -> int:
+    """Values of the weights of all layers' products that one token is multiplied by."""
+    return sum(_weights_of(decoder, layer, active=True) for layer in decoder.layers)
+
+
+def _weights_of(decoder: Decoder, layer: Layer, *, active: bool) -> int:
+    hidden, query, experts = decoder.hidden_size, decoder.query_size, layer.experts
     attention = hidden * (query + 2 * decoder.kv_size) + query * hidden
-    return attention + (3 if decoder.gated_mlp else 2) * hidden * decoder.ffn_size
+    if (latent := decoder.latent) is not None:
+        queries = hidden * query
+        if latent.query_rank is not None:
+            queries = (hidden + query) * latent.query_rank
+        expansion = decoder.heads * latent.head_rows * latent.rank
+        attention = queries + hidden * (latent.cache_dim + decoder.attended_size) + expansion
+    if experts is None:
+        return attention + (3 if decoder.gated_mlp else 2) * hidden * decoder.ffn_size
+    passed = experts.used if active else experts.count
+    each = 3 * hidden * experts.width
+    return attention + experts.count * hidden + passed * each + 3 * hidden * experts.shared_width
 
 
 def pass_cost(
@@ -80,13 +126,18 @@ def pass_cost(
 
     ``layers`` before the one that is solved, as ``passes.CalibrationPass`` has it.
     """
-    widths, hidden = input_widths(decoder), decoder.hidden_size
-    attention = 4 * min(window, tokens) * decoder.query_size * ATTENTION_SLOWNESS
-    per_token = RUNS[layers] * (2 * layer_weights(decoder) + attention)
-    squares = sum(width * width for width in widths)
-    # Of a product with its own transpose half is computed.
-    per_token += 0 if importance_only else squares
-    operations = tokens * (len(decoder.layers) * per_token + hidden * hidden)
+    hidden, count = decoder.hidden_size, len(decoder.layers)
+    scored = decoder.heads * decoder.cache_dim
+    attention = 4 * min(window, tokens) * scored * ATTENTION_SLOWNESS
+    per_token = RUNS[layers] * (2 * active_weights(decoder) + count * attention)
+    if not importance_only:
+        # Of a product with its own transpose half is computed.
+        per_token += sum(
+            each.width**2 * each.each
+            for layer in decoder.layers
+            for each in layer_inputs(decoder, layer)
+        )
+    operations = tokens * (per_token + hidden * hidden)
     stream = stream_bytes(decoder, tokens)
     memory = 4 * layer_weights(decoder) + sums_bytes(decoder, importance_only)
     memory += stream if stream <= BUDGET_BYTES else 0
@@ -105,25 +156,48 @@ def stream_bytes(decoder: Decoder, tokens: int) -> int:
 
 def sums_bytes(decoder: Decoder, importance_only: bool) -> int:
     """What is added up of the inputs of one layer."""
-    widths = input_widths(decoder)
-    return 4 * sum(width if importance_only else width * width for width in widths)
+
+    def of_layer(layer: Layer) -> int:
+        inputs = layer_inputs(decoder, layer)
+        return sum(
+            each.sums * (each.width if importance_only else each.width**2) for each in inputs
+        )
+
+    return 4 * max(map(of_layer, decoder.layers))
 
 
 def runtime_bytes(decoder: Decoder, window: int, threads: int) -> int:
     """What onnxruntime computes of a window on each thread, and keeps for the next."""
-    query, keys = decoder.query_size, decoder.kv_size
-    computed = window * (4 * decoder.hidden_size + 3 * query + 6 * keys + 3 * decoder.ffn_size)
+    query, keys = decoder.heads * decoder.cache_dim, decoder.cache_heads * decoder.cache_dim
+    computed = window * (4 * decoder.hidden_size + 3 * query + 6 * keys + _fed(decoder))
     scores = decoder.heads * window * window
     return RUNTIME_BYTES + 4 * threads * (computed + scores)
 
 
+def _fed(decoder: Decoder) -> int:
+    """Values of a token inside of a feed-forward, and in experts what is brought there and back."""
+
+    def of_layer(layer: Layer) -> int:
+        experts = layer.experts
+        if experts is None:
+            return 3 * decoder.ffn_size
+        each = 3 * experts.width + 3 * decoder.hidden_size
+        return experts.used * each + 3 * experts.shared_width
+
+    return max(map(of_layer, decoder.layers))
+
+
 def _worker_bytes(decoder: Decoder, window: int, importance_only: bool) -> int:
     """One thread's chunk of inputs, and the products of a strip of them."""
-    widths = input_widths(decoder)
-    kept = (CHUNK_TOKENS + window - 1) * (2 * decoder.hidden_size + sum(widths))
-    largest = max(widths)
-    strip = 0 if importance_only else min(largest, STRIP_COLUMNS) * largest
-    return 4 * (kept + strip)
+
+    def of_layer(layer: Layer) -> int:
+        inputs = layer_inputs(decoder, layer)
+        given = sum(each.width * each.each for each in inputs)
+        kept = (CHUNK_TOKENS + window - 1) * (2 * decoder.hidden_size + given)
+        largest = max(each.width for each in inputs)
+        return kept + (0 if importance_only else min(largest, STRIP_COLUMNS) * largest)
+
+    return 4 * max(map(of_layer, decoder.layers))
 
 
 def solve_cost(
@@ -141,7 +215,7 @@ def solve_cost(
     if not solved:
         return Cost(0, 0.0, 0)
     rate = SOLVED_PER_SECOND[needs]
-    columns = {tensor.columns for tensor in solved}
+    columns = _inputs_of(solved)
     seconds = sum(_work_of(tensor) for tensor in solved) / rate / threads if rate else 0.0
     most_bytes, workers = solving_slabs(threads, on_gpu)
     busy = [SOLVER_COPIES * max(slab_bytes(tensor, most_bytes) for tensor in solved)] * workers
@@ -154,6 +228,17 @@ def solve_cost(
     # A thread factors or solves; the others wait for a factor that they need too.
     memory += sum(sorted(busy, reverse=True)[:workers])
     return Cost(int(memory), seconds, 0)
+
+
+def _inputs_of(solved: Sequence[OutputTensor]) -> list[int]:
+    """The columns of each input that is solved by; gate and up of an expert share theirs."""
+    found: set[tuple[int, int | None, bool]] = set()
+    for tensor in solved:
+        for part in tensor.parts:
+            expert = expert_of(part.role)
+            down = expert is not None and "ffn_down" in part.role
+            found.add((tensor.columns, expert, down))
+    return sorted(columns for columns, _, _ in found)
 
 
 def solving_slabs(threads: int, on_gpu: bool) -> tuple[int | None, int]:

@@ -31,6 +31,10 @@ from edgellm.source.model import ModelSource
 from edgellm.tensors import Array, TensorRef
 
 
+MOST_WEIGHTS = 24
+"""Of weights that share an input a search looks at so many, spread over all: experts are many."""
+
+
 @dataclass
 class Folding:
     """The factors of every coupling of ``original``, unit by unit: layers from 0 on, then the head.
@@ -44,6 +48,7 @@ class Folding:
     coupled: tuple[Coupling, ...]
     corrected: bool = False
     scalings: dict[str, Scaling] = field(default_factory=dict)
+    _touching: dict[str, list[Coupling]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def units(self) -> int:
@@ -52,7 +57,7 @@ class Folding:
 
     def unit_of(self, role: str) -> int | None:
         """The unit that must be filled before tensor ``role`` is loaded; None where none must."""
-        return next((each.layer for each in self.coupled if role in roles_of(each)), None)
+        return next((each.layer for each in self._by_role().get(role, [])), None)
 
     def fill_layer(
         self,
@@ -76,9 +81,12 @@ class Folding:
         folded = dict(statistics)
         for coupling in self._of(index):
             known = [role for role in coupling.consumers if role in statistics]
-            if known:
-                shared = folded_statistics(statistics[known[0]], self._columns_of(coupling))
-                folded.update(dict.fromkeys(known, shared))
+            made: dict[int, Statistics] = {}
+            for role in known:  # experts have statistics of their own, of a part of the tokens
+                given = statistics[role]
+                if id(given) not in made:
+                    made[id(given)] = folded_statistics(given, self._columns_of(coupling))
+                folded[role] = made[id(given)]
         return folded
 
     def factors(self, index: int) -> dict[str, Array]:
@@ -89,6 +97,14 @@ class Folding:
         """Fill unit ``index`` with factors that were searched before."""
         for coupling in self._of(index):
             self._keep(coupling, Scaling(np.asarray(factors[coupling.name], np.float32)))
+
+    def _by_role(self) -> dict[str, list[Coupling]]:
+        """The couplings of every role that has some; thousands where there are experts."""
+        if not self._touching:
+            for coupling in self.coupled:
+                for role in roles_of(coupling):
+                    self._touching.setdefault(role, []).append(coupling)
+        return self._touching
 
     def _of(self, index: int) -> list[Coupling]:
         return [each for each in self.coupled if each.layer == index]
@@ -107,6 +123,7 @@ class Folding:
             for role in coupling.consumers
             if grids[role].kind != "float"
         ]
+        weights = weights[:: -(-len(weights) // MOST_WEIGHTS)] if weights else weights
         if not weights:
             return unscaled(coupling, "its weights stay floats")
         return self.search(weights, inputs, coupling, corrected=self.corrected)
@@ -138,10 +155,11 @@ class Folding:
 
     def folded(self, role: str, ref: TensorRef) -> TensorRef:
         """``ref`` scaled by all couplings that it is part of; itself where there are none."""
-        consumed = [each for each in self.coupled if role in each.consumers]
+        touching = self._by_role().get(role, [])
+        consumed = [each for each in touching if role in each.consumers]
         absorbing = [
             (each, absorber)
-            for each in self.coupled
+            for each in touching
             for absorber in each.absorbers
             if absorber.role == role
         ]
@@ -187,14 +205,12 @@ def roles_of(coupling: Coupling) -> tuple[str, ...]:
 
 def _absorb(rows: Array, start: int, vector: bool, absorber: Absorber, factors: Array) -> None:
     """Divide in place what ``rows`` (from row ``start`` of the tensor on) hold of the absorber."""
+    places = absorber.places(len(factors))
     if vector:
-        values = rows[0, absorber.first : absorber.first + len(factors)]
+        values = rows[0, places]
         values += np.float32(absorber.offset)
         values /= factors
-        values -= np.float32(absorber.offset)
+        rows[0, places] = values - np.float32(absorber.offset)
         return
-    low = max(start, absorber.first)
-    high = min(start + len(rows), absorber.first + len(factors))
-    if low < high:
-        part = factors[low - absorber.first : high - absorber.first]
-        rows[low - start : high - start] /= part[:, None]
+    low, high = np.searchsorted(places, (start, start + len(rows)))
+    rows[places[low:high] - start] /= factors[low:high, None]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgellm.architectures.experts import expert_of, stack_of
 from edgellm.digests import file_sha256
 from edgellm.quant.imatrix_file import HEAD, Imatrix, read_imatrix, unmatched
 from edgellm.quant.statistics import Statistics
@@ -43,13 +44,16 @@ def given_importance(path: Path, widths: Mapping[str, int], head: str) -> GivenI
     a file that is no importance matrix, ``TensorError`` for that of another model.
     """
     found = read_imatrix(path)
-    names = {role: HEAD if role == head else role for role in widths}
-    missing = unmatched(found, {names[role]: columns for role, columns in widths.items()})
+    names = {role: HEAD if role == head else stack_of(role) or role for role in widths}
+    together: dict[str, int] = {}
+    for role, columns in widths.items():
+        together[names[role]] = together.get(names[role], 0) + columns
+    missing = unmatched(found, together)
     return GivenImportance(
         name=path.name,
         sha256=file_sha256(path),
         statistics={
-            role: _statistics(found, name)
+            role: _statistics(found, name, expert_of(role), widths[role])
             for role, name in names.items()
             if name in found.importance
         },
@@ -59,6 +63,9 @@ def given_importance(path: Path, widths: Mapping[str, int], head: str) -> GivenI
     )
 
 
-def _statistics(found: Imatrix, name: str) -> Statistics:
+def _statistics(found: Imatrix, name: str, expert: int | None, columns: int) -> Statistics:
+    """Of the tensor ``name``, or of one expert in it."""
     values = found.importance[name]
+    if expert is not None:
+        values = values[expert * columns : (expert + 1) * columns]
     return Statistics(values, np.sqrt(values), found.tokens[name])

@@ -10,12 +10,14 @@ Statistics may be of what the layers give that are rounded already, in place of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from edgellm.architectures.experts import is_router
+from edgellm.calibration.routing import RoutedSums
 from edgellm.calibration.stream import BUDGET_BYTES, TokenStream
 from edgellm.calibration.sums import CHUNK_TOKENS, InputSums
 from edgellm.errors import GenerationError
@@ -58,7 +60,9 @@ of answers drawn from the model, in torch, as long as all the rest): power 0.5 0
 the first tokens alone 0.0860.
 """
 
-ATTENTION_INPUTS = ("attn_q", "attn_k", "attn_v", "attn_qkv")
+ATTENTION_INPUTS = (
+    "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b",
+)  # fmt: skip
 """Products that make queries, keys and values of a token."""
 
 SMALLEST_SQUARE = np.float32(1e-12)
@@ -190,14 +194,27 @@ class CalibrationPass:
             for name, weights in layer.inputs.items()
             if taps
         }
+        routed = None
+        if layer.routed is not None:
+            widths = {
+                name: layer.tensors[roles[0][0]].columns
+                for name, roles in layer.routed.inputs.items()
+            }
+            routed = RoutedSums(layer.routed, widths, self._sums)
         attended = {name for name in sums if feeds_attention(layer.inputs[name])}
-        self._run(graph, sums, watch, into_stream="stream_out", attended=attended)
+        self._run(graph, sums, watch, into_stream="stream_out", attended=attended, routed=routed)
         self.next_layer = index + 1
+        results: list[tuple[Statistics, Sequence[str]]] = [
+            (total.result(), layer.inputs[name]) for name, total in sums.items()
+        ]
+        if routed is not None:
+            (whole,) = (found for found, roles in results if is_router(roles[0]))
+            results += routed.results(whole)
         found = []
-        for name, total in sums.items():
+        for statistics, names in results:
             # The graph knows every layer as its first.
-            roles = [f"blk.{index}.{role.removeprefix('blk.0.')}" for role in layer.inputs[name]]
-            found.append((_finite(total.result(), f"the input of {', '.join(roles)}"), roles))
+            roles = [f"blk.{index}.{role.removeprefix('blk.0.')}" for role in names]
+            found.append((_finite(statistics, f"the input of {', '.join(roles)}"), roles))
         return found
 
     def _run(
@@ -208,11 +225,12 @@ class CalibrationPass:
         *,
         into_stream: str,
         attended: Collection[str] = (),
+        routed: RoutedSums | None = None,
     ) -> None:
         """Run ``graph`` over all tokens; its output ``into_stream`` becomes the next stream.
 
         That of quantized layers is left to ``follow``. ``attended``: which of ``sums`` are of
-        attention's inputs.
+        attention's inputs. ``routed``: sums of what its experts are given.
         """
         advances = into_stream and not self.follows
         session, weights = self._sessions.of(graph), graph.load_weights()
@@ -221,7 +239,8 @@ class CalibrationPass:
         def work(chunk: Chunk) -> int:
             before = self.stream.read(chunk.start, chunk.stop)
             outputs = {into_stream: before.shape[1], **widths} if into_stream else widths
-            values = self._computed(session, weights, chunk, before, outputs)
+            sent: list[dict[str, Any]] | None = None if routed is None else []
+            values = self._computed(session, weights, chunk, before, outputs, routed, sent)
             weighed: tuple[Array, Array] | None = None
             if into_stream:
                 after = values.pop(into_stream)
@@ -231,11 +250,16 @@ class CalibrationPass:
             for name, total in sums.items():
                 counts = weighed[0 if name in attended else 1] if weighed else None
                 total.add(chunk.number, values.pop(name), counts)
+            if routed is not None and sent is not None:
+                by_token = None if weighed is None else weighed[1]
+                routed.add(chunk.number, sent, self._by_window(chunk, by_token))
             return len(before)
 
         def stop() -> None:
             for total in sums.values():
                 total.stop()
+            if routed is not None:
+                routed.stop()
 
         with one_blas_thread():
             self._watched(work, watch, on_end=stop)
@@ -249,10 +273,13 @@ class CalibrationPass:
         chunk: Chunk,
         before: Array,
         widths: Mapping[str, int],
+        routed: RoutedSums | None = None,
+        sent: list[dict[str, Any]] | None = None,
     ) -> dict[str, Array]:
         """The outputs ``widths`` names, ``[tokens, width]``, of windows that are given ``before``.
 
-        ``weights`` are the graph's; every other input is made here.
+        ``weights`` are the graph's; every other input is made here. What is ``routed`` goes to
+        ``sent``, window by window.
         """
         tokens = len(before)
         values = {name: np.empty((tokens, width), np.float32) for name, width in widths.items()}
@@ -264,6 +291,9 @@ class CalibrationPass:
             if wants_lengths:
                 inputs |= lengths_of(last - first)
             outputs = {name: rows[np.newaxis, first:last] for name, rows in values.items()}
+            if routed is not None and sent is not None:
+                sent.append(routed.outputs(last - first))
+                outputs |= sent[-1]
             self._sessions.run_into(session, inputs, outputs)
             first = last
         return values
@@ -280,6 +310,13 @@ class CalibrationPass:
         for tokens in in_parallel(work, self._chunks, self.threads, on_end=on_end):
             done += tokens
             watch(done / self.tokens)
+
+    def _by_window(self, chunk: Chunk, values: Array | None) -> list[Array | None]:
+        """``values`` ``[tokens]`` of a chunk cut into its windows."""
+        if values is None:
+            return [None] * len(chunk.windows)
+        ends = np.cumsum([len(self.windows[place]) for place in chunk.windows])
+        return list(np.split(values, ends[:-1]))
 
     def _sums(self, columns: int) -> InputSums:
         return InputSums(columns, diagonal_only=self.importance_only)

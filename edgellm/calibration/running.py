@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgellm import registry
+from edgellm.architectures.experts import stack_of
 from edgellm.calibration.blocks import Block, grids_by_role, heads_among, statistics_of
 from edgellm.calibration.cost import solving_slabs
 from edgellm.calibration.planning import Calibration
+from edgellm.calibration.routing import FEW_TOKENS
 from edgellm.calibration.splitting import Splitting
 from edgellm.calibration.stored_layers import as_stored
 from edgellm.hardware import peak_memory_bytes
@@ -27,7 +29,8 @@ from edgellm.quant.devices import choose, torch_name
 from edgellm.quant.factor import factor_of
 from edgellm.quant.rtn import solve as round_plainly
 from edgellm.quant.statistics import Statistics
-from edgellm.slabs import Slab, Solve, Written, slabs_of, write_slab
+from edgellm.slabs import Slab, Solve, Written, expert_of, slabs_of, write_slab
+from edgellm.source.matching import listed
 from edgellm.tensors import Array
 
 if TYPE_CHECKING:
@@ -40,6 +43,9 @@ SAVE_SECONDS = 60.0
 loses at most, beside the layer that it was at."""
 
 
+TOKENS = "tokens/"
+"""Before the role, the name under which it is kept how many tokens an expert's weight was given."""
+
 READING_SHARE = 0.6
 """Of the time that a layer takes, roughly, for the text to be read."""
 
@@ -48,12 +54,14 @@ READING_SHARE = 0.6
 class Outcome:
     """What became of the blocks: ``notes`` for people, ``measured`` for the manifest.
 
-    ``importance`` is by role what was found of the weights' inputs, before any transform.
+    ``importance`` is by role what was found of the weights' inputs, before any transform,
+    ``tokens`` how many tokens an expert's weight was given.
     """
 
     notes: list[str] = field(default_factory=list)
     measured: dict[str, Any] = field(default_factory=dict)
     importance: dict[str, Array] = field(default_factory=dict)
+    tokens: dict[str, Array] = field(default_factory=dict)
 
 
 def round_in_blocks(
@@ -153,8 +161,7 @@ class _Run:
             assert block is not None
             begun = time.perf_counter()
             found = self._statistics(reading, block, unit)
-            importance = {role: statistics.mean_squares for role, statistics in found.items()}
-            self._keep(self._importance(unit), importance)
+            self._keep(self._importance(unit), kept_importance(found))
             if folding is not None:
                 found = folding.fill_layer(unit, found, self.grids, self.plan.threads)
                 self._keep(self._factors(unit), folding.factors(unit))
@@ -201,9 +208,9 @@ class _Run:
         known = {place: self._known(place, found) for place in block.tensors}
 
         def work(slab: Slab) -> Written:
-            statistics = known[slab.tensor]
-            solve = self.solve if statistics is not None else round_plainly
             tensor = self.tensors[slab.tensor]
+            statistics = known[slab.tensor][expert_of(tensor, slab)]
+            solve = self.solve if statistics is not None else round_plainly
             return write_slab(tensor, slab, solve, self.staged, statistics, self.torch_device)
 
         order = sorted(known, key=lambda place: (-self.tensors[place].columns, place))
@@ -217,10 +224,14 @@ class _Run:
                 self._say(block, f"solved {len(results)}/{len(slabs)}", share)
         return results
 
-    def _known(self, place: int, found: Mapping[str, Statistics]) -> Statistics | None:
+    def _known(
+        self, place: int, found: Mapping[str, Statistics]
+    ) -> tuple[Statistics | None, ...]:
+        """Of what each expert of a stack is given, or what any other tensor is."""
         tensor = self.tensors[place]
-        is_table = tensor.parts[0].role == "token_embd.weight" and place not in self.heads
-        return None if is_table else statistics_of(tensor, found)
+        if tensor.parts[0].role == "token_embd.weight" and place not in self.heads:
+            return (None,)
+        return tuple(statistics_of(tensor, found, expert) for expert in range(tensor.experts))
 
     def _finish(
         self,
@@ -240,7 +251,7 @@ class _Run:
         entry: dict[str, Any] = {
             "block": block.name,
             "errors": sums,
-            "notes": self._damped(found),
+            "notes": [*self._damped(found), *hardly_reached(found)],
         }
         self.staged.flush()
         outdated = self.saved_file
@@ -312,7 +323,9 @@ class _Run:
         for unit in range(self.layers + 1):
             if self._importance(unit).exists():
                 with np.load(self._importance(unit)) as kept:
-                    outcome.importance |= dict(kept)
+                    for name, values in kept.items():
+                        role = name.removeprefix(TOKENS)
+                        (outcome.importance if role == name else outcome.tokens)[role] = values
         errors: dict[str, float | None] = {}
         by_block: dict[str, float | None] = {}
         for block in self.calibration.blocks:
@@ -336,6 +349,30 @@ class _Run:
         if self.torch_device is not None:
             outcome.measured["device"] = choose(self.plan.recipe.device).title
         return outcome
+
+
+def kept_importance(found: Mapping[str, Statistics]) -> dict[str, Array]:
+    """Importance by role, and below ``TOKENS`` what each expert's is the mean of."""
+    importance = {role: statistics.mean_squares for role, statistics in found.items()}
+    tokens = {
+        TOKENS + role: np.asarray(0 if each.instead else each.tokens, np.float32)
+        for role, each in found.items()
+        if stack_of(role)
+    }
+    return importance | tokens
+
+
+def hardly_reached(found: Mapping[str, Statistics]) -> list[str]:
+    """A line for each way in which experts were rounded that the text says too little of."""
+    roles: dict[str, list[str]] = {}
+    for role, statistics in found.items():
+        if statistics.instead:
+            roles.setdefault(statistics.instead, []).append(role)
+    return [
+        f"fewer than {FEW_TOKENS} tokens of the calibration text reached {listed(names)}: rounded "
+        f"{instead}"
+        for instead, names in roles.items()
+    ]
 
 
 def relative_error(sums: Iterable[Sequence[float]]) -> float | None:

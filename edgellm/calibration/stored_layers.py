@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from edgellm.architectures.gguf_latent import KEYS, VALUES, WHOLE, made_whole
 from edgellm.calibration.blocks import LAYER_ROLE
 from edgellm.export.layout import Layout, OutputTensor
 from edgellm.quant import floats
@@ -38,7 +39,7 @@ class _Reader:
     """Reads tensors by role; the one that was read last is kept, as its rows come slab by slab."""
 
     def __init__(self, model: StoredModel, layout: Layout, source: ModelSource) -> None:
-        self._model = model
+        self._model, self._source = model, source
         self._offset = source.decoder.norm.offset and model.norms_offset
         self._outputs = {
             role: tensor
@@ -49,7 +50,9 @@ class _Reader:
         self._kept: tuple[OutputTensor | None, dict[str, Array]] = (None, {})
 
     def stored(self, ref: TensorRef) -> TensorRef:
-        """``ref`` with the values that its output tensor holds."""
+        """``ref`` with the values that its output tensor holds, or the two that stand for it."""
+        if ref.role not in self._outputs:
+            return self._of_stacks(ref)
         output = self._outputs[ref.role]
 
         def load_rows(start: int, stop: int) -> Array:
@@ -57,6 +60,16 @@ class _Reader:
             return table[start:stop].copy()
 
         return replace(ref, load_rows=load_rows, column_loader=None)
+
+    def _of_stacks(self, ref: TensorRef) -> TensorRef:
+        decoder = self._source.decoder
+        assert decoder.latent is not None
+        keys, values = (
+            self.stored(self._outputs[ref.role.replace(WHOLE, part)].parts[0])
+            for part in (KEYS, VALUES)
+        )
+        whole = made_whole(keys, values, decoder.heads, decoder.latent)
+        return replace(ref, load_rows=whole.load_rows, column_loader=None)
 
     def _values(self, output: OutputTensor) -> dict[str, Array]:
         if self._kept[0] is not output:

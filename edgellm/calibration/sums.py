@@ -33,7 +33,7 @@ class InputSums:
         self._tokens = 0
         self._weight = 0.0
         self.columns = columns
-        self._diagonal_only = diagonal_only
+        self.diagonal_only = diagonal_only
         self._turns = dict.fromkeys(range(0, columns, STRIP_COLUMNS), 0)
         self._changed = Condition()
         self._stopped = False
@@ -41,8 +41,11 @@ class InputSums:
     def add(self, number: int, x: Array, weights: Array | None = None) -> None:
         """Count piece ``number``, its tokens by ``weights`` ``[tokens]`` in the Hessian.
 
-        Where there are weights, ``x`` is changed.
+        Where there are weights, ``x`` is changed. A piece may be of no tokens.
         """
+        if not len(x):
+            self._pass(number)
+            return
         largest = np.maximum(x.max(axis=0), -x.min(axis=0))
         squares = None
         if weights is not None:
@@ -66,9 +69,23 @@ class InputSums:
             if last == x.shape[1]:
                 self._tokens += len(x)
                 self._weight += len(x) if weights is None else float(weights.sum(dtype=np.float64))
-            with self._changed:
-                self._turns[first] += 1
-                self._changed.notify_all()
+            self._next(first)
+
+    def _pass(self, number: int) -> None:
+        for first in self._turns:
+            if not self._await_turn(first, number):
+                return
+            self._next(first)
+
+    def _next(self, first: int) -> None:
+        with self._changed:
+            self._turns[first] += 1
+            self._changed.notify_all()
+
+    @property
+    def tokens(self) -> int:
+        """How many were counted."""
+        return self._tokens
 
     def stop(self) -> None:
         """Let nobody wait any more: a piece will not come."""
@@ -78,7 +95,7 @@ class InputSums:
 
     def result(self) -> Statistics:
         """What the pieces come to; the sums must not be added to any more."""
-        if not self._diagonal_only:
+        if not self.diagonal_only:
             self._mirror()
         self._sums /= np.float32(self._weight)
         weighed = self._weight != self._tokens
@@ -90,7 +107,7 @@ class InputSums:
 
         numpy asks BLAS for half of a product of a matrix with its own transpose (``syrk``).
         """
-        if self._diagonal_only:
+        if self.diagonal_only:
             return [(slice(None), np.einsum("ij,ij->j", strip, strip))]
         own = (slice(last - strip.shape[1], last), strip.T @ strip)
         right = x[:, last:]

@@ -75,6 +75,7 @@ def _show(found: Inspection) -> None:
         [
             (found.kind, str(found.path)),
             ("size", render.size(found.output_bytes) + bits),
+            *render.active_line(found.weights, found.active_weights),
             ("tensors", f"{len(found.tensors)}: {grids}"),
             *(_lineage(found.manifest) if found.manifest else ()),
         ]

@@ -24,6 +24,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "context_length": plan.layout.context_length,
         "output_bytes": plan.output_bytes,
         "bits_per_weight": plan.bits_per_weight,
+        "active_weights": plan.active_weights,
         "peak_memory_bytes": plan.peak_memory_bytes,
         "disk_bytes": plan.disk_bytes,
         "convert_s": plan.seconds,
@@ -123,6 +124,7 @@ def show_plan(plan: Plan) -> None:
         [
             ("tensors", str(len(plan.layout.tensors))),
             ("size", render.size(plan.output_bytes)),
+            *render.active_line(plan.layout.weights, _active(plan)),
             ("bits per weight", f"{plan.bits_per_weight:.2f}"),
             ("context", f"{plan.layout.context_length} tokens"),
             ("peak memory", f"about {render.size(plan.peak_memory_bytes)}"),
@@ -138,6 +140,12 @@ def show_plan(plan: Plan) -> None:
     render.show_notes(plan.notes)
     if plan.fitted is not None:
         show_fit(plan.fitted)
+
+
+def _active(plan: Plan) -> int | None:
+    """How many weights a token passes, where these are not all."""
+    has_experts = any(layer.experts for layer in plan.source.decoder.layers)
+    return plan.active_weights if has_experts else None
 
 
 def _calibration_lines(calibration: Calibration) -> list[tuple[str, str]]:

@@ -102,6 +102,21 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.0f} B"
 
 
+def active_line(weights: int | None, active: int | None) -> list[tuple[str, str]]:
+    """A fact about a mixture of experts, none of a model whose tokens pass all weights."""
+    if not weights or not active:
+        return []
+    return [("weights", f"{large(weights)}, of which a token passes {large(active)}")]
+
+
+def large(number: float) -> str:
+    """``46.7 billion``, ``630 million``, ``5120``."""
+    for word, scale in (("billion", 1e9), ("million", 1e6)):
+        if number >= scale:
+            return f"{number / scale:.{0 if number >= 100 * scale else 1}f} {word}"
+    return f"{number:.0f}"
+
+
 def count(number: int, noun: str) -> str:
     """``1 file``, ``2 files``."""
     return f"{number} {noun}{'s' * (number != 1)}"

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from edgellm.errors import UnsupportedModel
 from edgellm.lora.checkpoint_weights import text_config
-from edgellm.manifest import Digested
+from edgellm.manifest import Digested, ExpertFacts, ModelFacts
 from edgellm.quant.llm_int8 import is_beside
 from edgellm.source.checkpoint import Checkpoint
 from edgellm.source.gguf_file import GgufFile
@@ -94,6 +94,7 @@ def of_manifest(made: Digested) -> list[Matrix]:
     beside = {adapter.file for adapter in made.kept_adapters}
     stored = {tensor.arrays: tensor for tensor in made.tensors if tensor.arrays[0][0] not in beside}
     tied = not any(HEAD.fullmatch(tensor.role) for tensor in stored.values())
+    share = share_of_model(made.model)
     return [
         Matrix(
             kind=_kind(tensor.role, tied=tied),
@@ -102,6 +103,7 @@ def of_manifest(made: Digested) -> list[Matrix]:
             weights=0 if is_beside(tensor.role) else math.prod(tensor.shape),
             nbytes=tensor.nbytes,
             rows=tensor.shape[0],
+            share=share if EXPERTS.search(tensor.role) else 1.0,
         )
         for tensor in stored.values()
         if is_beside(tensor.role) or _is_matrix(tensor.role, tensor.shape)
@@ -110,11 +112,7 @@ def of_manifest(made: Digested) -> list[Matrix]:
 
 def of_gguf(stored: GgufFile) -> list[Matrix]:
     """From the tensor table; llama.cpp takes the embedding for a head that is not there."""
-    arch = stored.metadata.get("general.architecture", "")
-    share = _share(
-        stored.metadata.get(f"{arch}.expert_used_count"),
-        stored.metadata.get(f"{arch}.expert_count"),
-    )
+    share = share_of_gguf(stored.metadata)
     tied = not any(HEAD.fullmatch(name) for name in stored.tensors)
     return [
         Matrix(
@@ -141,8 +139,7 @@ def of_checkpoint(checkpoint: Checkpoint, config: Mapping[str, Any], where: str)
     except UnsupportedModel:
         return []
     text = text_config(config)
-    experts = next((text[key] for key in COUNT_OF_EXPERTS if text.get(key)), None)
-    share = _share(text.get(USED_EXPERTS), experts)
+    share = share_of_config(text)
     heads = [name for name in tensors if HEAD.fullmatch(name)]
     # A head that the config ties is the embedding, though it may be stored as well.
     tied = not heads or bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings")))
@@ -186,6 +183,25 @@ def _kind(name: str, *, tied: bool) -> Kind:
 def _is_matrix(name: str, shape: Sequence[int]) -> bool:
     """Whether it is one of weights: ONNX has biases as columns and tables of angles."""
     return len(shape) > 1 and min(shape) > 1 and not name.startswith("rope.")
+
+
+def share_of_model(model: ModelFacts) -> float:
+    """How much of a layer's experts each token passes, as a manifest says; 1 without experts."""
+    experts = model.experts
+    return experts.used / experts.count if isinstance(experts, ExpertFacts) else 1.0
+
+
+def share_of_gguf(metadata: Mapping[str, Any]) -> float:
+    """The same of a GGUF file."""
+    arch = metadata.get("general.architecture", "")
+    used, count = (metadata.get(f"{arch}.expert_{key}") for key in ("used_count", "count"))
+    return _share(used, count)
+
+
+def share_of_config(config: Mapping[str, Any]) -> float:
+    """The same of a config."""
+    count = next((config[key] for key in COUNT_OF_EXPERTS if config.get(key)), None)
+    return _share(config.get(USED_EXPERTS), count)
 
 
 def _share(used: Any, count: Any) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgellm.architectures.gguf_latent import source_role
 from edgellm.errors import OutputError, SourceError, TensorError
 from edgellm.tensors import Array
 
@@ -29,6 +30,9 @@ LARGEST_NAME_BYTES = 1 << 12
 LARGEST_VALUES = 1 << 28
 
 HEAD = "output.weight"
+
+ROUTERS = ".ffn_gate_inp"
+"""In names of what is never rounded: routers of experts, and gates of shared ones."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,13 @@ def write_imatrix(
     tokens: int,
     chunk_tokens: int,
     datasets: Iterable[str] = (),
+    counts: Mapping[str, Array] | None = None,
 ) -> None:
     """Write ``importance``, by tensor name, for llama.cpp: the older layout for a ``.dat``.
 
-    ``tokens`` went into each. What is read back may differ in the last bit: sums are stored. The
-    older layout keeps one dataset. Raises ``OutputError`` when the file cannot be written.
+    ``tokens`` went into each, or ``counts`` ``[experts]`` into the parts of a stack of experts, one
+    after another; of a part with 0, the importance is not looked at. What is read back may differ
+    in the last bit: sums are stored. The older layout keeps one dataset. Raises ``OutputError`` when the file cannot be written.
     """
     if not importance or tokens < 1 or chunk_tokens < 1:
         raise ValueError("an importance matrix needs entries, tokens and the length of a chunk")
@@ -86,7 +92,7 @@ def write_imatrix(
     content = (
         _legacy_content(rows, chunks, names)
         if path.suffix == LEGACY_SUFFIX
-        else _gguf_content(rows, tokens, chunks, chunk_tokens, names)
+        else _gguf_content(rows, counts or {}, tokens, chunks, chunk_tokens, names)
     )
     try:
         path.write_bytes(content)
@@ -100,7 +106,11 @@ def unmatched(imatrix: Imatrix, widths: Mapping[str, int]) -> list[str]:
     Raises ``TensorError`` for importance of another width, and where a tensor of it is not in the
     model: then it is another model's. That of a head is left alone where the head is the embedding.
     """
-    strangers = [name for name in imatrix.importance if name not in widths and name != HEAD]
+    strangers = [
+        name
+        for name in imatrix.importance
+        if source_role(name) not in widths and name != HEAD and ROUTERS not in name
+    ]
     if strangers:
         raise TensorError(
             f"the importance matrix has {len(strangers)} tensors that this model has not "
@@ -254,13 +264,19 @@ def _legacy_content(rows: Mapping[str, Array], chunks: int, datasets: list[str])
 
 
 def _gguf_content(
-    rows: Mapping[str, Array], tokens: int, chunks: int, chunk_tokens: int, datasets: list[str]
+    rows: Mapping[str, Array],
+    counts: Mapping[str, Array],
+    tokens: int,
+    chunks: int,
+    chunk_tokens: int,
+    datasets: list[str],
 ) -> bytes:
     """Without ``general.architecture``, which ``GGUFWriter`` would demand."""
     tensors: dict[str, Array] = {}
     for name, values in rows.items():
-        tensors[name + SUMS] = (values * np.float32(tokens)).reshape(1, -1)
-        tensors[name + COUNTS] = np.full((1, 1), tokens, np.float32)
+        seen = counts.get(name, np.full(1, tokens, np.float32)).reshape(-1, 1)
+        tensors[name + SUMS] = values.reshape(len(seen), -1) * seen
+        tensors[name + COUNTS] = seen
     names = struct.pack("<IQ", STRING, len(datasets)) + b"".join(map(_string, datasets))
     pairs = (
         ("general.type", STRING, _string("imatrix")),

@@ -23,12 +23,14 @@ class Statistics:
 
     Tokens may have been weighed in the Hessian; ``squares`` ``[in]`` are then the channels' mean
     squares, all tokens counted alike. One object is shared by all weights that have the same input.
+    ``instead``: what these are of, where too few tokens were seen of the input itself.
     """
 
     hessian: Array
     largest: Array
     tokens: int
     squares: Array | None = None
+    instead: str = ""
     _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     _lock: RLock = field(default_factory=RLock, init=False, repr=False, compare=False)
 

@@ -25,6 +25,7 @@ from edgellm.source.quantized import (
     note_on,
 )
 from edgellm.source.safetensors_file import READABLE, RawTensor, read_safetensors
+from edgellm.source.stacks import unstacked
 from edgellm.source.text_part import text_config, text_tensors
 from edgellm.tensors import TensorRef, transposed
 from edgellm.tokenization import Tokenizer
@@ -92,6 +93,9 @@ def open_folder(
     decoder = family.describe(reader)
     stored = _with_prefix(_from_mlx(tensors, family, decoder), family, decoder)
     stored, decoder, notes = _settle_head(stored, family, decoder)
+    stored = unstacked(
+        stored, family.tensors(decoder), lambda ref: checkpoint.raw[ref.name].matrix(), str(path)
+    )
     if settings:
         stored = as_checkpoint_turns(stored, family.tensors(decoder))
         notes = (note_on(stored, str(path)), *notes)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from edgellm.architectures import config_from_gguf, family_of
 from edgellm.architectures.config import Config
+from edgellm.architectures.gguf_latent import joined
 from edgellm.architectures.gguf_rows import as_checkpoint_stores, name_in_file
-from edgellm.errors import TensorError
+from edgellm.errors import TensorError, UnsupportedModel
 from edgellm.generation_defaults import generation_from_gguf
 from edgellm.lora import lineage
 from edgellm.quant import floats, ggml
 from edgellm.source.gguf_file import GgufFile, GgufTensor, read_gguf_model
 from edgellm.source.matching import check_vocabulary, match
 from edgellm.source.model import ModelSource
+from edgellm.source.stacks import unstacked_gguf
 from edgellm.source.weight_file import Bytes, WeightFile
 from edgellm.tensors import Array, TensorRef
 from edgellm.tokenization import Tokenizer
@@ -25,7 +29,7 @@ UNREADABLE = {
     "q2_0": "a type that libgguf does not dequantize",
 }
 
-ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 IGNORED = (".attn_rot_embd.weight", ".rope_freqs.weight", ".rope.freqs")
 """Ends of names that old converters wrote: tables that llama.cpp computes anyway."""
 
@@ -42,7 +46,7 @@ def open_gguf(
     """
     stored = read_gguf_model(path)
     refs = references(stored)
-    factors = refs[ROPE_FACTORS].load().reshape(-1).tolist() if ROPE_FACTORS in refs else None
+    factors = _rope_factors(path, refs)
     config = config_from_gguf(
         stored.metadata, refs.keys(), factors, ignore_config_keys=ignore_config_keys
     )
@@ -52,13 +56,17 @@ def open_gguf(
     rows = tuple(family.tensors(decoder))
     layout = family.gguf_layout
     roles = {name_in_file(row.role, decoder, layout): row.role for row in rows}
+    if layout.absorbed:
+        refs = joined(refs, decoder)
+    matrices = references(stored, flat=True)
+    named = {roles.get(name, name): ref for name, ref in refs.items()}
     matched = match(
         rows,
-        {roles.get(name, name): ref for name, ref in refs.items()},
+        unstacked_gguf(named, rows, lambda ref: matrices[ref.name], str(path)),
         by="role",
         where=str(path),
         # Its values are in the config by now.
-        ignored=lambda name: name == ROPE_FACTORS or name.endswith(IGNORED),
+        ignored=lambda name: name in ROPE_FACTORS or name.endswith(IGNORED),
     )
     tensors = {
         row.role: as_checkpoint_stores(matched[row.role], row, decoder, layout) for row in rows
@@ -85,10 +93,31 @@ def open_gguf(
     )
 
 
-def references(stored: GgufFile) -> dict[str, TensorRef]:
-    """Every tensor of the file by name, dequantized slab by slab on loading, as it is stored."""
+def _rope_factors(path: Path, refs: Mapping[str, TensorRef]) -> Sequence[float] | None:
+    """What all rotary frequencies are divided by, whatever the length of the text."""
+    found = [refs[name].load().reshape(-1).tolist() for name in ROPE_FACTORS if name in refs]
+    if any(factors != found[0] for factors in found):
+        raise UnsupportedModel(
+            f"{path} divides rotary frequencies by other factors in long texts than in short ones, "
+            "and edgellm reads one set: convert the folder that it was made from"
+        )
+    return found[0] if found else None
+
+
+def references(stored: GgufFile, *, flat: bool = False) -> dict[str, TensorRef]:
+    """Every tensor of the file by name, dequantized slab by slab on loading, as it is stored.
+
+    ``flat``: as a matrix, all dimensions but the last as rows.
+    """
     files = {path: WeightFile(path) for path in stored.files}
-    return {name: _reference(files[tensor.file], tensor) for name, tensor in stored.tensors.items()}
+    tensors = list(stored.tensors.values())
+    if flat:
+        tensors = [replace(tensor, shape=_flattened(tensor.shape)) for tensor in tensors]
+    return {tensor.name: _reference(files[tensor.file], tensor) for tensor in tensors}
+
+
+def _flattened(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (math.prod(shape[:-1]), shape[-1])
 
 
 def _reference(file: WeightFile, tensor: GgufTensor) -> TensorRef:

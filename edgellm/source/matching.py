@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -15,6 +16,9 @@ from edgellm.errors import SourceError, TensorError
 from edgellm.tensors import SLAB_BYTES, TensorRef, rows_within, transposed
 
 LISTED_NAMES = 8
+
+EXPERT_NUMBER = re.compile(r"(?:\.experts|_exps)\.(\d+)\.")
+"""In the name of a tensor of one expert, which one."""
 
 
 def match(
@@ -62,10 +66,40 @@ def match(
 
 
 def listed(names: Collection[str]) -> str:
-    """The first few names, and how many more there are."""
-    shown = list(names)[:LISTED_NAMES]
-    rest = len(names) - len(shown)
+    """The first few names, and how many more there are; those of experts in runs (``0-7``)."""
+    runs = in_runs(names)
+    shown = list(runs)[:LISTED_NAMES]
+    rest = len(names) - sum(runs[name] for name in shown)
     return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def in_runs(names: Iterable[str]) -> dict[str, int]:
+    """``names`` with those that differ in the number of an expert alone as one; how many each is.
+
+    ``experts.0-7.w1.weight`` for eight names, ``experts.0,2-3.w1.weight`` for three.
+    """
+    numbers: dict[str, list[int]] = {}
+    for name in names:
+        numbered = EXPERT_NUMBER.search(name)
+        if numbered is None:
+            numbers[name] = []
+            continue
+        template = f"{name[: numbered.start(1)]}{{}}{name[numbered.end(1) :]}"
+        numbers.setdefault(template, []).append(int(numbered[1]))
+    return {
+        name.replace("{}", _ranges(sorted(found))) if found else name: len(found) or 1
+        for name, found in numbers.items()
+    }
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(f"{low}-{high}" if high > low else str(low) for low, high in runs)
 
 
 def head_row(family: Family, decoder: Decoder) -> TensorRow:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -66,6 +66,12 @@ class RawTensor:
     def ref(self) -> TensorRef:
         """The tensor as one of floats, its role still its name; other dtypes raise on load."""
         return _reference(self.file, self.stored)
+
+    def matrix(self) -> TensorRef:
+        """The same with all dimensions but the last as rows."""
+        *outer, columns = self.shape
+        flat = replace(self.stored, shape=(math.prod(outer), columns))
+        return _reference(self.file, flat)
 
     def read(self, start: int = 0, stop: int | None = None) -> Bytes:
         """Bytes ``start:stop`` of it, all by default. Raises ``SourceError`` as reading does."""

@@ -13,7 +13,7 @@ from edgellm.calibration.texts import (
     CalibrationText,
     calibration_windows,
 )
-from edgellm.errors import RuntimeMissing, UsageError
+from edgellm.errors import RuntimeMissing, UsageError, UnsupportedTarget
 from edgellm.export.layout import Layout, OutputTensor
 from edgellm.quant.levels import VECTOR_CODEBOOKS
 from edgellm.recipe import Recipe
@@ -78,6 +78,16 @@ def plan_tuning(
     """
     if recipe.tune is None:
         return None
+    if any(layer.experts for layer in source.decoder.layers):
+        raise UnsupportedTarget(
+            f"--tune trains dense networks, and {source.decoder.family} models are mixtures of "
+            "experts: leave it out; --quant gptq:GRID makes good what rounding loses"
+        )
+    if layout.container == "gguf" and source.family.gguf_layout.absorbed:
+        raise UnsupportedTarget(
+            "--tune reads weights back whole, and GGUF has what makes keys and values of latent "
+            "vectors in two stacks: leave it out, or choose --format onnx"
+        )
     if importlib.util.find_spec("torch") is None:
         raise RuntimeMissing(
             "--tune trains with torch, which is not installed: pip install 'edgellm[calibrate]', "

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from edgellm.architectures.gguf_latent import source_role
 from edgellm.architectures.gguf_rows import PAIRED_ROLES, halves_order
-from edgellm.architectures.row_order import Order
+from edgellm.architectures.row_order import Order, sorts_columns
 from edgellm.export.layout import Layout, OutputTensor
 from edgellm.export.packing import PACKERS
 from edgellm.export.writer import StagedFolder
@@ -35,7 +36,8 @@ class StoredModel:
         self.norms_offset = layout.container == "onnx" or (
             layout.container == "gguf" and source.family.gguf_layout.norm_plus_one
         )
-        in_checkpoint = layout.container in ("hf", "mlx")
+        as_checkpoint = layout.container == "gguf" and source.family.gguf_layout.as_checkpoint
+        in_checkpoint = as_checkpoint or layout.container in ("hf", "mlx")
         self._orders = {
             row.role: row.order
             for row in source.family.tensors(source.decoder)
@@ -44,7 +46,7 @@ class StoredModel:
         self._outputs = tuple(
             tensor
             for tensor in layout.model_tensors
-            if all(part.role in source.tensors for part in tensor.parts)
+            if all(source_role(part.role) in source.tensors for part in tensor.parts)
         )
 
     def roles_of(self, tensor: OutputTensor) -> tuple[str, ...]:
@@ -89,6 +91,10 @@ class StoredModel:
         if places is None:
             return weight
         order = np.argsort(places) if as_stored else places
+        if sorts_columns(self._orders.get(role)):  # rows of floats
+            assert weight.packed is not None
+            values = weight.packed.reshape(len(weight.packed), len(order), -1)
+            return replace(weight, packed=values[:, order].reshape(weight.packed.shape))
         if role.endswith(".bias"):  # one row of floats
             assert weight.packed is not None
             values = weight.packed.reshape(len(order), -1)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from edgellm.architectures.decoder import Decoder, Layer, Rope
+from edgellm.architectures.latent import Latent
 from edgellm.architectures.rope import inverse_frequencies
 
 
@@ -71,26 +72,21 @@ def norm(decoder: Decoder, weights: Weights, name: str, x: Tensor) -> Tensor:
     return functional.layer_norm(x, x.shape[-1:], weight, weights.vector(f"{name}.bias"), epsilon)
 
 
+def _norm_by_head(decoder: Decoder, weights: Weights, name: str, x: Tensor) -> Tensor:
+    """``x`` ``[..., heads, head_dim]`` normed over each head, with a row of weights for each."""
+    weight = weights.vector(f"{name}.weight")
+    assert weight is not None
+    by_head = weight.reshape(-1, decoder.head_dim)
+    kinds = {"rms": functional.rms_norm, "layer": functional.layer_norm}
+    return kinds[decoder.norm.kind](x, x.shape[-1:], eps=decoder.norm.epsilon) * by_head
+
+
 def _attention(decoder: Decoder, index: int, weights: Weights, x: Tensor) -> Tensor:
     name, settings = f"blk.{index}", decoder.layers[index]
-    if decoder.fused_qkv:
-        sizes = [decoder.query_size, decoder.kv_size, decoder.kv_size]
-        q, k, v = torch.split(weights.product(f"{name}.attn_qkv", x), sizes, dim=-1)
+    if decoder.latent is not None:
+        q, k, v = _from_latents(decoder, decoder.latent, index, weights, x)
     else:
-        q, k, v = (weights.product(f"{name}.attn_{part}", x) for part in "qkv")
-    if decoder.qkv_clip is not None:
-        q, k, v = (part.clamp(-decoder.qkv_clip, decoder.qkv_clip) for part in (q, k, v))
-    if decoder.qk_norm_whole:
-        q = norm(decoder, weights, f"{name}.attn_q_norm", q)
-        k = norm(decoder, weights, f"{name}.attn_k_norm", k)
-    q, k, v = (part.reshape(*part.shape[:2], -1, decoder.head_dim) for part in (q, k, v))
-    if decoder.qk_norm and not decoder.qk_norm_whole:
-        q = norm(decoder, weights, f"{name}.attn_q_norm", q)
-        k = norm(decoder, weights, f"{name}.attn_k_norm", k)
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-    if settings.rope is not None:
-        cos, sin = _turns(settings.rope, x.shape[1], x.device)
-        q, k = _turned(q, cos, sin), _turned(k, cos, sin)
+        q, k, v = _queries_keys_values(decoder, index, weights, x)
     shared = decoder.heads // decoder.kv_heads
     if shared > 1:
         k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
@@ -104,6 +100,68 @@ def _attention(decoder: Decoder, index: int, weights: Weights, x: Tensor) -> Ten
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=decoder.softmax_scale
     )
     return weights.product(f"{name}.attn_output", mixed.transpose(1, 2).flatten(2))
+
+
+def _queries_keys_values(
+    decoder: Decoder, index: int, weights: Weights, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each ``[batch, heads, tokens, head_dim]``, queries and keys turned."""
+    name, rope = f"blk.{index}", decoder.layers[index].rope
+    if decoder.fused_qkv:
+        sizes = [decoder.query_size, decoder.kv_size, decoder.kv_size]
+        q, k, v = torch.split(weights.product(f"{name}.attn_qkv", x), sizes, dim=-1)
+    else:
+        q, k, v = (weights.product(f"{name}.attn_{part}", x) for part in "qkv")
+    if decoder.qkv_clip is not None:
+        q, k, v = (part.clamp(-decoder.qkv_clip, decoder.qkv_clip) for part in (q, k, v))
+    if decoder.qk_norm_whole:
+        q = norm(decoder, weights, f"{name}.attn_q_norm", q)
+        k = norm(decoder, weights, f"{name}.attn_k_norm", k)
+    q, k, v = (part.reshape(*part.shape[:2], -1, decoder.head_dim) for part in (q, k, v))
+    if decoder.qk_norm_by_head:
+        q = _norm_by_head(decoder, weights, f"{name}.attn_q_norm", q)
+        k = _norm_by_head(decoder, weights, f"{name}.attn_k_norm", k)
+    elif decoder.qk_norm and not decoder.qk_norm_whole:
+        q = norm(decoder, weights, f"{name}.attn_q_norm", q)
+        k = norm(decoder, weights, f"{name}.attn_k_norm", k)
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    if rope is not None:
+        cos, sin = _turns(rope, x.shape[1], x.device)
+        q, k = _turned(q, cos, sin), _turned(k, cos, sin)
+    return q, k, v
+
+
+def _from_latents(
+    decoder: Decoder, latent: Latent, index: int, weights: Weights, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of latent vectors, expanded; values are of another width than keys."""
+    name, rope = f"blk.{index}", decoder.layers[index].rope
+    if latent.query_rank is None:
+        q = weights.product(f"{name}.attn_q", x)
+    else:
+        low = weights.product(f"{name}.attn_q_a", x)
+        low = _rms_norm(weights, f"{name}.attn_q_a_norm", low, latent.epsilon)
+        q = weights.product(f"{name}.attn_q_b", low)
+    low, turned = weights.product(f"{name}.attn_kv_a_mqa", x).split(
+        [latent.rank, latent.rope_dim], dim=-1
+    )
+    low = _rms_norm(weights, f"{name}.attn_kv_a_norm", low, latent.epsilon)
+    q, kv = (
+        part.unflatten(-1, (decoder.heads, -1)).transpose(1, 2)
+        for part in (q, weights.product(f"{name}.attn_kv_b", low))
+    )
+    k, v = kv.split([latent.plain_dim, latent.value_dim], dim=-1)
+    plain, q = q.split([latent.plain_dim, latent.rope_dim], dim=-1)
+    turned = turned[:, None]
+    if rope is not None:
+        cos, sin = _turns(rope, x.shape[1], x.device)
+        q, turned = _turned(q, cos, sin), _turned(turned, cos, sin)
+    turned = turned.expand(-1, decoder.heads, -1, -1)
+    return torch.cat([plain, q], dim=-1), torch.cat([k, turned], dim=-1), v
+
+
+def _rms_norm(weights: Weights, name: str, x: Tensor, epsilon: float) -> Tensor:
+    return functional.rms_norm(x, x.shape[-1:], weights.vector(f"{name}.weight"), epsilon)
 
 
 def _capped_attention(

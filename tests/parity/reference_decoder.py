@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edgellm.architectures.decoder import Decoder, Layer, Norm, Rope
+from edgellm.architectures.decoder import Decoder, Experts, Layer, Norm, Rope
 from edgellm.architectures.rope import inverse_frequencies
 
 Array = npt.NDArray[np.float64]
@@ -38,7 +38,7 @@ def logits(decoder: Decoder, tensors: Tensors, token_ids: Sequence[int]) -> Arra
         if not decoder.shared_norm:
             before = x if decoder.parallel else after
             before = _norm(decoder.norm, block, "ffn_norm", before) if decoder.pre_norms else before
-        x = after + decoder.residual_scale * _feed_forward(decoder, block, before)
+        x = after + decoder.residual_scale * _after_attention(decoder, layer, block, before)
     x = _norm(decoder.norm, weights, "output_norm", x)
     head = weights["token_embd.weight" if decoder.tied_head else "output.weight"]
     found = x @ head.T * decoder.logit_scale + weights.get("output.bias", 0.0)
@@ -46,6 +46,31 @@ def logits(decoder: Decoder, tensors: Tensors, token_ids: Sequence[int]) -> Arra
 
 
 def _attention(decoder: Decoder, layer: Layer, block: Tensors, x: Array) -> Array:
+    tokens = len(x)
+    made = _from_latents if decoder.latent is not None else _queries_keys_values
+    q, k, v = made(decoder, layer, block, x)
+    shared = decoder.heads // decoder.kv_heads
+    k, v = np.repeat(k, shared, axis=1), np.repeat(v, shared, axis=1)
+    scores = np.einsum("qhd,khd->hqk", q, k) * decoder.softmax_scale
+    scores = _capped(scores, decoder.attention_softcap)
+    age = np.arange(tokens)[:, None] - np.arange(tokens)[None, :]
+    if decoder.alibi:
+        scores = scores - np.asarray(decoder.alibi)[:, None, None] * age
+    seen = age >= 0
+    if layer.window is not None:
+        seen &= age < layer.window
+    scores = np.where(seen, scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    mixed = np.einsum("hqk,khd->qhd", weights, v).reshape(tokens, -1)
+    out = _product(block, "attn_output", mixed)
+    return _norm(decoder.norm, block, "post_attention_norm", out) if decoder.post_norms else out
+
+
+def _queries_keys_values(
+    decoder: Decoder, layer: Layer, block: Tensors, x: Array
+) -> tuple[Array, Array, Array]:
+    """Each ``[tokens, heads, width]``, queries and keys turned."""
     tokens = len(x)
     q_size, kv_size = decoder.query_size, decoder.kv_size
     if decoder.fused_qkv:
@@ -65,22 +90,70 @@ def _attention(decoder: Decoder, layer: Layer, block: Tensors, x: Array) -> Arra
         k = _norm(decoder.norm, block, "attn_k_norm", k)
     if layer.rope is not None:
         q, k = _rotate(layer.rope, q), _rotate(layer.rope, k)
-    shared = decoder.heads // decoder.kv_heads
-    k, v = np.repeat(k, shared, axis=1), np.repeat(v, shared, axis=1)
-    scores = np.einsum("qhd,khd->hqk", q, k) * decoder.softmax_scale
-    scores = _capped(scores, decoder.attention_softcap)
-    age = np.arange(tokens)[:, None] - np.arange(tokens)[None, :]
-    if decoder.alibi:
-        scores = scores - np.asarray(decoder.alibi)[:, None, None] * age
-    seen = age >= 0
-    if layer.window is not None:
-        seen &= age < layer.window
-    scores = np.where(seen, scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    mixed = np.einsum("hqk,khd->qhd", weights, v).reshape(tokens, q_size)
-    out = _product(block, "attn_output", mixed)
-    return _norm(decoder.norm, block, "post_attention_norm", out) if decoder.post_norms else out
+    return q, k, v
+
+
+def _from_latents(
+    decoder: Decoder, layer: Layer, block: Tensors, x: Array
+) -> tuple[Array, Array, Array]:
+    """The same of latent vectors, with a key and a value for every head."""
+    tokens, latent = len(x), decoder.latent
+    assert latent is not None and layer.rope is not None
+    norm = Norm("rms", latent.epsilon)
+    if latent.query_rank is None:
+        q = _product(block, "attn_q", x)
+    else:
+        low = _norm(norm, block, "attn_q_a_norm", _product(block, "attn_q_a", x))
+        q = _product(block, "attn_q_b", low)
+    low, turned = np.split(_product(block, "attn_kv_a_mqa", x), [latent.rank], axis=1)
+    made = _product(block, "attn_kv_b", _norm(norm, block, "attn_kv_a_norm", low))
+    k, v = np.split(made.reshape(tokens, decoder.heads, -1), [latent.plain_dim], axis=2)
+    plain, q = np.split(q.reshape(tokens, decoder.heads, -1), [latent.plain_dim], axis=2)
+    q, turned = _rotate(layer.rope, q), _rotate(layer.rope, turned[:, None])
+    turned = np.repeat(turned, decoder.heads, axis=1)
+    return np.concatenate([plain, q], axis=2), np.concatenate([k, turned], axis=2), v
+
+
+def _after_attention(decoder: Decoder, layer: Layer, block: Tensors, x: Array) -> Array:
+    if layer.experts is None:
+        return _feed_forward(decoder, block, x)
+    return _mixture(decoder, layer.experts, block, x)
+
+
+def _mixture(decoder: Decoder, experts: Experts, block: Tensors, x: Array) -> Array:
+    router = experts.router
+    logits = _product(block, "ffn_gate_inp", x)
+    if router.scores == "sigmoid":
+        scores = 1.0 / (1.0 + np.exp(-logits))
+    else:
+        scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+        scores /= scores.sum(axis=1, keepdims=True)
+    ranked = scores + block["exp_probs_b.bias"] if router.bias else scores
+    if router.groups > 1:
+        by_group = ranked.reshape(len(x), router.groups, -1)
+        tops = 1 if router.group_score == "best" else 2
+        worth = np.sort(by_group, axis=2)[:, :, -tops:].sum(axis=2)
+        last = np.sort(worth, axis=1)[:, -router.groups_used, None]
+        ranked = np.where((worth >= last)[:, :, None], by_group, -np.inf).reshape(len(x), -1)
+    out = np.zeros_like(x)
+    for token, row in enumerate(ranked):
+        chosen = np.argsort(-row, kind="stable")[: experts.used]
+        weights = scores[token, chosen]
+        if router.normalized:
+            weights = weights / weights.sum()
+        for expert, weight in zip(chosen, weights * router.factor, strict=True):
+            out[token] += weight * _gated(decoder, block, f"exps.{expert}", x[token : token + 1])[0]
+    if experts.shared_width:
+        shared = _gated(decoder, block, "shexp", x)
+        if experts.shared_gate:
+            shared = shared / (1.0 + np.exp(-_product(block, "ffn_gate_inp_shexp", x)))
+        out = out + shared
+    return out
+
+
+def _gated(decoder: Decoder, block: Tensors, part: str, x: Array) -> Array:
+    gate = _ACTIVATIONS[decoder.activation](_product(block, f"ffn_gate_{part}", x))
+    return _product(block, f"ffn_down_{part}", gate * _product(block, f"ffn_up_{part}", x))
 
 
 def _feed_forward(decoder: Decoder, block: Tensors, x: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,11 @@ import pytest
 from edgellm.architectures import FAMILIES, config_from_gguf, family_of, gguf_keys, rope_factors
 from edgellm.architectures.config import HARMLESS_KEYS, NEUTRAL_VALUES, Config
 from edgellm.architectures.decoder import Decoder, Layer, Rope
+from edgellm.architectures.experts import stack_of
+from edgellm.architectures.family import TensorRow
 from edgellm.architectures.gguf_rows import name_in_file
 from edgellm.architectures.rope import inverse_frequencies, read_rope
+from edgellm.architectures.row_order import sorts_columns
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
@@ -34,6 +38,14 @@ TinyModel = Callable[[str], Path]
 Tensors = dict[str, np.ndarray]
 
 
+def ordered(values: np.ndarray, row: TensorRow, *, back: bool = False) -> np.ndarray:
+    """``values`` as the network takes them, or, ``back``, as the checkpoint has them."""
+    if row.order is None:
+        return values
+    places = np.argsort(row.order.places()) if back else row.order.places()
+    return values[:, places] if sorts_columns(row.order) else values[places]
+
+
 def read(folder: Path) -> tuple[Decoder, Tensors]:
     """The description of a folder and its tensors by role; each stored tensor is used once."""
     config = json.loads((folder / "config.json").read_text())
@@ -41,12 +53,21 @@ def read(folder: Path) -> tuple[Decoder, Tensors]:
     decoder = family.describe(Config(config))
     stored = safetensors.load_file(folder / "model.safetensors")
     tensors = {}
+    used = set()
     for row in family.tensors(decoder):
-        values = stored.pop(row.source)
+        name, values = row.source, stored.get(row.source)
+        if row.pieces:
+            values = np.stack([stored[piece] for piece in row.pieces])
+            used.update(row.pieces)
+        elif values is None:
+            part = next(each for each in row.elsewhere if each.name in stored)
+            name, last = part.name, part.first + row.shape[0]
+            values = stored[name].reshape(-1, row.shape[1])[part.first : last]
+        used.update(() if row.pieces else (name,))
         values = values.T if row.transposed else values
-        tensors[row.role] = values if row.order is None else values[row.order.places()]
+        tensors[row.role] = ordered(values, row)
         assert tensors[row.role].shape == row.shape, row
-    assert not stored, "tensors without a row"
+    assert used == stored.keys(), "tensors without a row"
     return decoder, tensors
 
 
@@ -60,12 +81,13 @@ def test_the_description_computes_transformers_logits(name: str, tiny_model: Tin
     )
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "falcon-grouped", "bloom", "gptj"])
+@pytest.mark.parametrize("name", ["gpt_neox", "falcon-grouped", "bloom", "gptj", "deepseek_v2", "cohere-normed"]
+)
 def test_rows_left_in_the_checkpoints_order_would_show(name: str, tiny_model: TinyModel) -> None:
     decoder, tensors = read(tiny_model(name))
     right = reference_decoder.logits(decoder, tensors, TOKEN_IDS)
     unordered = {
-        row.role: tensors[row.role][np.argsort(row.order.places())]
+        row.role: ordered(tensors[row.role], row, back=True)
         for row in family_of({"model_type": decoder.family}).tensors(decoder)
         if row.order is not None
     }
@@ -86,6 +108,20 @@ def _with_scaling(decoder: Decoder, **change: Any) -> Decoder:
         return replace(layer, rope=replace(rope, scaling=replace(rope.scaling, **change)))
 
     return replace(decoder, layers=tuple(changed(layer) for layer in decoder.layers))
+
+
+def _with_mixture(decoder: Decoder, **change: Any) -> Decoder:
+    return replace(
+        decoder,
+        layers=tuple(
+            replace(each, experts=replace(each.experts, **change)) for each in decoder.layers
+        ),
+    )
+
+
+def _with_router(decoder: Decoder, **change: Any) -> Decoder:
+    router = replace(decoder.layers[0].experts.router, **change)
+    return _with_mixture(decoder, router=router)
 
 
 def _unscaled(decoder: Decoder) -> Decoder:
@@ -155,7 +191,29 @@ MISREADINGS: dict[str, tuple[str, Callable[[Decoder], Decoder]]] = {
         "gptj-eighth",
         lambda decoder: _all_layers(decoder, rope=Rope(1e4, 32)),
     ),
+    "router weights not normalized": (
+        "mixtral",
+        lambda decoder: _with_router(decoder, normalized=False),
+    ),
+    "router weights normalized": (
+        "olmoe",
+        lambda decoder: _with_router(decoder, normalized=True),
+    ),
+    "one expert fewer": ("qwen3_moe", lambda decoder: _with_mixture(decoder, used=2)),
+    "shared expert lost": ("qwen2_moe", lambda decoder: _with_mixture(decoder, shared_width=0)),
+    "shared expert's gate lost": (
+        "qwen2_moe",
+        lambda decoder: _with_mixture(decoder, shared_gate=False),
+    ),
     "head tied": ("qwen3", lambda decoder: replace(decoder, tied_head=True)),
+    "scores of yarn lost": (
+        "deepseek_v2-lite",
+        lambda decoder: replace(decoder, attention_scale=None),
+    ),
+    "norms of heads alike": (
+        "stablelm-normed",
+        lambda decoder: replace(decoder, qk_norm=False),
+    ),
 }
 
 
@@ -227,9 +285,11 @@ def test_frequencies_equal_transformers(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_key_that_transformers_saves_is_known(name: str, tmp_path: Path) -> None:
     """Each config class, as it is and with what training code and old versions add."""
-    usual = transformers.AutoConfig.for_model(name)
+    needed = {"num_experts_per_tok": 6} if name == "deepseek_v2" else {}
+    usual = transformers.AutoConfig.for_model(name, **needed)
     windowed = name != "llama" and hasattr(usual, "sliding_window")
-    real = transformers.AutoConfig.for_model(name, **({"sliding_window": 64} if windowed else {}))
+    window = {"sliding_window": 64} if windowed else {}
+    real = transformers.AutoConfig.for_model(name, **needed, **window)
     real.architectures = [family_of({"model_type": name}).architecture]
     real.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
@@ -254,7 +314,7 @@ def test_the_classes_exist_and_have_the_families_prefix() -> None:
 
 # --- GGUF
 
-NOT_IN_GGUF = {"falcon-alibi", "gptj", "gptj-eighth", "opt", "opt-bare"}
+NOT_IN_GGUF = {"falcon-alibi", "gptj", "gptj-eighth", "minicpm3-plain", "opt", "opt-bare"}
 """Models that llama.cpp has no graph and GGUF no names for."""
 
 IN_GGUF = [name for name in tiny_models.MODELS if name not in NOT_IN_GGUF]
@@ -269,12 +329,17 @@ def test_roles_are_the_names_of_gguf(name: str, tiny_model: TinyModel) -> None:
     known = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[arch]}
     mapping = gguf.get_tensor_name_map(arch, len(decoder.layers))
     for row in family.tensors(decoder):
-        name = name_in_file(row.role, decoder, family.gguf)
+        name = stack_of(row.role) or name_in_file(row.role, decoder, family.gguf)
         stem, _, suffix = name.rpartition(".")
         block = stem.split(".")[1] if stem.startswith("blk.") else ""
         assert stem.replace(f"blk.{block}.", "blk.{bid}.") in known
-        # Some names are known there as models saved without their head have them alone.
-        sources = (row.source, row.source.removeprefix(family.base_prefix))
+        if not row.apart:  # llama.cpp's converter takes these apart by code
+            continue
+        # Some names are known there as models saved without their head have them alone, and
+        # those of experts once they are stacked.
+        source = re.sub(r"experts\.\d+\.", "experts.", row.source)
+        source = source.replace(".norms.", ".") if row.pieces else source
+        sources = (source, source.removeprefix(family.base_prefix))
         assert name in [mapping.get_name(source, (f".{suffix}",)) for source in sources]
 
 
@@ -295,7 +360,7 @@ def test_gguf_keys_have_gguf_names_and_mean_the_same_model(
     if name in BEYOND_LLAMA_CPP:
         return
     factors = rope_factors(decoder, family.gguf_layout)
-    stored = [name_in_file(role, decoder, family.gguf) for role in tensors]
+    stored = [stack_of(role) or name_in_file(role, decoder, family.gguf) for role in tensors]
     config = config_from_gguf({"general.architecture": family.gguf.arch, **keys}, stored, factors)
     again = family_of(config).describe(Config(config))
     np.testing.assert_allclose(
@@ -317,4 +382,7 @@ BEYOND_LLAMA_CPP = {
     "mpt-scale",
     "falcon-grouped",
     "falcon-grouped-one-norm",
+    "deepseek_v2-groups",
+    "qwen2_moe-dense",
+    "qwen3_moe-dense",
 }

@@ -106,7 +106,7 @@ def test_statistics_are_of_the_inputs_that_transformers_has(
         if role.startswith("blk."):
             layer = ".".join(role.split(".")[:2])
             counts = np.square(inputs[layer].astype(np.float64)).mean(axis=1)
-            attention = role.split(".")[2] in ("attn_q", "attn_k", "attn_v", "attn_qkv")
+            attention = re.fullmatch("attn_(q|k|v|qkv|q_a|q_b|kv_a_mqa|kv_b)", role.split(".")[2])
             shared = source.decoder.shared_norm and role.split(".")[2] in ("ffn_gate", "ffn_up")
             if not (attention or shared):
                 counts /= np.square(inputs[f"{layer}, before"].astype(np.float64)).mean(axis=1)

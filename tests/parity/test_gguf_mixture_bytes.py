@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 
-from edgellm.architectures.decoder import Decoder, Layer, Norm
+from edgellm.architectures.decoder import Decoder, Experts, Layer, Norm
 from edgellm.errors import UnsupportedTarget
 from edgellm.export.gguf_head import StoredTensor, gguf_head
 from edgellm.export.gguf_mixture import MIXTURES, Chooser, mixture_named
@@ -41,8 +41,11 @@ class Model:
         inner: int = 512,
         tied: bool = False,
         fused: bool = False,
+        experts: int = 0,
+        shared: bool = False,
     ) -> None:
         self.arch = arch
+        mixture = Experts(experts, 2, inner, shared_width=inner * shared) if experts else None
         self.decoder = Decoder(
             family=arch,
             vocab_size=ROWS,
@@ -52,7 +55,7 @@ class Model:
             heads=heads,
             kv_heads=kv_heads,
             head_dim=width // heads,
-            layers=(Layer(),) * layers,
+            layers=(Layer(experts=mixture),) * layers,
             norm=Norm("rms", 1e-5),
             activation="silu",
             tied_head=tied,
@@ -70,27 +73,43 @@ class Model:
         for layer in range(len(self.decoder.layers)):
             yield f"blk.{layer}.attn_norm.weight", (width,)
             names = ("attn_qkv",) if fused else ("attn_q", "attn_k", "attn_v")
-            for name in (*names, "attn_output", "ffn_up", *(() if fused else ("ffn_gate",))):
+            for name in (*names, "attn_output"):
                 yield f"blk.{layer}.{name}.weight", (ROWS, width)
-            yield f"blk.{layer}.ffn_down.weight", (ROWS, inner)
+            yield from self._feed_forward(layer, fused)
             yield f"blk.{layer}.ffn_down.bias", (width,)
         if fused:
             yield "position_embd.weight", (64, width)
         if not self.decoder.tied_head:
             yield "output.weight", (ROWS, width)
 
+    def _feed_forward(self, layer: int, fused: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+        width, inner = self.decoder.hidden_size, self.decoder.ffn_size
+        experts = self.decoder.layers[layer].experts
+        stacks: list[tuple[str, tuple[int, ...]]] = [("", ())]
+        if experts is not None:
+            yield f"blk.{layer}.ffn_gate_inp.weight", (experts.count, width)
+            stacks = [("_exps", (experts.count,))]
+            stacks += [("_shexp", ())] if experts.shared_width else []
+        for end, outer in stacks:
+            for name in ("ffn_up", *(() if fused else ("ffn_gate",))):
+                yield f"blk.{layer}.{name}{end}.weight", (*outer, ROWS, width)
+            yield f"blk.{layer}.ffn_down{end}.weight", (*outer, ROWS, inner)
+
     def importance(self) -> Weights:
         """As calibration would find it: of the linears, not of the embedding and the head."""
         random = np.random.default_rng(11)
         return {
-            role: np.exp(2 * random.standard_normal(values.shape[-1], dtype=np.float32))
+            role: np.exp(2 * random.standard_normal(values[..., 0, :].shape, dtype=np.float32))
             for role, values in self.weights.items()
-            if role.startswith("blk.") and values.ndim == 2
+            if role.startswith("blk.") and values.ndim >= 2
         }
 
     def metadata(self) -> dict[str, object]:
         decoder, arch = self.decoder, self.arch
+        experts = decoder.layers[0].experts
+        counts = {"expert_count": experts.count, "expert_used_count": 2} if experts else {}
         return {
+            **{f"{arch}.{key}": value for key, value in counts.items()},
             "general.architecture": arch,
             f"{arch}.block_count": len(decoder.layers),
             f"{arch}.context_length": decoder.context_length,
@@ -125,6 +144,15 @@ MODELS = {
     "80 layers": {"layers": 80},
     "80 layers, each head apart": {"layers": 80, "kv_heads": 8, "tied": True},
     "qwen2, 80 layers": {"arch": "qwen2", "layers": 80, "kv_heads": 8},
+    "eight experts": {"experts": 8, "layers": 9},
+    "eight experts, rows of 96": {"experts": 8, "width": 96, "inner": 64, "layers": 2},
+    "four experts and a shared one": {
+        "arch": "qwen2moe",
+        "experts": 4,
+        "shared": True,
+        "layers": 17,
+        "kv_heads": 8,
+    },
     "gemma3": {"arch": "gemma3", "layers": 10, "tied": True},
     "gpt2": {"arch": "gpt2", "kv_heads": 8, "layers": 12, "tied": True, "fused": True},
 }
@@ -147,6 +175,10 @@ half a minute to build (iq1_s, iq1_m, iq2_xs and iq2_s, which were compared once
 
 def our_bytes(rows: Array, grid: Grid, importance: Array | None = None) -> QTensor:
     rows = rows.reshape(-1, rows.shape[-1])
+    if importance is not None and importance.ndim > 1:  # a stack of experts
+        each = zip(np.split(rows, len(importance)), importance, strict=True)
+        pieces = [our_bytes(part, grid, weights).packed for part, weights in each]
+        return QTensor(grid, rows.shape[-1], packed=np.concatenate(pieces))
     if grid.kind == "float":
         return floats.encode(rows, grid)
     return ggml.quantize(rows, grid, None if importance is None else imatrix.lifted(importance))
@@ -204,9 +236,10 @@ def test_types_with_importance(
     assert theirs == {role: grid for role, grid in ours.items() if grid != "f32"}
 
 
+@pytest.mark.parametrize("fields", [{}, {"experts": 3}], ids=["dense", "experts"])
 @pytest.mark.parametrize("name", WITH_IMPORTANCE)
-def test_bytes_with_importance(name: str, tmp_path: Path) -> None:
-    model = Model(layers=8, kv_heads=8)
+def test_bytes_with_importance(name: str, fields: dict[str, int], tmp_path: Path) -> None:
+    model = Model(layers=8, kv_heads=8, **fields)
     model.write_f32(tmp_path / "float.gguf")
     weights = model.importance()
     made = tmp_path / "made.gguf"

@@ -69,6 +69,9 @@ def test_every_family_has_a_type_that_genai_knows(
         ("opt", "f32"),
         ("llama", "f32 int8"),
         ("gemma3", "f32 int8"),
+        ("minicpm3", "int4-g32"),
+        ("deepseek_v2", "f32"),
+        ("cohere-normed", "f32"),
     ],
 )
 def test_genai_generates_the_same_tokens(

@@ -45,7 +45,8 @@ def test_cache_is_rounded_to_the_nearest_and_nothing_is_clipped(
     scales = CacheScales(source.decoder, source.tensors, 0)
     # The first layer's keys and values are the same in both; what follows differs a little.
     for part, scale in (("key", scales.keys()), ("value", scales.values())):
-        by_channel = scale.load().reshape(1, source.decoder.kv_heads, 1, source.decoder.head_dim)
+        shape = 1, source.decoder.cache_heads, 1, source.decoder.cache_dim
+        by_channel = scale.load().reshape(shape)
         codes, exact = (
             graphs[kv_cache].buffers[f"past_key_values.0.{part}"].numpy()
             for kv_cache in ("int8", "f32")

@@ -51,7 +51,11 @@ def logits(source: ModelSource, weights: torch_decoder.Weights, window: list[int
     return found
 
 
-@pytest.mark.parametrize("name", sorted(tiny_models.MODELS))
+DENSE = [name for name in tiny_models.MODELS if "moe" not in name and name != "mixtral"]
+"""Mixtures of experts are not tuned."""
+
+
+@pytest.mark.parametrize("name", sorted(DENSE))
 def test_source_weights_answer_as_transformers(name: str, tiny_model: TinyModel) -> None:
     source = open_source(str(tiny_model(name)))
     weights = SourceWeights.load(source.tensors.values(), source.decoder)

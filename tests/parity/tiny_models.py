@@ -135,6 +135,54 @@ _FALCON: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 
+_MINICPM3: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "max_position_embeddings": 256,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 64,
+}
+_DEEPSEEK: dict[str, Any] = _MINICPM3 | {
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "kv_lora_rank": 96,
+    "v_head_dim": 32,
+    "qk_rope_head_dim": 8,
+    "first_k_dense_replace": 3,
+}
+"""Latent attention without a mixture of experts."""
+
+_DEEPSEEK_EXPERTS: dict[str, Any] = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 64,
+}
+
+_QWEN_EXPERTS: dict[str, Any] = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+}
+_SHARED: dict[str, Any] = {"shared_expert_intermediate_size": 160}
+_GRANITE_EXPERTS: dict[str, Any] = {
+    "rms_norm_eps": 1e-5,
+    "intermediate_size": 64,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "embedding_multiplier": 6.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.1,
+    "logits_scaling": 3.0,
+}
+
 MODELS: dict[str, Tiny] = {
     # Llama: three query heads to a kv head, heads wider than the model together, untied.
     "llama": Tiny(
@@ -353,6 +401,10 @@ MODELS: dict[str, Tiny] = {
         seed=29,
     ),
     "stablelm-eighth": Tiny("StableLmConfig", _SQUARE, seed=28),
+    # As StableLM 2 12B is: heads normed each with their own weights, one norm for both halves.
+    "stablelm-normed": Tiny(
+        "StableLmConfig", _SQUARE | {"qk_layernorm": True, "use_parallel_residual": True}, seed=210
+    ),
     "phi": Tiny(
         "PhiConfig", _SQUARE | {"hidden_act": "gelu_new", "num_key_value_heads": 6}, seed=19
     ),
@@ -378,6 +430,53 @@ MODELS: dict[str, Tiny] = {
             "tie_word_embeddings": True,
         },
         seed=21,
+    ),
+    # Mixtures of experts: counts that are no power of two, experts narrower than the model.
+    "mixtral": Tiny(
+        "MixtralConfig",
+        _LLAMA | {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None},
+        "llama3",
+        seed=201,
+    ),
+    "qwen2_moe": Tiny("Qwen2MoeConfig", _QWEN2 | _QWEN_EXPERTS | _SHARED, "qwen2", seed=202),
+    # What llama.cpp's graph cannot: weights that sum to one, a layer without experts.
+    "qwen2_moe-dense": Tiny(
+        "Qwen2MoeConfig",
+        _QWEN2 | _QWEN_EXPERTS | _SHARED | {"norm_topk_prob": True, "mlp_only_layers": [1]},
+        "qwen2",
+        seed=203,
+    ),
+    "qwen3_moe": Tiny(
+        "Qwen3MoeConfig",
+        _QWEN | _QWEN_EXPERTS | {"norm_topk_prob": True, "num_experts": 7},
+        "qwen2",
+        seed=204,
+    ),
+    "qwen3_moe-dense": Tiny(
+        "Qwen3MoeConfig",
+        _QWEN | _QWEN_EXPERTS | {"decoder_sparse_step": 2, "num_hidden_layers": 4},
+        "qwen2",
+        seed=205,
+    ),
+    "olmoe": Tiny(
+        "OlmoeConfig",
+        _SQUARE
+        | {
+            "num_key_value_heads": 6,
+            "rms_norm_eps": 1e-5,
+            "num_experts": 9,
+            "num_experts_per_tok": 4,
+            "intermediate_size": 64,
+        },
+        seed=206,
+    ),
+    "granitemoe": Tiny(
+        "GraniteMoeConfig", _SQUARE | _GRANITE_EXPERTS | {"tie_word_embeddings": True}, seed=207
+    ),
+    "granitemoeshared": Tiny(
+        "GraniteMoeSharedConfig",
+        _SQUARE | _GRANITE_EXPERTS | {"shared_intermediate_size": 96},
+        seed=208,
     ),
     # Heads that are no power of two, whose slopes come in two series.
     "bloom": Tiny("BloomConfig", {"hidden_size": 192, "n_layer": 3, "n_head": 6}, seed=107),
@@ -456,7 +555,107 @@ MODELS: dict[str, Tiny] = {
         _NEOX | {"use_parallel_residual": False},
         seed=102,
     ),
+    # Latent attention: keys of 32 and 16 values, values of 64, so that heads together are wider than
+    # the model; queries out of a smaller vector.
+    "minicpm3": Tiny("MiniCPM3Config", _MINICPM3, seed=201),
+    # Everything that llama.cpp's graph has other numbers for in its code.
+    "minicpm3-plain": Tiny(
+        "MiniCPM3Config",
+        _MINICPM3
+        | {
+            "q_lora_rank": None,
+            "qk_rope_head_dim": 8,
+            "scale_emb": 3,
+            "scale_depth": None,
+            "dim_model_base": 48,
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        },
+        seed=202,
+    ),
+    "minicpm3-longrope": Tiny(
+        "MiniCPM3Config",
+        _MINICPM3
+        | {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 256,
+                "short_factor": [1.0 + 0.2 * n for n in range(8)],
+                "long_factor": [1.0 + 0.2 * n for n in range(8)],
+            }
+        },
+        seed=203,
+    ),
+    "deepseek_v2": Tiny("DeepseekV2Config", _DEEPSEEK, seed=204),
+    # Yarn whose two factors differ, and queries made at once.
+    "deepseek_v2-lite": Tiny(
+        "DeepseekV2Config",
+        _DEEPSEEK
+        | {
+            "q_lora_rank": None,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "original_max_position_embeddings": 32,
+                "mscale": 1.3,
+                "mscale_all_dim": 0.7,
+            },
+        },
+        "llama3",
+        old_style=True,
+        seed=205,
+    ),
+    # A dense layer, then mixtures; experts of the best groups alone, which llama.cpp ranks otherwise.
+    "deepseek_v2-experts": Tiny(
+        "DeepseekV2Config",
+        _DEEPSEEK | _DEEPSEEK_EXPERTS | {"topk_method": "greedy", "routed_scaling_factor": 1.7},
+        seed=207,
+    ),
+    "deepseek_v2-groups": Tiny(
+        "DeepseekV2Config",
+        _DEEPSEEK
+        | _DEEPSEEK_EXPERTS
+        | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+        seed=208,
+    ),
+    "deepseek_v3": Tiny(
+        "DeepseekV3Config",
+        _DEEPSEEK
+        | _DEEPSEEK_EXPERTS
+        | {
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.7,
+            "num_nextn_predict_layers": 0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "original_max_position_embeddings": 32,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        },
+        seed=209,
+    ),
     "cohere": Tiny("CohereConfig", _SQUARE | {"logit_scale": 0.4}),
+    # Command R+: as many layers as llama.cpp looks for norms of heads in.
+    "cohere-normed": Tiny(
+        "CohereConfig",
+        _SQUARE
+        | {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "use_qk_norm": True,
+            "logit_scale": 0.4,
+        },
+        seed=206,
+    ),
     "gpt2": Tiny("GPT2Config", _GPT2),
     "gpt2-untied": Tiny(
         "GPT2Config",
@@ -548,6 +747,9 @@ def randomize(model: transformers.PreTrainedModel, seed: int) -> None:
             else:
                 # Products of a Conv1D are stored [in, out]: sizes are close enough for a test.
                 parameter.copy_(1.3 * noise / parameter.shape[-1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=draw))
 
 
 def as_transformers_4(config: dict[str, Any]) -> dict[str, Any]:

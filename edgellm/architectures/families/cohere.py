@@ -28,9 +28,9 @@ LAYERS_WITH_QK_NORM = 64
 
 
 def read(config: Config) -> Decoder:
-    """Norms on queries and keys, which Command R+ has for each head apart, are refused."""
+    """Command R+ norms queries and keys, with weights of its own for each head."""
     shape = llama.read_shape(config, kv_heads_required=False)
-    config.neutral("use_qk_norm", False)
+    normed = config.flag("use_qk_norm", False)
     bias = config.flag("attention_bias", False)
     decoder = llama.read_decoder(
         config,
@@ -42,19 +42,29 @@ def read(config: Config) -> Decoder:
         tied=True,
         qkv_bias=bias,
         output_bias=bias,
+        qk_norm=normed,
     )
     scale = config.number("logit_scale", above=0)
-    return replace(decoder, parallel=True, shared_norm=True, logit_scale=scale)
+    return replace(
+        decoder, parallel=True, shared_norm=True, logit_scale=scale, qk_norm_by_head=normed
+    )
 
 
 def tensors(decoder: Decoder) -> Iterator[TensorRow]:
-    """Llama's with one norm a layer."""
+    """Llama's with one norm a layer, beside those of heads."""
+    head_dim = decoder.head_dim
+    heads = {"attn_q": decoder.heads, "attn_k": decoder.kv_heads}
     for row in llama.tensors(decoder):
         if ".ffn_norm." in row.role:
             continue
-        heads = {"attn_q": decoder.heads, "attn_k": decoder.kv_heads}.get(row.role.split(".")[-2])
-        paired = heads and PairedRope(heads, decoder.head_dim, decoder.head_dim)
-        yield replace(row, order=paired) if paired else row
+        part = row.role.split(".")[-2]
+        if part in heads:
+            yield replace(row, order=PairedRope(heads[part], head_dim, head_dim))
+        elif part.removesuffix("_norm") in heads:
+            shape = heads[part.removesuffix("_norm")], head_dim
+            yield replace(row, shape=shape, order=PairedRope(1, head_dim, head_dim, columns=True))
+        else:
+            yield row
 
 
 def _gguf_keys(decoder: Decoder) -> dict[str, Value]:
@@ -62,14 +72,16 @@ def _gguf_keys(decoder: Decoder) -> dict[str, Value]:
 
 
 def _differences(decoder: Decoder) -> Iterator[str]:
-    if len(decoder.layers) >= LAYERS_WITH_QK_NORM:
-        yield f"{len(decoder.layers)} layers without norms on queries and keys"
+    layers, normed = len(decoder.layers), decoder.qk_norm
+    if (layers >= LAYERS_WITH_QK_NORM) != normed:
+        yield f"{layers} layers {'with' if normed else 'without'} norms on queries and keys"
 
 
 def _from_gguf(facts: GgufFacts) -> dict[str, Any]:
     return built_like_llama(facts) | {
         "logit_scale": facts.keys.number("logit_scale", 0.0) or 1.0,
         "attention_bias": False,
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in facts.names,
     }
 
 
@@ -89,13 +101,15 @@ FAMILY = Family(
                 Feature.PARALLEL_BLOCK,
                 Feature.SHARED_NORM,
                 Feature.LOGIT_SCALE,
+                Feature.QK_NORM,
+                Feature.QK_NORM_BY_HEAD,
             },
             "silu",
             always=frozenset({Feature.TIED_HEAD}),
             square_attention=True,
             differences=_differences,
         ),
-        interleaved_rope=True,
+        as_checkpoint=True,
         keys=_gguf_keys,
         config=_from_gguf,
     ),

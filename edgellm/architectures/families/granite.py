@@ -34,7 +34,8 @@ def read(config: Config) -> Decoder:
     )
 
 
-def _gguf_keys(decoder: Decoder) -> dict[str, Value]:
+def gguf_keys(decoder: Decoder) -> dict[str, Value]:
+    """The keys of its multipliers."""
     return {
         "embedding_scale": decoder.embedding_scale,
         "residual_scale": decoder.residual_scale,
@@ -43,7 +44,7 @@ def _gguf_keys(decoder: Decoder) -> dict[str, Value]:
     }
 
 
-def _from_gguf(facts: GgufFacts) -> dict[str, Any]:
+def from_gguf(facts: GgufFacts) -> dict[str, Any]:
     """A missing scale of attention means the usual one; rope is switched off by "finetuned"."""
     keys, config = facts.keys, built_like_llama(facts)
     keys.neutral("rope.scaling.finetuned", True)
@@ -57,6 +58,13 @@ def _from_gguf(facts: GgufFacts) -> dict[str, Any]:
     }
 
 
+GGUF_FEATURES = llama.GGUF_LLAMA | {
+    Feature.EMBEDDING_SCALE,
+    Feature.RESIDUAL_SCALE,
+    Feature.ATTENTION_SCALE,
+    Feature.LOGIT_SCALE,
+}
+
 FAMILY = Family(
     model_type="granite",
     architecture="GraniteForCausalLM",
@@ -64,21 +72,11 @@ FAMILY = Family(
     tensors=llama.tensors,
     gguf=GgufLayout(
         "granite",
-        GgufGraph(
-            llama.GGUF_LLAMA
-            | {
-                Feature.EMBEDDING_SCALE,
-                Feature.RESIDUAL_SCALE,
-                Feature.ATTENTION_SCALE,
-                Feature.LOGIT_SCALE,
-            },
-            "silu",
-            any_yarn=True,
-        ),
+        GgufGraph(GGUF_FEATURES, "silu", any_yarn=True),
         interleaved_rope=True,
         rope_factors=("rope_freqs.weight",),
-        keys=_gguf_keys,
-        config=_from_gguf,
+        keys=gguf_keys,
+        config=from_gguf,
     ),
     base_prefix="model.",
     ignored_tensors=llama.IGNORED_TENSORS,

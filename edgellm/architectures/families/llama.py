@@ -238,6 +238,10 @@ GGUF_LLAMA = GGUF_FEATURES | {
 
 def _from_gguf(facts: GgufFacts) -> dict[str, Any]:
     """Biases are those that are there."""
+    if facts.keys.has("expert_count") and facts.keys.integer("expert_count", minimum=0):
+        from edgellm.architectures.families import mixtral  # which is built on this
+
+        return mixtral.from_gguf(facts)
     biases = {
         "attention_bias": attention_biases(facts, "llama"),
         "mlp_bias": "blk.0.ffn_up.bias" in facts.names,

@@ -21,9 +21,9 @@ from edgellm.architectures.gguf_metadata import built_like_llama
 
 
 def read(config: Config) -> Decoder:
-    """Norms of queries and keys, which StableLM 2 12B has for each head apart, are refused."""
+    """StableLM 2 12B norms queries and keys, with weights of its own for each head."""
     shape = llama.read_shape(config)
-    config.neutral("qk_layernorm", False)
+    normed = config.flag("qk_layernorm", False)
     parallel = config.flag("use_parallel_residual", False)
     decoder = llama.read_decoder(
         config,
@@ -34,15 +34,24 @@ def read(config: Config) -> Decoder:
         turned=0.25,
         norm=Norm("layer", config.number("layer_norm_eps", above=0)),
         qkv_bias=config.flag("use_qkv_bias", False),
+        qk_norm=normed,
     )
-    return replace(decoder, parallel=parallel, shared_norm=parallel)
+    return replace(decoder, parallel=parallel, shared_norm=parallel, qk_norm_by_head=normed)
 
 
 def tensors(decoder: Decoder) -> Iterator[TensorRow]:
-    """Llama's with biases of norms; a parallel block has one norm."""
+    """Llama's with biases of norms; a parallel block has one norm, and heads have no biases."""
+    heads = {"attn_q_norm": decoder.heads, "attn_k_norm": decoder.kv_heads}
     for row in llama.with_norm_biases(decoder):
-        if not (decoder.shared_norm and ".ffn_norm." in row.role):
-            yield row
+        part = row.role.split(".")[-2]
+        if part not in heads:
+            if not (decoder.shared_norm and part == "ffn_norm"):
+                yield row
+        elif row.kind == "norm":
+            stem = row.source.removesuffix("_norm.weight") + "_layernorm.norms"
+            pieces = tuple(f"{stem}.{head}.weight" for head in range(heads[part]))
+            shape = heads[part], decoder.head_dim
+            yield replace(row, source=f"{stem}.weight", shape=shape, pieces=pieces)
 
 
 def _gguf_keys(decoder: Decoder) -> dict[str, Value]:
@@ -56,6 +65,7 @@ def _from_gguf(facts: GgufFacts) -> dict[str, Any]:
     return config | {
         "use_parallel_residual": parallel,
         "use_qkv_bias": "blk.0.attn_q.bias" in facts.names,
+        "qk_layernorm": "blk.0.attn_q_norm.weight" in facts.names,
     }
 
 
@@ -75,6 +85,8 @@ FAMILY = Family(
                 Feature.QKV_BIAS,
                 Feature.PARALLEL_BLOCK,
                 Feature.SHARED_NORM,
+                Feature.QK_NORM,
+                Feature.QK_NORM_BY_HEAD,
             },
             "silu",
             square_attention=True,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgellm.architectures.family import TensorRow
+from edgellm.architectures import passed_over
 from edgellm.architectures.gguf_rows import as_checkpoint_stores, name_in_file
 from edgellm.architectures.row_order import as_checkpoint_has
 from edgellm.errors import AdapterError
@@ -139,7 +140,8 @@ def check_architecture(adapter: Adapter, architecture: str, model: str) -> None:
 def check_fits(adapter: Adapter, base: GgufFile) -> None:
     """Raise ``AdapterError`` unless llama.cpp applies all of a GGUF adapter to the model ``base``.
 
-    It knows no family, so it is right for every file that llama.cpp runs.
+    Right for every file that llama.cpp runs, but that of graphs which pass adapters over it knows
+    those of our families alone.
     """
     name, tensors = base.path.name, base.tensors
     check_architecture(adapter, str(base.metadata.get(ARCHITECTURE, "")), name)
@@ -148,6 +150,7 @@ def check_fits(adapter: Adapter, base: GgufFile) -> None:
             f"{adapter.path} holds whole norms ({listed(list(adapter.replaced))}), which llama.cpp "
             "passes over in silence: merge the adapter into the weights instead"
         )
+    over = passed_over(str(base.metadata.get(ARCHITECTURE, "")))
     unknown = [role for role in adapter.parts if role not in tensors]
     if unknown:
         raise AdapterError(_not_there(adapter, unknown, name))
@@ -158,7 +161,7 @@ def check_fits(adapter: Adapter, base: GgufFile) -> None:
                 f"{adapter.path} changes {role}, which {name} uses both as embedding and as head: "
                 "llama.cpp stops the whole process over it; merge the adapter instead"
             )
-        if len(shape) != 2 or role == POSITIONS:
+        if len(shape) != 2 or role == POSITIONS or role.split(".")[-2] in over:
             raise AdapterError(
                 f"{adapter.path} changes {role}, which llama.cpp adds no product to: merge the "
                 "adapter into the weights instead"

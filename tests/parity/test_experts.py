@@ -1,0 +1,264 @@
+"""Mixtures of experts from checkpoint to answer, against transformers and llama.cpp."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+import onnx_files
+import tiny_models
+from gguf_files import write_gguf
+
+import edgellm
+from edgellm.architectures.experts import expert_of, stack_of
+from edgellm.calibration import passes, routing
+from edgellm.calibration.passes import CalibrationPass
+from edgellm.errors import SourceError, TensorError, UnsupportedModel, UnsupportedTarget
+from edgellm.quant.statistics import Statistics
+from edgellm.source import open_source
+from edgellm.source.model import ModelSource
+
+TinyModel = Callable[[str], Path]
+
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared")
+
+TOLERANCE = 2e-4
+
+WINDOWS = [tiny_models.some_token_ids(length, seed=length) for length in (40, 17, 1, 33)]
+
+
+# --- sources
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_both_spellings_of_a_checkpoint_are_one_model(
+    name: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """One tensor for each expert, as on the Hub, and transformers' own stacks."""
+    folder = tiny_model(name)
+    model = tiny_models.load(folder)
+    stacked = tiny_models.copy_of(folder, tmp_path / "stacked")
+    model.save_pretrained(stacked, save_original_format=False)
+    source, other = open_source(str(folder)), open_source(str(stacked))
+    names = {ref.name for ref in other.tensors.values()}
+    assert any("gate_up_proj, expert 3" in name for name in names)
+    assert source.tensors.keys() == other.tensors.keys()
+    for role, ref in source.tensors.items():
+        np.testing.assert_array_equal(ref.load(), other.tensors[role].load(), err_msg=role)
+        np.testing.assert_array_equal(ref.load(1, 3), other.tensors[role].load(1, 3)) if (
+            ref.rows > 3
+        ) else None
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_gguf_file_is_read_back_as_the_checkpoint_was(
+    name: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    folder, path = tiny_model(name), tmp_path / "model.gguf"
+    write_gguf(folder, path)
+    source, again = open_source(str(folder)), open_source(str(path))
+    assert source.decoder.layers == again.decoder.layers
+    assert again.family.model_type == {"mixtral": "mixtral"}.get(name, name)
+    assert source.tensors.keys() == again.tensors.keys()
+    for role, ref in source.tensors.items():
+        assert again.tensors[role].shape == ref.shape
+        np.testing.assert_array_equal(again.tensors[role].load(), ref.load(), err_msg=role)
+
+
+def _without(folder: Path, to: Path, dropped: Callable[[str], bool]) -> Path:
+    from safetensors.numpy import load_file, save_file
+
+    copy = tiny_models.copy_of(folder, to)
+    tensors = load_file(copy / "model.safetensors")
+    kept = {name: values for name, values in tensors.items() if not dropped(name)}
+    save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def _with_config(folder: Path, to: Path, **changes: object) -> Path:
+    copy = tiny_models.copy_of(folder, to)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    return copy
+
+
+def test_missing_experts_are_listed_in_runs(tiny_model: TinyModel, tmp_path: Path) -> None:
+    copy = _without(
+        tiny_model("mixtral"),
+        tmp_path / "copy",
+        lambda name: ".1.block_sparse_moe.experts." in name and ".w1." in name and ".3." not in name,
+    )
+    with pytest.raises(TensorError, match=r"4 tensors are missing: \S+\.experts\.0-2,4\.w1\.weight"):
+        open_source(str(copy))
+
+
+def test_a_config_of_more_experts_than_there_are(tiny_model: TinyModel, tmp_path: Path) -> None:
+    apart = _with_config(tiny_model("mixtral"), tmp_path / "apart", num_local_experts=8)
+    with pytest.raises(TensorError, match=r"27 tensors are missing: .*experts\.5-7\.w1\.weight"):
+        open_source(str(apart))
+    stacked = _with_config(tiny_model("granitemoe"), tmp_path / "stacked", num_local_experts=8)
+    with pytest.raises(TensorError, match=r"config says 8 experts and the weights are of 5"):
+        open_source(str(stacked))
+
+
+def test_more_experts_a_token_than_there_are(tiny_model: TinyModel, tmp_path: Path) -> None:
+    copy = _with_config(tiny_model("olmoe"), tmp_path / "copy", num_experts_per_tok=10)
+    with pytest.raises(UnsupportedModel, match="per_tok is 10, expected at most the 9 experts"):
+        open_source(str(copy))
+
+
+def test_a_stack_cut_short_in_a_gguf_file(tiny_model: TinyModel, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(tiny_model("mixtral"), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-4096])
+    with pytest.raises(SourceError, match="cut short"):
+        open_source(str(path))
+
+
+# --- what calibration knows
+
+
+class Sent:
+    """What transformers gives each expert, and the stream before and after each layer."""
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+
+        self.inputs: dict[str, list[np.ndarray]] = {}
+        self.places: dict[str, list[np.ndarray]] = {}
+        self.streams: dict[int, tuple[list[np.ndarray], list[np.ndarray]]] = {}
+        self.first = 0
+        model = tiny_models.load(folder)
+        for index, layer in enumerate(model.model.layers):
+            self.streams[index] = ([], [])
+            layer.register_forward_hook(self._watch_layer(index))
+            block = getattr(layer, "mlp", None) or layer.block_sparse_moe
+            if hasattr(block, "experts"):
+                block.experts.register_forward_pre_hook(self._watch(index))
+        with torch.no_grad():
+            for window in WINDOWS:
+                model(torch.tensor([window]), use_cache=False)
+                self.first += len(window)
+
+    def _watch_layer(self, index: int) -> Callable[..., None]:
+        def hook(module: object, given: tuple, out: object) -> None:
+            stream = out[0] if isinstance(out, tuple) else out
+            before, after = self.streams[index]
+            before.append(given[0].reshape(-1, given[0].shape[-1]).numpy().copy())
+            after.append(stream.reshape(-1, stream.shape[-1]).numpy().copy())
+
+        return hook
+
+    def _watch(self, index: int) -> Callable[..., None]:
+        import torch
+
+        def hook(module: torch.nn.Module, given: tuple) -> None:
+            x, chosen, _ = given
+            for expert in range(len(module.down_proj)):
+                rows = torch.where((chosen == expert).any(dim=-1))[0]
+                gate, up = (x[rows] @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
+                inner = module.act_fn(gate) * up
+                for part, values in (("gate", x[rows]), ("up", x[rows]), ("down", inner)):
+                    role = f"blk.{index}.ffn_{part}_exps.{expert}.weight"
+                    self.inputs.setdefault(role, []).append(values.numpy().copy())
+                    self.places.setdefault(role, []).append(rows.numpy() + self.first)
+
+        return hook
+
+
+def gathered(source: ModelSource, threads: int, **options: object) -> dict[str, Statistics]:
+    run = CalibrationPass(source, WINDOWS, threads=threads, **options)
+    run.begin()
+    found: dict[str, Statistics] = {}
+    for index in range(len(source.decoder.layers)):
+        found |= run.layer(index)
+    return found
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "qwen3_moe-dense"])
+def test_statistics_are_of_the_tokens_that_an_expert_is_sent(
+    name: str, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "CHUNK_TOKENS", 50)  # several chunks
+    monkeypatch.setattr(routing, "FEW_TOKENS", 1)
+    folder = tiny_model(name)
+    source, sent = open_source(str(folder)), Sent(folder)
+    found = gathered(source, threads=2)
+    experts = {role for role in source.tensors if stack_of(role)}
+    assert experts and experts == sent.inputs.keys()
+    for role in experts:
+        x = np.concatenate(sent.inputs[role]).astype(np.float64)
+        places = np.concatenate(sent.places[role])
+        statistics = found[role]
+        assert statistics.tokens == len(x), role
+        before, after = (np.concatenate(each) for each in sent.streams[int(role.split(".")[1])])
+        counts = passes.token_weights(before, after)[1][places].astype(np.float64)
+        wanted = (x * counts[:, None]).T @ x / counts.sum()
+        scale = wanted.max()
+        np.testing.assert_allclose(statistics.hessian, wanted, rtol=0, atol=TOLERANCE * scale)
+        np.testing.assert_allclose(statistics.largest, np.abs(x).max(axis=0), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            statistics.mean_squares, np.square(x).mean(axis=0), rtol=1e-2, atol=TOLERANCE * scale
+        )
+
+
+def test_bits_do_not_depend_on_threads(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "CHUNK_TOKENS", 20)
+    source = open_source(str(tiny_model("qwen2_moe")))
+    one, other = gathered(source, threads=1), gathered(source, threads=3)
+    for role, statistics in one.items():
+        np.testing.assert_array_equal(statistics.hessian, other[role].hessian, err_msg=role)
+
+
+def test_experts_hardly_reached_are_rounded_by_what_is_known_of_all(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(str(tiny_model("mixtral")))
+    counts = {role: each.tokens for role, each in gathered(source, 1).items()}
+    few = sorted(counts[role] for role in counts if "_down_exps" in role)[3]
+    monkeypatch.setattr(routing, "FEW_TOKENS", few)
+    found = gathered(source, 1)
+    for role, statistics in found.items():
+        if not stack_of(role):
+            continue
+        layer = role.split(".")[1]
+        whole = found[f"blk.{layer}.ffn_gate_inp.weight"]
+        if not statistics.instead:
+            assert statistics.tokens >= few
+        elif "_down_exps" in role:
+            np.testing.assert_array_equal(statistics.hessian, np.eye(len(statistics.hessian)))
+        else:
+            np.testing.assert_array_equal(statistics.hessian, whole.hessian)
+    assert {expert_of(role) for role, each in found.items() if each.instead}
+
+
+# --- conversions
+
+
+def converted(folder: Path, out: Path, quant: str, format: str, **options: object) -> object:
+    return edgellm.convert(str(folder), out, quant=quant, format=format, **options)
+
+
+def test_what_cannot_be_done_with_experts_is_refused_by_name(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    folder, out = tiny_model("mixtral"), tmp_path / "out"
+    with pytest.raises(UnsupportedTarget, match="experts of a layer as one tensor"):
+        converted(folder, out, "int4-g32-sym", "hf")
+    with pytest.raises(UnsupportedTarget, match="--tune trains dense networks, and mixtral"):
+        converted(folder, out, "q4_0", "gguf", tune=10)
+    with pytest.raises(UnsupportedTarget, match="not known of experts that few tokens pass"):
+        converted(folder, out, "q4_0", "gguf", bits=4.0)
+    with pytest.raises(UnsupportedTarget, match="mlx-lm's mixtral is not understood"):
+        converted(folder, out, "int8", "mlx")
+    assert not out.exists()

@@ -1,0 +1,248 @@
+"""Latent attention (MLA): what is cached, what GGUF stores apart, and what solvers make of it.
+
+Logits and statistics are compared with transformers' and llama.cpp's where those of all families
+are (``test_onnx_logits``, ``test_gguf_logits``, ``test_calibration_pass``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf_files
+import numpy as np
+import onnx_files
+import pytest
+import tiny_models
+
+import edgellm
+from edgellm.architectures.gguf_latent import apart, made_whole
+from edgellm.errors import AdapterError, UnsupportedTarget
+from edgellm.export import to_gguf
+from edgellm.export.packing import PACKERS
+from edgellm.quant.rtn import solve
+from edgellm.recipe import Recipe
+from edgellm.runtimes.ort import OnnxRuntime
+from edgellm.runtimes.session import RunOptions
+from edgellm.source import ModelSource, open_source
+from edgellm.tensors import stacked_rows
+
+TinyModel = Callable[[str], Path]
+
+STORED_APART = ("deepseek_v2", "deepseek_v2-lite")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("minicpm3", 32 + 16), ("deepseek_v2", 96 + 8), ("deepseek_v3", 96 + 8)]
+)
+def test_a_token_takes_a_latent_and_its_turned_values(
+    name: str, values: int, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Expanded, its keys and values would be 672 and 216 values a layer."""
+    artifact = edgellm.convert(
+        tiny_model(name), tmp_path / "out", format="onnx", quant="f32", check=False
+    )
+    assert artifact.manifest is not None
+    facts = artifact.manifest.artifact.model
+    assert (facts.kv_head_count, facts.head_dim) == (1, values)
+    session = OnnxRuntime().open(artifact, RunOptions(context_tokens=128))
+    session.prefill(tiny_models.some_token_ids(100))
+    shapes = {each.shape[1:] for each in session.save().data}
+    session.close()
+    assert shapes == {(1, 100, values)}
+
+
+# --- GGUF
+
+
+@pytest.mark.parametrize("name", STORED_APART)
+def test_stacks_and_the_whole_are_the_same_in_slabs_of_any_size(
+    name: str, tiny_model: TinyModel
+) -> None:
+    source = open_source(str(tiny_model(name)))
+    decoder, role = source.decoder, "blk.1.attn_kv_b.weight"
+    latent, whole = decoder.latent, source.tensors[role]
+    assert latent is not None
+    keys, values = apart(whole, decoder)
+    by_head = whole.load().reshape(decoder.heads, latent.head_rows, latent.rank)
+    wanted = by_head[:, : latent.plain_dim].swapaxes(1, 2).reshape(keys.shape)
+    np.testing.assert_array_equal(keys.load(), wanted)
+    np.testing.assert_array_equal(
+        values.load(), by_head[:, latent.plain_dim :].reshape(values.shape)
+    )
+    slabs = [keys.load(start, min(start + 37, keys.rows)) for start in range(0, keys.rows, 37)]
+    np.testing.assert_array_equal(np.concatenate(slabs), keys.load())
+    again = made_whole(keys, values, decoder.heads, latent)
+    slabs = [again.load(start, min(start + 41, again.rows)) for start in range(0, again.rows, 41)]
+    np.testing.assert_array_equal(np.concatenate(slabs), whole.load())
+
+
+@pytest.mark.parametrize("mixture", ["q4_k_m", "q3_k_l", "q4_0", "q2_k", "iq4_xs", "q5_k_s"])
+@pytest.mark.parametrize("name", ["minicpm3", "deepseek_v2", "deepseek_v3"])
+def test_types_are_those_that_llamacpp_chooses(
+    name: str, mixture: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    from llamacpp_quantizer import types_of_llamacpp
+
+    gguf_files.write_gguf(tiny_model(name), tmp_path / "model.gguf")
+    theirs = types_of_llamacpp(tmp_path / "model.gguf", mixture)
+    layout = to_gguf.lay_out(
+        open_source(str(tiny_model(name))), Recipe(source="", format="gguf", quant=mixture)
+    )
+    ours = {tensor.name: tensor.grid.name for tensor in layout.tensors}
+    assert theirs == {name: grid for name, grid in ours.items() if grid != "f32"}
+
+
+def as_before_april_2025(source: ModelSource) -> ModelSource:
+    """``source`` as llama.cpp's converter wrote it before stacks: the cache is expanded there."""
+    decoder, layout = source.decoder, source.family.gguf_layout
+    latent = decoder.latent
+    assert latent is not None
+    absorbed_alone = ("key_length_mla", "value_length_mla")
+    expanded = {
+        "attention.head_count_kv": decoder.heads,
+        "attention.key_length": decoder.head_dim,
+        "attention.value_length": latent.value_dim,
+    }
+
+    def keys(decoder: Any) -> dict[str, Any]:
+        found = layout.keys(decoder) | expanded
+        return {key: value for key, value in found.items() if not key.endswith(absorbed_alone)}
+
+    older = replace(layout, absorbed=False, keys=keys)
+    return replace(source, family=replace(source.family, gguf=older))
+
+
+def test_files_of_before_stacks_are_read_too(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """And are such files: llama.cpp answers from one as transformers does."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    import llamacpp_logits
+
+    folder, path = tiny_model("deepseek_v2-lite"), tmp_path / "model.gguf"
+    source = open_source(str(folder))
+    layout = to_gguf.lay_out(
+        as_before_april_2025(source), Recipe(source="", format="gguf", quant="f32")
+    )
+    content = bytearray(layout.data_files[to_gguf.FILE])
+    head = layout.files[to_gguf.FILE]
+    content[: len(head)] = head
+    for tensor in layout.tensors:
+        (array,) = tensor.arrays
+        packed = PACKERS[tensor.packer].pack(
+            solve(stacked_rows(tensor.parts, 0, tensor.rows), tensor.grid)
+        )["data"]
+        content[array.offset : array.offset + array.nbytes] = packed.tobytes()
+    path.write_bytes(content)
+    ids = tiny_models.some_token_ids(40)
+    np.testing.assert_allclose(
+        llamacpp_logits.logits(path, ids),
+        tiny_models.reference_logits(folder, ids),
+        rtol=0,
+        atol=3e-4,
+    )
+    again = open_source(str(path), quantized=True)
+    assert again.decoder.latent == source.decoder.latent
+    for role, ref in source.tensors.items():
+        np.testing.assert_array_equal(again.tensors[role].load(), ref.load(), err_msg=role)
+
+
+def test_importance_that_is_only_of_other_inputs_is_not_asked_for(tiny_model: TinyModel) -> None:
+    """Inputs of ``attn_k_b`` differ by head: types that need importance have none there."""
+    source = open_source(str(tiny_model("deepseek_v2")))
+    wide = "blk.0.attn_k_b.weight"
+    recipe = Recipe(source="", format="gguf", quant="imatrix:q4_k_m", tensor_grids={wide: "iq3_xxs"})
+    with pytest.raises(UnsupportedTarget, match="iq3_xxs has blocks of 256"):
+        to_gguf.lay_out(source, recipe)
+    recipe = Recipe(source="", format="gguf", quant="imatrix:q4_k_m", tensor_grids={wide: "q8_0"})
+    grids = {each.role: each.grid.name for each in to_gguf.lay_out(source, recipe).tensors}
+    assert grids[wide] == "q8_0"
+
+
+def test_adapters_that_llamacpp_would_pass_over_are_refused(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    from peft import LoraConfig
+    from peft_adapters import make_adapter
+
+    from edgellm.export.gguf_adapter import factors
+    from edgellm.lora.reading.open import open_adapter
+
+    base = tiny_model("minicpm3")
+    for module, refused in (("kv_b_proj", True), ("q_a_proj", True), ("o_proj", False)):
+        config = LoraConfig(r=4, target_modules=[module])
+        made = make_adapter(base, config, tmp_path / module)
+        adapter = open_adapter(str(made.folder))
+        if refused:
+            with pytest.raises(AdapterError, match="which llama.cpp adds no product to"):
+                factors(open_source(str(base)), adapter)
+        else:
+            assert len(factors(open_source(str(base)), adapter)) == 3
+
+
+# --- rounding
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "grid"),
+    [
+        ("minicpm3", "gguf", "q4_0"),
+        ("deepseek_v2", "gguf", "q4_0"),
+        ("deepseek_v2-lite", "onnx", "int4-g32"),
+        ("deepseek_v3", "gguf", "q4_0"),
+    ],
+)
+def test_solvers_and_couplings_lose_less_than_plain_rounding(
+    name: str, format: str, grid: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    divergence = {}
+    for solver in ("rtn", "gptq", "awq+gptq"):
+        artifact = edgellm.convert(
+            tiny_model(name),
+            tmp_path / solver,
+            format=format,
+            quant=f"{solver}:{grid}",
+            check_tokens=256,
+            threads=1,
+            **({} if solver == "rtn" else {"calibration_tokens": 2048}),
+        )
+        assert artifact.manifest is not None
+        divergence[solver] = artifact.manifest.measured["quality"]["kld_mean"]
+    assert divergence["gptq"] < divergence["rtn"]
+    assert divergence["awq+gptq"] < divergence["rtn"]
+
+
+@pytest.mark.parametrize("name", ["minicpm3", "deepseek_v2-lite"])
+def test_layers_behind_rounded_ones_are_read_back_from_stacks(
+    name: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Calibrating on what rounded layers give, which are read from the file that is written."""
+    artifact = edgellm.convert(
+        tiny_model(name),
+        tmp_path / "out",
+        format="gguf",
+        quant="gptq:q4_0",
+        calibration_tokens=1024,
+        calibrate_on="quantized",
+        check=False,
+        threads=1,
+    )
+    errors = artifact.manifest.measured["output_error_by_tensor"]  # type: ignore[union-attr]
+    stacked = "blk.1.attn_v_b.weight" if "deepseek" in name else "blk.1.attn_kv_b.weight"
+    assert 0 < errors[stacked] < 0.2
+    assert "blk.1.attn_k_b.weight" not in errors
+
+
+def test_what_is_multiplied_by_head_stays_in_floats_in_onnx(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    layout = onnx_files.write_onnx(tiny_model("minicpm3"), tmp_path, "int4-g32")
+    grids = {tensor.role: tensor.grid.name for tensor in layout.tensors}
+    assert grids["blk.0.attn_kv_b.weight"] == "f16"
+    assert any("attn_kv_b stays in f16" in note for note in layout.notes)
+    layout = onnx_files.write_onnx(tiny_model("minicpm3"), tmp_path / "f32", "f32")
+    grids = {tensor.role: tensor.grid.name for tensor in layout.tensors}
+    assert grids["blk.0.attn_kv_b.weight"] == "f32"
