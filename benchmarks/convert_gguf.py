@@ -44,6 +44,7 @@ def measure(*, quick: bool) -> Result:
             return Run(
                 first.wall_s + second.wall_s,
                 max(first.peak_memory_bytes, second.peak_memory_bytes),
+                first.cpu_s + second.cpu_s,
             )
 
         a, b = interleaved(

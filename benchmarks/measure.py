@@ -33,12 +33,15 @@ class CommandFailed(Exception):
 class Run:
     """What one command took. ``first_output_s``: until its first byte on stdout, if that was read.
 
+    ``cpu_s``: of all its threads, in the kernel too.
+
     ``peak_memory_bytes`` is the highest resident set of any one process of it, mapped file pages
     counted.
     """
 
     wall_s: float
     peak_memory_bytes: int
+    cpu_s: float
     first_output_s: float | None = None
 
 
@@ -75,7 +78,8 @@ def run(command: Sequence[str], *, read_stdout: bool = False, **variables: str) 
     if process.returncode != 0:
         end = log.read_text(errors="replace")[-3000:]
         raise CommandFailed(f"{shown(list(command))} ended with {process.returncode}:\n{end}")
-    return Run(wall_s, usage.ru_maxrss * MAXRSS_UNIT_BYTES, first_output_s)
+    cpu_s = usage.ru_utime + usage.ru_stime
+    return Run(wall_s, usage.ru_maxrss * MAXRSS_UNIT_BYTES, cpu_s, first_output_s)
 
 
 def output_of(command: Sequence[str]) -> Any:

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, VOCABULARY, CONTEXT = 768, 2048, 12, 12, 4, 49152, 2048
+EXPERTS, USED = 8, 2
 
 SIZES = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), HIDDEN),
@@ -22,7 +23,23 @@ SIZES = {
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), KV_HEADS),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), CONTEXT),
     "head_dim": HIDDEN // HEADS,
+    # An embedding is a third of the weights: all have one.
+    "tie_word_embeddings": True,
     "query_pre_attn_scalar": HIDDEN // HEADS,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), FFN // EXPERTS),
+    "shared_intermediate_size": FFN // EXPERTS,
+    "num_experts_per_tok": USED,
+    "norm_topk_prob": True,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+    "q_lora_rank": HIDDEN // 2,
+    "kv_lora_rank": HIDDEN // 3,
+    **dict.fromkeys(("qk_nope_head_dim", "v_head_dim"), HIDDEN // HEADS),
+    "qk_rope_head_dim": HIDDEN // HEADS // 2,
     "rotary_dim": HIDDEN // HEADS,
     "vocab_size": VOCABULARY,
 }
@@ -31,6 +48,11 @@ SIZES = {
 model_type, folder, tokenizer = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 names = transformers.AutoConfig.for_model(model_type).to_dict()
 ours = {name: size for name, size in SIZES.items() if name in names}
+if names.keys() & {"num_experts", "num_local_experts"} and "moe_intermediate_size" not in names:
+    ours["intermediate_size"] = FFN // EXPERTS  # an expert's
+if "n_routed_experts" in ours:  # DeepSeek
+    ours["num_key_value_heads"] = HEADS
+    del ours["norm_topk_prob"]
 special = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
 config = transformers.AutoConfig.for_model(model_type, **ours, **special)
 torch.manual_seed(0)
