@@ -230,7 +230,7 @@ def test_layers_behind_rounded_ones_are_read_back_from_stacks(
         check=False,
         threads=1,
     )
-    errors = artifact.manifest.measured["output_error_by_tensor"]  # type: ignore[union-attr]
+    errors = artifact.manifest.measured["calibration"]["output_error_by_tensor"]  # type: ignore[union-attr]
     stacked = "blk.1.attn_v_b.weight" if "deepseek" in name else "blk.1.attn_kv_b.weight"
     assert 0 < errors[stacked] < 0.2
     assert "blk.1.attn_k_b.weight" not in errors

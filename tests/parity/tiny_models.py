@@ -555,9 +555,9 @@ MODELS: dict[str, Tiny] = {
         _NEOX | {"use_parallel_residual": False},
         seed=102,
     ),
-    # Latent attention: keys of 32 and 16 values, values of 64, so that heads together are wider than
-    # the model; queries out of a smaller vector.
-    "minicpm3": Tiny("MiniCPM3Config", _MINICPM3, seed=201),
+    # Latent attention: keys of 32 and 16 values, values of 64, so that heads together are wider
+    # than the model; queries out of a smaller vector.
+    "minicpm3": Tiny("MiniCPM3Config", _MINICPM3 | {"tie_word_embeddings": False}, seed=201),
     # Everything that llama.cpp's graph has other numbers for in its code.
     "minicpm3-plain": Tiny(
         "MiniCPM3Config",
@@ -607,7 +607,7 @@ MODELS: dict[str, Tiny] = {
         old_style=True,
         seed=205,
     ),
-    # A dense layer, then mixtures; experts of the best groups alone, which llama.cpp ranks otherwise.
+    # A dense layer, then mixtures; experts of the best groups, which llama.cpp ranks otherwise.
     "deepseek_v2-experts": Tiny(
         "DeepseekV2Config",
         _DEEPSEEK | _DEEPSEEK_EXPERTS | {"topk_method": "greedy", "routed_scaling_factor": 1.7},
