@@ -203,6 +203,7 @@ def _gated(decoder: Decoder, layer: int) -> Coupling:
         decoder.ffn_size,
     )
 
+
 def _gated_experts(experts: Experts, layer: int) -> Iterator[Coupling]:
     parts = [(f"exps.{expert}", experts.width) for expert in range(experts.count)]
     if experts.shared_width:
@@ -215,4 +216,3 @@ def _gated_experts(experts: Experts, layer: int) -> Iterator[Coupling]:
             _rows(f"blk.{layer}.ffn_up_{part}", biased=False),
             width,
         )
-

@@ -95,7 +95,29 @@ class Rope:
 
     theta: float
     dimensions: int
-    scaling: RopeScaling |@dataclass(frozen=True, slots=True)
+    scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """``rms`` or ``layer`` norm; with ``offset`` the stored weight is used as ``weight + 1``.
+
+    A layer norm may be without its ``bias``, and any without a ``weight``.
+    """
+
+    kind: Literal["rms", "layer"]
+    epsilon: float
+    offset: bool = False
+    weight: bool = True
+    bias: bool = True
+
+    @property
+    def biased(self) -> bool:
+        """Whether a bias is stored."""
+        return self.kind == "layer" and self.bias and self.weight
+
+
+@dataclass(frozen=True, slots=True)
 class Router:
     """How the experts of a token are chosen, and what their answers are weighed by.
 
@@ -151,36 +173,6 @@ class Layer:
     window: int | None = None
     rope: Rope | None = None
     experts: Experts | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """``rms`` or ``layer`` norm; with ``offset`` the stored weight is used as ``weight + 1``.
-
-    A layer norm may be without its ``bias``, and any without a ``weight``.
-    """
-
-    kind: Literal["rms", "layer"]
-    epsilon: float
-    offset: bool = False
-    weight: bool = True
-    bias: bool = True
-
-    @property
-    def biased(self) -> bool:
-        """Whether a bias is stored."""
-        return self.kind == "layer" and self.bias and self.weight
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """What may differ between layers: the rope, and the attention window.
-
-    With ``window`` w the token at position p sees positions p - w + 1 to p.
-    """
-
-    window: int | None = None
-    rope: Rope | None = None
 
 
 @dataclass(frozen=True, slots=True)

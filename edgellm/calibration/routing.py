@@ -102,16 +102,12 @@ class RoutedSums:
         counts = values[self.routed.counts]
         return int(counts[:expert].sum()), int(counts[: expert + 1].sum())
 
-    def _of(
-        self, values: Mapping[str, npt.NDArray[np.generic]], x: str, expert: int
-    ) -> Array:
+    def _of(self, values: Mapping[str, npt.NDArray[np.generic]], x: str, expert: int) -> Array:
         first, last = self._bounds(values, expert)
         found: Array = values[x][first:last].astype(np.float32, copy=False)
         return found
 
-    def _tokens(
-        self, values: Mapping[str, npt.NDArray[np.generic]], expert: int
-    ) -> Integers:
+    def _tokens(self, values: Mapping[str, npt.NDArray[np.generic]], expert: int) -> Integers:
         first, last = self._bounds(values, expert)
         order = values[self.routed.order][first:last].astype(np.int64, copy=False)
         found: Integers = order // self.routed.experts.used
