@@ -172,7 +172,7 @@ def _norms(decoder: Decoder, layer: int) -> list[Coupling]:
 
 
 def _readers(experts: Experts) -> list[str]:
-    """The products that read what a mixture is given; the router, whose input is all of it, first."""
+    """The products that read what a mixture is given; the router, which reads all of it, first."""
     shared = ["ffn_gate_shexp", "ffn_up_shexp"] if experts.shared_width else []
     gates = ["ffn_gate_inp_shexp"] if experts.shared_gate else []
     of_each = [f"ffn_{part}_exps.{n}" for n in range(experts.count) for part in ("gate", "up")]

@@ -34,9 +34,9 @@ class Spelling:
     """What a family's checkpoints call the tensors of a layer's mixture, below the layer's name.
 
     ``experts`` is the module that holds them, ``parts`` an expert's gate, up and down. ``router``,
-    ``shared`` and ``shared_gate`` are modules, ``router_bias`` is a tensor. ``gate_up`` and ``down`` are whole names of stacks
-    that may be there instead, gate above up in the first. ``also`` is another name of the router.
-    ``stacked``: no checkpoint keeps experts apart.
+    ``shared`` and ``shared_gate`` are modules, ``router_bias`` is a tensor. ``gate_up`` and
+    ``down`` are whole names of stacks that may be there instead, gate above up in the first.
+    ``also`` is another name of the router. ``stacked``: no checkpoint keeps experts apart.
     """
 
     experts: str = "mlp.experts"

@@ -1,13 +1,14 @@
 """Statistics of what each expert of a mixture is given: of the tokens alone that are sent to it.
 
 Experts that too few tokens reached have no statistics worth the name. Their gate and up are then
-rounded by the inputs of the whole layer, for those are vectors of one stream, and their down, whose inputs are the expert's own, counts all channels alike, as llama.cpp does
-where its importance matrix knows nothing of an expert.
+rounded by the inputs of the whole layer, for those are vectors of one stream, and their down, whose
+inputs are the expert's own, counts all channels alike, as llama.cpp does where its importance
+matrix knows nothing of an expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -53,8 +54,8 @@ class RoutedSums:
     def add(
         self,
         number: int,
-        windows: list[Mapping[str, npt.NDArray[np.generic]]],
-        weights: list[Array | None],
+        windows: Sequence[Mapping[str, npt.NDArray[np.generic]]],
+        weights: Sequence[Array | None],
     ) -> None:
         """Count piece ``number``: what the graph gave of each window, whose tokens count so."""
         for x, sums in self.sums.items():
