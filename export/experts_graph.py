@@ -95,9 +95,7 @@ class ExpertsGraph:
         weights = graph.node("TopK", [ranked, used], f"{name}.top", outputs=outputs, axis=-1)
         chosen = outputs[1]
         if ranked != scores:
-            weights = graph.node(
-                "GatherElements", [scores, chosen], f"{name}.unranked", axis=-1
-            )
+            weights = graph.node("GatherElements", [scores, chosen], f"{name}.unranked", axis=-1)
         if router.normalized:
             total = graph.node(
                 "ReduceSum", [weights, graph.integers(-1)], f"{name}.total", keepdims=1
@@ -147,18 +145,14 @@ class ExpertsGraph:
             "Reshape", [masked, graph.integers(-1, self.experts.count)], f"{name}.ranked"
         )
 
-    def _mixed(
-        self, flat: str, weights: str, chosen: str, taps: bool
-    ) -> tuple[str, Routed | None]:
+    def _mixed(self, flat: str, weights: str, chosen: str, taps: bool) -> tuple[str, Routed | None]:
         """The weighed sums ``[tokens, hidden]`` of the chosen experts' answers."""
         graph, name, experts = self.graph, self.name, self.experts
         assigned = graph.node("Reshape", [chosen, graph.integers(-1)], f"{name}.assigned")
         total = graph.node("Shape", [assigned], f"{name}.total")
         # Of equal values the earlier comes first (ONNX's TopK), so that this is a stable sort.
         outputs = [f"{name}.sorted", f"{name}.order"]
-        graph.node(
-            "TopK", [assigned, total], f"{name}.sort", outputs=outputs, axis=0, largest=0
-        )
+        graph.node("TopK", [assigned, total], f"{name}.sort", outputs=outputs, axis=0, largest=0)
         order = outputs[1]
         counts = self._counts(assigned, total)
         used = graph.constant(f"int64_used_{experts.used}", np.asarray(experts.used, np.int64))

@@ -103,6 +103,25 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
+class Norm:
+    """``rms`` or ``layer`` norm; with ``offset`` the stored weight is used as ``weight + 1``.
+
+    A layer norm may be without its ``bias``, and any without a ``weight``.
+    """
+
+    kind: Literal["rms", "layer"]
+    epsilon: float
+    offset: bool = False
+    weight: bool = True
+    bias: bool = True
+
+    @property
+    def biased(self) -> bool:
+        """Whether a bias is stored."""
+        return self.kind == "layer" and self.bias and self.weight
+
+
+@dataclass(frozen=True, slots=True)
 class Router:
     """How the experts of a token are chosen, and what their answers are weighed by.
 
@@ -158,25 +177,6 @@ class Layer:
     window: int | None = None
     rope: Rope | None = None
     experts: Experts | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """``rms`` or ``layer`` norm; with ``offset`` the stored weight is used as ``weight + 1``.
-
-    A layer norm may be without its ``bias``, and any without a ``weight``.
-    """
-
-    kind: Literal["rms", "layer"]
-    epsilon: float
-    offset: bool = False
-    weight: bool = True
-    bias: bool = True
-
-    @property
-    def biased(self) -> bool:
-        """Whether a bias is stored."""
-        return self.kind == "layer" and self.bias and self.weight
 
 
 @dataclass(frozen=True, slots=True)

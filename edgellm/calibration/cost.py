@@ -79,9 +79,7 @@ def layer_inputs(decoder: Decoder, layer: Layer) -> list[Inputs]:
         found += [Inputs(decoder.latent.rank), Inputs(decoder.latent.query_rank or 0)]
     if experts is None:
         return [*found, Inputs(hidden), Inputs(decoder.ffn_size)]
-    found += [
-        Inputs(width, experts.used, experts.count) for width in (hidden, experts.width)
-    ]
+    found += [Inputs(width, experts.used, experts.count) for width in (hidden, experts.width)]
     if experts.shared_width:
         found += [Inputs(hidden), Inputs(experts.shared_width)]
     return found

@@ -583,7 +583,8 @@ MODELS: dict[str, Tiny] = {
                 "original_max_position_embeddings": 256,
                 "short_factor": [1.0 + 0.2 * n for n in range(8)],
                 "long_factor": [1.0 + 0.2 * n for n in range(8)],
-            }
+            },
+            "tie_word_embeddings": False,
         },
         seed=203,
     ),
