@@ -32,6 +32,7 @@ from edgellm.export.latent_attention import (
     absorbed_queries,
     expanded_values,
     expansion,
+    filled,
 )
 from edgellm.export.layout import OutputTensor
 from edgellm.export.onnx_graph import GraphBuilder
@@ -282,7 +283,7 @@ class DecoderGraph:
         self.inputs.setdefault(latents, []).append(expanding)
         keys, values = expansion(graph, latent, heads, self.tensors[expanding], self.grids.body)
         query = absorbed_queries(graph, latent, heads, f"{name}_q", query, keys)
-        key = graph.node("Concat", [turned, latents], f"{name}_k", axis=-1)
+        key = filled(graph, latent, f"{name}_k", [turned, latents], 3)
         mixed = self._attended(index, f"{name}_mixed", (query, key, key), x, cached=cached)
         return expanded_values(graph, latent, heads, name, mixed, values)
 
@@ -601,7 +602,10 @@ class DecoderGraph:
         norm = self.decoder.norm
         operator = {"rms": "SimplifiedLayerNormalization", "layer": "LayerNormalization"}
         return self.graph.node(
-            operator[norm.kind], [x, *self._norm_weights(name)], name, axis=-1,
+            operator[norm.kind],
+            [x, *self._norm_weights(name)],
+            name,
+            axis=-1,
             epsilon=epsilon or norm.epsilon,
         )
 

@@ -190,9 +190,9 @@ class Decoder:
     ``fused_gate_up``: gate above up in one tensor, ``ffn_up``. ``qk_norm_whole``: the norms go over
     all heads of queries (or keys) together; ``qk_norm_by_head``: over each, with a row of weights
     for each, and never a bias. ``latent``: keys and values are made of one vector; ``kv_heads`` is
-    then ``heads``, and ``head_dim`` the width of a key. ``parallel``: attention and feed-forward both read the
-    stream before the layer, after a norm each or, with ``shared_norm``, after the same one.
-    ``residual_scale`` multiplies what each of the two adds to the stream, ``logit_scale`` the
+    then ``heads``, and ``head_dim`` the width of a key. ``parallel``: attention and feed-forward
+    both read the stream before the layer, after a norm each or, with ``shared_norm``, after the
+    same one. ``residual_scale`` multiplies what each of the two adds to the stream, ``logit_scale`` the
     logits. Soft caps c turn x into c * tanh(x / c); ``qkv_clip`` keeps queries, keys and values
     within +-c. ``alibi``: by query head, how much the score of a key falls with each token that
     lies between, after the scale. ``embedding_norm``: a norm on what the embedding gives.

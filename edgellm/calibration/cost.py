@@ -103,7 +103,7 @@ def _weights_of(decoder: Decoder, layer: Layer, *, active: bool) -> int:
         if latent.query_rank is not None:
             queries = (hidden + query) * latent.query_rank
         expansion = decoder.heads * latent.head_rows * latent.rank
-        attention = queries + hidden * (latent.cache_dim + decoder.attended_size) + expansion
+        attention = queries + hidden * (latent.width + decoder.attended_size) + expansion
     if experts is None:
         return attention + (3 if decoder.gated_mlp else 2) * hidden * decoder.ffn_size
     passed = experts.used if active else experts.count

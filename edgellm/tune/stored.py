@@ -93,8 +93,8 @@ class StoredModel:
         order = np.argsort(places) if as_stored else places
         if sorts_columns(self._orders.get(role)):  # rows of floats
             assert weight.packed is not None
-            values = weight.packed.reshape(len(weight.packed), len(order), -1)
-            return replace(weight, packed=values[:, order].reshape(weight.packed.shape))
+            by_column = weight.packed.reshape(len(weight.packed), len(order), -1)
+            return replace(weight, packed=by_column[:, order].reshape(weight.packed.shape))
         if role.endswith(".bias"):  # one row of floats
             assert weight.packed is not None
             values = weight.packed.reshape(len(order), -1)

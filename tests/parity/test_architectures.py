@@ -81,7 +81,8 @@ def test_the_description_computes_transformers_logits(name: str, tiny_model: Tin
     )
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "falcon-grouped", "bloom", "gptj", "deepseek_v2", "cohere-normed"]
+@pytest.mark.parametrize(
+    "name", ["gpt_neox", "falcon-grouped", "bloom", "gptj", "deepseek_v2", "cohere-normed"]
 )
 def test_rows_left_in_the_checkpoints_order_would_show(name: str, tiny_model: TinyModel) -> None:
     decoder, tensors = read(tiny_model(name))

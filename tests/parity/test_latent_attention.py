@@ -35,7 +35,13 @@ STORED_APART = ("deepseek_v2", "deepseek_v2-lite")
 
 
 @pytest.mark.parametrize(
-    ("name", "values"), [("minicpm3", 32 + 16), ("deepseek_v2", 96 + 8), ("deepseek_v3", 96 + 8)]
+    ("name", "values"),
+    [
+        ("minicpm3", 32 + 16),
+        ("minicpm3-plain", 48),
+        ("deepseek_v2", 96 + 8),
+        ("deepseek_v3", 96 + 8),
+    ],
 )
 def test_a_token_takes_a_latent_and_its_turned_values(
     name: str, values: int, tiny_model: TinyModel, tmp_path: Path
@@ -153,7 +159,9 @@ def test_importance_that_is_only_of_other_inputs_is_not_asked_for(tiny_model: Ti
     """Inputs of ``attn_k_b`` differ by head: types that need importance have none there."""
     source = open_source(str(tiny_model("deepseek_v2")))
     wide = "blk.0.attn_k_b.weight"
-    recipe = Recipe(source="", format="gguf", quant="imatrix:q4_k_m", tensor_grids={wide: "iq3_xxs"})
+    recipe = Recipe(
+        source="", format="gguf", quant="imatrix:q4_k_m", tensor_grids={wide: "iq3_xxs"}
+    )
     with pytest.raises(UnsupportedTarget, match="iq3_xxs has blocks of 256"):
         to_gguf.lay_out(source, recipe)
     recipe = Recipe(source="", format="gguf", quant="imatrix:q4_k_m", tensor_grids={wide: "q8_0"})
@@ -177,7 +185,7 @@ def test_adapters_that_llamacpp_would_pass_over_are_refused(
         made = make_adapter(base, config, tmp_path / module)
         adapter = open_adapter(str(made.folder))
         if refused:
-            with pytest.raises(AdapterError, match="which llama.cpp adds no product to"):
+            with pytest.raises(AdapterError, match=r"which llama\.cpp adds no product to"):
                 factors(open_source(str(base)), adapter)
         else:
             assert len(factors(open_source(str(base)), adapter)) == 3

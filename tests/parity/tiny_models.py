@@ -558,12 +558,14 @@ MODELS: dict[str, Tiny] = {
     # Latent attention: keys of 32 and 16 values, values of 64, so that heads together are wider
     # than the model; queries out of a smaller vector.
     "minicpm3": Tiny("MiniCPM3Config", _MINICPM3 | {"tie_word_embeddings": False}, seed=201),
-    # Everything that llama.cpp's graph has other numbers for in its code.
+    # Everything that llama.cpp's graph has other numbers for in its code, and a latent that does
+    # not fill what onnxruntime's attention takes.
     "minicpm3-plain": Tiny(
         "MiniCPM3Config",
         _MINICPM3
         | {
             "q_lora_rank": None,
+            "kv_lora_rank": 36,
             "qk_rope_head_dim": 8,
             "scale_emb": 3,
             "scale_depth": None,
