@@ -192,11 +192,11 @@ class Decoder:
     for each, and never a bias. ``latent``: keys and values are made of one vector; ``kv_heads`` is
     then ``heads``, and ``head_dim`` the width of a key. ``parallel``: attention and feed-forward
     both read the stream before the layer, after a norm each or, with ``shared_norm``, after the
-    same one. ``residual_scale`` multiplies what each of the two adds to the stream, ``logit_scale`` the
-    logits. Soft caps c turn x into c * tanh(x / c); ``qkv_clip`` keeps queries, keys and values
-    within +-c. ``alibi``: by query head, how much the score of a key falls with each token that
-    lies between, after the scale. ``embedding_norm``: a norm on what the embedding gives.
-    ``skipped_positions``: rows of the table of positions before that of the first token.
+    same one. ``residual_scale`` multiplies what each of the two adds to the stream,
+    ``logit_scale`` the logits. Soft caps c turn x into c * tanh(x / c); ``qkv_clip`` keeps queries,
+    keys and values within +-c. ``alibi``: by query head, how much the score of a key falls with
+    each token that lies between, after the scale. ``embedding_norm``: a norm on what the embedding
+    gives. ``skipped_positions``: rows of the table of positions before that of the first token.
     """
 
     family: str

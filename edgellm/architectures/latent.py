@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 CACHE_MULTIPLE = 8
 """What divides the width of heads that onnxruntime's attention takes; zeros fill up to it."""
 

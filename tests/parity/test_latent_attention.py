@@ -54,10 +54,18 @@ def test_a_token_takes_a_latent_and_its_turned_values(
     facts = artifact.manifest.artifact.model
     assert (facts.kv_head_count, facts.head_dim) == (1, values)
     session = OnnxRuntime().open(artifact, RunOptions(context_tokens=128))
-    session.prefill(tiny_models.some_token_ids(100))
-    shapes = {each.shape[1:] for each in session.save().data}
+    ids = tiny_models.some_token_ids(100)
+    found = [session.prefill(ids[:70], all_logits=True), session.prefill(ids[70:90]).copy()]
+    found += [session.decode(token)[np.newaxis].copy() for token in ids[90:]]
+    caches = session.save().data
+    taken = session.kv_bytes()
     session.close()
-    assert shapes == {(1, 100, values)}
+    # One memory for both keys and values of each layer.
+    assert [each.shape for each in caches] == [(1, 1, 100, values)] * 3
+    assert taken == 4 * 3 * 128 * values
+    wanted = tiny_models.reference_logits(tiny_model(name), ids)
+    wanted = np.concatenate([wanted[:70], wanted[89:]])
+    np.testing.assert_allclose(np.concatenate(found), wanted, rtol=0, atol=2e-4)
 
 
 # --- GGUF
