@@ -79,7 +79,7 @@ def statistics_of(
     if tensor.grid.kind == "float":
         return None
     if tensor.experts > 1:
-        return found.get(tensor.parts[expert].role)
+        return found.get(tensor.parts[expert * len(tensor.parts) // tensor.experts].role)
     known = {id(found.get(part.role)): found.get(part.role) for part in tensor.parts}
     if len(known) != 1:
         raise AssertionError(f"the parts of {tensor.name} have different inputs")
