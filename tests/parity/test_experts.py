@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +13,27 @@ import pytest
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+import onnx_files
+import reference_decoder
 import tiny_models
 from gguf_files import write_gguf
 
 import edgellm
+from edgellm.architectures.decoder import Router
 from edgellm.architectures.experts import expert_of, stack_of
 from edgellm.calibration import passes, routing
 from edgellm.calibration.passes import CalibrationPass
 from edgellm.errors import SourceError, TensorError, UnsupportedModel, UnsupportedTarget
+from edgellm.export.decoder_graph import DecoderGraph
+from edgellm.export.to_onnx import lay_out
+from edgellm.export.writer import StagedFolder
+from edgellm.quant import rtn
 from edgellm.quant.statistics import Statistics
+from edgellm.recipe import Recipe
+from edgellm.slabs import write_tensors
 from edgellm.source import open_source
 from edgellm.source.model import ModelSource
+from edgellm.tensors import constant
 
 TinyModel = Callable[[str], Path]
 
@@ -267,3 +278,132 @@ def test_what_cannot_be_done_with_experts_is_refused_by_name(
     with pytest.raises(UnsupportedTarget, match="mlx-lm's mixtral is not understood"):
         converted(folder, out, "int8", "mlx")
     assert not out.exists()
+
+
+BOUNDS = {"f16": 5e-3, "int8": 0.15, "int8-dynamic": 0.3, "int4-g64": 0.8, "nf4": 0.8}
+"""As those of ``test_every_grid``; a token that goes to another expert shows at once."""
+
+
+@pytest.mark.parametrize("quant", BOUNDS)
+def test_every_kind_of_grid_answers_nearly_as_the_original(
+    quant: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """One operator for all experts where there is one for the grid, and plain ones elsewhere."""
+    folder, ids = tiny_model("olmoe"), tiny_models.some_token_ids(40)
+    wanted = tiny_models.reference_logits(folder, ids)
+    converted(folder, tmp_path / "out", f"rtn:{quant}", "onnx", check=False)
+    operators = edgellm.inspect(tmp_path / "out" / "model.onnx").metadata["operators"]
+    assert ("QMoE" in operators) == (quant in ("int8", "int4-g64"))
+    for steps in ((), (3,)):
+        got = onnx_files.logits(tmp_path / "out", ids, steps)
+        error = np.sqrt(np.mean((got - wanted) ** 2) / np.var(wanted))
+        assert error < BOUNDS[quant], steps
+
+
+@pytest.mark.parametrize("quant", ["int4-g32", "int4-g32-sym", "int8"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_operator_answers_as_the_plain_ones(
+    name: str,
+    quant: str,
+    tiny_model: TinyModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same codes: rows of gate and up are where the operator looks for them.
+
+    Products round what they are given to int8, so that a bit of difference now and then becomes a
+    step; texts of one token keep it from reaching others.
+    """
+    folder, ids = tiny_model(name), tiny_models.some_token_ids(20)
+    converted(folder, tmp_path / "one", f"rtn:{quant}", "onnx", check=False)
+    monkeypatch.setattr(DecoderGraph, "_fused_experts", lambda *_: None)
+    converted(folder, tmp_path / "plain", f"rtn:{quant}", "onnx", check=False)
+    one, plain = (
+        np.stack([onnx_files.logits(tmp_path / each, [token])[0] for token in ids])
+        for each in ("one", "plain")
+    )
+    off = np.abs(one - plain).max(axis=1)
+    assert np.quantile(off, 0.7) < TOLERANCE
+    assert off.max() < 0.5
+
+
+@pytest.mark.parametrize("quant", ["f32", "int8"])
+def test_padding_goes_to_experts_and_changes_nothing(
+    quant: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Two prompts of different lengths in one batch answer as each does alone."""
+    import onnxruntime
+
+    folder = tiny_model("qwen3_moe")
+    converted(folder, tmp_path / "out", quant, "onnx", check=False)
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    texts = [tiny_models.some_token_ids(n, seed=n) for n in (20, 12)]
+
+    def answers(batch: list[list[int]]) -> np.ndarray:
+        longest = max(map(len, batch))
+        ids = np.zeros((len(batch), longest), np.int64)
+        for row, text in zip(ids, batch, strict=True):
+            row[: len(text)] = text
+        mask = np.arange(longest) < np.asarray([len(text) for text in batch])[:, np.newaxis]
+        past = {
+            each.name: np.zeros((len(batch), each.shape[1], 0, each.shape[3]), np.float32)
+            for each in session.get_inputs()
+            if each.name.startswith("past_key_values.")
+        }
+        given = {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
+        whole = {"logits_from": np.zeros(1, np.int64)}
+        found: np.ndarray = session.run(["logits"], given | whole | past)[0]
+        return found
+
+    together = answers(texts)
+    for found, text in zip(together, texts, strict=True):
+        alone = answers([text])[0]
+        np.testing.assert_allclose(found[: len(text)], alone, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        Router("sigmoid", normalized=True, factor=2.5),
+        Router("sigmoid", normalized=True, bias=True),
+        Router("sigmoid", bias=True, groups=3, groups_used=2, group_score="two best", factor=1.5),
+        Router("softmax", groups=3, groups_used=1),
+    ],
+    ids=["sigmoid", "bias", "two best of a group", "best of a group"],
+)
+@pytest.mark.parametrize("quant", ["f32", "int8"])
+def test_routers_of_deepseek(
+    router: Router, quant: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """No family of ours has them yet: against the description in numpy."""
+    source = open_source(str(tiny_model("olmoe")))
+    layers = tuple(
+        replace(layer, experts=replace(layer.experts, router=router, used=3))
+        for layer in source.decoder.layers
+    )
+    tensors = dict(source.tensors)
+    draw = np.random.default_rng(3)
+    for index in range(len(layers)):
+        role = f"blk.{index}.exp_probs_b.bias"
+        tensors[role] = constant(role, draw.standard_normal(9).astype(np.float32))
+    changed = replace(source, decoder=replace(source.decoder, layers=layers), tensors=tensors)
+    layout = lay_out(changed, Recipe(source="", format="onnx", quant=quant))
+    values = {
+        role: ref.load().reshape(ref.shape).astype(np.float64) for role, ref in tensors.items()
+    }
+    with StagedFolder(tmp_path / "out") as staged:
+        for name, content in layout.files.items():
+            staged.write_file(name, content)
+        for name, nbytes in layout.data_files.items():
+            staged.create_data_file(name, nbytes)
+        write_tensors(layout.tensors, rtn.solve, 1, staged)
+        ids = tiny_models.some_token_ids(20)
+        got = onnx_files.logits(staged.path, ids)
+        apart = np.stack([onnx_files.logits(staged.path, [token])[0] for token in ids])
+    if quant == "f32":
+        wanted = reference_decoder.logits(changed.decoder, values, ids)
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE)
+        return
+    wanted = np.stack([reference_decoder.logits(changed.decoder, values, [n])[0] for n in ids])
+    off = np.sqrt(np.mean((apart - wanted) ** 2, axis=1) / np.var(wanted))
+    assert np.median(off) < 0.1  # where no token goes to another expert
