@@ -69,7 +69,7 @@ class Inputs:
 
 
 def layer_inputs(decoder: Decoder, layer: Layer) -> list[Inputs]:
-    """Attention's, its output's, gate's and down's; of experts, those of each.
+    """Attention's, its output's, gate's and down's; of experts all that they get, and each's.
 
     With latent attention also those of its vectors.
     """
@@ -79,9 +79,10 @@ def layer_inputs(decoder: Decoder, layer: Layer) -> list[Inputs]:
         found += [Inputs(decoder.latent.rank), Inputs(decoder.latent.query_rank or 0)]
     if experts is None:
         return [*found, Inputs(hidden), Inputs(decoder.ffn_size)]
+    found.append(Inputs(hidden))
     found += [Inputs(width, experts.used, experts.count) for width in (hidden, experts.width)]
     if experts.shared_width:
-        found += [Inputs(hidden), Inputs(experts.shared_width)]
+        found.append(Inputs(experts.shared_width))
     return found
 
 
