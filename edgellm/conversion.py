@@ -42,13 +42,13 @@ from edgellm.lora.lineage import kept_entries, merge_entry
 from edgellm.lora.record import MergeRecord
 from edgellm.made import CARD, note_made
 from edgellm.manifest import (
-    ExpertFacts,
     MANIFEST,
     SCHEMA_VERSION,
     Artifact,
     Base,
     CalibrationEntry,
     Digested,
+    ExpertFacts,
     FileEntry,
     Manifest,
     ModelFacts,

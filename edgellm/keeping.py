@@ -111,6 +111,8 @@ def keep_codes(layout: Layout, recipe: Recipe, source: ModelSource) -> Layout:
 def _why_not(tensor: OutputTensor, codes: Sequence[StoredCodes]) -> str:
     if not codes:
         return "their codes do not lie along rows"
+    if tensor.in_turns:
+        return "gate and up of an expert are stored in turns"
     if len(codes) < len(tensor.parts):
         return "they are stacked with weights that have no codes, or that an adapter changes"
     return next((why for each in codes if (why := why_not(each, tensor.grid))), "")

@@ -20,7 +20,7 @@ from edgellm.quant.ggml_types import NAMED
 from edgellm.quant.grid import Grid, QTensor
 from edgellm.quant.statistics import Statistics
 from edgellm.quant.stored import take_over_stacked
-from edgellm.tensors import SLAB_BYTES, Array, rows_within, stacked_rows
+from edgellm.tensors import SLAB_BYTES, Array, check_finite, rows_within, stacked_rows
 
 Solve = Callable[[Array, Grid, Statistics | None], QTensor]
 
@@ -82,6 +82,24 @@ def slabs_of(
     ]
 
 
+def stored_rows(tensor: OutputTensor, start: int, stop: int) -> Array:
+    """Rows ``start:stop`` of ``tensor`` as they are stored, of one expert, float32.
+
+    Raises ``TensorError`` where a part holds NaN or Inf.
+    """
+    if not tensor.in_turns:
+        return stacked_rows(tensor.parts, start, stop)
+    each = tensor.rows // tensor.experts
+    expert, first = divmod(start, each)
+    last = first + stop - start
+    low, high = first // 2, -(-last // 2)
+    rows = np.empty((2 * (high - low), tensor.columns), np.float32)
+    for place, part in enumerate(tensor.parts[2 * expert : 2 * expert + 2]):
+        rows[place::2] = part.load(low, high)
+        check_finite(rows[place::2], part.name, first_row=low)
+    return np.ascontiguousarray(rows[first - 2 * low : last - 2 * low])
+
+
 def expert_of(tensor: OutputTensor, slab: Slab) -> int:
     """Which part of a stack of experts ``slab`` lies in; 0 for any other tensor."""
     return slab.start // (tensor.rows // tensor.experts)
@@ -104,7 +122,7 @@ def write_slab(
     """
     rows = None
     if statistics is not None or not tensor.keeps_codes:
-        rows = stacked_rows(tensor.parts, slab.start, slab.stop)
+        rows = stored_rows(tensor, slab.start, slab.stop)
     try:
         if tensor.keeps_codes:
             rounded = take_over_stacked(tensor.parts, tensor.grid, slab.start, slab.stop)

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto
 
-from edgellm.architectures.decoder import Decoder, Feature, Rope
-from edgellm.architectures.experts import ROUTER, SHARED_GATE, expert_of
+from edgellm.architectures.decoder import Decoder, Experts, Feature, Rope
+from edgellm.architectures.experts import ROUTER, SHARED_GATE, expert_of, expert_role
 from edgellm.architectures.latent import Latent
 from edgellm.errors import UnsupportedTarget
 from edgellm.export.experts_graph import ExpertsGraph, Routed
@@ -32,6 +33,7 @@ from edgellm.export.latent_attention import (
     absorbed_queries,
     expanded_values,
     expansion,
+    filled,
 )
 from edgellm.export.layout import OutputTensor
 from edgellm.export.onnx_graph import GraphBuilder
@@ -282,7 +284,7 @@ class DecoderGraph:
         self.inputs.setdefault(latents, []).append(expanding)
         keys, values = expansion(graph, latent, heads, self.tensors[expanding], self.grids.body)
         query = absorbed_queries(graph, latent, heads, f"{name}_q", query, keys)
-        key = graph.node("Concat", [turned, latents], f"{name}_k", axis=-1)
+        key = filled(graph, latent, f"{name}_k", [turned, latents], 3)
         mixed = self._attended(index, f"{name}_mixed", (query, key, key), x, cached=cached)
         return expanded_values(graph, latent, heads, name, mixed, values)
 
@@ -501,9 +503,37 @@ class DecoderGraph:
             lambda name, roles, x: self._linear(name, roles, x, index),
             self._vector,
             self._gated,
+            self._fused_experts(index, experts),
         )
         answers, self.routed = mixture.build(x, taps=self._taps)
         return answers
+
+    def _fused_experts(
+        self, index: int, experts: Experts
+    ) -> tuple[OutputTensor, OutputTensor] | None:
+        """Gate and up in turns, and down, of all experts, where one operator can compute them."""
+        roles = [
+            [expert_role(index, part, n) for n in range(experts.count) for part in parts]
+            for parts in (("gate", "up"), ("down",))
+        ]
+        every = {self.grids.by_role.get(role, self.grids.body) for role in chain(*roles)}
+        grid = next(iter(every))
+        plain = len(every) > 1 or grid.kind != "affine" or self._taps
+        if plain or self.decoder.activation != "silu" or self.graph.element != TensorProto.FLOAT:
+            return None
+        packer = operators_of(grid).packer
+        gate_up, down = (
+            self.graph.store(
+                f"blk.{index}.ffn_{name}_exps.weight",
+                [self.tensors[role] for role in each],
+                grid,
+                packer,
+                experts=experts.count,
+                in_turns=name == "gate_up",
+            )
+            for name, each in zip(("gate_up", "down"), roles, strict=True)
+        )
+        return gate_up, down
 
     def _activate(self, name: str, x: str) -> str:
         activation = self.decoder.activation
@@ -601,7 +631,10 @@ class DecoderGraph:
         norm = self.decoder.norm
         operator = {"rms": "SimplifiedLayerNormalization", "layer": "LayerNormalization"}
         return self.graph.node(
-            operator[norm.kind], [x, *self._norm_weights(name)], name, axis=-1,
+            operator[norm.kind],
+            [x, *self._norm_weights(name)],
+            name,
+            axis=-1,
             epsilon=epsilon or norm.epsilon,
         )
 

@@ -95,7 +95,8 @@ class CacheScales:
         spread = self._turned(spread, rope, lambda one, other: np.hypot(one, other) / 2**0.5)
         turned = self._turned(np.abs(center), rope, np.hypot) + KEY_SPREADS * spread
         most = min(KEY_SPREADS, latent.rank**0.5)
-        return np.concatenate([turned, most * np.abs(self._norm_weight("attn_kv_a_norm"))])
+        latents = most * np.abs(self._norm_weight("attn_kv_a_norm"))
+        return np.concatenate([turned, latents, np.zeros(latent.cache_dim - latent.width)])
 
     def _value_reach(self) -> Vector:
         first = self.decoder.query_size + self.decoder.kv_size

@@ -69,7 +69,8 @@ class OutputTensor:
     what the user should know (a fallback type, a cap), or is empty. ``in_one_piece``: its rows
     cannot be rounded apart. ``keeps_codes``: no solver rounds it, the codes that its parts
     are stored as are taken over (``quant.stored``). ``experts``: how many parts are stacked that
-    have an input each, so that no solver may see rows of two of them at once.
+    have an input each, so that no solver may see rows of two of them at once. ``in_turns``: of each
+    expert there are two parts, whose rows are stored in turns.
     """
 
     name: str
@@ -82,6 +83,7 @@ class OutputTensor:
     in_one_piece: bool = False
     keeps_codes: bool = False
     experts: int = 1
+    in_turns: bool = False
 
     @property
     def rows_together(self) -> int:
@@ -100,7 +102,7 @@ class OutputTensor:
     def shape(self) -> tuple[int, ...]:
         """``[out, in]``, ``[n]`` for a vector, ``[experts, out, in]`` for a stack of experts."""
         if self.experts > 1:
-            return (self.experts, *self.parts[0].shape)
+            return (self.experts, self.rows // self.experts, self.columns)
         return self.parts[0].shape if len(self.parts) == 1 else (self.rows, self.columns)
 
     @property

@@ -127,16 +127,37 @@ class GraphBuilder:
         return self.constant(name, values)
 
     def store(
-        self, role: str, parts: Sequence[TensorRef], grid: Grid, packer: str, note: str = ""
+        self,
+        role: str,
+        parts: Sequence[TensorRef],
+        grid: Grid,
+        packer: str,
+        note: str = "",
+        *,
+        experts: int = 1,
+        in_turns: bool = False,
     ) -> OutputTensor:
-        """Give a tensor its place in the data file; its arrays follow one another there."""
+        """Give a tensor its place in the data file; its arrays follow one another there.
+
+        ``experts`` and ``in_turns`` are as ``OutputTensor`` has them.
+        """
         rows = sum(part.rows for part in parts)
         arrays: list[StoredArray] = []
         for component, row_bytes in PACKERS[packer].row_bytes(grid, parts[0].columns).items():
             name = role if component == "data" else f"{role}.{component}"
             offset = self._allocate(row_bytes * rows)
             arrays.append(StoredArray(name, component, DATA_FILE, offset, row_bytes, rows))
-        tensor = OutputTensor(role, role, tuple(parts), grid, packer, tuple(arrays), note)
+        tensor = OutputTensor(
+            role,
+            role,
+            tuple(parts),
+            grid,
+            packer,
+            tuple(arrays),
+            note,
+            experts=experts,
+            in_turns=in_turns,
+        )
         self.tensors.append(tensor)
         return tensor
 

@@ -21,6 +21,12 @@ Gather = Callable[[GraphBuilder, str, OutputTensor, str], str]
 INT8_ACTIVATIONS = 4
 """MatMulNBits' ``accuracy_level``: products of int8 by codes. Lower ones are many times slower."""
 
+FIRST_ZEROS, ROUTER_WEIGHTS = 11, 14
+"""Where zeros and ``router_weights`` stand among QMoE's inputs."""
+
+GATE_UP_IN_TURNS = 1
+"""QMoE's ``swiglu_fusion``: rows of gate and up in turns, all that it has on a CPU."""
+
 NF4 = 1
 """MatMulBnb4's ``quant_type``."""
 
@@ -76,6 +82,47 @@ def _nbits_matmul(
     return graph.node(
         "MatMulNBits", inputs, name, contrib=True, K=tensor.columns, N=tensor.rows,
         bits=int(grid.bits), block_size=grid.block, accuracy_level=INT8_ACTIVATIONS,
+    )  # fmt: skip
+
+
+def experts_product(
+    graph: GraphBuilder,
+    x: str,
+    ranked: str,
+    scores: str,
+    tensors: tuple[OutputTensor, OutputTensor],
+    name: str,
+    *,
+    used: int,
+    normalized: bool,
+) -> str:
+    """The weighed answers ``[tokens, hidden]`` of the experts that ``x``, shaped so too, goes to.
+
+    One operator for all of a layer, with SiLU between gate and up and down. ``tensors``: gate and
+    up in turns, and down, each of all experts; grids of ``nbits`` with equal bits and blocks. The
+    choice is by ``ranked`` ``[tokens, experts]``, the weights by ``scores``.
+    """
+    inputs, zeros = [x, ranked], []
+    for tensor in tensors:
+        rows = tensor.rows // tensor.experts
+        data = _data(tensor)
+        shape = [tensor.experts, rows, data.row_bytes]
+        inputs.append(graph.stored(data, TensorProto.UINT8, shape, f"{tensor.name}.experts"))
+        scales, zero = _part(tensor, "scales"), _part(tensor, "zeros")
+        assert scales is not None
+        shape = [tensor.experts, rows, scales.row_bytes // 4]
+        inputs += [graph.stored(scales, TensorProto.FLOAT, shape), ""]
+        if zero is not None:
+            shape = [tensor.experts, rows, zero.row_bytes]
+            zeros.append(graph.stored(zero, TensorProto.UINT8, shape))
+    inputs += [""] * (FIRST_ZEROS - len(inputs)) + zeros
+    inputs += [""] * (ROUTER_WEIGHTS - len(inputs)) + [scores]
+    grid = tensors[0].grid
+    return graph.node(
+        "QMoE", inputs, name, contrib=True, k=used, normalize_routing_weights=int(normalized),
+        activation_type="swiglu", swiglu_fusion=GATE_UP_IN_TURNS, activation_alpha=1.0,
+        activation_beta=0.0, expert_weight_bits=int(grid.bits), block_size=grid.block,
+        accuracy_level=INT8_ACTIVATIONS,
     )  # fmt: skip
 
 

@@ -220,7 +220,7 @@ def _latent_values(decoder: Decoder, layer: int, latent: Latent) -> Coupling:
 
 
 def _readers(experts: Experts) -> list[str]:
-    """The products that read what a mixture is given; the router, whose input is all of it, first."""
+    """The products that read what a mixture is given; the router, which reads all of it, first."""
     shared = ["ffn_gate_shexp", "ffn_up_shexp"] if experts.shared_width else []
     gates = ["ffn_gate_inp_shexp"] if experts.shared_gate else []
     of_each = [f"ffn_{part}_exps.{n}" for n in range(experts.count) for part in ("gate", "up")]
@@ -253,6 +253,7 @@ def _gated(decoder: Decoder, layer: int) -> Coupling:
         decoder.ffn_size,
     )
 
+
 def _gated_experts(experts: Experts, layer: int) -> Iterator[Coupling]:
     parts = [(f"exps.{expert}", experts.width) for expert in range(experts.count)]
     if experts.shared_width:
@@ -265,4 +266,3 @@ def _gated_experts(experts: Experts, layer: int) -> Iterator[Coupling]:
             _rows(f"blk.{layer}.ffn_up_{part}", biased=False),
             width,
         )
-

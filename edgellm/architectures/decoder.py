@@ -103,6 +103,25 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
+class Norm:
+    """``rms`` or ``layer`` norm; with ``offset`` the stored weight is used as ``weight + 1``.
+
+    A layer norm may be without its ``bias``, and any without a ``weight``.
+    """
+
+    kind: Literal["rms", "layer"]
+    epsilon: float
+    offset: bool = False
+    weight: bool = True
+    bias: bool = True
+
+    @property
+    def biased(self) -> bool:
+        """Whether a bias is stored."""
+        return self.kind == "layer" and self.bias and self.weight
+
+
+@dataclass(frozen=True, slots=True)
 class Router:
     """How the experts of a token are chosen, and what their answers are weighed by.
 
@@ -161,25 +180,6 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class Norm:
-    """``rms`` or ``layer`` norm; with ``offset`` the stored weight is used as ``weight + 1``.
-
-    A layer norm may be without its ``bias``, and any without a ``weight``.
-    """
-
-    kind: Literal["rms", "layer"]
-    epsilon: float
-    offset: bool = False
-    weight: bool = True
-    bias: bool = True
-
-    @property
-    def biased(self) -> bool:
-        """Whether a bias is stored."""
-        return self.kind == "layer" and self.bias and self.weight
-
-
-@dataclass(frozen=True, slots=True)
 class Decoder:
     """A decoder-only network, whole: shapes, norms, positions, attention, feed-forward.
 
@@ -190,13 +190,13 @@ class Decoder:
     ``fused_gate_up``: gate above up in one tensor, ``ffn_up``. ``qk_norm_whole``: the norms go over
     all heads of queries (or keys) together; ``qk_norm_by_head``: over each, with a row of weights
     for each, and never a bias. ``latent``: keys and values are made of one vector; ``kv_heads`` is
-    then ``heads``, and ``head_dim`` the width of a key. ``parallel``: attention and feed-forward both read the
-    stream before the layer, after a norm each or, with ``shared_norm``, after the same one.
-    ``residual_scale`` multiplies what each of the two adds to the stream, ``logit_scale`` the
-    logits. Soft caps c turn x into c * tanh(x / c); ``qkv_clip`` keeps queries, keys and values
-    within +-c. ``alibi``: by query head, how much the score of a key falls with each token that
-    lies between, after the scale. ``embedding_norm``: a norm on what the embedding gives.
-    ``skipped_positions``: rows of the table of positions before that of the first token.
+    then ``heads``, and ``head_dim`` the width of a key. ``parallel``: attention and feed-forward
+    both read the stream before the layer, after a norm each or, with ``shared_norm``, after the
+    same one. ``residual_scale`` multiplies what each of the two adds to the stream,
+    ``logit_scale`` the logits. Soft caps c turn x into c * tanh(x / c); ``qkv_clip`` keeps queries,
+    keys and values within +-c. ``alibi``: by query head, how much the score of a key falls with
+    each token that lies between, after the scale. ``embedding_norm``: a norm on what the embedding
+    gives. ``skipped_positions``: rows of the table of positions before that of the first token.
     """
 
     family: str

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from edgellm.architectures.config import MOST_LAYERS, REQUIRED, Config
+from edgellm.architectures.config import Config
 from edgellm.architectures.decoder import Decoder, Experts, Layer
 from edgellm.architectures.family import Part, TensorRow
 from edgellm.tensors import TensorRef
@@ -34,9 +34,9 @@ class Spelling:
     """What a family's checkpoints call the tensors of a layer's mixture, below the layer's name.
 
     ``experts`` is the module that holds them, ``parts`` an expert's gate, up and down. ``router``,
-    ``shared`` and ``shared_gate`` are modules, ``router_bias`` is a tensor. ``gate_up`` and ``down`` are whole names of stacks
-    that may be there instead, gate above up in the first. ``also`` is another name of the router.
-    ``stacked``: no checkpoint keeps experts apart.
+    ``shared`` and ``shared_gate`` are modules, ``router_bias`` is a tensor. ``gate_up`` and
+    ``down`` are whole names of stacks that may be there instead, gate above up in the first.
+    ``also`` is another name of the router. ``stacked``: no checkpoint keeps experts apart.
     """
 
     experts: str = "mlp.experts"
@@ -107,7 +107,11 @@ def mixture_rows(
     gate_up, down = (experts.count, 2 * width, hidden), (experts.count, hidden, width)
     for expert in range(experts.count):
         shapes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
-        first = {"gate": 2 * expert * width, "up": (2 * expert + 1) * width, "down": expert * hidden}
+        first = {
+            "gate": 2 * expert * width,
+            "up": (2 * expert + 1) * width,
+            "down": expert * hidden,
+        }
         for (part, shape), name in zip(shapes.items(), spelling.parts, strict=True):
             stacks = spelling.down if part == "down" else spelling.gate_up
             whole = down if part == "down" else gate_up
@@ -182,15 +186,13 @@ def skip_training(config: Config) -> None:
     config.skip(*TRAINING)
 
 
-def read_counts(
-    config: Config, *count: str, used: str = "num_experts_per_tok"
-) -> tuple[int, int]:
+def read_counts(config: Config, *count: str, used: str = "num_experts_per_tok") -> tuple[int, int]:
     """How many experts a layer has, and how many each token passes.
 
     ``count``: spellings of the key. Raises ``UnsupportedModel`` for more used than there are.
     """
     key = config.spelled(*count)
-    experts = config.integer(key, REQUIRED, maximum=MOST_EXPERTS)
+    experts = config.integer(key, maximum=MOST_EXPERTS)
     for other in count:
         if other != key and config.has(other):
             config.neutral(other, experts)
@@ -209,7 +211,7 @@ def sparse_layers(config: Config, layers: int) -> tuple[bool, ...]:
     dense: set[int] = set()
     if config.has("mlp_only_layers"):
         dense = set(config.integers("mlp_only_layers"))
-        if dense and not 0 <= min(dense) <= max(dense) < min(layers, MOST_LAYERS):
+        if dense and not 0 <= min(dense) <= max(dense) < layers:
             raise config.refusal(
                 "mlp_only_layers", sorted(dense), f"numbers of layers, 0 to {layers - 1}"
             )

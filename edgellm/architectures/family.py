@@ -92,7 +92,7 @@ class GgufGraph:
     ``always`` those that it cannot be without. ``nearly``: activations that its own stands for,
     which the user is told of. ``square_attention``: the heads together are as wide
     as the model. ``any_yarn``: settings that no key says are baked into ``rope_freqs.weight``.
-    ``without_adapters``: parts of a layer, and the head, that it multiplies by passing adapters over.
+    ``without_adapters``: parts of a layer, and the head, whose products pass adapters over.
     ``differences``: what else it would compute differently, in words.
     """
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+CACHE_MULTIPLE = 8
+"""What divides the width of heads that onnxruntime's attention takes; zeros fill up to it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Latent:
@@ -29,9 +32,14 @@ class Latent:
     epsilon: float
 
     @property
-    def cache_dim(self) -> int:
-        """Values that are kept of a token instead of its keys and values."""
+    def width(self) -> int:
+        """Values that ``attn_kv_a_mqa`` makes of a token: the latent and what is turned."""
         return self.rank + self.rope_dim
+
+    @property
+    def cache_dim(self) -> int:
+        """Values that our graphs keep of a token instead of its keys and values."""
+        return -(-self.width // CACHE_MULTIPLE) * CACHE_MULTIPLE
 
     @property
     def head_rows(self) -> int:

@@ -107,7 +107,7 @@ def latent_tensors(decoder: Decoder, *, paired: bool) -> Iterator[TensorRow]:
 def _attention(decoder: Decoder, source: str, role: str, *, paired: bool) -> Iterator[TensorRow]:
     latent, heads, hidden = decoder.latent, decoder.heads, decoder.hidden_size
     assert latent is not None
-    compressed = latent.cache_dim
+    compressed = latent.width
 
     def row(
         name: str, part: str, rows: int, columns: int, rope: PairedRope | None = None

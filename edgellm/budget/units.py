@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from edgellm.architectures.gguf_latent import source_role
 from edgellm.calibration.blocks import EMBEDDING, HEAD, LAYER_ROLE
 from edgellm.errors import UnsupportedTarget
 from edgellm.export.gguf_mixture import NEED_IMPORTANCE
@@ -92,8 +93,9 @@ def stored(layout: Layout) -> list[OutputTensor]:
     for tensor in layout.model_tensors:
         role = tensor.parts[0].role
         product = LAYER_ROLE.match(role) and role.endswith(".weight") and len(tensor.shape) == 2
-        by_head = role.endswith(BY_HEAD) and layout.container == "onnx" or source_role(role) != role
-        if (product and "norm" not in role and not by_head) or role in (EMBEDDING, HEAD):
+        in_floats = layout.container == "onnx" and role.endswith(BY_HEAD)
+        chosen = product and "norm" not in role and source_role(role) == role and not in_floats
+        if chosen or role in (EMBEDDING, HEAD):
             found.append(tensor)
     return found
 

@@ -80,7 +80,7 @@ def statistics_of(
     if tensor.grid.kind == "float":
         return None
     if tensor.experts > 1:
-        return found.get(tensor.parts[expert].role)
+        return found.get(tensor.parts[expert * len(tensor.parts) // tensor.experts].role)
     of_parts = [found.get(whole_role(part.role)) for part in tensor.parts]
     known = {id(each): each for each in of_parts}
     if len(known) != 1:

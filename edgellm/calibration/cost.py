@@ -69,7 +69,7 @@ class Inputs:
 
 
 def layer_inputs(decoder: Decoder, layer: Layer) -> list[Inputs]:
-    """Attention's, its output's, gate's and down's; of experts, those of each.
+    """Attention's, its output's, gate's and down's; of experts all that they get, and each's.
 
     With latent attention also those of its vectors.
     """
@@ -79,11 +79,10 @@ def layer_inputs(decoder: Decoder, layer: Layer) -> list[Inputs]:
         found += [Inputs(decoder.latent.rank), Inputs(decoder.latent.query_rank or 0)]
     if experts is None:
         return [*found, Inputs(hidden), Inputs(decoder.ffn_size)]
-    found += [
-        Inputs(width, experts.used, experts.count) for width in (hidden, experts.width)
-    ]
+    found.append(Inputs(hidden))
+    found += [Inputs(width, experts.used, experts.count) for width in (hidden, experts.width)]
     if experts.shared_width:
-        found += [Inputs(hidden), Inputs(experts.shared_width)]
+        found.append(Inputs(experts.shared_width))
     return found
 
 
@@ -105,7 +104,7 @@ def _weights_of(decoder: Decoder, layer: Layer, *, active: bool) -> int:
         if latent.query_rank is not None:
             queries = (hidden + query) * latent.query_rank
         expansion = decoder.heads * latent.head_rows * latent.rank
-        attention = queries + hidden * (latent.cache_dim + decoder.attended_size) + expansion
+        attention = queries + hidden * (latent.width + decoder.attended_size) + expansion
     if experts is None:
         return attention + (3 if decoder.gated_mlp else 2) * hidden * decoder.ffn_size
     passed = experts.used if active else experts.count

@@ -30,7 +30,6 @@ from edgellm.quant.statistics import Statistics
 from edgellm.source.model import ModelSource
 from edgellm.tensors import Array, TensorRef
 
-
 MOST_WEIGHTS = 24
 """Of weights that share an input a search looks at so many, spread over all: experts are many."""
 

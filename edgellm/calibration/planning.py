@@ -292,4 +292,4 @@ def cost_of(
 
 
 def _is_product(role: str, shape: tuple[int, ...]) -> bool:
-    return role.startswith("blk.") and role.endswith(".weight") and len(shape) == 2
+    return role.startswith("blk.") and role.endswith(".weight") and len(shape) >= 2

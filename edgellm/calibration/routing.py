@@ -1,13 +1,14 @@
 """Statistics of what each expert of a mixture is given: of the tokens alone that are sent to it.
 
 Experts that too few tokens reached have no statistics worth the name. Their gate and up are then
-rounded by the inputs of the whole layer, for those are vectors of one stream, and their down, whose inputs are the expert's own, counts all channels alike, as llama.cpp does
-where its importance matrix knows nothing of an expert.
+rounded by the inputs of the whole layer, for those are vectors of one stream, and their down, whose
+inputs are the expert's own, counts all channels alike, as llama.cpp does where its importance
+matrix knows nothing of an expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -53,8 +54,8 @@ class RoutedSums:
     def add(
         self,
         number: int,
-        windows: list[Mapping[str, npt.NDArray[np.generic]]],
-        weights: list[Array | None],
+        windows: Sequence[Mapping[str, npt.NDArray[np.generic]]],
+        weights: Sequence[Array | None],
     ) -> None:
         """Count piece ``number``: what the graph gave of each window, whose tokens count so."""
         for x, sums in self.sums.items():
@@ -102,16 +103,12 @@ class RoutedSums:
         counts = values[self.routed.counts]
         return int(counts[:expert].sum()), int(counts[: expert + 1].sum())
 
-    def _of(
-        self, values: Mapping[str, npt.NDArray[np.generic]], x: str, expert: int
-    ) -> Array:
+    def _of(self, values: Mapping[str, npt.NDArray[np.generic]], x: str, expert: int) -> Array:
         first, last = self._bounds(values, expert)
         found: Array = values[x][first:last].astype(np.float32, copy=False)
         return found
 
-    def _tokens(
-        self, values: Mapping[str, npt.NDArray[np.generic]], expert: int
-    ) -> Integers:
+    def _tokens(self, values: Mapping[str, npt.NDArray[np.generic]], expert: int) -> Integers:
         first, last = self._bounds(values, expert)
         order = values[self.routed.order][first:last].astype(np.int64, copy=False)
         found: Integers = order // self.routed.experts.used

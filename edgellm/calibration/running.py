@@ -224,9 +224,7 @@ class _Run:
                 self._say(block, f"solved {len(results)}/{len(slabs)}", share)
         return results
 
-    def _known(
-        self, place: int, found: Mapping[str, Statistics]
-    ) -> tuple[Statistics | None, ...]:
+    def _known(self, place: int, found: Mapping[str, Statistics]) -> tuple[Statistics | None, ...]:
         """Of what each expert of a stack is given, or what any other tensor is."""
         tensor = self.tensors[place]
         if tensor.parts[0].role == "token_embd.weight" and place not in self.heads:

@@ -81,7 +81,8 @@ def write_imatrix(
 
     ``tokens`` went into each, or ``counts`` ``[experts]`` into the parts of a stack of experts, one
     after another; of a part with 0, the importance is not looked at. What is read back may differ
-    in the last bit: sums are stored. The older layout keeps one dataset. Raises ``OutputError`` when the file cannot be written.
+    in the last bit: sums are stored. The older layout keeps one dataset. Raises ``OutputError``
+    when the file cannot be written.
     """
     if not importance or tokens < 1 or chunk_tokens < 1:
         raise ValueError("an importance matrix needs entries, tokens and the length of a chunk")

@@ -25,7 +25,8 @@ def unstacked(
 
     Nothing is loaded. Raises ``TensorError`` for a stack that is not of the config's shape.
     """
-    found, used = dict(stored), set()
+    found: dict[str, TensorRef] = dict(stored)
+    used: set[str] = set()
     for row in rows:
         if row.source in stored:
             continue

@@ -13,7 +13,7 @@ from edgellm.calibration.texts import (
     CalibrationText,
     calibration_windows,
 )
-from edgellm.errors import RuntimeMissing, UsageError, UnsupportedTarget
+from edgellm.errors import RuntimeMissing, UnsupportedTarget, UsageError
 from edgellm.export.layout import Layout, OutputTensor
 from edgellm.quant.levels import VECTOR_CODEBOOKS
 from edgellm.recipe import Recipe

@@ -51,7 +51,7 @@ class StoredModel:
 
     def roles_of(self, tensor: OutputTensor) -> tuple[str, ...]:
         """The roles that ``tensor`` holds."""
-        return tuple(role for role, _, _ in _parts(tensor))
+        return tuple(role for role, _ in _parts(tensor))
 
     def under(
         self, prefix: str | tuple[str, ...]
@@ -71,8 +71,8 @@ class StoredModel:
         }
         whole = PACKERS[tensor.packer].unpack(components, tensor.grid, tensor.columns)
         return {
-            role: self._in_order(rows_of(whole, slice(start, stop)), role, as_stored=False)
-            for role, start, stop in _parts(tensor)
+            role: self._in_order(rows_of(whole, rows), role, as_stored=False)
+            for role, rows in _parts(tensor)
         }
 
     def write(
@@ -80,7 +80,7 @@ class StoredModel:
     ) -> None:
         """Lay ``weights``, by role as ``read`` gave them, out in the place of ``tensor``."""
         whole = stacked(
-            [self._in_order(weights[role], role, as_stored=True) for role, _, _ in _parts(tensor)]
+            [self._in_order(weights[role], role, as_stored=True) for role, _ in _parts(tensor)]
         )
         packed = PACKERS[tensor.packer].pack(whole)
         for array in tensor.arrays:
@@ -93,8 +93,8 @@ class StoredModel:
         order = np.argsort(places) if as_stored else places
         if sorts_columns(self._orders.get(role)):  # rows of floats
             assert weight.packed is not None
-            values = weight.packed.reshape(len(weight.packed), len(order), -1)
-            return replace(weight, packed=values[:, order].reshape(weight.packed.shape))
+            by_column = weight.packed.reshape(len(weight.packed), len(order), -1)
+            return replace(weight, packed=by_column[:, order].reshape(weight.packed.shape))
         if role.endswith(".bias"):  # one row of floats
             assert weight.packed is not None
             values = weight.packed.reshape(len(order), -1)
@@ -112,14 +112,18 @@ class StoredModel:
         return halves_order(heads, decoder.head_dim)
 
 
-def _parts(tensor: OutputTensor) -> Iterator[tuple[str, int, int]]:
+def _parts(tensor: OutputTensor) -> Iterator[tuple[str, slice]]:
     """The role and the rows of each part. A head cut from the embedding has a role of its own."""
     if len(tensor.parts) == 1:
-        yield tensor.role, 0, tensor.rows
+        yield tensor.role, slice(0, tensor.rows)
         return
     start = 0
-    for part in tensor.parts:
-        yield part.role, start, start + part.rows
+    for place, part in enumerate(tensor.parts):
+        if tensor.in_turns:
+            first = start - place % 2 * (part.rows - 1)
+            yield part.role, slice(first, first + 2 * part.rows - 1, 2)
+        else:
+            yield part.role, slice(start, start + part.rows)
         start += part.rows
 
 

@@ -77,8 +77,9 @@ def _norm_by_head(decoder: Decoder, weights: Weights, name: str, x: Tensor) -> T
     weight = weights.vector(f"{name}.weight")
     assert weight is not None
     by_head = weight.reshape(-1, decoder.head_dim)
-    kinds = {"rms": functional.rms_norm, "layer": functional.layer_norm}
-    return kinds[decoder.norm.kind](x, x.shape[-1:], eps=decoder.norm.epsilon) * by_head
+    if decoder.norm.kind == "rms":
+        return functional.rms_norm(x, x.shape[-1:], eps=decoder.norm.epsilon) * by_head
+    return functional.layer_norm(x, x.shape[-1:], eps=decoder.norm.epsilon) * by_head
 
 
 def _attention(decoder: Decoder, index: int, weights: Weights, x: Tensor) -> Tensor:
@@ -142,16 +143,15 @@ def _from_latents(
         low = weights.product(f"{name}.attn_q_a", x)
         low = _rms_norm(weights, f"{name}.attn_q_a_norm", low, latent.epsilon)
         q = weights.product(f"{name}.attn_q_b", low)
-    low, turned = weights.product(f"{name}.attn_kv_a_mqa", x).split(
-        [latent.rank, latent.rope_dim], dim=-1
-    )
+    made = weights.product(f"{name}.attn_kv_a_mqa", x)
+    low, turned = torch.split(made, [latent.rank, latent.rope_dim], dim=-1)
     low = _rms_norm(weights, f"{name}.attn_kv_a_norm", low, latent.epsilon)
     q, kv = (
-        part.unflatten(-1, (decoder.heads, -1)).transpose(1, 2)
+        part.reshape(*part.shape[:2], decoder.heads, -1).transpose(1, 2)
         for part in (q, weights.product(f"{name}.attn_kv_b", low))
     )
-    k, v = kv.split([latent.plain_dim, latent.value_dim], dim=-1)
-    plain, q = q.split([latent.plain_dim, latent.rope_dim], dim=-1)
+    k, v = torch.split(kv, [latent.plain_dim, latent.value_dim], dim=-1)
+    plain, q = torch.split(q, [latent.plain_dim, latent.rope_dim], dim=-1)
     turned = turned[:, None]
     if rope is not None:
         cos, sin = _turns(rope, x.shape[1], x.device)

@@ -98,7 +98,8 @@ def _from_latents(
 ) -> tuple[Array, Array, Array]:
     """The same of latent vectors, with a key and a value for every head."""
     tokens, latent = len(x), decoder.latent
-    assert latent is not None and layer.rope is not None
+    assert latent is not None
+    assert layer.rope is not None
     norm = Norm("rms", latent.epsilon)
     if latent.query_rank is None:
         q = _product(block, "attn_q", x)

@@ -166,7 +166,10 @@ def test_a_file_is_read_back_as_the_checkpoint_was(
     assert again.decoder.softmax_scale == pytest.approx(source.decoder.softmax_scale, rel=1e-6)
     for layer, wanted in zip(again.decoder.layers, source.decoder.layers, strict=True):
         assert layer.experts == wanted.experts
-        assert layer.rope is not None and wanted.rope is not None
-        (found, factor), (right, wanted_factor) = map(inverse_frequencies, (layer.rope, wanted.rope))
+        assert layer.rope is not None
+        assert wanted.rope is not None
+        (found, factor), (right, wanted_factor) = map(
+            inverse_frequencies, (layer.rope, wanted.rope)
+        )
         np.testing.assert_allclose(found, right, rtol=1e-6)
         assert factor == pytest.approx(wanted_factor, rel=1e-6)

@@ -68,7 +68,7 @@ class Model:
             self.weights[role] = values
 
     def _shapes(self, fused: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-        width, inner = self.decoder.hidden_size, self.decoder.ffn_size
+        width = self.decoder.hidden_size
         yield "token_embd.weight", (ROWS, width)
         for layer in range(len(self.decoder.layers)):
             yield f"blk.{layer}.attn_norm.weight", (width,)

@@ -35,7 +35,13 @@ STORED_APART = ("deepseek_v2", "deepseek_v2-lite")
 
 
 @pytest.mark.parametrize(
-    ("name", "values"), [("minicpm3", 32 + 16), ("deepseek_v2", 96 + 8), ("deepseek_v3", 96 + 8)]
+    ("name", "values"),
+    [
+        ("minicpm3", 32 + 16),
+        ("minicpm3-plain", 48),
+        ("deepseek_v2", 96 + 8),
+        ("deepseek_v3", 96 + 8),
+    ],
 )
 def test_a_token_takes_a_latent_and_its_turned_values(
     name: str, values: int, tiny_model: TinyModel, tmp_path: Path
@@ -48,10 +54,18 @@ def test_a_token_takes_a_latent_and_its_turned_values(
     facts = artifact.manifest.artifact.model
     assert (facts.kv_head_count, facts.head_dim) == (1, values)
     session = OnnxRuntime().open(artifact, RunOptions(context_tokens=128))
-    session.prefill(tiny_models.some_token_ids(100))
-    shapes = {each.shape[1:] for each in session.save().data}
+    ids = tiny_models.some_token_ids(100)
+    found = [session.prefill(ids[:70], all_logits=True), session.prefill(ids[70:90]).copy()]
+    found += [session.decode(token)[np.newaxis].copy() for token in ids[90:]]
+    caches = session.save().data
+    taken = session.kv_bytes()
     session.close()
-    assert shapes == {(1, 100, values)}
+    # One memory for both keys and values of each layer.
+    assert [each.shape for each in caches] == [(1, 1, 100, values)] * 3
+    assert taken == 4 * 3 * 128 * values
+    wanted = tiny_models.reference_logits(tiny_model(name), ids)
+    wanted = np.concatenate([wanted[:70], wanted[89:]])
+    np.testing.assert_allclose(np.concatenate(found), wanted, rtol=0, atol=2e-4)
 
 
 # --- GGUF
@@ -153,7 +167,9 @@ def test_importance_that_is_only_of_other_inputs_is_not_asked_for(tiny_model: Ti
     """Inputs of ``attn_k_b`` differ by head: types that need importance have none there."""
     source = open_source(str(tiny_model("deepseek_v2")))
     wide = "blk.0.attn_k_b.weight"
-    recipe = Recipe(source="", format="gguf", quant="imatrix:q4_k_m", tensor_grids={wide: "iq3_xxs"})
+    recipe = Recipe(
+        source="", format="gguf", quant="imatrix:q4_k_m", tensor_grids={wide: "iq3_xxs"}
+    )
     with pytest.raises(UnsupportedTarget, match="iq3_xxs has blocks of 256"):
         to_gguf.lay_out(source, recipe)
     recipe = Recipe(source="", format="gguf", quant="imatrix:q4_k_m", tensor_grids={wide: "q8_0"})
@@ -177,7 +193,7 @@ def test_adapters_that_llamacpp_would_pass_over_are_refused(
         made = make_adapter(base, config, tmp_path / module)
         adapter = open_adapter(str(made.folder))
         if refused:
-            with pytest.raises(AdapterError, match="which llama.cpp adds no product to"):
+            with pytest.raises(AdapterError, match=r"which llama\.cpp adds no product to"):
                 factors(open_source(str(base)), adapter)
         else:
             assert len(factors(open_source(str(base)), adapter)) == 3
@@ -230,7 +246,7 @@ def test_layers_behind_rounded_ones_are_read_back_from_stacks(
         check=False,
         threads=1,
     )
-    errors = artifact.manifest.measured["output_error_by_tensor"]  # type: ignore[union-attr]
+    errors = artifact.manifest.measured["calibration"]["output_error_by_tensor"]  # type: ignore[union-attr]
     stacked = "blk.1.attn_v_b.weight" if "deepseek" in name else "blk.1.attn_kv_b.weight"
     assert 0 < errors[stacked] < 0.2
     assert "blk.1.attn_k_b.weight" not in errors

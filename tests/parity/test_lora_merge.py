@@ -98,6 +98,24 @@ CASES = {
     ),
     "biases": Case("llama-biased", {"target_modules": LINEAR, "bias": "all"}, tied=True),
     "bias of B": Case("llama-biased", {"target_modules": LINEAR, "lora_bias": True}, tied=True),
+    "experts and their router": Case(
+        "mixtral",
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"],
+        },
+        tied=False,
+    ),
+    "experts of a stack": Case(
+        "granitemoe",
+        {"target_modules": ["v_proj"], "target_parameters": ["experts.down_proj"]},
+        tied=True,
+    ),
+    "a shared expert": Case(
+        "qwen2_moe",
+        {"target_modules": ["gate_proj", "down_proj", "shared_expert_gate"]},
+        tied=False,
+    ),
     "norms whole": Case(
         "llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm", "down_proj"]}, False
     ),

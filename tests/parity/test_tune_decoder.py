@@ -51,7 +51,11 @@ def logits(source: ModelSource, weights: torch_decoder.Weights, window: list[int
     return found
 
 
-DENSE = [name for name in tiny_models.MODELS if "moe" not in name and name != "mixtral"]
+DENSE = [
+    name
+    for name, tiny in tiny_models.MODELS.items()
+    if "moe" not in name and name != "mixtral" and "moe_intermediate_size" not in tiny.settings
+]
 """Mixtures of experts are not tuned."""
 
 

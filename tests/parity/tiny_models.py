@@ -555,19 +555,21 @@ MODELS: dict[str, Tiny] = {
         _NEOX | {"use_parallel_residual": False},
         seed=102,
     ),
-    # Latent attention: keys of 32 and 16 values, values of 64, so that heads together are wider than
-    # the model; queries out of a smaller vector.
-    "minicpm3": Tiny("MiniCPM3Config", _MINICPM3, seed=201),
-    # Everything that llama.cpp's graph has other numbers for in its code.
+    # Latent attention: keys of 32 and 16 values, values of 64, so that heads together are wider
+    # than the model; queries out of a smaller vector.
+    "minicpm3": Tiny("MiniCPM3Config", _MINICPM3 | {"tie_word_embeddings": False}, seed=201),
+    # Everything that llama.cpp's graph has other numbers for in its code, and a latent that does
+    # not fill what onnxruntime's attention takes.
     "minicpm3-plain": Tiny(
         "MiniCPM3Config",
         _MINICPM3
         | {
             "q_lora_rank": None,
+            "kv_lora_rank": 36,
             "qk_rope_head_dim": 8,
             "scale_emb": 3,
             "scale_depth": None,
-            "dim_model_base": 48,
+            "dim_model_base": 96,
             "tie_word_embeddings": False,
             "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
         },
@@ -583,7 +585,8 @@ MODELS: dict[str, Tiny] = {
                 "original_max_position_embeddings": 256,
                 "short_factor": [1.0 + 0.2 * n for n in range(8)],
                 "long_factor": [1.0 + 0.2 * n for n in range(8)],
-            }
+            },
+            "tie_word_embeddings": False,
         },
         seed=203,
     ),
@@ -607,7 +610,7 @@ MODELS: dict[str, Tiny] = {
         old_style=True,
         seed=205,
     ),
-    # A dense layer, then mixtures; experts of the best groups alone, which llama.cpp ranks otherwise.
+    # A dense layer, then mixtures; experts of the best groups, which llama.cpp ranks otherwise.
     "deepseek_v2-experts": Tiny(
         "DeepseekV2Config",
         _DEEPSEEK | _DEEPSEEK_EXPERTS | {"topk_method": "greedy", "routed_scaling_factor": 1.7},
@@ -652,7 +655,7 @@ MODELS: dict[str, Tiny] = {
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "use_qk_norm": True,
-            "logit_scale": 0.4,
+            "logit_scale": 1.5,
         },
         seed=206,
     ),

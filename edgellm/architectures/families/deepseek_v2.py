@@ -70,7 +70,7 @@ def gguf_keys(decoder: Decoder) -> dict[str, Value]:
     assert latent is not None
     return {
         "attention.head_count_kv": 1,
-        "attention.key_length": latent.cache_dim,
+        "attention.key_length": latent.width,
         "attention.value_length": latent.rank,
         "attention.key_length_mla": decoder.head_dim,
         "attention.value_length_mla": latent.value_dim,

@@ -36,9 +36,7 @@ def read(config: Config) -> Decoder:
     count, used = read_counts(config, "num_local_experts", "num_experts")
     # Of the chosen logits, a softmax: the same as weights of all that are made to sum to one.
     experts = Experts(count, used, decoder.ffn_size, Router(normalized=True))
-    return replace(
-        decoder, family="granitemoe", layers=with_experts(decoder.layers, experts)
-    )
+    return replace(decoder, family="granitemoe", layers=with_experts(decoder.layers, experts))
 
 
 def tensors(decoder: Decoder) -> Iterator[TensorRow]:

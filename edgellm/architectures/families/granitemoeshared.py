@@ -29,9 +29,7 @@ FAMILY = Family(
     tensors=granitemoe.tensors,
     gguf=GgufLayout(
         "granitemoe",
-        replace(
-            granitemoe.GRAPH, features=granitemoe.GRAPH.features | {Feature.SHARED_EXPERTS}
-        ),
+        replace(granitemoe.GRAPH, features=granitemoe.GRAPH.features | {Feature.SHARED_EXPERTS}),
         interleaved_rope=True,
         rope_factors=("rope_freqs.weight",),
         keys=granitemoe.gguf_keys,

@@ -108,7 +108,6 @@ def _from_gguf(facts: GgufFacts) -> dict[str, Any]:
     }
 
 
-
 FAMILY = Family(
     model_type="minicpm3",
     architecture="MiniCPM3ForCausalLM",

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from edgellm.architectures import gguf_experts
-from edgellm.architectures.config import WINDOWED, Config
+from edgellm.architectures.config import Config
 from edgellm.architectures.decoder import Decoder, Experts, Feature, Router
 from edgellm.architectures.experts import (
     Spelling,

@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgellm.architectures.family import TensorRow
 from edgellm.architectures import passed_over
+from edgellm.architectures.family import TensorRow
 from edgellm.architectures.gguf_rows import as_checkpoint_stores, name_in_file
 from edgellm.architectures.row_order import as_checkpoint_has
 from edgellm.errors import AdapterError
