@@ -1,7 +1,8 @@
 """A ``Decoder`` as an ONNX graph of onnxruntime's operators, with a KV cache as inputs and outputs.
 
 Inputs: ``input_ids`` ``[batch, sequence]``, ``attention_mask`` ``[batch, total]``, past keys and
-values ``[batch, kv_heads, past, head_dim]``, and ``logits_from``, which may be left out: the first
+values ``[batch, kv_heads, past, head_dim]`` (of a short convolution its state, see
+``short_convolution``), and ``logits_from``, which may be left out: the first
 position of the step whose logits are wanted, counted from the end when negative (-1, the last, is
 the default; 0 gives all). Outputs: ``logits`` and the present keys and values. Past and present may
 share one buffer.
@@ -28,6 +29,7 @@ from edgellm.export.layout import OutputTensor
 from edgellm.export.onnx_graph import GraphBuilder
 from edgellm.export.onnx_operators import operators_of
 from edgellm.export.rope_table import rope_tables
+from edgellm.export.short_convolution import gated_convolution
 from edgellm.quant.grid import GRIDS, Grid
 from edgellm.quant.llm_int8 import channels_role, floats_role
 from edgellm.tensors import Array, TensorRef, derived
@@ -162,13 +164,16 @@ class DecoderGraph:
         """
         name, parallel = f"blk.{index}", self.decoder.parallel
         normed, stream = self._pre_norm(f"{name}.attn_norm", stream, branch)
-        branch = self._attention(index, normed, cached=cached)
+        if self.decoder.layers[index].convolution is None:
+            branch, output = self._attention(index, normed, cached=cached), "attn_output"
+        else:
+            branch, output = self._convolution(index, normed, cached=cached), "shortconv.out_proj"
         if cut_from:
             stream = self._cut(f"{name}.stream_cut", stream, cut_from)
             branch = self._cut(f"{name}.attn_cut", branch, cut_from)
             if self.decoder.shared_norm:
                 normed = self._cut(f"{name}.norm_cut", normed, cut_from)
-        branch = self._linear(f"{name}.attn_output", ["attn_output"], branch, index)
+        branch = self._linear(f"{name}.{output}", [output], branch, index)
         branch = self._post_norm(f"{name}.post_attention_norm", branch)
         branch = self._scaled(f"{name}.attn_scaled", branch, self.decoder.residual_scale)
         if not parallel:
@@ -250,6 +255,17 @@ class DecoderGraph:
             num_heads=decoder.heads, kv_num_heads=decoder.kv_heads, scale=decoder.softmax_scale,
             do_rotary=int(inside), local_window_size=layer.window or -1,
             softcap=decoder.attention_softcap or 0.0, **cache,
+        )  # fmt: skip
+
+    def _convolution(self, index: int, x: str, *, cached: bool) -> str:
+        """What the output product of a short convolution is given."""
+        settings, name = self.decoder.layers[index].convolution, f"blk.{index}.shortconv"
+        assert settings is not None
+        parts = self._linear(f"{name}.in_proj", ["shortconv.in_proj"], x, index)
+        bias = self._vector(f"{name}.conv.bias") if settings.biased else None
+        return gated_convolution(
+            self.graph, index, parts, self._vector(f"{name}.conv.weight"), bias, settings.width,
+            self.decoder.hidden_size, cached=cached,
         )  # fmt: skip
 
     def _past_present(self, index: int) -> tuple[list[str], list[str]]:

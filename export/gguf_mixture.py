@@ -223,6 +223,9 @@ KINDS = {
 }
 """The column of ``Mixture`` for a role without its ``blk.N.``."""
 
+FLOATS = ("_norm.weight", "shortconv.conv.weight")
+"""Ends of the roles of what stays float whatever its shape."""
+
 FALLBACKS = {
     "iq1_s": "iq4_nl",
     "iq1_m": "iq4_nl",
@@ -329,9 +332,7 @@ class Chooser:
 
     def _by_rule(self, role: str, columns: int) -> str:
         layer, kind = self._kind(role)
-        heads, kv_heads = self.decoder.heads, self.decoder.kv_heads
-        sharing = heads // kv_heads if kv_heads else 0
-        place = Place(layer, len(self.decoder.layers), sharing, self.weighed)
+        place = self._place(layer, kind)
         if kind == "head" and columns % GRIDS[self.mixture.grid].block:
             return "q8_0"
         rules: Rules = getattr(self.mixture, kind) if kind else ()
@@ -341,6 +342,15 @@ class Chooser:
             # Eight heads share a value head: more bits for it cost next to nothing.
             return "q5_k"
         return name
+
+    def _place(self, layer: int, kind: str) -> Place:
+        """llama.cpp counts values among their like, and heads that share in the first layer."""
+        decoder = self.decoder
+        attends = [each.convolution is None for each in decoder.layers]
+        sharing = decoder.heads // decoder.kv_heads if attends[0] else 0
+        if kind == "value":
+            return Place(sum(attends[:layer]), sum(attends), sharing, self.weighed)
+        return Place(layer, len(attends), sharing, self.weighed)
 
     def _kind(self, role: str) -> tuple[int, str]:
         layer, stem = 0, role
@@ -436,9 +446,9 @@ def cannot_hold(grid: Grid) -> str:
 
 
 def quantizable(role: str, shape: tuple[int, ...]) -> bool:
-    """Whether llama.cpp quantizes the tensor: matrices, but neither norms nor learned positions."""
+    """Whether llama.cpp quantizes the tensor: matrices that are multiplied or looked up."""
     matrix = len(shape) >= 2 and role.endswith("weight")
-    return matrix and not role.endswith("_norm.weight") and role != "position_embd.weight"
+    return matrix and not role.endswith(FLOATS) and role != "position_embd.weight"
 
 
 def fallback(wanted: Grid, columns: int) -> Grid:

@@ -41,7 +41,6 @@ REFUSED = {
     "dbrx": "its feed-forward is a mixture of experts",
     "deepseek_v2": "its keys and values are compressed (MLA), with a mixture of experts",
     "deepseek_v3": "its keys and values are compressed (MLA), with a mixture of experts",
-    "lfm2": "short convolutions stand between its attention layers",
     "mamba": "it is a state-space model, without attention",
     "mamba2": "it is a state-space model, without attention",
     "rwkv": "it is a recurrent model, without attention",

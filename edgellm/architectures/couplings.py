@@ -33,11 +33,11 @@ class Absorber:
 class Coupling:
     """Weights that share an input, and what absorbs the inverse of their factors.
 
-    ``name`` is the tensor that makes the input (``attn_norm``, ``attn_v``, ``ffn_norm``,
-    ``ffn_up``, ``output_norm``). ``consumers`` are roles of the weights ``[out, columns]`` that
-    share it. ``layer`` counts the layers, the head is one more. The input's columns are
-    ``[kv_heads, group, width]``: the heads of a group repeat one head of values, so that they share
-    its factors. Elsewhere there is one head in one group.
+    ``name`` is the tensor that makes the input (``attn_norm``, ``attn_v``, ``shortconv.in_proj``,
+    ``ffn_norm``, ``ffn_up``, ``output_norm``). ``consumers`` are roles of the weights
+    ``[out, columns]`` that share it. ``layer`` counts the layers, the head is one more. The input's
+    columns are ``[kv_heads, group, width]``: the heads of a group repeat one head of values, so
+    that they share its factors. Elsewhere there is one head in one group.
     """
 
     layer: int
@@ -79,13 +79,17 @@ def couplings(decoder: Decoder) -> tuple[Coupling, ...]:
 
     A layer has up to four: attention's norm to q, k and v; the rows of v to attention's output
     (softmax weighs values and does not change them); the feed-forward's norm to gate and up; the
-    rows of up, which a gate only multiplies, to down. ``left_out`` says which are not there.
+    rows of up, which a gate only multiplies, to down. A short convolution has the norm before it,
+    and the rows of x, which are multiplied and summed channel by channel, to its output.
+    ``left_out`` says which are not there.
     """
     found: list[Coupling] = []
     for layer in range(len(decoder.layers)):
         before = _norms(decoder, layer)
         found += [each for each in before if each.name == "attn_norm"]
-        if decoder.qkv_clip is None:
+        if decoder.layers[layer].convolution is not None:
+            found.append(_convolved(decoder, layer))
+        elif decoder.qkv_clip is None:
             found.append(_values(decoder, layer))
         found += [each for each in before if each.name != "attn_norm"]
         if decoder.gated_mlp:
@@ -147,7 +151,9 @@ def _norms(decoder: Decoder, layer: int) -> list[Coupling]:
     """Norms to the products that read them: one for attention and feed-forward, or one each."""
     if not decoder.pre_norms or not decoder.norm.weight:
         return []
-    attention, feed_forward = _attention(decoder), _feed_forward(decoder)
+    convolves = decoder.layers[layer].convolution is not None
+    attention = ["shortconv.in_proj"] if convolves else _attention(decoder)
+    feed_forward = _feed_forward(decoder)
     readers = {"attn_norm": attention, "ffn_norm": feed_forward}
     if decoder.shared_norm:
         readers = {"attn_norm": attention + feed_forward}
@@ -174,6 +180,22 @@ def _values(decoder: Decoder, layer: int) -> Coupling:
         decoder.head_dim,
         decoder.kv_heads,
         decoder.heads // decoder.kv_heads,
+    )
+
+
+def _convolved(decoder: Decoder, layer: int) -> Coupling:
+    """The last of the three parts of its input product to its output product."""
+    settings, role = decoder.layers[layer].convolution, f"blk.{layer}.shortconv"
+    assert settings is not None
+    absorbers = _rows(f"{role}.in_proj", settings.biased, 2 * decoder.hidden_size)
+    if settings.biased:
+        absorbers = (*absorbers, Absorber(f"{role}.conv.bias"))
+    return Coupling(
+        layer,
+        "shortconv.in_proj",
+        (f"{role}.out_proj.weight",),
+        absorbers,
+        decoder.hidden_size,
     )
 
 

@@ -28,6 +28,8 @@ class Feature(enum.StrEnum):
     LEARNED_POSITIONS = "learned positions"
     SKIPPED_POSITIONS = "learned positions behind unused rows of their table"
     ALIBI = "attention scores that fall with the distance (ALiBi)"
+    SHORT_CONVOLUTION = "short convolutions in place of attention in some layers"
+    CONVOLUTION_BIAS = "biases in short convolutions"
     RMS_NORM = "RMS norm"
     LAYER_NORM = "layer norm"
     NORM_OFFSET = "norm weights stored less one"
@@ -109,14 +111,30 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
+class ShortConvolution:
+    """A gated convolution over a token and the ``width`` - 1 before it, where others attend.
+
+    One product (``shortconv.in_proj``) makes B, C and x of a token, as wide as the model each. B
+    times x is convolved in time, every channel by itself (``shortconv.conv``, ``[hidden, 1,
+    width]``, the token itself last), and C times that goes through ``shortconv.out_proj``.
+    ``biased``: all three have biases.
+    """
+
+    width: int
+    biased: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """What may differ between layers: the rope, and the attention window.
 
-    With ``window`` w the token at position p sees positions p - w + 1 to p.
+    With ``window`` w the token at position p sees positions p - w + 1 to p. ``convolution`` stands
+    in the place of attention, and is None where there is attention.
     """
 
     window: int | None = None
     rope: Rope | None = None
+    convolution: ShortConvolution | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,14 +203,20 @@ class Decoder:
         return self.kv_heads * self.head_dim
 
     @property
+    def attending(self) -> tuple[Layer, ...]:
+        """The layers that have attention, and so keys and values."""
+        return tuple(layer for layer in self.layers if layer.convolution is None)
+
+    @property
     def softmax_scale(self) -> float:
         """What query times key is multiplied with before the softmax."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     def features(self) -> frozenset[Feature]:
         """The properties that an exporter or runtime has to be able to express."""
-        windows = {layer.window for layer in self.layers}
-        turned = {layer.rope for layer in self.layers}
+        windows = {layer.window for layer in self.attending}
+        turned = {layer.rope for layer in self.attending}
+        convolutions = [layer.convolution for layer in self.layers if layer.convolution]
         ropes = {rope for rope in turned if rope is not None}
         scalings = {rope.scaling.kind for rope in ropes if rope.scaling}
         chosen = {
@@ -207,6 +231,8 @@ class Decoder:
             Feature.LEARNED_POSITIONS: self.learned_positions is not None,
             Feature.SKIPPED_POSITIONS: self.skipped_positions > 0,
             Feature.ALIBI: bool(self.alibi),
+            Feature.SHORT_CONVOLUTION: bool(convolutions),
+            Feature.CONVOLUTION_BIAS: any(each.biased for each in convolutions),
             Feature.RMS_NORM: self.norm.kind == "rms",
             Feature.LAYER_NORM: self.norm.kind == "layer",
             Feature.NORM_OFFSET: self.norm.offset,

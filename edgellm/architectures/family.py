@@ -17,7 +17,7 @@ REMOTE_CODE = "auto_map"
 Value = bool | int | float | str | list[bool] | list[int]
 """Of a key in a GGUF file; int stands for uint32 there, float for float32."""
 
-Kind = Literal["embedding", "positions", "linear", "norm", "bias", "head"]
+Kind = Literal["embedding", "positions", "linear", "convolution", "norm", "bias", "head"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,9 @@ class TensorRow:
     """One tensor that a model of the family has.
 
     ``source`` is its name in a Hugging Face checkpoint, ``role`` its GGUF name, ``shape`` what is
-    expected in ``[out, in]`` order. ``transposed``: the checkpoint holds ``[in, out]`` (GPT-2's
-    Conv1D). ``order``: how rows lie in the checkpoint, where the network takes them in another.
+    expected in ``[out, in]`` order, of a convolution ``[channels, 1, width]``. ``transposed``: the
+    checkpoint holds ``[in, out]`` (GPT-2's Conv1D). ``order``: how rows lie in the checkpoint,
+    where the network takes them in another.
     """
 
     source: str
@@ -107,7 +108,8 @@ class GgufLayout:
     ``rope_factors``: tensors whose values its graph divides rotary frequencies by, all alike; none
     where it looks at no such.
 
-    ``names``: parts of a layer that its tensors call otherwise than their roles, by the role's.
+    ``names``: parts of a layer, and of the whole, that its tensors call otherwise than their roles,
+    by the role's.
     ``keys`` are the architecture's own, beside those that all have (``gguf_metadata.gguf_keys``).
     ``config`` reads a file back as the config of this family; None where files of the architecture
     are read as another family's.

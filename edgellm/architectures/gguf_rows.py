@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from edgellm.architectures.decoder import Decoder
@@ -16,32 +18,47 @@ PAIRED_ROLES = ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias")
 def name_in_file(role: str, decoder: Decoder, layout: GgufLayout) -> str:
     """What a GGUF file calls the tensor of ``role``."""
     names = layout.names(decoder)
-    if not names or not role.startswith("blk."):
-        return role
-    block, index, part, end = role.split(".")
-    return f"{block}.{index}.{names.get(part, part)}.{end}"
+    stem, _, end = role.rpartition(".")
+    place = ".".join(stem.split(".")[:2]) + "." if stem.startswith("blk.") else ""
+    part = stem.removeprefix(place)
+    return f"{place}{names.get(part, part)}.{end}"
 
 
 def as_llamacpp_stores(
     ref: TensorRef, row: TensorRow, decoder: Decoder, layout: GgufLayout
 ) -> TensorRef:
-    """``ref`` with the rows of q and k in pairs, or a norm with its offset added."""
+    """``ref`` with the rows of q and k in pairs, or a norm with its offset added.
+
+    A convolution goes without its dimension of one.
+    """
     if layout.interleaved_rope and row.role.endswith(PAIRED_ROLES):
         return reordered(ref, pairs_order(_heads(row, decoder), decoder.head_dim))
     if layout.norm_plus_one and row.kind == "norm":
         return derived(ref, lambda values: values + np.float32(1))
+    if row.kind == "convolution":
+        return replace(ref, shape=(ref.rows, ref.columns))
     return ref
 
 
 def as_checkpoint_stores(
     ref: TensorRef, row: TensorRow, decoder: Decoder, layout: GgufLayout
 ) -> TensorRef:
-    """``ref`` with the rows of q and k back in half-rotation order, or a norm less its offset."""
+    """What ``as_llamacpp_stores`` did, undone.
+
+    A convolution has its dimension of one by then (``as_described``).
+    """
     if layout.interleaved_rope and row.role.endswith(PAIRED_ROLES):
         return reordered(ref, halves_order(_heads(row, decoder), decoder.head_dim))
     if layout.norm_plus_one and row.kind == "norm":
         return derived(ref, lambda values: values - np.float32(1))
     return ref
+
+
+def as_described(ref: TensorRef, row: TensorRow) -> TensorRef:
+    """A stored tensor with the dimension of one that ``row`` has, and ggml has no use for."""
+    without = (row.shape[0], row.shape[-1])
+    squeezed = row.kind == "convolution" and ref.shape == without
+    return replace(ref, shape=row.shape) if squeezed else ref
 
 
 def pairs_order(heads: int, head_dim: int) -> Order:

@@ -25,6 +25,13 @@ SOLVED_PER_SECOND = {"hessian": 4e9, "importance": 0.0}
 FACTORED_PER_SECOND = 8e9
 """Cubed columns of a Hessian that one such thread factors in a second."""
 
+CONVOLUTION_VALUES = 9
+"""Widths of the model that a short convolution computes of a token: B, C and x, what is made of
+them, and two slices at a time."""
+
+CONVOLUTION_SQUARES = 4
+"""Squares of the model's width in the two products of a short convolution, B, C and x in one."""
+
 RUNS = {"float": 1, "quantized": 2}
 """How often a layer is run over the text."""
 
@@ -61,10 +68,12 @@ def input_widths(decoder: Decoder) -> tuple[int, int, int, int]:
 
 
 def layer_weights(decoder: Decoder) -> int:
-    """Values of the weights of one layer's products."""
+    """Values of the weights of one layer's products, of the largest where they differ."""
     hidden, query = decoder.hidden_size, decoder.query_size
-    attention = hidden * (query + 2 * decoder.kv_size) + query * hidden
-    return attention + (3 if decoder.gated_mlp else 2) * hidden * decoder.ffn_size
+    mixing = hidden * (query + 2 * decoder.kv_size) + query * hidden
+    if len(decoder.attending) < len(decoder.layers):
+        mixing = max(mixing, CONVOLUTION_SQUARES * hidden * hidden)
+    return mixing + (3 if decoder.gated_mlp else 2) * hidden * decoder.ffn_size
 
 
 def pass_cost(
@@ -111,8 +120,10 @@ def sums_bytes(decoder: Decoder, importance_only: bool) -> int:
 
 def runtime_bytes(decoder: Decoder, window: int, threads: int) -> int:
     """What onnxruntime computes of a window on each thread, and keeps for the next."""
-    query, keys = decoder.query_size, decoder.kv_size
-    computed = window * (4 * decoder.hidden_size + 3 * query + 6 * keys + 3 * decoder.ffn_size)
+    hidden, mixed = decoder.hidden_size, 3 * decoder.query_size + 6 * decoder.kv_size
+    if len(decoder.attending) < len(decoder.layers):
+        mixed = max(mixed, CONVOLUTION_VALUES * hidden)
+    computed = window * (4 * hidden + mixed + 3 * decoder.ffn_size)
     scores = decoder.heads * window * window
     return RUNTIME_BYTES + 4 * threads * (computed + scores)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgellm.architectures import config_from_gguf, family_of
 from edgellm.architectures.config import Config
-from edgellm.architectures.gguf_rows import as_checkpoint_stores, name_in_file
+from edgellm.architectures.gguf_rows import as_checkpoint_stores, as_described, name_in_file
 from edgellm.errors import TensorError
 from edgellm.generation_defaults import generation_from_gguf
 from edgellm.lora import lineage
@@ -52,9 +52,11 @@ def open_gguf(
     rows = tuple(family.tensors(decoder))
     layout = family.gguf_layout
     roles = {name_in_file(row.role, decoder, layout): row.role for row in rows}
+    found = {roles.get(name, name): ref for name, ref in refs.items()}
+    found |= {row.role: as_described(found[row.role], row) for row in rows if row.role in found}
     matched = match(
         rows,
-        {roles.get(name, name): ref for name, ref in refs.items()},
+        found,
         by="role",
         where=str(path),
         # Its values are in the config by now.

@@ -34,7 +34,8 @@ def logits(decoder: Decoder, tensors: Tensors, token_ids: Sequence[int]) -> Arra
     for index, layer in enumerate(decoder.layers):
         block = _under(weights, f"blk.{index}.")
         before = _norm(decoder.norm, block, "attn_norm", x) if decoder.pre_norms else x
-        after = x + decoder.residual_scale * _attention(decoder, layer, block, before)
+        mixes = _attention if layer.convolution is None else _convolution
+        after = x + decoder.residual_scale * mixes(decoder, layer, block, before)
         if not decoder.shared_norm:
             before = x if decoder.parallel else after
             before = _norm(decoder.norm, block, "ffn_norm", before) if decoder.pre_norms else before
@@ -81,6 +82,16 @@ def _attention(decoder: Decoder, layer: Layer, block: Tensors, x: Array) -> Arra
     mixed = np.einsum("hqk,khd->qhd", weights, v).reshape(tokens, q_size)
     out = _product(block, "attn_output", mixed)
     return _norm(decoder.norm, block, "post_attention_norm", out) if decoder.post_norms else out
+
+
+def _convolution(decoder: Decoder, layer: Layer, block: Tensors, x: Array) -> Array:
+    into, gate, values = np.split(_product(block, "shortconv.in_proj", x), 3, axis=1)
+    given, mixed = into * values, np.zeros_like(gate)
+    for age in range(layer.convolution.width):
+        weights = block["shortconv.conv.weight"][:, 0, layer.convolution.width - 1 - age]
+        mixed[age:] += given[: len(x) - age] * weights
+    mixed += block.get("shortconv.conv.bias", 0.0)
+    return _product(block, "shortconv.out_proj", gate * mixed)
 
 
 def _feed_forward(decoder: Decoder, block: Tensors, x: Array) -> Array:

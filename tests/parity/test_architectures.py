@@ -13,7 +13,7 @@ import pytest
 
 from edgellm.architectures import FAMILIES, config_from_gguf, family_of, gguf_keys, rope_factors
 from edgellm.architectures.config import HARMLESS_KEYS, NEUTRAL_VALUES, Config
-from edgellm.architectures.decoder import Decoder, Layer, Rope
+from edgellm.architectures.decoder import Decoder, Layer, Rope, ShortConvolution
 from edgellm.architectures.gguf_rows import name_in_file
 from edgellm.architectures.rope import inverse_frequencies, read_rope
 
@@ -98,6 +98,13 @@ def _unscaled(decoder: Decoder) -> Decoder:
     )
 
 
+def _convolved(decoder: Decoder, width: int) -> Decoder:
+    def changed(layer: Layer) -> Layer:
+        return replace(layer, convolution=ShortConvolution(width)) if layer.convolution else layer
+
+    return replace(decoder, layers=tuple(changed(layer) for layer in decoder.layers))
+
+
 MISREADINGS: dict[str, tuple[str, Callable[[Decoder], Decoder]]] = {
     "llama3 scaling lost": ("llama", _unscaled),
     "linear scaling lost": ("llama-linear", _unscaled),
@@ -155,6 +162,7 @@ MISREADINGS: dict[str, tuple[str, Callable[[Decoder], Decoder]]] = {
         "gptj-eighth",
         lambda decoder: _all_layers(decoder, rope=Rope(1e4, 32)),
     ),
+    "convolution a token short": ("lfm2", lambda decoder: _convolved(decoder, 2)),
     "head tied": ("qwen3", lambda decoder: replace(decoder, tied_head=True)),
 }
 
@@ -254,7 +262,7 @@ def test_the_classes_exist_and_have_the_families_prefix() -> None:
 
 # --- GGUF
 
-NOT_IN_GGUF = {"falcon-alibi", "gptj", "gptj-eighth", "opt", "opt-bare"}
+NOT_IN_GGUF = {"falcon-alibi", "gptj", "gptj-eighth", "lfm2-biased", "opt", "opt-bare"}
 """Models that llama.cpp has no graph and GGUF no names for."""
 
 IN_GGUF = [name for name in tiny_models.MODELS if name not in NOT_IN_GGUF]
@@ -287,7 +295,7 @@ def test_gguf_keys_have_gguf_names_and_mean_the_same_model(
     keys = gguf_keys(decoder, family.gguf_layout)
     names = {
         value.replace("{arch}", family.gguf.arch)
-        for group in (gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope)
+        for group in (gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope, gguf.Keys.ShortConv)
         for key, value in vars(group).items()
         if isinstance(value, str) and not key.startswith("_")
     }

@@ -135,6 +135,18 @@ _FALCON: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 
+_LFM2: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": 200,
+    "block_multiple_of": 24,
+    "block_ffn_dim_multiplier": 1.3,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
+}
+
 MODELS: dict[str, Tiny] = {
     # Llama: three query heads to a kv head, heads wider than the model together, untied.
     "llama": Tiny(
@@ -456,6 +468,24 @@ MODELS: dict[str, Tiny] = {
         _NEOX | {"use_parallel_residual": False},
         seed=102,
     ),
+    # Widths of 24 by 24 above two thirds of what is stated, times a factor: 192.
+    "lfm2": Tiny("Lfm2Config", _LFM2, seed=201),
+    "lfm2-untied": Tiny(
+        "Lfm2Config",
+        _LFM2
+        | {
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "hidden_size": 192,
+            "conv_L_cache": 5,
+            "block_auto_adjust_ff_dim": False,
+            "layer_types": ["full_attention", "conv", "full_attention", "conv", "conv"],
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 3e4, "factor": 4.0},
+        },
+        seed=202,
+    ),
+    "lfm2-biased": Tiny("Lfm2Config", _LFM2 | {"conv_bias": True, "conv_L_cache": 2}, seed=203),
     "cohere": Tiny("CohereConfig", _SQUARE | {"logit_scale": 0.4}),
     "gpt2": Tiny("GPT2Config", _GPT2),
     "gpt2-untied": Tiny(
