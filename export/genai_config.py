@@ -11,8 +11,8 @@ from edgellm.errors import SourceError
 
 OWN_TYPES = frozenset(
     (
-        "gemma", "gemma2", "gemma3_text", "granite", "lfm2", "llama", "mistral", "olmo", "phi", "phi3",
-        "qwen2", "qwen3", "smollm3",
+        "gemma", "gemma2", "gemma3_text", "granite", "lfm2", "llama", "mistral", "olmo", "phi",
+        "phi3", "qwen2", "qwen3", "smollm3",
     )
 )  # fmt: skip
 """Families that genai knows by their own name; it refuses types that it does not know."""
@@ -96,6 +96,8 @@ class States(NamedTuple):
 
 def _states(decoder: Decoder) -> States:
     """As genai's own builder says it (``LFM2Model`` there)."""
+    if not decoder.attending:  # which genai does not run
+        return States({}, {}, {"layer_types": ["linear_attention"] * len(decoder.layers)})
     widths = [layer.convolution.width for layer in decoder.layers if layer.convolution]
     if not widths:
         return States({}, {}, {})

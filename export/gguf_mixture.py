@@ -223,7 +223,7 @@ KINDS = {
 }
 """The column of ``Mixture`` for a role without its ``blk.N.``."""
 
-FLOATS = ("_norm.weight", "shortconv.conv.weight")
+FLOATS = ("_norm.weight", "shortconv.conv.weight", "ssm_conv1d.weight")
 """Ends of the roles of what stays float whatever its shape."""
 
 FALLBACKS = {
@@ -346,7 +346,7 @@ class Chooser:
     def _place(self, layer: int, kind: str) -> Place:
         """llama.cpp counts values among their like, and heads that share in the first layer."""
         decoder = self.decoder
-        attends = [each.convolution is None for each in decoder.layers]
+        attends = [each.attends for each in decoder.layers]
         sharing = decoder.heads // decoder.kv_heads if attends[0] else 0
         if kind == "value":
             return Place(sum(attends[:layer]), sum(attends), sharing, self.weighed)

@@ -117,7 +117,7 @@ def _with_past(
 
 
 def _last(graph: GraphBuilder, count: int) -> str:
-    """Where the last ``count`` tokens of each sequence lie behind its past, ``[batch, count, 1]``."""
+    """Where each sequence's last ``count`` tokens lie behind its past, ``[batch, count, 1]``."""
     name = f"step.last_{count}"
     if not graph.has(name):
         first = graph.node("Unsqueeze", [own_tokens(graph), graph.integers(1)], f"{name}.first")

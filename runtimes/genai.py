@@ -130,8 +130,14 @@ class GenaiSession(SteppedSession):
         self.vocab_size = int(model["vocab_size"])
         self._decoder: dict[str, Any] = model["decoder"]
         types = self._decoder.get("layer_types", ())
-        kept = [index for index, kind in enumerate(types) if kind in ATTENTION]
-        self._attending = kept or list(range(int(self._decoder["num_hidden_layers"])))
+        self._attending = [index for index, kind in enumerate(types) if kind in ATTENTION]
+        if not types:
+            self._attending = list(range(int(self._decoder["num_hidden_layers"])))
+        if not self._attending:
+            raise UnsupportedTarget(
+                f"{artifact.path} has no attention, and onnxruntime-genai runs no decoder without: "
+                "choose --runtime onnxruntime"
+            )
         self._shares = bool(config.get("search", {}).get("past_present_share_buffer", False))
         past = self._decoder["inputs"].get("past_key_names", "past_key_values.%d.key")
         try:

@@ -36,9 +36,9 @@ from edgellm.runtimes.llamacpp_library import (
     miscompiled_amx,
 )
 from edgellm.runtimes.llamacpp_memory import kv_token_bytes, layers_that_fit
-from edgellm.runtimes.llamacpp_states import PartialStates, bytes_of
 from edgellm.runtimes.llamacpp_operators import CLOCK, OperatorWatch
 from edgellm.runtimes.llamacpp_rope import RopeSettings, rope_settings
+from edgellm.runtimes.llamacpp_states import PartialStates, bytes_of
 from edgellm.runtimes.operators import TracedStep
 from edgellm.runtimes.session import AdapterFile, Capabilities, KvState, Logits, RunOptions
 from edgellm.runtimes.versions import version_numbers
@@ -333,9 +333,7 @@ class LlamaCppSession:
                 f"llama.cpp saved {written} of {size} bytes of its KV cache: {last_words()}"
             )
         kept = self._checkpoints.copies() if self._states else ()
-        return KvState(
-            self.runtime, tuple(self._tokens), (buffer, *kept), self._adapters.applied
-        )
+        return KvState(self.runtime, tuple(self._tokens), (buffer, *kept), self._adapters.applied)
 
     def restore(self, state: KvState) -> None:
         # llama.cpp restores keys and values but no logits: asking for those of the last token would
@@ -436,7 +434,9 @@ class LlamaCppSession:
             for places in steps_of(behind, len(work), size):
                 step = work[places.start : places.stop]
                 last = places.stop == len(work)
-                self._evaluate(step, outputs="all" if rows is not None else "last" if last else "none")
+                self._evaluate(
+                    step, outputs="all" if rows is not None else "last" if last else "none"
+                )
                 if rows is not None:
                     for offset in range(max(0, behind - places.start), len(step)):
                         rows[places.start + offset - behind] = self._row(offset)

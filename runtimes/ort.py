@@ -251,7 +251,7 @@ class OnnxSession:
         self._check_open()
         if self._held < len(self._tokens):
             self._run_steps(())
-        data = self._caches.read(len(self._tokens))
+        data: tuple[npt.NDArray[Any], ...] = self._caches.read(len(self._tokens))
         if len(self._states):
             data = (*data, self._states.read(), *self._checkpoints.copies())
         return KvState(self.runtime, tuple(self._tokens), data)

@@ -41,8 +41,6 @@ REFUSED = {
     "dbrx": "its feed-forward is a mixture of experts",
     "deepseek_v2": "its keys and values are compressed (MLA), with a mixture of experts",
     "deepseek_v3": "its keys and values are compressed (MLA), with a mixture of experts",
-    "mamba": "it is a state-space model, without attention",
-    "mamba2": "it is a state-space model, without attention",
     "rwkv": "it is a recurrent model, without attention",
     "jamba": "state-space layers stand between its attention layers",
     "bamba": "state-space layers stand between its attention layers",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgellm.architectures.decoder import Decoder
+from edgellm.architectures.decoder import Decoder, StateSpace
 from edgellm.tensors import Array
 
 
@@ -34,7 +34,7 @@ class Coupling:
     """Weights that share an input, and what absorbs the inverse of their factors.
 
     ``name`` is the tensor that makes the input (``attn_norm``, ``attn_v``, ``shortconv.in_proj``,
-    ``ffn_norm``, ``ffn_up``, ``output_norm``). ``consumers`` are roles of the weights
+    ``ssm_norm``, ``ffn_norm``, ``ffn_up``, ``output_norm``). ``consumers`` are roles of the weights
     ``[out, columns]`` that share it. ``layer`` counts the layers, the head is one more. The input's
     columns are ``[kv_heads, group, width]``: the heads of a group repeat one head of values, so
     that they share its factors. Elsewhere there is one head in one group.
@@ -80,19 +80,23 @@ def couplings(decoder: Decoder) -> tuple[Coupling, ...]:
     A layer has up to four: attention's norm to q, k and v; the rows of v to attention's output
     (softmax weighs values and does not change them); the feed-forward's norm to gate and up; the
     rows of up, which a gate only multiplies, to down. A short convolution has the norm before it,
-    and the rows of x, which are multiplied and summed channel by channel, to its output.
+    and the rows of x, which are multiplied and summed channel by channel, to its output; a
+    state-space layer the norm before it, and Mamba 2 the one before its output.
     ``left_out`` says which are not there.
     """
     found: list[Coupling] = []
     for layer in range(len(decoder.layers)):
         before = _norms(decoder, layer)
         found += [each for each in before if each.name == "attn_norm"]
+        scan = decoder.layers[layer].scan
         if decoder.layers[layer].convolution is not None:
             found.append(_convolved(decoder, layer))
+        elif scan is not None:
+            found += [_scanned(decoder, layer, scan)] if scan.heads else []
         elif decoder.qkv_clip is None:
             found.append(_values(decoder, layer))
         found += [each for each in before if each.name != "attn_norm"]
-        if decoder.gated_mlp:
+        if decoder.feed_forward and decoder.gated_mlp:
             found.append(_gated(decoder, layer))
     if not decoder.tied_head and decoder.norm.weight:
         layer = len(decoder.layers)
@@ -111,7 +115,10 @@ def left_out(decoder: Decoder) -> dict[str, str]:
         reasons |= dict.fromkeys(_attention(decoder) + _feed_forward(decoder), unscalable)
     if decoder.qkv_clip is not None:
         reasons["attn_output"] = "values are clipped, which does not pass factors on"
-    if not decoder.gated_mlp:
+    if any(layer.scan and not layer.scan.heads for layer in decoder.layers):
+        reasons["ssm_x"] = "its input comes out of silu, which does not pass factors on"
+        reasons["ssm_out"] = "its input is a sum with what other parts of the layer read"
+    if decoder.feed_forward and not decoder.gated_mlp:
         reasons["ffn_down"] = (
             f"its input comes out of {decoder.activation}, which does not pass factors on"
         )
@@ -151,10 +158,14 @@ def _norms(decoder: Decoder, layer: int) -> list[Coupling]:
     """Norms to the products that read them: one for attention and feed-forward, or one each."""
     if not decoder.pre_norms or not decoder.norm.weight:
         return []
-    convolves = decoder.layers[layer].convolution is not None
-    attention = ["shortconv.in_proj"] if convolves else _attention(decoder)
-    feed_forward = _feed_forward(decoder)
+    attention, feed_forward = _attention(decoder), _feed_forward(decoder)
+    if decoder.layers[layer].convolution is not None:
+        attention = ["shortconv.in_proj"]
+    elif decoder.layers[layer].scan is not None:
+        attention = ["ssm_in"]
     readers = {"attn_norm": attention, "ffn_norm": feed_forward}
+    if not decoder.feed_forward:
+        readers = {"attn_norm": attention}
     if decoder.shared_norm:
         readers = {"attn_norm": attention + feed_forward}
     return [
@@ -197,6 +208,12 @@ def _convolved(decoder: Decoder, layer: int) -> Coupling:
         absorbers,
         decoder.hidden_size,
     )
+
+
+def _scanned(decoder: Decoder, layer: int, scan: StateSpace) -> Coupling:
+    """Mamba 2's norm before the output product."""
+    norm = (Absorber(f"blk.{layer}.ssm_norm.weight"),)
+    return Coupling(layer, "ssm_norm", (f"blk.{layer}.ssm_out.weight",), norm, scan.inner)
 
 
 def _gated(decoder: Decoder, layer: int) -> Coupling:

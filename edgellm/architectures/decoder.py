@@ -30,6 +30,9 @@ class Feature(enum.StrEnum):
     ALIBI = "attention scores that fall with the distance (ALiBi)"
     SHORT_CONVOLUTION = "short convolutions in place of attention in some layers"
     CONVOLUTION_BIAS = "biases in short convolutions"
+    STATE_SPACE = "state-space layers in place of attention"
+    STATE_SPACE_BIAS = "biases in the products of state-space layers"
+    NO_FEED_FORWARD = "no feed-forward"
     RMS_NORM = "RMS norm"
     LAYER_NORM = "layer norm"
     NORM_OFFSET = "norm weights stored less one"
@@ -125,16 +128,54 @@ class ShortConvolution:
 
 
 @dataclass(frozen=True, slots=True)
+class StateSpace:
+    """A selective state-space layer, where others have attention and a feed-forward.
+
+    Of a token, ``inner`` values x go through a short convolution of ``width`` tokens with SiLU
+    behind it, and into a state of ``state`` numbers for each, which decays by -exp of ``ssm_a``
+    times the token's step. Mamba 1 (arXiv 2312.00752): a step for every value, made of
+    ``step_rank`` numbers. Mamba 2 (arXiv 2405.21060): one for each of ``heads``, and ``groups`` of
+    heads share what leads into the state and out of it; a norm stands before the output.
+    ``biased``: the products in and out have biases.
+    """
+
+    inner: int
+    state: int
+    width: int
+    heads: int = 0
+    groups: int = 1
+    step_rank: int = 0
+    biased: bool = False
+    convolution_bias: bool = True
+
+    @property
+    def convolved(self) -> int:
+        """Channels of the convolution."""
+        return self.inner + (2 * self.groups * self.state if self.heads else 0)
+
+    @property
+    def made(self) -> int:
+        """Values that the product at the beginning makes of a token."""
+        return self.inner + self.convolved + self.heads
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """What may differ between layers: the rope, and the attention window.
 
-    With ``window`` w the token at position p sees positions p - w + 1 to p. ``convolution`` stands
-    in the place of attention, and is None where there is attention.
+    With ``window`` w the token at position p sees positions p - w + 1 to p. ``convolution``
+    or ``scan`` stands in the place of attention; both are None where there is attention.
     """
 
     window: int | None = None
     rope: Rope | None = None
     convolution: ShortConvolution | None = None
+    scan: StateSpace | None = None
+
+    @property
+    def attends(self) -> bool:
+        """Whether it has attention, and so keys and values."""
+        return self.convolution is None and self.scan is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +207,7 @@ class Decoder:
     layers: tuple[Layer, ...]
     norm: Norm
     activation: Activation
+    feed_forward: bool = True
     gated_mlp: bool = True
     fused_qkv: bool = False
     qkv_bias: bool = False
@@ -205,7 +247,7 @@ class Decoder:
     @property
     def attending(self) -> tuple[Layer, ...]:
         """The layers that have attention, and so keys and values."""
-        return tuple(layer for layer in self.layers if layer.convolution is None)
+        return tuple(layer for layer in self.layers if layer.attends)
 
     @property
     def softmax_scale(self) -> float:
@@ -217,6 +259,7 @@ class Decoder:
         windows = {layer.window for layer in self.attending}
         turned = {layer.rope for layer in self.attending}
         convolutions = [layer.convolution for layer in self.layers if layer.convolution]
+        scans = [layer.scan for layer in self.layers if layer.scan]
         ropes = {rope for rope in turned if rope is not None}
         scalings = {rope.scaling.kind for rope in ropes if rope.scaling}
         chosen = {
@@ -233,6 +276,8 @@ class Decoder:
             Feature.ALIBI: bool(self.alibi),
             Feature.SHORT_CONVOLUTION: bool(convolutions),
             Feature.CONVOLUTION_BIAS: any(each.biased for each in convolutions),
+            Feature.STATE_SPACE: bool(scans),
+            Feature.STATE_SPACE_BIAS: any(each.biased for each in scans),
             Feature.RMS_NORM: self.norm.kind == "rms",
             Feature.LAYER_NORM: self.norm.kind == "layer",
             Feature.NORM_OFFSET: self.norm.offset,
@@ -251,8 +296,9 @@ class Decoder:
             Feature.LOGIT_SOFTCAP: self.logit_softcap is not None,
             Feature.SLIDING_WINDOW: windows != {None} and len(windows) == 1,
             Feature.ALTERNATING_WINDOW: len(windows) > 1,
-            Feature.GATED_MLP: self.gated_mlp,
-            Feature.PLAIN_MLP: not self.gated_mlp,
+            Feature.GATED_MLP: self.gated_mlp and self.feed_forward,
+            Feature.PLAIN_MLP: not self.gated_mlp and self.feed_forward,
+            Feature.NO_FEED_FORWARD: not self.feed_forward,
             Feature.QKV_BIAS: self.qkv_bias,
             Feature.OUTPUT_BIAS: self.output_bias,
             Feature.MLP_BIAS: self.mlp_bias,

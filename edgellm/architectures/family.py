@@ -17,7 +17,11 @@ REMOTE_CODE = "auto_map"
 Value = bool | int | float | str | list[bool] | list[int]
 """Of a key in a GGUF file; int stands for uint32 there, float for float32."""
 
-Kind = Literal["embedding", "positions", "linear", "convolution", "norm", "bias", "head"]
+Kind = Literal[
+    "embedding", "positions", "linear", "small", "convolution", "decay", "norm", "bias", "head"
+]
+"""What a tensor is. ``small``: a product's weight that stays float where grids are chosen for
+products; ``decay``: the logarithms of a state's decay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,10 @@ def _no_keys(decoder: Decoder) -> dict[str, Value]:
 
 
 def _no_names(decoder: Decoder) -> dict[str, str]:
+    return {}
+
+
+def _no_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
     return {}
 
 
@@ -110,7 +118,9 @@ class GgufLayout:
 
     ``names``: parts of a layer, and of the whole, that its tensors call otherwise than their roles,
     by the role's.
-    ``keys`` are the architecture's own, beside those that all have (``gguf_metadata.gguf_keys``).
+    ``shapes``: what tensors of a layer have there, by their roles without ``blk.N.``, where it is
+    not the network's. ``keys`` are the architecture's own, beside those that all have
+    (``gguf_metadata.gguf_keys``).
     ``config`` reads a file back as the config of this family; None where files of the architecture
     are read as another family's.
     """
@@ -122,6 +132,7 @@ class GgufLayout:
     window: bool = False
     rope_factors: tuple[str, ...] = ()
     names: Callable[[Decoder], Mapping[str, str]] = _no_names
+    shapes: Callable[[Decoder], Mapping[str, tuple[int, ...]]] = _no_shapes
     keys: Callable[[Decoder], dict[str, Value]] = _no_keys
     config: Callable[[GgufFacts], dict[str, Any]] | None = None
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from edgellm.architectures.decoder import Decoder
 from edgellm.architectures.family import GgufLayout, TensorRow
 from edgellm.architectures.row_order import Order
-from edgellm.tensors import TensorRef, derived, reordered
+from edgellm.tensors import TensorRef, derived, reordered, reshaped
 
 PAIRED_ROLES = ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias")
 """Ends of the roles whose rows ``GgufLayout.interleaved_rope`` is about."""
@@ -18,6 +16,8 @@ PAIRED_ROLES = ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias")
 def name_in_file(role: str, decoder: Decoder, layout: GgufLayout) -> str:
     """What a GGUF file calls the tensor of ``role``."""
     names = layout.names(decoder)
+    if not names:
+        return role
     stem, _, end = role.rpartition(".")
     place = ".".join(stem.split(".")[:2]) + "." if stem.startswith("blk.") else ""
     part = stem.removeprefix(place)
@@ -29,15 +29,22 @@ def as_llamacpp_stores(
 ) -> TensorRef:
     """``ref`` with the rows of q and k in pairs, or a norm with its offset added.
 
-    A convolution goes without its dimension of one.
+    A convolution goes without its dimension of one, decays are what their logarithms mean.
     """
     if layout.interleaved_rope and row.role.endswith(PAIRED_ROLES):
         return reordered(ref, pairs_order(_heads(row, decoder), decoder.head_dim))
     if layout.norm_plus_one and row.kind == "norm":
         return derived(ref, lambda values: values + np.float32(1))
+    if row.kind == "decay":
+        ref = derived(ref, lambda values: -np.exp(values))
+    shape = _stored_shape(row, decoder, layout)
+    return ref if shape == row.shape else reshaped(ref, shape)
+
+
+def _stored_shape(row: TensorRow, decoder: Decoder, layout: GgufLayout) -> tuple[int, ...]:
     if row.kind == "convolution":
-        return replace(ref, shape=(ref.rows, ref.columns))
-    return ref
+        return (row.shape[0], row.shape[-1])
+    return layout.shapes(decoder).get(row.role.split(".", 2)[-1], row.shape)
 
 
 def as_checkpoint_stores(
@@ -45,20 +52,22 @@ def as_checkpoint_stores(
 ) -> TensorRef:
     """What ``as_llamacpp_stores`` did, undone.
 
-    A convolution has its dimension of one by then (``as_described``).
+    Shapes are the network's by then (``as_described``).
     """
     if layout.interleaved_rope and row.role.endswith(PAIRED_ROLES):
         return reordered(ref, halves_order(_heads(row, decoder), decoder.head_dim))
     if layout.norm_plus_one and row.kind == "norm":
         return derived(ref, lambda values: values - np.float32(1))
+    if row.kind == "decay":
+        return derived(ref, lambda values: np.log(-values))
     return ref
 
 
-def as_described(ref: TensorRef, row: TensorRow) -> TensorRef:
-    """A stored tensor with the dimension of one that ``row`` has, and ggml has no use for."""
-    without = (row.shape[0], row.shape[-1])
-    squeezed = row.kind == "convolution" and ref.shape == without
-    return replace(ref, shape=row.shape) if squeezed else ref
+def as_described(ref: TensorRef, row: TensorRow, decoder: Decoder, layout: GgufLayout) -> TensorRef:
+    """A stored tensor in the shape that the network has for it, where llama.cpp has another."""
+    stored = _stored_shape(row, decoder, layout)
+    other = stored != row.shape and ref.shape == stored
+    return reshaped(ref, row.shape) if other else ref
 
 
 def pairs_order(heads: int, head_dim: int) -> Order:

@@ -63,13 +63,22 @@ class Cost:
 
 
 def input_widths(decoder: Decoder) -> tuple[int, int, int, int]:
-    """Columns of the inputs of a layer's products: attention's, its output's, gate's, down's."""
+    """Columns of the inputs of a layer's products: attention's, its output's, gate's, down's.
+
+    Of a state-space layer: those of the products in and out, and of the two between.
+    """
+    scan = decoder.layers[0].scan
+    if scan is not None:
+        return decoder.hidden_size, scan.inner, scan.inner, max(scan.step_rank, 1)
     return decoder.hidden_size, decoder.query_size, decoder.hidden_size, decoder.ffn_size
 
 
 def layer_weights(decoder: Decoder) -> int:
     """Values of the weights of one layer's products, of the largest where they differ."""
-    hidden, query = decoder.hidden_size, decoder.query_size
+    hidden, query, scan = decoder.hidden_size, decoder.query_size, decoder.layers[0].scan
+    if scan is not None:
+        between = scan.inner * 2 * (scan.step_rank + scan.state) if scan.step_rank else 0
+        return hidden * (scan.made + scan.inner) + between
     mixing = hidden * (query + 2 * decoder.kv_size) + query * hidden
     if len(decoder.attending) < len(decoder.layers):
         mixing = max(mixing, CONVOLUTION_SQUARES * hidden * hidden)
@@ -121,7 +130,11 @@ def sums_bytes(decoder: Decoder, importance_only: bool) -> int:
 def runtime_bytes(decoder: Decoder, window: int, threads: int) -> int:
     """What onnxruntime computes of a window on each thread, and keeps for the next."""
     hidden, mixed = decoder.hidden_size, 3 * decoder.query_size + 6 * decoder.kv_size
-    if len(decoder.attending) < len(decoder.layers):
+    scan = decoder.layers[0].scan
+    if scan is not None:
+        # Keys, queries and (Mamba 1's) decays of every head, and what they are made of.
+        mixed = 4 * scan.made + 3 * (scan.heads or scan.inner) * scan.state
+    elif len(decoder.attending) < len(decoder.layers):
         mixed = max(mixed, CONVOLUTION_VALUES * hidden)
     computed = window * (4 * hidden + mixed + 3 * decoder.ffn_size)
     scores = decoder.heads * window * window

@@ -50,7 +50,11 @@ def _of_manifest(artifact: Artifact, manifest: Manifest) -> ArtifactFacts:
         model_sha256=made.base.sha256,
         size_bytes=sum(file.nbytes for file in made.files),
         kv_values=_kv_values(
-            model.attention_layer_count or model.layer_count, model.kv_head_count, model.head_dim
+            model.layer_count
+            if model.attention_layer_count is None
+            else model.attention_layer_count,
+            model.kv_head_count,
+            model.head_dim,
         ),
         kv_windows=model.windows if limited else (),
         kld_mean=kld,
@@ -151,7 +155,9 @@ def attention_layers(config: Mapping[str, Any], layers: Any) -> Any:
     """How many of ``layers`` have keys and values, by ``layer_types`` or ``full_attn_idxs``."""
     types, listed = config.get("layer_types"), config.get("full_attn_idxs")
     if isinstance(types, Sequence):
-        return sum(str(kind).endswith("_attention") and kind != "linear_attention" for kind in types)
+        return sum(
+            str(kind).endswith("_attention") and kind != "linear_attention" for kind in types
+        )
     return len(listed) if isinstance(listed, Sequence) else layers
 
 

@@ -53,7 +53,11 @@ def open_gguf(
     layout = family.gguf_layout
     roles = {name_in_file(row.role, decoder, layout): row.role for row in rows}
     found = {roles.get(name, name): ref for name, ref in refs.items()}
-    found |= {row.role: as_described(found[row.role], row) for row in rows if row.role in found}
+    found |= {
+        row.role: as_described(found[row.role], row, decoder, layout)
+        for row in rows
+        if row.role in found
+    }
     matched = match(
         rows,
         found,

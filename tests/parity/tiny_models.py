@@ -147,6 +147,8 @@ _LFM2: dict[str, Any] = {
     "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
 }
 
+_MAMBA: dict[str, Any] = {"hidden_size": 96, "num_hidden_layers": 3, "state_size": 12}
+
 MODELS: dict[str, Tiny] = {
     # Llama: three query heads to a kv head, heads wider than the model together, untied.
     "llama": Tiny(
@@ -486,6 +488,37 @@ MODELS: dict[str, Tiny] = {
         seed=202,
     ),
     "lfm2-biased": Tiny("Lfm2Config", _LFM2 | {"conv_bias": True, "conv_L_cache": 2}, seed=203),
+    "mamba": Tiny("MambaConfig", _MAMBA, seed=204),
+    "mamba-biased": Tiny(
+        "MambaConfig",
+        _MAMBA
+        | {
+            "use_bias": True,
+            "use_conv_bias": False,
+            "expand": 3,
+            "conv_kernel": 3,
+            "time_step_rank": 5,
+            "tie_word_embeddings": False,
+        },
+        seed=205,
+    ),
+    # Three heads to a group, which share what leads into their states.
+    "mamba2": Tiny(
+        "Mamba2Config", _MAMBA | {"num_heads": 6, "head_dim": 32, "n_groups": 2}, seed=208
+    ),
+    "mamba2-tied": Tiny(
+        "Mamba2Config",
+        _MAMBA
+        | {
+            "num_heads": 9,
+            "head_dim": 32,
+            "expand": 3,
+            "n_groups": 1,
+            "conv_kernel": 2,
+            "tie_word_embeddings": True,
+        },
+        seed=207,
+    ),
     "cohere": Tiny("CohereConfig", _SQUARE | {"logit_scale": 0.4}),
     "gpt2": Tiny("GPT2Config", _GPT2),
     "gpt2-untied": Tiny(

@@ -19,32 +19,37 @@ from edgellm.runtimes import runtime_named
 from edgellm.runtimes.checkpoints import EVERY_TOKENS, MOST_STATES, Checkpoints, steps_of
 from edgellm.runtimes.session import RunOptions, Session
 
-MODEL = "lfm2"
+MODELS = ("lfm2", "mamba", "mamba2")
 BOUND = 1e-3
 CONTEXT = 256
 IDS = [int(token) for token in np.random.default_rng(11).integers(4, 500, CONTEXT)]
 
-RUNTIMES = {
-    "onnxruntime": ("onnx", "onnxruntime"),
-    "llamacpp": ("gguf", "llama_cpp"),
-    "onnxruntime-genai": ("onnx", "onnxruntime_genai"),
+CONTAINERS = {"onnxruntime": "onnx", "llamacpp": "gguf", "onnxruntime-genai": "onnx"}
+MODULES = {
+    "onnxruntime": "onnxruntime",
+    "llamacpp": "llama_cpp",
+    "onnxruntime-genai": "onnxruntime_genai",
 }
-"""The container of each, and the module that it needs."""
+CASES = [
+    *((runtime, model) for runtime in ("onnxruntime", "llamacpp") for model in MODELS),
+    ("onnxruntime-genai", "lfm2"),
+]
 
 
-@pytest.fixture(params=RUNTIMES)
+@pytest.fixture(params=CASES, ids="-".join)
 def open_session(
     request: pytest.FixtureRequest, artifact: Callable[..., Artifact]
 ) -> Iterator[Callable[[int], Session]]:
     """``open_session(context_tokens)``: a session of each runtime."""
-    container, module = RUNTIMES[request.param]
-    if importlib.util.find_spec(module) is None:
-        pytest.skip(f"{module} is not installed")
+    runtime, model = request.param
+    if importlib.util.find_spec(MODULES[runtime]) is None:
+        pytest.skip(f"{MODULES[runtime]} is not installed")
     opened = []
 
     def make(context_tokens: int) -> Session:
         options = RunOptions(context_tokens=context_tokens, threads=1, kv_dtype="f32")
-        opened.append(runtime_named(request.param).open(artifact(MODEL, container), options))
+        stored = artifact(model, CONTAINERS[runtime])
+        opened.append(runtime_named(runtime).open(stored, options))
         return opened[-1]
 
     yield make
@@ -57,13 +62,14 @@ def session(open_session: Callable[[int], Session]) -> Session:
     return open_session(CONTEXT)
 
 
-@pytest.fixture(params=["onnx", "gguf"])
+@pytest.fixture(params=CASES[:-1], ids="-".join)
 def open_chat(request: pytest.FixtureRequest, artifact: Callable[..., Artifact]) -> Any:
-    if importlib.util.find_spec({"onnx": "onnxruntime", "gguf": "llama_cpp"}[request.param]) is None:
-        pytest.skip("its runtime is not installed")
+    runtime, model = request.param
+    if importlib.util.find_spec(MODULES[runtime]) is None:
+        pytest.skip(f"{MODULES[runtime]} is not installed")
 
     def make(**options: Any) -> Any:
-        path = artifact(MODEL, request.param).path
+        path = artifact(model, CONTAINERS[runtime]).path
         return edgellm.open(path, threads=1, kv_dtype="f32", **options)
 
     return make
@@ -195,13 +201,13 @@ def test_a_full_context_goes_on(open_session: Callable[[int], Session]) -> None:
 
 
 def test_another_models_cache_is_refused(artifact: Callable[..., Artifact]) -> None:
-    for runtime, (container, module) in RUNTIMES.items():
-        if importlib.util.find_spec(module) is None or runtime == "onnxruntime-genai":
+    for runtime in ("onnxruntime", "llamacpp"):
+        if importlib.util.find_spec(MODULES[runtime]) is None:
             continue
         options = RunOptions(context_tokens=64, threads=1, kv_dtype="f32")
         sessions = [
-            runtime_named(runtime).open(artifact(model, container), options)
-            for model in (MODEL, "llama")
+            runtime_named(runtime).open(artifact(model, CONTAINERS[runtime]), options)
+            for model in ("lfm2", "llama")
         ]
         states = []
         for session in sessions:
@@ -216,15 +222,16 @@ def test_another_models_cache_is_refused(artifact: Callable[..., Artifact]) -> N
 
 @pytest.mark.parametrize(
     ("container", "refusal"),
-    [("hf", "lfm2 keeps more than keys and values"), ("mlx", "mlx-lm's lfm2 is not understood")],
+    [("hf", "keeps more than keys and values"), ("mlx", "mlx-lm's .* is not understood")],
 )
+@pytest.mark.parametrize("model", MODELS)
 def test_what_holds_no_states_says_so(
-    container: str, refusal: str, artifact: Callable[..., Artifact]
+    model: str, container: str, refusal: str, artifact: Callable[..., Artifact]
 ) -> None:
     if importlib.util.find_spec({"hf": "transformers", "mlx": "mlx_lm"}[container]) is None:
         pytest.skip("its runtime is not installed")
     with pytest.raises((UnsupportedModel, UnsupportedTarget), match=refusal):
-        edgellm.open(artifact(MODEL, container).path, threads=1)
+        edgellm.open(artifact(model, container).path, threads=1)
 
 
 # --- the states that are kept

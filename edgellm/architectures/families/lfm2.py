@@ -13,6 +13,7 @@ from edgellm.architectures.family import (
     GgufFacts,
     GgufGraph,
     GgufLayout,
+    Kind,
     TensorRow,
     Value,
     weight_and_bias,
@@ -119,7 +120,7 @@ def tensors(decoder: Decoder) -> Iterator[TensorRow]:
     query, key = decoder.query_size, decoder.kv_size
 
     def weight(source: str, role: str, *shape: int) -> Iterator[TensorRow]:
-        kind = "norm" if len(shape) == 1 else "linear"
+        kind: Kind = "norm" if len(shape) == 1 else "linear"
         return weight_and_bias(source, role, shape, kind, biased=False)
 
     yield TensorRow(
@@ -213,8 +214,7 @@ FAMILY = Family(
     gguf=GgufLayout(
         "lfm2",
         GgufGraph(
-            llama.GGUF_FEATURES
-            | {Feature.ROPE_YARN, Feature.QK_NORM, Feature.SHORT_CONVOLUTION},
+            llama.GGUF_FEATURES | {Feature.ROPE_YARN, Feature.QK_NORM, Feature.SHORT_CONVOLUTION},
             "silu",
             square_attention=True,
         ),
