@@ -155,11 +155,11 @@ class StateSpaceLayer:
         self, queries: str, keys: str, values: str, decay: str, *, heads: int, width: int
     ) -> str:
         graph, state = self.graph, ""
-        outputs = [f"{self.name}.scanned"]
+        outputs = [f"{self.name}.scanned", f"{self.name}.state"]
         shape: list[int | str] = ["batch_size", heads, self.settings.state, width]
         if self._cached:
             state = graph.input(f"past.{self.index}.recurrent", graph.element, shape)
-            outputs.append(f"present.{self.index}.recurrent")
+            outputs[1] = f"present.{self.index}.recurrent"
             graph.output(outputs[1], graph.element, shape)
         return graph.node(
             "LinearAttention", [queries, keys, values, state, decay], outputs[0], outputs=outputs,
