@@ -51,7 +51,10 @@ def logits(source: ModelSource, weights: torch_decoder.Weights, window: list[int
     return found
 
 
-@pytest.mark.parametrize("name", sorted(tiny_models.MODELS))
+TRAINED = sorted(name for name in tiny_models.MODELS if not name.startswith("mamba"))
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_source_weights_answer_as_transformers(name: str, tiny_model: TinyModel) -> None:
     source = open_source(str(tiny_model(name)))
     weights = SourceWeights.load(source.tensors.values(), source.decoder)
