@@ -89,14 +89,14 @@ def _attention(decoder: Decoder, layer: Layer, block: Tensors, x: Array) -> Arra
 
 def _convolution(decoder: Decoder, layer: Layer, block: Tensors, x: Array) -> Array:
     into, gate, values = np.split(_product(block, "shortconv.in_proj", x), 3, axis=1)
-    mixed = _convolved(block, "shortconv.conv", into * values)
+    mixed = _convolved(block, "shortconv.conv", into * values, layer.convolution.width)
     return _product(block, "shortconv.out_proj", gate * mixed)
 
 
-def _convolved(block: Tensors, name: str, x: Array) -> Array:
+def _convolved(block: Tensors, name: str, x: Array, width: int) -> Array:
     kernel, mixed = block[f"{name}.weight"][:, 0], np.zeros_like(x)
-    for age in range(kernel.shape[1]):
-        mixed[age:] += x[: len(x) - age] * kernel[:, kernel.shape[1] - 1 - age]
+    for age in range(width):
+        mixed[age:] += x[: len(x) - age] * kernel[:, -1 - age]
     return mixed + block.get(f"{name}.bias", 0.0)
 
 
@@ -105,7 +105,7 @@ def _scan(decoder: Decoder, layer: Layer, block: Tensors, x: Array) -> Array:
     parts, inner, state = _product(block, "ssm_in", x), settings.inner, settings.state
     if settings.heads:
         gate, given, steps = np.split(parts, [inner, inner + settings.convolved], axis=1)
-        given = _silu(_convolved(block, "ssm_conv1d", given))
+        given = _silu(_convolved(block, "ssm_conv1d", given, settings.width))
         shared = settings.groups * state
         given, into, out = np.split(given, [inner, inner + shared], axis=1)
         each = settings.heads // settings.groups
@@ -117,7 +117,7 @@ def _scan(decoder: Decoder, layer: Layer, block: Tensors, x: Array) -> Array:
         decay = decay.reshape(1, -1, 1, 1)
     else:
         given, gate = np.split(parts, 2, axis=1)
-        given = _silu(_convolved(block, "ssm_conv1d", given))
+        given = _silu(_convolved(block, "ssm_conv1d", given, settings.width))
         made, rank = _product(block, "ssm_x", given), settings.step_rank
         steps, into, out = np.split(made, [rank, rank + state], axis=1)
         steps = steps @ block["ssm_dt.weight"].T
