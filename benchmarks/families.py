@@ -54,7 +54,9 @@ def measure(*, quick: bool) -> Result:
                 warm_up=0,
             )
             comparisons.append(
-                Comparison(f"{name}, {container}", "CPU s/GB", ours, llama, at_most=AT_MOST_OF_LLAMA)
+                Comparison(
+                    f"{name}, {container}", "CPU s/GB", ours, llama, at_most=AT_MOST_OF_LLAMA
+                )
             )
     total = folder_bytes(WORK / f"family-{BASE}")
     return Result(

@@ -413,6 +413,7 @@ def tensor_entry(tensor: OutputTensor, folder: Path) -> TensorEntry:
 
 def _model_facts(plan: Plan) -> ModelFacts:
     decoder, tokenizer = plan.source.decoder, plan.source.tokenizer
+    attending = len(decoder.attending)
     return ModelFacts(
         family=decoder.family,
         vocab_size=decoder.vocab_size,
@@ -422,7 +423,8 @@ def _model_facts(plan: Plan) -> ModelFacts:
         kv_head_count=decoder.cache_heads,
         head_dim=decoder.cache_dim,
         context_length=plan.layout.context_length,
-        windows=tuple(layer.window for layer in decoder.layers),
+        windows=tuple(layer.window for layer in decoder.attending),
+        attention_layer_count=attending if attending < len(decoder.layers) else None,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_ids=tuple(tokenizer.eos_token_ids),
         features=tuple(sorted(feature.value for feature in decoder.features())),

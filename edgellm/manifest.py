@@ -162,7 +162,10 @@ class ExpertFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a runtime needs to know to run the artifact without the source's config."""
+    """What a runtime needs to know to run the artifact without the source's config.
+
+    ``attention_layer_count``: how many layers have keys and values; None where all have.
+    """
 
     family: str
     vocab_size: int
@@ -173,6 +176,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
     context_length: int
     windows: tuple[int | None, ...] = ()
+    attention_layer_count: int | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     features: tuple[str, ...] = ()

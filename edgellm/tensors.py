@@ -136,6 +136,16 @@ def derived(
     return replace(ref, shape=shape or ref.shape, load_rows=load_rows, column_loader=None)
 
 
+def reshaped(ref: TensorRef, shape: tuple[int, ...]) -> TensorRef:
+    """The values of ``ref`` in ``shape``; it is read whole, so keep it to small tensors."""
+    rows = shape[0] if len(shape) > 1 else 1
+
+    def load_rows(start: int, stop: int) -> Array:
+        return np.ascontiguousarray(ref.load().reshape(rows, -1)[start:stop])
+
+    return replace(ref, shape=shape, load_rows=load_rows, column_loader=None)
+
+
 def transposed(ref: TensorRef) -> TensorRef:
     """The matrix ``ref`` turned round: a slab of its rows is loaded as columns of ``ref``.
 

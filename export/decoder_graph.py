@@ -1,10 +1,10 @@
 """A ``Decoder`` as an ONNX graph of onnxruntime's operators, with a KV cache as inputs and outputs.
 
 Inputs: ``input_ids`` ``[batch, sequence]``, ``attention_mask`` ``[batch, total]``, past keys and
-values ``[batch, cache_heads, past, cache_dim]``, and ``logits_from``, which may be left out: the
-first position of the step whose logits are wanted, counted from the end when negative (-1, the
-last, is the default; 0 gives all). Outputs: ``logits`` and the present keys and values. Past and
-present may share one buffer.
+values ``[batch, cache_heads, past, cache_dim]`` (of a short convolution its state, see
+``short_convolution``), and ``logits_from``, which may be left out: the first position of the step
+whose logits are wanted, counted from the end when negative (-1, the last, is the default; 0 gives
+all). Outputs: ``logits`` and the present keys and values. Past and present may share one buffer.
 
 q, k and v are one product where the attention takes them together, and the residual sums ride in
 the norms. Gate and up are two: as one they need a copy to part them, which no second thread helps
@@ -39,6 +39,8 @@ from edgellm.export.layout import OutputTensor
 from edgellm.export.onnx_graph import GraphBuilder
 from edgellm.export.onnx_operators import operators_of
 from edgellm.export.rope_table import rope_tables
+from edgellm.export.short_convolution import gated_convolution
+from edgellm.export.state_space import StateSpaceLayer
 from edgellm.quant.grid import GRIDS, Grid
 from edgellm.quant.llm_int8 import channels_role, floats_role
 from edgellm.tensors import Array, TensorRef, derived
@@ -56,6 +58,9 @@ BIAS_PLACE = 10
 
 SCALES_PLACE = 12
 """Where ``k_scale`` and ``v_scale`` stand among GroupQueryAttention's inputs."""
+
+SMALL_PRODUCT = "ssm_dt"
+"""A product of so few columns, and so much depends on it, that its weight stays float."""
 
 TURNED = 16
 """What divides the values of a head that GroupQueryAttention turns itself."""
@@ -190,15 +195,23 @@ class DecoderGraph:
         """
         name, parallel = f"blk.{index}", self.decoder.parallel
         normed, stream = self._pre_norm(f"{name}.attn_norm", stream, branch)
-        branch = self._attention(index, normed, cached=cached)
+        layer = self.decoder.layers[index]
+        if layer.scan is not None:
+            branch, output = self._state_space(index, normed, cached=cached), "ssm_out"
+        elif layer.convolution is not None:
+            branch, output = self._convolution(index, normed, cached=cached), "shortconv.out_proj"
+        else:
+            branch, output = self._attention(index, normed, cached=cached), "attn_output"
         if cut_from:
             stream = self._cut(f"{name}.stream_cut", stream, cut_from)
             branch = self._cut(f"{name}.attn_cut", branch, cut_from)
             if self.decoder.shared_norm:
                 normed = self._cut(f"{name}.norm_cut", normed, cut_from)
-        branch = self._linear(f"{name}.attn_output", ["attn_output"], branch, index)
+        branch = self._linear(f"{name}.{output}", [output], branch, index)
         branch = self._post_norm(f"{name}.post_attention_norm", branch)
         branch = self._scaled(f"{name}.attn_scaled", branch, self.decoder.residual_scale)
+        if not self.decoder.feed_forward:
+            return stream, branch
         if not parallel:
             normed, stream = self._pre_norm(f"{name}.ffn_norm", stream, branch)
         elif not self.decoder.shared_norm:
@@ -314,6 +327,32 @@ class DecoderGraph:
             do_rotary=int(inside), local_window_size=layer.window or -1,
             softcap=decoder.attention_softcap or 0.0, **cache,
         )  # fmt: skip
+
+    def _convolution(self, index: int, x: str, *, cached: bool) -> str:
+        """What the output product of a short convolution is given."""
+        settings, name = self.decoder.layers[index].convolution, f"blk.{index}.shortconv"
+        assert settings is not None
+        parts = self._linear(f"{name}.in_proj", ["shortconv.in_proj"], x, index)
+        bias = self._vector(f"{name}.conv.bias") if settings.biased else None
+        return gated_convolution(
+            self.graph, index, parts, self._vector(f"{name}.conv.weight"), bias, settings.width,
+            self.decoder.hidden_size, cached=cached,
+        )  # fmt: skip
+
+    def _state_space(self, index: int, x: str, *, cached: bool) -> str:
+        """What the output product of a state-space layer is given."""
+        settings, block = self.decoder.layers[index].scan, f"blk.{index}"
+        assert settings is not None
+
+        def product(part: str, value: str) -> str:
+            small = FLOAT if part == SMALL_PRODUCT else None
+            return self._linear(f"{block}.{part}", [part], value, index, small)
+
+        layer = StateSpaceLayer(
+            self.graph, index, settings, lambda part: self._vector(f"{block}.{part}"), product,
+            epsilon=self.decoder.norm.epsilon, cached=cached,
+        )  # fmt: skip
+        return layer.scanned(x)
 
     def _past_present(self, index: int) -> tuple[list[str], list[str]]:
         """The cached keys and values that come in, and with the step's that leave."""
@@ -546,12 +585,17 @@ class DecoderGraph:
 
     # --- linear layers and norms -----------------------------------------------------------------
 
-    def _linear(self, name: str, roles: list[str], x: str, index: int) -> str:
-        """One product with the weights of ``roles`` stacked, and the biases that there are."""
+    def _linear(
+        self, name: str, roles: list[str], x: str, index: int, grid: Grid | None = None
+    ) -> str:
+        """One product with the weights of ``roles`` stacked, and the biases that there are.
+
+        ``grid``: where it is not the one that was chosen for them.
+        """
         weights = [self.tensors[f"blk.{index}.{role}.weight"] for role in roles]
         whole_roles = [f"blk.{index}.{role}.weight" for role in roles]
         self.inputs.setdefault(x, []).extend(whole_roles)
-        grid = self.grids.of(whole_roles)
+        grid = grid or self.grids.of(whole_roles)
         packer = operators_of(grid).packer
         tensor = self.graph.store(f"{name}.weight", weights, grid, packer)
         biases = [self.tensors.get(f"blk.{index}.{role}.bias") for role in roles]

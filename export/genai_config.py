@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgellm.architectures.decoder import Decoder
 from edgellm.errors import SourceError
 
 OWN_TYPES = frozenset(
     (
-        "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo", "phi", "phi3",
-        "qwen2", "qwen3", "smollm3",
+        "gemma", "gemma2", "gemma3_text", "granite", "lfm2", "llama", "mistral", "olmo", "phi",
+        "phi3", "qwen2", "qwen3", "smollm3",
     )
 )  # fmt: skip
 """Families that genai knows by their own name; it refuses types that it does not know."""
@@ -35,6 +35,7 @@ def genai_config(
 
     Raises ``SourceError`` where that holds something else than a number.
     """
+    states = _states(decoder)
     first_eos = eos_token_ids[0] if eos_token_ids else 0
     eos: int | list[int] = list(eos_token_ids) if len(eos_token_ids) > 1 else first_eos
     pad = generation.get("pad_token_id")
@@ -52,12 +53,15 @@ def genai_config(
                     "attention_mask": "attention_mask",
                     "past_key_names": "past_key_values.%d.key",
                     "past_value_names": "past_key_values.%d.value",
+                    **states.inputs,
                 },
                 "outputs": {
                     "logits": "logits",
                     "present_key_names": "present.%d.key",
                     "present_value_names": "present.%d.value",
+                    **states.outputs,
                 },
+                **states.settings,
                 "num_attention_heads": decoder.heads,
                 "num_hidden_layers": len(decoder.layers),
                 "num_key_value_heads": decoder.cache_heads,
@@ -80,6 +84,29 @@ def genai_config(
         },
     }
     return json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
+
+
+class States(NamedTuple):
+    """What genai is told of layers that keep a state instead of keys and values."""
+
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+
+def _states(decoder: Decoder) -> States:
+    """As genai's own builder says it (``LFM2Model`` there)."""
+    if not decoder.attending:  # which genai does not run
+        return States({}, {}, {"layer_types": ["linear_attention"] * len(decoder.layers)})
+    widths = [layer.convolution.width for layer in decoder.layers if layer.convolution]
+    if not widths:
+        return States({}, {}, {})
+    types = ["conv" if layer.convolution else "full_attention" for layer in decoder.layers]
+    return States(
+        {"past_conv_names": "past.%d.conv"},
+        {"present_conv_names": "present.%d.conv"},
+        {"layer_types": types, "conv_cache_size": max(widths) - 1},
+    )
 
 
 def _number(generation: Mapping[str, Any], key: str, default: float) -> float:

@@ -264,6 +264,8 @@ OUTPUT_OF_EIGHT = (
 )  # fmt: skip
 """Mixtures that give attention's output five bits where there are eight experts, and else the
 mixture's own type, beside keys and values of eight bits."""
+FLOATS = ("_norm.weight", ROUTER, "shortconv.conv.weight", "ssm_conv1d.weight")
+"""Ends of the roles of what stays float whatever its shape."""
 
 FALLBACKS = {
     "iq1_s": "iq4_nl",
@@ -375,17 +377,7 @@ class Chooser:
 
     def _by_rule(self, role: str, columns: int) -> str:
         layer, kind = self._kind(role)
-        heads, kv_heads = self.decoder.heads, self.decoder.kv_heads
-        sharing = heads // kv_heads if kv_heads else 0
-        experts = self._experts()
-        place = Place(
-            layer,
-            len(self.decoder.layers),
-            sharing,
-            self.weighed,
-            experts.count if experts else 0,
-            2 * layer + ("_shexp" in role) if experts and experts.shared_width else layer,
-        )
+        place = self._place(role, layer, kind)
         if kind == "head" and columns % GRIDS[self.mixture.grid].block:
             return "q8_0"
         rules: Rules = getattr(self.mixture, kind) if kind else ()
@@ -404,6 +396,18 @@ class Chooser:
 
     def _experts(self) -> Experts | None:
         return next((each.experts for each in self.decoder.layers if each.experts), None)
+
+    def _place(self, role: str, layer: int, kind: str) -> Place:
+        """llama.cpp counts values among their like, and heads that share in the first layer."""
+        decoder, experts = self.decoder, self._experts()
+        attends = [each.attends for each in decoder.layers]
+        sharing = decoder.heads // decoder.kv_heads if attends[0] else 0
+        count = experts.count if experts else 0
+        if kind == "value":
+            before = sum(attends[:layer])
+            return Place(before, sum(attends), sharing, self.weighed, count, before)
+        down = 2 * layer + ("_shexp" in role) if experts and experts.shared_width else layer
+        return Place(layer, len(attends), sharing, self.weighed, count, down)
 
     def _kind(self, role: str) -> tuple[int, str]:
         layer, stem = 0, role
@@ -499,9 +503,9 @@ def cannot_hold(grid: Grid) -> str:
 
 
 def quantizable(role: str, shape: tuple[int, ...]) -> bool:
-    """Whether llama.cpp quantizes the tensor: matrices, but none of norms, positions, routers."""
+    """Whether llama.cpp quantizes the tensor: matrices that are multiplied or looked up."""
     matrix = len(shape) >= 2 and role.endswith("weight")
-    return matrix and not role.endswith(("_norm.weight", ROUTER)) and role != "position_embd.weight"
+    return matrix and not role.endswith(FLOATS) and role != "position_embd.weight"
 
 
 def fallback(wanted: Grid, columns: int) -> Grid:

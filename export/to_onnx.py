@@ -97,6 +97,11 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     context_length, context_notes = capped_context(decoder.context_length, recipe.context)
     compute = _compute(recipe.compute, grids)
     int8_cache = _cache(recipe.kv_cache, compute) == "int8"
+    if int8_cache and not decoder.attending:
+        raise UnsupportedTarget(
+            f"--kv-cache int8: {decoder.family} has no keys and values, and its states stay as the "
+            "graph computes them: leave it out"
+        )
     if int8_cache and not decoder.pre_norms:
         raise UnsupportedTarget(
             f"--kv-cache int8: how large keys and values can be is known by the norm before them, "

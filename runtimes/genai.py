@@ -23,7 +23,7 @@ from edgellm.runtimes.ort import session_settings
 from edgellm.runtimes.ort_package import HALVES_ON, check_compute, found_package
 from edgellm.runtimes.ort_trace import CLOCK, OrtTrace
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
-from edgellm.runtimes.stepped import SteppedSession
+from edgellm.runtimes.stepped import STEP_TOKENS, SteppedSession
 from edgellm.runtimes.token_prefix import shared_length
 from edgellm.runtimes.versions import installed_version, version_numbers
 
@@ -41,6 +41,9 @@ DISTRIBUTIONS = {
 
 PROVIDERS = {"cuda": "cuda", "directml": "dml"}
 """Our devices as genai names what computes on them; the CPU has no name there."""
+
+ATTENTION = ("full_attention", "sliding_attention")
+"""Kinds of layers that have keys and values, as genai names them."""
 
 KV_TYPES = {"float32": "f32", "float16": "f16", "int8": "int8"}
 
@@ -126,6 +129,15 @@ class GenaiSession(SteppedSession):
         )
         self.vocab_size = int(model["vocab_size"])
         self._decoder: dict[str, Any] = model["decoder"]
+        types = self._decoder.get("layer_types", ())
+        self._attending = [index for index, kind in enumerate(types) if kind in ATTENTION]
+        if not types:
+            self._attending = list(range(int(self._decoder["num_hidden_layers"])))
+        if not self._attending:
+            raise UnsupportedTarget(
+                f"{artifact.path} has no attention, and onnxruntime-genai runs no decoder without: "
+                "choose --runtime onnxruntime"
+            )
         self._shares = bool(config.get("search", {}).get("past_present_share_buffer", False))
         past = self._decoder["inputs"].get("past_key_names", "past_key_values.%d.key")
         try:
@@ -138,7 +150,7 @@ class GenaiSession(SteppedSession):
                 ours["enable_profiling"] = self._trace.prefix
             settings.overlay(json.dumps({"model": {"decoder": {"session_options": ours}}}))
             self._genai, self._model = genai, genai.Model(settings)
-            first = self._new_generator(1).get_input(past % 0)
+            first = self._new_generator(1).get_input(past % self._attending[0])
         except (*ERRORS, TypeError) as error:
             said = limits.explained(error, device)
             raise GenerationError(
@@ -186,7 +198,7 @@ class GenaiSession(SteppedSession):
     def kv_bytes(self) -> int:
         self._check_open()
         decoder = self._decoder
-        values = 2 * decoder["num_hidden_layers"] * decoder["num_key_value_heads"]
+        values = 2 * len(self._attending) * decoder["num_key_value_heads"]
         values *= decoder["head_size"] * self._value_bytes
         return int(values * (self.context_tokens if self._shares else len(self._tokens)))
 
@@ -214,7 +226,7 @@ class GenaiSession(SteppedSession):
                 return rows[len(rows) - outputs :].astype(np.float32, copy=False)
             # The graph computes the last position only: once more, one by one.
             self._one_by_one = True
-            self._generator.rewind_to(len(self._tokens))
+            self._forget(len(self._tokens))
             return np.concatenate([self._append((token,), 1) for token in token_ids])
         except ERRORS as error:
             said = limits.explained(error, self.device)
@@ -238,11 +250,11 @@ class GenaiSession(SteppedSession):
             return
         try:
             self._generator.rewind_to(length)
-        except ERRORS:  # some kinds of models cannot: their tokens are computed anew
+        except ERRORS:  # states cannot be cut: the tokens are computed anew
             self._generator = self._new_generator(self.context_tokens)
-            kept, self._tokens = self._tokens, []
-            if kept:
-                self.prefill(kept)
+            kept = self._tokens[:length]
+            for first in range(0, len(kept), STEP_TOKENS):
+                self._compute(kept[first : first + STEP_TOKENS], 0)
 
 
 def _decoder_of(config: dict[str, Any], artifact: Artifact) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from edgellm.hardware import Hardware, detect, free_memory_bytes
 from edgellm.manifest import Artifact
 from edgellm.quant.ggml_types import NAMED
 from edgellm.runtimes import limits
+from edgellm.runtimes.checkpoints import Checkpoints, steps_of
 from edgellm.runtimes.llamacpp_adapters import LlamaCppAdapters, summed
 from edgellm.runtimes.llamacpp_library import (
     INSTALL,
@@ -37,6 +38,7 @@ from edgellm.runtimes.llamacpp_library import (
 from edgellm.runtimes.llamacpp_memory import kv_token_bytes, layers_that_fit
 from edgellm.runtimes.llamacpp_operators import CLOCK, OperatorWatch
 from edgellm.runtimes.llamacpp_rope import RopeSettings, rope_settings
+from edgellm.runtimes.llamacpp_states import PartialStates, bytes_of
 from edgellm.runtimes.operators import TracedStep
 from edgellm.runtimes.session import AdapterFile, Capabilities, KvState, Logits, RunOptions
 from edgellm.runtimes.versions import version_numbers
@@ -275,7 +277,13 @@ class LlamaCppSession:
         self._context = context
         self._memory = library.llama_get_memory(context)
         self._kv_token_bytes = sum(kv_token_bytes(stored.metadata, kv_type))
+        # llama.cpp cannot cut states of layers (those of convolutions and scans): see checkpoints.
+        stateful = library.llama_model_is_recurrent(model) or library.llama_model_is_hybrid(model)
+        self._states = PartialStates(library, context) if stateful else None
+        self._checkpoints = Checkpoints()
         self._tokens: list[int] = []
+        # The first of them, which the cache holds; all where nothing is to catch up.
+        self._held = 0
         self._unsure = False
         self._row_at: dict[int, Logits] = {}
         self._batch = _Batch(library, int(context_options.n_batch))
@@ -288,27 +296,20 @@ class LlamaCppSession:
     def prefill(self, token_ids: Sequence[int], *, all_logits: bool = False) -> Logits:
         self._check_open()
         limits.check_tokens(token_ids, len(self._tokens), self.context_tokens, self.vocab_size)
-        start = len(self._tokens)
         rows = np.empty((len(token_ids), self.vocab_size), np.float32) if all_logits else None
-        step = min(OUTPUT_ROWS, self._batch.room) if all_logits else self._batch.room
-        try:
-            for first in range(0, len(token_ids), step):
-                piece = token_ids[first : first + step]
-                last = first + len(piece) == len(token_ids)
-                self._evaluate(piece, outputs="all" if all_logits else "last" if last else "none")
-                if rows is not None:
-                    for offset in range(len(piece)):
-                        rows[first + offset] = self._row(offset)
-        except BaseException:  # Ctrl-C as well: the cache goes back to where it was
-            del self._tokens[start:]
-            self._unsure = True
-            raise
+        self._compute(token_ids, rows)
         return self._row(-1)[np.newaxis] if rows is None else rows
 
     def decode(self, token_id: int) -> Logits:
         self._check_open()
         limits.check_tokens((token_id,), len(self._tokens), self.context_tokens, self.vocab_size)
+        if self._states is not None:
+            self._compute((token_id,))
+            return self._row(-1)
+        self._settle()
         self._evaluate((token_id,), outputs="last")
+        self._tokens.append(token_id)
+        self._unsure = False
         return self._row(-1)
 
     def trim(self, length: int) -> None:
@@ -321,15 +322,18 @@ class LlamaCppSession:
     def save(self) -> KvState:
         self._check_open()
         self._settle()
+        if self._held < len(self._tokens):
+            self._compute(())
         size = self._library.llama_state_seq_get_size(self._context, 0)
         buffer = np.empty(size, np.uint8)
-        target = _bytes_of(buffer)
+        target = bytes_of(buffer)
         written = self._library.llama_state_seq_get_data(self._context, target, size, 0)
         if written != size:
             raise GenerationError(
                 f"llama.cpp saved {written} of {size} bytes of its KV cache: {last_words()}"
             )
-        return KvState(self.runtime, tuple(self._tokens), (buffer,), self._adapters.applied)
+        kept = self._checkpoints.copies() if self._states else ()
+        return KvState(self.runtime, tuple(self._tokens), (buffer, *kept), self._adapters.applied)
 
     def restore(self, state: KvState) -> None:
         # llama.cpp restores keys and values but no logits: asking for those of the last token would
@@ -338,8 +342,11 @@ class LlamaCppSession:
         self._check_open()
         limits.check_state(state, self.runtime, self.context_tokens, self._adapters.applied)
         buffer: npt.NDArray[np.uint8] = np.ascontiguousarray(state.data[0])
-        source = _bytes_of(buffer)
+        source = bytes_of(buffer)
+        if (len(state.data) == 3) != (self._states is not None):
+            raise GenerationError("this cache is of another model: it cannot be restored here")
         self._tokens.clear()
+        self._checkpoints = Checkpoints()
         self._unsure = True
         if state.tokens:
             read = self._library.llama_state_seq_set_data(self._context, source, buffer.size, 0)
@@ -350,7 +357,10 @@ class LlamaCppSession:
                 )
         else:
             self._forget_rest()
+        if self._states is not None:
+            self._checkpoints.take(state.data[1:])
         self._tokens.extend(state.tokens)
+        self._held = len(self._tokens)
         self._unsure = False
 
     @property
@@ -368,7 +378,9 @@ class LlamaCppSession:
 
     def kv_bytes(self) -> int:
         self._check_open()
-        return int(self._library.llama_n_ctx(self._context)) * self._kv_token_bytes
+        keys_and_values = int(self._library.llama_n_ctx(self._context)) * self._kv_token_bytes
+        states = self._states.nbytes + self._checkpoints.nbytes if self._states else 0
+        return keys_and_values + states
 
     def finish_trace(self) -> Sequence[TracedStep]:
         self._check_open()
@@ -386,12 +398,20 @@ class LlamaCppSession:
             raise limits.closed()
 
     def _forget_rest(self) -> None:
-        if not self._library.llama_memory_seq_rm(self._memory, 0, len(self._tokens), -1):
+        held = len(self._tokens)
+        if self._states is not None:
+            held, state = self._checkpoints.back_to(held)
+            if state is not None:
+                self._states.write(state)
+        if not self._library.llama_memory_seq_rm(self._memory, 0, held, -1):
             self._library.llama_memory_clear(self._memory, False)
             self._tokens.clear()
+            self._held = 0
+            self._checkpoints = Checkpoints()
             raise GenerationError(
                 "this model cannot forget a part of its context: start the chat over (/clear)"
             )
+        self._held = held
         self._unsure = False
 
     def _settle(self) -> None:
@@ -399,10 +419,44 @@ class LlamaCppSession:
         if self._unsure:
             self._forget_rest()
 
-    def _evaluate(self, token_ids: Sequence[int], *, outputs: str) -> None:
+    def _compute(self, token_ids: Sequence[int], rows: Logits | None = None) -> None:
+        """Compute ``token_ids`` in steps; on any failure, Ctrl-C as well, keep none of them.
+
+        Tokens that states have to catch up with go first; ``rows`` are of the others.
+        """
         self._settle()
+        size = self._batch.room if rows is None else min(OUTPUT_ROWS, self._batch.room)
+        start = len(self._tokens)
+        behind = start - self._held
+        work = (*self._tokens[self._held :], *token_ids) if behind else token_ids
+        try:
+            self._checkpoint(behind == 0 and len(work) > 1)
+            for places in steps_of(behind, len(work), size):
+                step = work[places.start : places.stop]
+                last = places.stop == len(work)
+                self._evaluate(
+                    step, outputs="all" if rows is not None else "last" if last else "none"
+                )
+                if rows is not None:
+                    for offset in range(max(0, behind - places.start), len(step)):
+                        rows[places.start + offset - behind] = self._row(offset)
+                self._checkpoint(len(step) > 1)
+        except BaseException:  # Ctrl-C as well: the cache goes back to where it was
+            del self._tokens[start:]
+            self._unsure = True
+            raise
+        self._tokens.extend(token_ids)
+        self._unsure = False
+
+    def _checkpoint(self, wanted: bool) -> None:
+        """Keep what the states are now, where it is ``wanted`` or none was kept for long."""
+        if self._states and self._held and (wanted or self._checkpoints.due(self._held)):
+            self._checkpoints.keep(self._held, self._states.read())
+
+    def _evaluate(self, token_ids: Sequence[int], *, outputs: str) -> None:
+        """Compute ``token_ids`` behind what is held; the cache is unsure until they are noted."""
         self._unsure = True
-        batch = self._batch.fill(token_ids, len(self._tokens), outputs)
+        batch = self._batch.fill(token_ids, self._held, outputs)
         if self._watch is not None:
             self._watch.begin()
         status = self._library.llama_decode(self._context, batch)
@@ -414,8 +468,7 @@ class LlamaCppSession:
             raise GenerationError(
                 f"llama.cpp could not compute {len(token_ids)} tokens: {cause}. {last_words()}"
             )
-        self._tokens.extend(token_ids)
-        self._unsure = False
+        self._held += len(token_ids)
 
     def _row(self, index: int) -> Logits:
         """Logits ``[vocab]`` of one computed position, a view into llama.cpp's buffer."""
@@ -471,10 +524,6 @@ class _Batch:
 def _free(library: Any, context: Any, model: Any) -> None:
     library.llama_free(context)
     library.llama_model_free(model)
-
-
-def _bytes_of(buffer: npt.NDArray[np.uint8]) -> Any:
-    return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def _has_gpu(hardware: Hardware, device: str) -> bool:

@@ -23,9 +23,9 @@ _BLOCK = re.compile(r"blk\.(\d+)\.")
 def kv_token_bytes(metadata: dict[str, Any], kind: GgmlType) -> list[int]:
     """Bytes of keys and values for one token, by layer. Windows keep all tokens here too.
 
-    Layers that look at another's keys and values have none. Where they are kept as one latent
-    vector (MLA, arXiv 2405.04434), values are a part of the keys. Without flash attention, which
-    float32 does without here, the values of all layers are as wide as the widest.
+    Layers that look at another's keys and values, or do not attend, have none. Where they are kept
+    as one latent vector (MLA, arXiv 2405.04434), values are a part of the keys. Without flash
+    attention, which float32 does without here, the values of all layers are as wide as the widest.
     """
     arch = metadata["general.architecture"]
 
@@ -50,7 +50,8 @@ def kv_token_bytes(metadata: dict[str, Any], kind: GgmlType) -> list[int]:
     if of_attention("key_length_mla"):
         values = [0] * layers
     elif kind.name == "f32":
-        values = [max(values, default=0)] * layers
+        widest = max(values, default=0)
+        values = [widest if each else 0 for each in keys]
     own = GEMMA3N_LAYERS if arch == "gemma3n" else layers - int(of_attention("shared_kv_layers"))
     return [
         (each_key + each_value) * kind.block_bytes // kind.block if layer < own else 0

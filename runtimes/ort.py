@@ -1,5 +1,7 @@
 """onnxruntime: our own loop over one graph, keys and values written in place (``ort_caches``).
 
+States of layers are written in place too (``ort_states``), and kept now and then to go back to.
+
 Inputs and outputs are bound by address once; a token copies nothing but itself. On a device,
 onnxruntime takes its copy of an input as it is bound, so ids and mask are bound for every step.
 """
@@ -19,10 +21,12 @@ from edgellm.errors import GenerationError, UnsupportedTarget
 from edgellm.hardware import Hardware, detect
 from edgellm.manifest import Artifact, refuse_encoders
 from edgellm.runtimes import limits
+from edgellm.runtimes.checkpoints import Checkpoints, steps_of
 from edgellm.runtimes.huge_pages import HugePages, anonymous_ranges
 from edgellm.runtimes.operators import TracedStep
 from edgellm.runtimes.ort_caches import Caches, DeviceCaches, HostCaches, pasts_of
 from edgellm.runtimes.ort_package import HALVES_ON, INSTALL, PROVIDERS, check_compute, found_package
+from edgellm.runtimes.ort_states import States, states_of
 from edgellm.runtimes.ort_trace import CLOCK, OrtTrace
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
 from edgellm.runtimes.versions import version_numbers
@@ -165,6 +169,9 @@ class OnnxSession:
         shapes = {output.name: output.shape for output in self._session.get_outputs()}
         self.vocab_size = int(shapes["logits"][-1])
         self._tokens: list[int] = []
+        # The first of them, which the caches and states hold; all where nothing is to catch up.
+        self._held = 0
+        self._checkpoints = Checkpoints()
         self._step_ids: npt.NDArray[np.int64] = np.zeros(
             (1, min(STEP_TOKENS, context_tokens)), np.int64
         )
@@ -173,16 +180,20 @@ class OnnxSession:
         self._logits: Logits = np.empty((1, 1, self.vocab_size), np.float32)
         self._binding: Any = self._session.io_binding()
         self._bound_step = 0
-        pasts = pasts_of(self._session, in_one=self.device in IN_HOST_MEMORY)
+        on_host = self.device in IN_HOST_MEMORY
+        pasts = pasts_of(self._session, in_one=on_host)
         self._caches: Caches = (
             HostCaches(self._binding, pasts)
-            if self.device in IN_HOST_MEMORY
+            if on_host
             else DeviceCaches(self._binding, pasts, MEMORIES[self.device])
         )
         self._reserve(1)
+        memory = "cpu" if on_host else MEMORIES[self.device]
+        self._states = States(self._binding, states_of(self._session), memory)
         self._bind_input("logits_from", self._logits_from, (1,))
         self._bind_output("logits", self._logits)
-        self._logits_place = len(self._caches)  # among the outputs, in the order they were bound
+        # Among the outputs, in the order in which they were bound.
+        self._logits_place = len(self._caches) + len(self._states)
 
     def _reserve(self, total: int) -> None:
         try:
@@ -205,15 +216,13 @@ class OnnxSession:
     def prefill(self, token_ids: Sequence[int], *, all_logits: bool = False) -> Logits:
         self._check_open()
         limits.check_tokens(token_ids, len(self._tokens), self.context_tokens, self.vocab_size)
-        start = len(self._tokens)
-        self._reserve(start + len(token_ids))
+        self._reserve(len(self._tokens) + len(token_ids))
         if not all_logits:
-            self._run_steps(token_ids, start)
+            self._run_steps(token_ids)
             return self._last()[np.newaxis]
         rows: Logits = np.empty((len(token_ids), self.vocab_size), np.float32)
-        self._logits_from[0] = 0
         try:
-            self._run_steps(token_ids, start, rows)
+            self._run_steps(token_ids, rows)
         finally:
             self._logits_from[0] = -1
             self._bind_output("logits", self._logits)
@@ -223,32 +232,56 @@ class OnnxSession:
         self._check_open()
         limits.check_tokens((token_id,), len(self._tokens), self.context_tokens, self.vocab_size)
         self._reserve(len(self._tokens) + 1)
-        self._run((token_id,))
+        if len(self._states):
+            self._run_steps((token_id,))
+        else:
+            self._held = len(self._tokens)
+            self._run((token_id,))
+            self._tokens.append(token_id)
         return self._last()
 
     def trim(self, length: int) -> None:
         # What lies behind the last token is never read, so forgetting is only a shorter list.
         self._check_open()
         limits.check_trim(length, len(self._tokens))
-        del self._tokens[length:]
+        if length < len(self._tokens):
+            self._keep(length)
 
     def save(self) -> KvState:
         self._check_open()
-        return KvState(self.runtime, tuple(self._tokens), self._caches.read(len(self._tokens)))
+        if self._held < len(self._tokens):
+            self._run_steps(())
+        data: tuple[npt.NDArray[Any], ...] = self._caches.read(len(self._tokens))
+        if len(self._states):
+            data = (*data, self._states.read(), *self._checkpoints.copies())
+        return KvState(self.runtime, tuple(self._tokens), data)
 
     def restore(self, state: KvState) -> None:
         self._check_open()
         limits.check_state(state, self.runtime, self.context_tokens)
-        if not self._caches.takes(state.data):
+        cached, states = state.data[: len(self._caches)], state.data[len(self._caches) :]
+        if not self._caches.takes(cached) or not self._takes_states(states):
             raise GenerationError("this cache is of another model: it cannot be restored here")
         self._reserve(len(state.tokens))
+        if states:
+            self._checkpoints.take(states[1:])
         self._tokens.clear()
-        self._caches.write(state.data)
+        self._held = 0
+        self._caches.write(cached)
+        if states:
+            self._states.write(states[0])
         self._tokens.extend(state.tokens)
+        self._held = len(self._tokens)
+
+    def _takes_states(self, states: Sequence[npt.NDArray[Any]]) -> bool:
+        """Whether ``states`` are what ``save`` puts behind keys and values of this model."""
+        if not len(self._states):
+            return not states
+        return len(states) == 3 and self._states.takes(states[0]) and states[1].dtype == np.uint32
 
     def kv_bytes(self) -> int:
         self._check_open()
-        return self._caches.nbytes
+        return self._caches.nbytes + self._states.nbytes + self._checkpoints.nbytes
 
     def finish_trace(self) -> Sequence[TracedStep]:
         self._check_open()
@@ -263,7 +296,8 @@ class OnnxSession:
         self._pages.stop()
         self._binding = self._session = None
         self._caches = HostCaches(None, [])
-        self._tokens = []
+        self._states, self._checkpoints = States(None, [], "cpu"), Checkpoints()
+        self._tokens, self._held = [], 0
         if self._trace is not None:
             self._trace.discard()
 
@@ -274,25 +308,49 @@ class OnnxSession:
         if self._session is None:
             raise limits.closed()
 
-    def _run_steps(self, token_ids: Sequence[int], start: int, rows: Logits | None = None) -> None:
-        """Compute ``token_ids`` in steps; on any failure, Ctrl-C as well, keep none of them."""
-        size = self._step_ids.shape[1]
+    def _run_steps(self, token_ids: Sequence[int], rows: Logits | None = None) -> None:
+        """Compute ``token_ids`` in steps; on any failure, Ctrl-C as well, keep none of them.
+
+        Tokens that states have to catch up with go first; ``rows`` are of the others.
+        """
+        start, size = len(self._tokens), self._step_ids.shape[1]
+        behind = start - self._held
+        work = [*self._tokens[self._held :], *token_ids]
         try:
-            for first in range(0, len(token_ids), size):
-                step = token_ids[first : first + size]
+            self._checkpoint(behind == 0 and len(work) > 1)
+            for places in steps_of(behind, len(work), size):
+                step = work[places.start : places.stop]
+                skipped = max(0, behind - places.start)
                 if rows is not None:
+                    self._logits_from[0] = min(skipped, len(step) - 1)
                     # The graph declares one position: more come only in memory that is not ours.
                     self._binding.bind_output("logits", "cpu")
                 self._run(step)
-                if rows is not None:
+                if rows is not None and skipped < len(step):
                     computed = self._binding.get_outputs()[self._logits_place].numpy()
-                    rows[first : first + len(step)] = computed[0]
+                    place = places.start + skipped - behind
+                    rows[place : place + len(step) - skipped] = computed[0]
+                self._checkpoint(len(step) > 1)
         except BaseException:
-            del self._tokens[start:]
+            self._keep(start)
             raise
+        self._tokens.extend(token_ids)
+
+    def _checkpoint(self, wanted: bool) -> None:
+        """Keep what the states are now, where it is ``wanted`` or none was kept for long."""
+        if len(self._states) and self._held and (wanted or self._checkpoints.due(self._held)):
+            self._checkpoints.keep(self._held, self._states.read())
+
+    def _keep(self, length: int) -> None:
+        """Leave the first ``length`` tokens, where a step may have been interrupted."""
+        del self._tokens[length:]
+        self._held = length
+        if len(self._states):
+            self._held, state = self._checkpoints.back_to(length)
+            self._states.write(state)
 
     def _run(self, token_ids: Sequence[int]) -> None:
-        count, total = len(token_ids), len(self._tokens) + len(token_ids)
+        count, total = len(token_ids), self._held + len(token_ids)
         self._step_ids[0, :count] = token_ids
         copies = self.device not in IN_HOST_MEMORY
         if copies or count != self._bound_step:
@@ -308,7 +366,7 @@ class OnnxSession:
             raise GenerationError(
                 f"onnxruntime could not compute {count} tokens: {said}"
             ) from error
-        self._tokens.extend(token_ids)
+        self._held = total
         if self._trace is not None:
             self._trace.ran(count)
 

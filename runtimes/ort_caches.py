@@ -119,8 +119,8 @@ class Caches(ABC):
 
     def takes(self, copies: Sequence[Cache]) -> bool:
         """Whether ``copies`` are of the same model."""
-        kinds = [(copy.dtype, copy.shape[1], copy.shape[3]) for copy in copies]
-        ours = [(np.dtype(past.dtype), past.heads, past.width) for past in self._pasts]
+        kinds = [(copy.dtype, copy.shape[1::2]) for copy in copies]
+        ours = [(np.dtype(past.dtype), (past.heads, past.width)) for past in self._pasts]
         return kinds == ours
 
 

@@ -116,7 +116,7 @@ class TorchSession(SteppedSession):
         with short_spin():
             import torch
 
-        from edgellm.runtimes.torch_cache import growing_cache
+        from edgellm.runtimes.torch_cache import check_layers, growing_cache
 
         super().__init__()
         self.device = device
@@ -145,6 +145,7 @@ class TorchSession(SteppedSession):
             )
         self.kv_dtype = options.kv_dtype or kept
         config = self._model.config
+        check_layers(config)
         self.context_tokens = limits.context_tokens(
             options.context_tokens, int(config.max_position_embeddings), artifact.path
         )

@@ -157,10 +157,10 @@ def _divisors(scales: torch.Tensor) -> torch.Tensor:
     return torch.where(kept == 0, 1.0, kept)
 
 
-def growing_cache(config: Any, most_tokens: int, kv_dtype: str) -> Any:
-    """A cache for a model of ``config``, rounded where ``kv_dtype`` is of ``ROUNDED``.
+def check_layers(config: Any) -> Any:
+    """transformers' own cache for a model of ``config``.
 
-    Raises ``UnsupportedModel`` for other kinds of layers.
+    Raises ``UnsupportedModel`` where its layers keep more than keys and values.
     """
     usual = DynamicCache(config=config)
     kinds = {type(layer) for layer in usual.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
@@ -170,6 +170,15 @@ def growing_cache(config: Any, most_tokens: int, kv_dtype: str) -> Any:
             f"{config.model_type} keeps more than keys and values ({names}), which cannot be "
             "forgotten token by token: run it with transformers itself"
         )
+    return usual
+
+
+def growing_cache(config: Any, most_tokens: int, kv_dtype: str) -> Any:
+    """A cache for a model of ``config``, rounded where ``kv_dtype`` is of ``ROUNDED``.
+
+    Raises ``UnsupportedModel`` for other kinds of layers.
+    """
+    usual = check_layers(config)
     kind = ROUNDED.get(kv_dtype, GrowingLayer)
     lead = kind(most_tokens, len(usual.layers))
     return Cache(layers=[lead, *(kind(most_tokens, lead=lead) for _ in usual.layers[1:])])

@@ -192,6 +192,10 @@ class Config:
             raise self.refusal(key, value, "a list of strings")
         return tuple(value)
 
+    def says(self, key: str, word: str) -> bool:
+        """Whether ``key`` holds this text; does not count as reading it."""
+        return bool(self._values.get(key) == word)
+
     def lists(self, key: str) -> bool:
         """Whether ``key`` holds a list; does not count as reading it."""
         value = self._values.get(key)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edgellm.architectures.decoder import Decoder, Experts
+from edgellm.architectures.decoder import Decoder, Experts, StateSpace
 from edgellm.architectures.latent import Latent
 from edgellm.tensors import Array
 
@@ -47,11 +47,11 @@ class Coupling:
     """Weights that share an input, and what absorbs the inverse of their factors.
 
     ``name`` is the tensor that makes the input (``attn_norm``, ``attn_q_a_norm``,
-    ``attn_kv_a_norm``, ``attn_v``, ``ffn_norm``,
-    ``ffn_up``, ``output_norm``). ``consumers`` are roles of the weights ``[out, columns]`` that
-    share it. ``layer`` counts the layers, the head is one more. The input's columns are
-    ``[kv_heads, group, width]``: the heads of a group repeat one head of values, so that they share
-    its factors. Elsewhere there is one head in one group.
+    ``attn_kv_a_norm``, ``attn_v``, ``shortconv.in_proj``, ``ssm_norm``, ``ffn_norm``, ``ffn_up``,
+    ``output_norm``). ``consumers`` are roles of the weights ``[out, columns]`` that share it.
+    ``layer`` counts the layers, the head is one more. The input's columns are ``[kv_heads, group,
+    width]``: the heads of a group repeat one head of values, so that they share its factors.
+    Elsewhere there is one head in one group.
     """
 
     layer: int
@@ -95,7 +95,9 @@ def couplings(decoder: Decoder) -> tuple[Coupling, ...]:
     too: attention's norm to q, k and v; the rows of v to attention's output
     (softmax weighs values and does not change them); the feed-forward's norm to gate and up; the
     rows of up, which a gate only multiplies, to down. Every expert has the last of these for
-    itself. ``left_out`` says which are not there.
+    itself. A short convolution has the norm before it, and the rows of x, which are multiplied and
+    summed channel by channel, to its output; a state-space layer the norm before it, and Mamba 2
+    the one before its output. ``left_out`` says which are not there.
     """
     found: list[Coupling] = []
     for layer in range(len(decoder.layers)):
@@ -103,13 +105,17 @@ def couplings(decoder: Decoder) -> tuple[Coupling, ...]:
         found += [each for each in before if each.name == "attn_norm"]
         if decoder.latent is not None:
             found += _latent_norms(decoder, layer, decoder.latent)
-        if decoder.qkv_clip is None:
+        scan, experts = decoder.layers[layer].scan, decoder.layers[layer].experts
+        if decoder.layers[layer].convolution is not None:
+            found.append(_convolved(decoder, layer))
+        elif scan is not None:
+            found += [_scanned(decoder, layer, scan)] if scan.heads else []
+        elif decoder.qkv_clip is None:
             found.append(_values(decoder, layer))
         found += [each for each in before if each.name != "attn_norm"]
-        experts = decoder.layers[layer].experts
         if experts is not None:
             found += _gated_experts(experts, layer)
-        elif decoder.gated_mlp:
+        elif decoder.feed_forward and decoder.gated_mlp:
             found.append(_gated(decoder, layer))
     if not decoder.tied_head and decoder.norm.weight:
         layer = len(decoder.layers)
@@ -128,7 +134,11 @@ def left_out(decoder: Decoder) -> dict[str, str]:
         reasons |= dict.fromkeys(_attention(decoder) + _feed_forward(decoder), unscalable)
     if decoder.qkv_clip is not None:
         reasons["attn_output"] = "values are clipped, which does not pass factors on"
-    if not decoder.gated_mlp and not all(layer.experts for layer in decoder.layers):
+    if any(layer.scan and not layer.scan.heads for layer in decoder.layers):
+        reasons["ssm_x"] = "its input comes out of silu, which does not pass factors on"
+        reasons["ssm_out"] = "its input is a sum with what other parts of the layer read"
+    dense = not all(layer.experts for layer in decoder.layers)
+    if decoder.feed_forward and not decoder.gated_mlp and dense:
         reasons["ffn_down"] = (
             f"its input comes out of {decoder.activation}, which does not pass factors on"
         )
@@ -173,9 +183,15 @@ def _norms(decoder: Decoder, layer: int) -> list[Coupling]:
         return []
     experts = decoder.layers[layer].experts
     attention, feed_forward = _attention(decoder), _feed_forward(decoder)
+    if decoder.layers[layer].convolution is not None:
+        attention = ["shortconv.in_proj"]
+    elif decoder.layers[layer].scan is not None:
+        attention = ["ssm_in"]
     if experts is not None:
         feed_forward = _readers(experts)
     readers = {"attn_norm": attention, "ffn_norm": feed_forward}
+    if not decoder.feed_forward:
+        readers = {"attn_norm": attention}
     if decoder.shared_norm:
         readers = {"attn_norm": attention + feed_forward}
     return [
@@ -241,6 +257,28 @@ def _values(decoder: Decoder, layer: int) -> Coupling:
         decoder.kv_heads,
         decoder.heads // decoder.kv_heads,
     )
+
+
+def _convolved(decoder: Decoder, layer: int) -> Coupling:
+    """The last of the three parts of its input product to its output product."""
+    settings, role = decoder.layers[layer].convolution, f"blk.{layer}.shortconv"
+    assert settings is not None
+    absorbers = _rows(f"{role}.in_proj", settings.biased, 2 * decoder.hidden_size)
+    if settings.biased:
+        absorbers = (*absorbers, Absorber(f"{role}.conv.bias"))
+    return Coupling(
+        layer,
+        "shortconv.in_proj",
+        (f"{role}.out_proj.weight",),
+        absorbers,
+        decoder.hidden_size,
+    )
+
+
+def _scanned(decoder: Decoder, layer: int, scan: StateSpace) -> Coupling:
+    """Mamba 2's norm before the output product."""
+    norm = (Absorber(f"blk.{layer}.ssm_norm.weight"),)
+    return Coupling(layer, "ssm_norm", (f"blk.{layer}.ssm_out.weight",), norm, scan.inner)
 
 
 def _gated(decoder: Decoder, layer: int) -> Coupling:

@@ -30,6 +30,11 @@ class Feature(enum.StrEnum):
     LEARNED_POSITIONS = "learned positions"
     SKIPPED_POSITIONS = "learned positions behind unused rows of their table"
     ALIBI = "attention scores that fall with the distance (ALiBi)"
+    SHORT_CONVOLUTION = "short convolutions in place of attention in some layers"
+    CONVOLUTION_BIAS = "biases in short convolutions"
+    STATE_SPACE = "state-space layers in place of attention"
+    STATE_SPACE_BIAS = "biases in the products of state-space layers"
+    NO_FEED_FORWARD = "no feed-forward"
     RMS_NORM = "RMS norm"
     LAYER_NORM = "layer norm"
     NORM_OFFSET = "norm weights stored less one"
@@ -167,16 +172,70 @@ class Experts:
 
 
 @dataclass(frozen=True, slots=True)
+class ShortConvolution:
+    """A gated convolution over a token and the ``width`` - 1 before it, where others attend.
+
+    One product (``shortconv.in_proj``) makes B, C and x of a token, as wide as the model each. B
+    times x is convolved in time, every channel by itself (``shortconv.conv``, ``[hidden, 1,
+    width]``, the token itself last), and C times that goes through ``shortconv.out_proj``.
+    ``biased``: all three have biases.
+    """
+
+    width: int
+    biased: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpace:
+    """A selective state-space layer, where others have attention and a feed-forward.
+
+    Of a token, ``inner`` values x go through a short convolution of ``width`` tokens with SiLU
+    behind it, and into a state of ``state`` numbers for each, which decays by -exp of ``ssm_a``
+    times the token's step. Mamba 1 (arXiv 2312.00752): a step for every value, made of
+    ``step_rank`` numbers. Mamba 2 (arXiv 2405.21060): one for each of ``heads``, and ``groups`` of
+    heads share what leads into the state and out of it; a norm stands before the output.
+    ``biased``: the products in and out have biases.
+    """
+
+    inner: int
+    state: int
+    width: int
+    heads: int = 0
+    groups: int = 1
+    step_rank: int = 0
+    biased: bool = False
+    convolution_bias: bool = True
+
+    @property
+    def convolved(self) -> int:
+        """Channels of the convolution."""
+        return self.inner + (2 * self.groups * self.state if self.heads else 0)
+
+    @property
+    def made(self) -> int:
+        """Values that the product at the beginning makes of a token."""
+        return self.inner + self.convolved + self.heads
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
-    """What may differ between layers: the rope, the attention window, and experts.
+    """What may differ between layers: the rope, the attention window, experts.
 
     With ``window`` w the token at position p sees positions p - w + 1 to p. Without ``experts`` the
-    feed-forward is the decoder's own, of its ``ffn_size``.
+    feed-forward is the decoder's own, of its ``ffn_size``. ``convolution`` or ``scan`` stands in
+    the place of attention; both are None where there is attention.
     """
 
     window: int | None = None
     rope: Rope | None = None
     experts: Experts | None = None
+    convolution: ShortConvolution | None = None
+    scan: StateSpace | None = None
+
+    @property
+    def attends(self) -> bool:
+        """Whether it has attention, and so keys and values."""
+        return self.convolution is None and self.scan is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +269,7 @@ class Decoder:
     layers: tuple[Layer, ...]
     norm: Norm
     activation: Activation
+    feed_forward: bool = True
     gated_mlp: bool = True
     fused_qkv: bool = False
     qkv_bias: bool = False
@@ -267,14 +327,21 @@ class Decoder:
         return self.latent.cache_dim if self.latent else self.head_dim
 
     @property
+    def attending(self) -> tuple[Layer, ...]:
+        """The layers that have attention, and so keys and values."""
+        return tuple(layer for layer in self.layers if layer.attends)
+
+    @property
     def softmax_scale(self) -> float:
         """What query times key is multiplied with before the softmax."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     def features(self) -> frozenset[Feature]:
         """The properties that an exporter or runtime has to be able to express."""
-        windows = {layer.window for layer in self.layers}
-        turned = {layer.rope for layer in self.layers}
+        windows = {layer.window for layer in self.attending}
+        turned = {layer.rope for layer in self.attending}
+        convolutions = [layer.convolution for layer in self.layers if layer.convolution]
+        scans = [layer.scan for layer in self.layers if layer.scan]
         ropes = {rope for rope in turned if rope is not None}
         scalings = {rope.scaling.kind for rope in ropes if rope.scaling}
         mixtures = {layer.experts for layer in self.layers if layer.experts is not None}
@@ -293,6 +360,10 @@ class Decoder:
             Feature.LEARNED_POSITIONS: self.learned_positions is not None,
             Feature.SKIPPED_POSITIONS: self.skipped_positions > 0,
             Feature.ALIBI: bool(self.alibi),
+            Feature.SHORT_CONVOLUTION: bool(convolutions),
+            Feature.CONVOLUTION_BIAS: any(each.biased for each in convolutions),
+            Feature.STATE_SPACE: bool(scans),
+            Feature.STATE_SPACE_BIAS: any(each.biased for each in scans),
             Feature.RMS_NORM: self.norm.kind == "rms",
             Feature.LAYER_NORM: self.norm.kind == "layer",
             Feature.NORM_OFFSET: self.norm.offset,
@@ -313,8 +384,9 @@ class Decoder:
             Feature.LOGIT_SOFTCAP: self.logit_softcap is not None,
             Feature.SLIDING_WINDOW: windows != {None} and len(windows) == 1,
             Feature.ALTERNATING_WINDOW: len(windows) > 1,
-            Feature.GATED_MLP: self.gated_mlp,
-            Feature.PLAIN_MLP: not self.gated_mlp,
+            Feature.GATED_MLP: self.gated_mlp and self.feed_forward,
+            Feature.PLAIN_MLP: not self.gated_mlp and self.feed_forward,
+            Feature.NO_FEED_FORWARD: not self.feed_forward,
             Feature.QKV_BIAS: self.qkv_bias,
             Feature.OUTPUT_BIAS: self.output_bias,
             Feature.MLP_BIAS: self.mlp_bias,

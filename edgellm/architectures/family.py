@@ -17,8 +17,21 @@ REMOTE_CODE = "auto_map"
 Value = bool | int | float | str | list[bool] | list[int]
 """Of a key in a GGUF file; int stands for uint32 there, float for float32."""
 
-Kind = Literal["embedding", "positions", "linear", "router", "norm", "bias", "head"]
-"""What a tensor is; a ``router``'s product chooses experts, and no container rounds it."""
+Kind = Literal[
+    "embedding",
+    "positions",
+    "linear",
+    "router",
+    "small",
+    "convolution",
+    "decay",
+    "norm",
+    "bias",
+    "head",
+]
+"""What a tensor is. ``router``: its product chooses experts, and no container rounds it;
+``small``: a product's weight that stays float where grids are chosen for products; ``decay``: the
+logarithms of a state's decay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +51,9 @@ class TensorRow:
     """One tensor that a model of the family has.
 
     ``source`` is its name in a Hugging Face checkpoint, ``role`` its GGUF name, ``shape`` what is
-    expected in ``[out, in]`` order. ``transposed``: the checkpoint holds ``[in, out]`` (GPT-2's
-    Conv1D). ``order``: how rows lie in the checkpoint, where the network takes them in another.
+    expected in ``[out, in]`` order, of a convolution ``[channels, 1, width]``. ``transposed``: the
+    checkpoint holds ``[in, out]`` (GPT-2's Conv1D). ``order``: how rows lie in the checkpoint,
+    where the network takes them in another.
     ``elsewhere``: other places that it may be in. Where it is not stored ``apart``, it is always in
     one of these, and ``source`` is our own name for it. ``pieces``: names of the tensors that a
     checkpoint has its rows in, one in each, in place of ``source``.
@@ -80,6 +94,10 @@ def _no_keys(decoder: Decoder) -> dict[str, Value]:
 
 
 def _no_names(decoder: Decoder) -> dict[str, str]:
+    return {}
+
+
+def _no_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
     return {}
 
 
@@ -130,8 +148,11 @@ class GgufLayout:
 
     ``absorbed``: what makes keys and values of latent vectors is in two stacks (``gguf_latent``).
 
-    ``names``: parts of a layer that its tensors call otherwise than their roles, by the role's.
-    ``keys`` are the architecture's own, beside those that all have (``gguf_metadata.gguf_keys``).
+    ``names``: parts of a layer, and of the whole, that its tensors call otherwise than their roles,
+    by the role's.
+    ``shapes``: what tensors of a layer have there, by their roles without ``blk.N.``, where it is
+    not the network's. ``keys`` are the architecture's own, beside those that all have
+    (``gguf_metadata.gguf_keys``).
     ``config`` reads a file back as the config of this family; None where files of the architecture
     are read as another family's.
     """
@@ -145,6 +166,7 @@ class GgufLayout:
     as_checkpoint: bool = False
     absorbed: bool = False
     names: Callable[[Decoder], Mapping[str, str]] = _no_names
+    shapes: Callable[[Decoder], Mapping[str, tuple[int, ...]]] = _no_shapes
     keys: Callable[[Decoder], dict[str, Value]] = _no_keys
     config: Callable[[GgufFacts], dict[str, Any]] | None = None
 

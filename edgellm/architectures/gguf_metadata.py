@@ -49,10 +49,10 @@ def gguf_keys(decoder: Decoder, layout: GgufLayout) -> dict[str, Value]:
         "block_count": len(decoder.layers),
         "feed_forward_length": decoder.ffn_size,
         "attention.head_count": decoder.heads,
-        "attention.head_count_kv": decoder.kv_heads,
-        "attention.key_length": decoder.head_dim,
-        "attention.value_length": decoder.head_dim,
+        "attention.head_count_kv": kv_heads_by_layer(decoder),
     }
+    if decoder.attending:
+        keys["attention.key_length"] = keys["attention.value_length"] = decoder.head_dim
     if decoder.norm.kind == "rms":
         keys["attention.layer_norm_rms_epsilon"] = decoder.norm.epsilon
     else:
@@ -80,10 +80,17 @@ def rope_factors(decoder: Decoder, layout: GgufLayout) -> tuple[float, ...] | No
     return tuple(float(factor) for factor in plain / scaled)
 
 
+def kv_heads_by_layer(decoder: Decoder) -> int | list[int]:
+    """Heads of keys and values; by layer, with 0 where there are none, unless all have them."""
+    if len(decoder.attending) in (0, len(decoder.layers)):
+        return decoder.kv_heads
+    return [decoder.kv_heads if layer.attends else 0 for layer in decoder.layers]
+
+
 def _main_rope(decoder: Decoder) -> Rope | None:
     """The rope of the layers without a window, if there are any."""
-    ropes = [layer.rope for layer in decoder.layers if layer.window is None]
-    return (ropes or [layer.rope for layer in decoder.layers])[0]
+    ropes = [layer.rope for layer in decoder.attending if layer.window is None]
+    return next(iter((*ropes, *(layer.rope for layer in decoder.attending))), None)
 
 
 def has_keys(scaling: RopeScaling) -> bool:

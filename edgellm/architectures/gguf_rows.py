@@ -10,7 +10,7 @@ from edgellm.architectures.decoder import Decoder
 from edgellm.architectures.experts import SHARED_GATE
 from edgellm.architectures.family import GgufLayout, TensorRow
 from edgellm.architectures.row_order import Order, as_checkpoint_has, as_network_takes
-from edgellm.tensors import TensorRef, derived, reordered
+from edgellm.tensors import TensorRef, derived, reordered, reshaped
 
 PAIRED_ROLES = ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias")
 """Ends of the roles whose rows ``GgufLayout.interleaved_rope`` is about."""
@@ -19,10 +19,12 @@ PAIRED_ROLES = ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias")
 def name_in_file(role: str, decoder: Decoder, layout: GgufLayout) -> str:
     """What a GGUF file calls the tensor of ``role``."""
     names = layout.names(decoder)
-    if not names or not role.startswith("blk."):
+    if not names:
         return role
-    block, index, part, end = role.split(".")
-    return f"{block}.{index}.{names.get(part, part)}.{end}"
+    stem, _, end = role.rpartition(".")
+    place = ".".join(stem.split(".")[:2]) + "." if stem.startswith("blk.") else ""
+    part = stem.removeprefix(place)
+    return f"{place}{names.get(part, part)}.{end}"
 
 
 def as_llamacpp_stores(
@@ -30,7 +32,8 @@ def as_llamacpp_stores(
 ) -> TensorRef:
     """``ref`` with the rows of q and k in pairs, or a norm with its offset added.
 
-    The gate of a shared expert is a vector there.
+    The gate of a shared expert is a vector there. A convolution goes without its dimension of one,
+    decays are what their logarithms mean.
     """
     if row.role.endswith(SHARED_GATE):
         return replace(ref, shape=(ref.columns,))
@@ -40,20 +43,41 @@ def as_llamacpp_stores(
         return reordered(ref, pairs_order(_heads(row, decoder), decoder.head_dim))
     if layout.norm_plus_one and row.kind == "norm":
         return derived(ref, lambda values: values + np.float32(1))
-    return ref
+    if row.kind == "decay":
+        ref = derived(ref, lambda values: -np.exp(values))
+    shape = _stored_shape(row, decoder, layout)
+    return ref if shape == row.shape else reshaped(ref, shape)
+
+
+def _stored_shape(row: TensorRow, decoder: Decoder, layout: GgufLayout) -> tuple[int, ...]:
+    if row.kind == "convolution":
+        return (row.shape[0], row.shape[-1])
+    return layout.shapes(decoder).get(row.role.split(".", 2)[-1], row.shape)
 
 
 def as_checkpoint_stores(
     ref: TensorRef, row: TensorRow, decoder: Decoder, layout: GgufLayout
 ) -> TensorRef:
-    """``ref`` with the rows of q and k back in half-rotation order, or a norm less its offset."""
+    """What ``as_llamacpp_stores`` did, undone.
+
+    Shapes are the network's by then (``as_described``).
+    """
     if layout.as_checkpoint:
         return as_network_takes(ref, row)
     if layout.interleaved_rope and row.role.endswith(PAIRED_ROLES):
         return reordered(ref, halves_order(_heads(row, decoder), decoder.head_dim))
     if layout.norm_plus_one and row.kind == "norm":
         return derived(ref, lambda values: values - np.float32(1))
+    if row.kind == "decay":
+        return derived(ref, lambda values: np.log(-values))
     return ref
+
+
+def as_described(ref: TensorRef, row: TensorRow, decoder: Decoder, layout: GgufLayout) -> TensorRef:
+    """A stored tensor in the shape that the network has for it, where llama.cpp has another."""
+    stored = _stored_shape(row, decoder, layout)
+    other = stored != row.shape and ref.shape == stored
+    return reshaped(ref, row.shape) if other else ref
 
 
 def pairs_order(heads: int, head_dim: int) -> Order:

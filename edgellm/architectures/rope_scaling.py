@@ -127,5 +127,5 @@ def rescaled_config(
 
 def main_rope(decoder: Decoder) -> Rope | None:
     """The rope of the layers without a window, or of all where every layer has one."""
-    ropes = [layer.rope for layer in decoder.layers if layer.window is None]
-    return (ropes or [layer.rope for layer in decoder.layers])[0]
+    ropes = [layer.rope for layer in decoder.attending if layer.window is None]
+    return next(iter((*ropes, *(layer.rope for layer in decoder.attending))), None)

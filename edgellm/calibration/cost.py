@@ -26,6 +26,13 @@ SOLVED_PER_SECOND = {"hessian": 4e9, "importance": 0.0}
 FACTORED_PER_SECOND = 8e9
 """Cubed columns of a Hessian that one such thread factors in a second."""
 
+CONVOLUTION_VALUES = 9
+"""Widths of the model that a short convolution computes of a token: B, C and x, what is made of
+them, and two slices at a time."""
+
+CONVOLUTION_SQUARES = 4
+"""Squares of the model's width in the two products of a short convolution, B, C and x in one."""
+
 RUNS = {"float": 1, "quantized": 2}
 """How often a layer is run over the text."""
 
@@ -71,10 +78,14 @@ class Inputs:
 def layer_inputs(decoder: Decoder, layer: Layer) -> list[Inputs]:
     """Attention's, its output's, gate's and down's; of experts all that they get, and each's.
 
-    With latent attention also those of its vectors.
+    With latent attention also those of its vectors; of a state-space layer those of the products
+    in and out, and of the two between.
     """
     hidden, experts = decoder.hidden_size, layer.experts
-    found = [Inputs(hidden), Inputs(decoder.attended_size)]
+    if layer.scan is not None:
+        scan = layer.scan
+        return [Inputs(hidden), Inputs(scan.inner), Inputs(scan.inner), Inputs(scan.step_rank or 1)]
+    found = [Inputs(hidden), Inputs(hidden if layer.convolution else decoder.attended_size)]
     if decoder.latent is not None:
         found += [Inputs(decoder.latent.rank), Inputs(decoder.latent.query_rank or 0)]
     if experts is None:
@@ -97,19 +108,32 @@ def active_weights(decoder: Decoder) -> int:
 
 
 def _weights_of(decoder: Decoder, layer: Layer, *, active: bool) -> int:
-    hidden, query, experts = decoder.hidden_size, decoder.query_size, layer.experts
-    attention = hidden * (query + 2 * decoder.kv_size) + query * hidden
+    hidden, experts = decoder.hidden_size, layer.experts
+    mixing = _mixing_weights(decoder, layer)
+    if not decoder.feed_forward:
+        return mixing
+    if experts is None:
+        return mixing + (3 if decoder.gated_mlp else 2) * hidden * decoder.ffn_size
+    passed = experts.used if active else experts.count
+    each = 3 * hidden * experts.width
+    return mixing + experts.count * hidden + passed * each + 3 * hidden * experts.shared_width
+
+
+def _mixing_weights(decoder: Decoder, layer: Layer) -> int:
+    """Of attention, or of what stands in its place."""
+    hidden, query = decoder.hidden_size, decoder.query_size
+    if (scan := layer.scan) is not None:
+        between = scan.inner * 2 * (scan.step_rank + scan.state) if scan.step_rank else 0
+        return hidden * (scan.made + scan.inner) + between
+    if layer.convolution is not None:
+        return CONVOLUTION_SQUARES * hidden * hidden
     if (latent := decoder.latent) is not None:
         queries = hidden * query
         if latent.query_rank is not None:
             queries = (hidden + query) * latent.query_rank
         expansion = decoder.heads * latent.head_rows * latent.rank
-        attention = queries + hidden * (latent.width + decoder.attended_size) + expansion
-    if experts is None:
-        return attention + (3 if decoder.gated_mlp else 2) * hidden * decoder.ffn_size
-    passed = experts.used if active else experts.count
-    each = 3 * hidden * experts.width
-    return attention + experts.count * hidden + passed * each + 3 * hidden * experts.shared_width
+        return queries + hidden * (latent.width + decoder.attended_size) + expansion
+    return hidden * (query + 2 * decoder.kv_size) + query * hidden
 
 
 def pass_cost(
@@ -167,8 +191,16 @@ def sums_bytes(decoder: Decoder, importance_only: bool) -> int:
 
 def runtime_bytes(decoder: Decoder, window: int, threads: int) -> int:
     """What onnxruntime computes of a window on each thread, and keeps for the next."""
+    hidden = decoder.hidden_size
     query, keys = decoder.heads * decoder.cache_dim, decoder.cache_heads * decoder.cache_dim
-    computed = window * (4 * decoder.hidden_size + 3 * query + 6 * keys + _fed(decoder))
+    mixed = 3 * query + 6 * keys
+    scan = decoder.layers[0].scan
+    if scan is not None:
+        # Keys, queries and (Mamba 1's) decays of every head, and what they are made of.
+        mixed = 4 * scan.made + 3 * (scan.heads or scan.inner) * scan.state
+    elif len(decoder.attending) < len(decoder.layers):
+        mixed = max(mixed, CONVOLUTION_VALUES * hidden)
+    computed = window * (4 * hidden + mixed + _fed(decoder))
     scores = decoder.heads * window * window
     return RUNTIME_BYTES + 4 * threads * (computed + scores)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,13 @@ def _of_manifest(artifact: Artifact, manifest: Manifest) -> ArtifactFacts:
         sha256=manifest.sha256,
         model_sha256=made.base.sha256,
         size_bytes=sum(file.nbytes for file in made.files),
-        kv_values=_kv_values(model.layer_count, model.kv_head_count, model.head_dim),
+        kv_values=_kv_values(
+            model.layer_count
+            if model.attention_layer_count is None
+            else model.attention_layer_count,
+            model.kv_head_count,
+            model.head_dim,
+        ),
         kv_windows=model.windows if limited else (),
         kld_mean=kld,
     )
@@ -115,7 +121,7 @@ def _of_genai(artifact: Artifact) -> ArtifactFacts:
         sha256=_digest(files),
         size_bytes=_size({*_parts(artifact.path), *files}),
         kv_values=_kv_values(
-            decoder.get("num_hidden_layers"),
+            attention_layers(decoder, decoder.get("num_hidden_layers")),
             decoder.get("num_key_value_heads"),
             decoder.get("head_size"),
         ),
@@ -141,7 +147,18 @@ def _kv_values_of_config(config: Mapping[str, Any]) -> int | None:
     known = isinstance(heads, int) and isinstance(width, int) and heads > 0
     head_dim = said("head_dim") or (width // heads if known else None)
     kv_heads = said("num_key_value_heads") or heads
-    return _kv_values(said("num_hidden_layers", "n_layer"), kv_heads, head_dim)
+    layers = attention_layers(config, said("num_hidden_layers", "n_layer"))
+    return _kv_values(layers, kv_heads, head_dim)
+
+
+def attention_layers(config: Mapping[str, Any], layers: Any) -> Any:
+    """How many of ``layers`` have keys and values, by ``layer_types`` or ``full_attn_idxs``."""
+    types, listed = config.get("layer_types"), config.get("full_attn_idxs")
+    if isinstance(types, Sequence):
+        return sum(
+            str(kind).endswith("_attention") and kind != "linear_attention" for kind in types
+        )
+    return len(listed) if isinstance(listed, Sequence) else layers
 
 
 def _kv_values(layers: Any, kv_heads: Any, head_dim: Any) -> int | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from edgellm.architectures import config_from_gguf, family_of
 from edgellm.architectures.config import Config
 from edgellm.architectures.gguf_latent import joined
-from edgellm.architectures.gguf_rows import as_checkpoint_stores, name_in_file
+from edgellm.architectures.gguf_rows import as_checkpoint_stores, as_described, name_in_file
 from edgellm.errors import TensorError, UnsupportedModel
 from edgellm.generation_defaults import generation_from_gguf
 from edgellm.lora import lineage
@@ -60,6 +60,11 @@ def open_gguf(
         refs = joined(refs, decoder)
     matrices = references(stored, flat=True)
     named = {roles.get(name, name): ref for name, ref in refs.items()}
+    named |= {
+        row.role: as_described(named[row.role], row, decoder, layout)
+        for row in rows
+        if row.role in named
+    }
     matched = match(
         rows,
         unstacked_gguf(named, rows, lambda ref: matrices[ref.name], str(path)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
-from edgellm.architectures.decoder import Decoder
+from edgellm.architectures.decoder import Decoder, Feature
 from edgellm.calibration.cost import layer_weights
 from edgellm.calibration.texts import (
     CALIBRATION_TOKENS,
@@ -73,8 +73,9 @@ def plan_tuning(
 
     It reads the text that calibration does, and further on in it. ``free_bytes``: memory that may
     be taken.
-    Raises ``RuntimeMissing`` without torch, and ``UsageError`` where nothing can be trained, for
-    a text that is too short, and where not even one block fits.
+    Raises ``RuntimeMissing`` without torch, ``UnsupportedTarget`` for state-space layers, and
+    ``UsageError`` where nothing can be trained, for a text that is too short, and where not even
+    one block fits.
     """
     if recipe.tune is None:
         return None
@@ -92,6 +93,11 @@ def plan_tuning(
         raise RuntimeMissing(
             "--tune trains with torch, which is not installed: pip install 'edgellm[calibrate]', "
             "or leave --tune out"
+        )
+    if Feature.STATE_SPACE in source.decoder.features():
+        raise UnsupportedTarget(
+            f"--tune: {source.decoder.family} has {Feature.STATE_SPACE}, through which edgellm "
+            "does not train; leave --tune out, or choose gptq or awq+gptq"
         )
     trained = [tensor for tensor in layout.model_tensors if trains_scales(tensor)]
     if not trained:

@@ -47,7 +47,8 @@ def layer(decoder: Decoder, index: int, weights: Weights, stream: Tensor) -> Ten
         return norm(decoder, weights, f"{name}.{part}", x) if decoder.pre_norms else x
 
     before = normed("attn_norm", stream)
-    branch = _attention(decoder, index, weights, before)
+    mixes = _attention if decoder.layers[index].convolution is None else _convolution
+    branch = mixes(decoder, index, weights, before)
     if decoder.post_norms:
         branch = norm(decoder, weights, f"{name}.post_attention_norm", branch)
     after = stream + decoder.residual_scale * branch
@@ -162,6 +163,17 @@ def _from_latents(
 
 def _rms_norm(weights: Weights, name: str, x: Tensor, epsilon: float) -> Tensor:
     return functional.rms_norm(x, x.shape[-1:], weights.vector(f"{name}.weight"), epsilon)
+
+
+def _convolution(decoder: Decoder, index: int, weights: Weights, x: Tensor) -> Tensor:
+    name, hidden = f"blk.{index}.shortconv", decoder.hidden_size
+    into, gate, values = weights.product(f"{name}.in_proj", x).chunk(3, dim=-1)
+    kernel = weights.rows(f"{name}.conv.weight", torch.arange(hidden, device=x.device))
+    kernel = kernel.reshape(hidden, 1, -1)
+    given = functional.pad((into * values).transpose(1, 2), (kernel.shape[-1] - 1, 0))
+    bias = weights.vector(f"{name}.conv.bias")
+    mixed = functional.conv1d(given, kernel, bias, groups=hidden).transpose(1, 2)
+    return weights.product(f"{name}.out_proj", gate * mixed)
 
 
 def _capped_attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ def write_layout(layout: Layout, folder: Path) -> None:
                     file.write(packed[array.component].tobytes())
 
 
+PAST, PAST_NAME = "past_sequence_length", re.compile(r"^past(_key_values)?\.")
+
+
 def _slabs(tensor: OutputTensor) -> Iterator[tuple[int, int]]:
     each = tensor.rows // tensor.experts
     for first in range(0, tensor.rows, each):
@@ -66,12 +70,12 @@ class Graph:
         self.buffers = {
             given.name: onnxruntime.OrtValue.ortvalue_from_numpy(
                 np.zeros(
-                    (1, given.shape[1], context_tokens, given.shape[3]),
+                    (1, *(context_tokens if size == PAST else size for size in given.shape[1:])),
                     np.int8 if given.type == "tensor(int8)" else np.float32,
                 )
             )
             for given in self.session.get_inputs()
-            if given.name.startswith("past_key_values.")
+            if given.name.startswith(("past_key_values.", "past."))
         }
         self.length = 0
 
@@ -86,7 +90,7 @@ class Graph:
             binding.bind_ortvalue_input("logits_from", start)
         for name, buffer in self.buffers.items():
             binding.bind_ortvalue_input(name, buffer)
-            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
+            binding.bind_ortvalue_output(PAST_NAME.sub("present.", name), buffer)
         binding.bind_output("logits")
         self.session.run_with_iobinding(binding)
         logits: np.ndarray = binding.get_outputs()[-1].numpy()[0]

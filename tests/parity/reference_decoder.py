@@ -34,7 +34,11 @@ def logits(decoder: Decoder, tensors: Tensors, token_ids: Sequence[int]) -> Arra
     for index, layer in enumerate(decoder.layers):
         block = _under(weights, f"blk.{index}.")
         before = _norm(decoder.norm, block, "attn_norm", x) if decoder.pre_norms else x
-        after = x + decoder.residual_scale * _attention(decoder, layer, block, before)
+        mixes = _scan if layer.scan else _convolution if layer.convolution else _attention
+        after = x + decoder.residual_scale * mixes(decoder, layer, block, before)
+        if not decoder.feed_forward:
+            x = after
+            continue
         if not decoder.shared_norm:
             before = x if decoder.parallel else after
             before = _norm(decoder.norm, block, "ffn_norm", before) if decoder.pre_norms else before
@@ -155,6 +159,56 @@ def _mixture(decoder: Decoder, experts: Experts, block: Tensors, x: Array) -> Ar
 def _gated(decoder: Decoder, block: Tensors, part: str, x: Array) -> Array:
     gate = _ACTIVATIONS[decoder.activation](_product(block, f"ffn_gate_{part}", x))
     return _product(block, f"ffn_down_{part}", gate * _product(block, f"ffn_up_{part}", x))
+
+
+def _convolution(decoder: Decoder, layer: Layer, block: Tensors, x: Array) -> Array:
+    into, gate, values = np.split(_product(block, "shortconv.in_proj", x), 3, axis=1)
+    mixed = _convolved(block, "shortconv.conv", into * values, layer.convolution.width)
+    return _product(block, "shortconv.out_proj", gate * mixed)
+
+
+def _convolved(block: Tensors, name: str, x: Array, width: int) -> Array:
+    kernel, mixed = block[f"{name}.weight"][:, 0], np.zeros_like(x)
+    for age in range(width):
+        mixed[age:] += x[: len(x) - age] * kernel[:, -1 - age]
+    return mixed + block.get(f"{name}.bias", 0.0)
+
+
+def _scan(decoder: Decoder, layer: Layer, block: Tensors, x: Array) -> Array:
+    settings, decay = layer.scan, -np.exp(block["ssm_a"])
+    parts, inner, state = _product(block, "ssm_in", x), settings.inner, settings.state
+    if settings.heads:
+        gate, given, steps = np.split(parts, [inner, inner + settings.convolved], axis=1)
+        given = _silu(_convolved(block, "ssm_conv1d", given, settings.width))
+        shared = settings.groups * state
+        given, into, out = np.split(given, [inner, inner + shared], axis=1)
+        each = settings.heads // settings.groups
+        into, out = (
+            np.repeat(part.reshape(len(x), settings.groups, 1, state), each, axis=1)
+            for part in (into, out)
+        )
+        values = given.reshape(len(x), settings.heads, -1, 1)
+        decay = decay.reshape(1, -1, 1, 1)
+    else:
+        given, gate = np.split(parts, 2, axis=1)
+        given = _silu(_convolved(block, "ssm_conv1d", given, settings.width))
+        made, rank = _product(block, "ssm_x", given), settings.step_rank
+        steps, into, out = np.split(made, [rank, rank + state], axis=1)
+        steps = steps @ block["ssm_dt.weight"].T
+        into, out = (part.reshape(len(x), 1, 1, state) for part in (into, out))
+        values, decay = given.reshape(len(x), inner, 1, 1), decay.reshape(1, inner, 1, state)
+    steps = np.logaddexp(0.0, steps + block["ssm_dt.bias"])[:, :, None, None]
+    held, found = 0.0, []
+    for token in range(len(x)):
+        held = np.exp(decay[0] * steps[token]) * held + (steps * values * into)[token]
+        found.append((held * out[token]).sum(axis=-1))
+    y = np.stack(found) + block["ssm_d"][:, None] * values[..., 0]
+    y = y.reshape(len(x), inner) * _silu(gate)
+    if settings.heads:
+        grouped = y.reshape(len(x), settings.groups, -1)
+        spread = np.sqrt(np.mean(grouped**2, axis=-1, keepdims=True) + decoder.norm.epsilon)
+        y = (grouped / spread).reshape(len(x), inner) * block["ssm_norm.weight"]
+    return _product(block, "ssm_out", y)
 
 
 def _feed_forward(decoder: Decoder, block: Tensors, x: Array) -> Array:

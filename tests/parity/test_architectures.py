@@ -14,7 +14,7 @@ import pytest
 
 from edgellm.architectures import FAMILIES, config_from_gguf, family_of, gguf_keys, rope_factors
 from edgellm.architectures.config import HARMLESS_KEYS, NEUTRAL_VALUES, Config
-from edgellm.architectures.decoder import Decoder, Layer, Rope
+from edgellm.architectures.decoder import Decoder, Layer, Rope, ShortConvolution
 from edgellm.architectures.experts import stack_of
 from edgellm.architectures.family import TensorRow
 from edgellm.architectures.gguf_rows import name_in_file
@@ -135,6 +135,13 @@ def _unscaled(decoder: Decoder) -> Decoder:
     )
 
 
+def _convolved(decoder: Decoder, width: int) -> Decoder:
+    def changed(layer: Layer) -> Layer:
+        return replace(layer, convolution=ShortConvolution(width)) if layer.convolution else layer
+
+    return replace(decoder, layers=tuple(changed(layer) for layer in decoder.layers))
+
+
 MISREADINGS: dict[str, tuple[str, Callable[[Decoder], Decoder]]] = {
     "llama3 scaling lost": ("llama", _unscaled),
     "linear scaling lost": ("llama-linear", _unscaled),
@@ -206,6 +213,7 @@ MISREADINGS: dict[str, tuple[str, Callable[[Decoder], Decoder]]] = {
         "qwen2_moe",
         lambda decoder: _with_mixture(decoder, shared_gate=False),
     ),
+    "convolution a token short": ("lfm2", lambda decoder: _convolved(decoder, 2)),
     "head tied": ("qwen3", lambda decoder: replace(decoder, tied_head=True)),
     "scores of yarn lost": (
         "deepseek_v2-lite",
@@ -315,7 +323,16 @@ def test_the_classes_exist_and_have_the_families_prefix() -> None:
 
 # --- GGUF
 
-NOT_IN_GGUF = {"falcon-alibi", "gptj", "gptj-eighth", "minicpm3-plain", "opt", "opt-bare"}
+NOT_IN_GGUF = {
+    "falcon-alibi",
+    "gptj",
+    "gptj-eighth",
+    "lfm2-biased",
+    "mamba-biased",
+    "minicpm3-plain",
+    "opt",
+    "opt-bare",
+}
 """Models that llama.cpp has no graph and GGUF no names for."""
 
 IN_GGUF = [name for name in tiny_models.MODELS if name not in NOT_IN_GGUF]
@@ -332,6 +349,8 @@ def test_roles_are_the_names_of_gguf(name: str, tiny_model: TinyModel) -> None:
     for row in family.tensors(decoder):
         name = stack_of(row.role) or name_in_file(row.role, decoder, family.gguf)
         stem, _, suffix = name.rpartition(".")
+        if suffix not in ("weight", "bias"):
+            stem, suffix = name, ""
         block = stem.split(".")[1] if stem.startswith("blk.") else ""
         assert stem.replace(f"blk.{block}.", "blk.{bid}.") in known
         if not row.apart:  # llama.cpp's converter takes these apart by code
@@ -340,9 +359,13 @@ def test_roles_are_the_names_of_gguf(name: str, tiny_model: TinyModel) -> None:
         # those of experts once they are stacked.
         source = re.sub(r"experts\.\d+\.", "experts.", row.source)
         source = source.replace(".norms.", ".") if row.pieces else source
-        source = source.replace("_correction_bias", "_correction.bias")  # as it renames it
+        # As it renames them before it looks.
+        source = source.replace("_correction_bias", "_correction.bias")
+        source = source.replace(".dt_bias", ".dt_proj.bias")
         sources = (source, source.removeprefix(family.base_prefix))
-        assert name in [mapping.get_name(source, (f".{suffix}",)) for source in sources]
+        assert name in [
+            mapping.get_name(source, (f".{suffix}",) if suffix else ()) for source in sources
+        ]
 
 
 @pytest.mark.parametrize("name", IN_GGUF)
@@ -354,7 +377,13 @@ def test_gguf_keys_have_gguf_names_and_mean_the_same_model(
     keys = gguf_keys(decoder, family.gguf_layout)
     names = {
         value.replace("{arch}", family.gguf.arch)
-        for group in (gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope)
+        for group in (
+            gguf.Keys.LLM,
+            gguf.Keys.Attention,
+            gguf.Keys.Rope,
+            gguf.Keys.ShortConv,
+            gguf.Keys.SSM,
+        )
         for key, value in vars(group).items()
         if isinstance(value, str) and not key.startswith("_")
     }

@@ -42,6 +42,8 @@ LENGTH = 100
 REFUSED = {
     "qwen3-biased": "a bias on the attention output",
     "gemma3-scale": r"an attention scale of 0.204124 \(it has 0.176777\)",
+    "lfm2-biased": "biases in short convolutions",
+    "mamba-biased": "biases in the products.*convolutions without biases; an inner width other",
     "falcon-alibi": "biases on q, k and v.*a model without rotary positions",
     "mpt-scale": r"an attention scale other than 1/sqrt\(head_dim\)",
     **dict.fromkeys(("gptj", "gptj-eighth", "opt", "opt-bare"), "no graph for (gptj|opt) models"),

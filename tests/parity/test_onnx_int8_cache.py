@@ -25,6 +25,11 @@ TinyModel = Callable[[str], Path]
 
 LENGTH = 100
 
+REFUSED = ("olmo2", "olmo3", "mamba")
+"""How the names of models begin that have no such cache."""
+
+HELD = sorted(name for name in tiny_models.MODELS if not name.startswith(REFUSED))
+
 LARGEST_KL = 0.1
 """Nats. Found: up to 0.05, where attention is as sharp as in these models, whose logits spread 3 to
 5; 0.006 for SmolLM2-135M."""
@@ -33,7 +38,7 @@ LARGEST_KL_OF = {"deepseek_v3": 0.4}
 """Found: 0.2. Scores that are almost alike choose other experts."""
 
 
-@pytest.mark.parametrize("name", sorted(tiny_models.MODELS.keys() - {"olmo2", "olmo3"}))
+@pytest.mark.parametrize("name", HELD)
 def test_cache_is_rounded_to_the_nearest_and_nothing_is_clipped(
     name: str, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
@@ -45,13 +50,14 @@ def test_cache_is_rounded_to_the_nearest_and_nothing_is_clipped(
         graphs[kv_cache] = onnx_files.Graph(tmp_path / kv_cache, LENGTH)
     wanted, got = (graph.step(ids, 0) for graph in graphs.values())
     source = open_source(str(folder))
-    scales = CacheScales(source.decoder, source.tensors, 0)
+    first = next(at for at, layer in enumerate(source.decoder.layers) if layer.attends)
+    scales = CacheScales(source.decoder, source.tensors, first)
     # The first layer's keys and values are the same in both; what follows differs a little.
     for part, scale in (("key", scales.keys()), ("value", scales.values())):
         shape = 1, source.decoder.cache_heads, 1, source.decoder.cache_dim
         by_channel = scale.load().reshape(shape)
         codes, exact = (
-            graphs[kv_cache].buffers[f"past_key_values.0.{part}"].numpy()
+            graphs[kv_cache].buffers[f"past_key_values.{first}.{part}"].numpy()
             for kv_cache in ("int8", "f32")
         )
         assert (np.abs(codes * by_channel - exact) <= 0.501 * by_channel).all()

@@ -55,7 +55,16 @@ def test_the_last_positions_are_given_by_default_and_any_when_asked(
 
 
 @pytest.mark.parametrize(
-    "name", ["bloom", "gpt_neox-sequential", "minicpm3", "minicpm3-plain", "deepseek_v3"]
+    "name",
+    [
+        "bloom",
+        "gpt_neox-sequential",
+        "minicpm3",
+        "minicpm3-plain",
+        "deepseek_v3",
+        "lfm2",
+        "lfm2-untied",
+    ],
 )
 def test_places_are_counted_for_each_sequence_of_a_batch(
     name: str, tiny_model: TinyModel, tmp_path: Path
@@ -72,9 +81,11 @@ def test_places_are_counted_for_each_sequence_of_a_batch(
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", options)
     lengths, step = [len(text) - 1 for text in texts], max(map(len, texts)) - 1
     past = {
-        each.name: np.zeros((2, each.shape[1], 0, each.shape[3]), np.float32)
+        each.name: np.zeros(
+            (2, *(0 if size == onnx_files.PAST else size for size in each.shape[1:])), np.float32
+        )
         for each in session.get_inputs()
-        if each.name.startswith("past_key_values.")
+        if onnx_files.PAST_NAME.match(each.name)
     }
     prompts = np.zeros((2, step), np.int64)
     for row, text, length in zip(prompts, texts, lengths, strict=True):
@@ -92,7 +103,7 @@ def test_places_are_counted_for_each_sequence_of_a_batch(
         "input_ids": np.asarray([[text[-1]] for text in texts], np.int64),
         "attention_mask": mask.astype(np.int64),
     }
-    held = {name.replace("present", "past_key_values"): each for name, each in outputs.items()}
+    held = {name: outputs[onnx_files.PAST_NAME.sub("present.", name)] for name in past}
     found = session.run(["logits"], given | whole | held)[0]
     for step_logits, expected in zip(found, wanted, strict=True):
         np.testing.assert_allclose(step_logits[0], expected[-1], rtol=0, atol=TOLERANCE)

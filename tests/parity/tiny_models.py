@@ -182,6 +182,19 @@ _GRANITE_EXPERTS: dict[str, Any] = {
     "attention_multiplier": 0.1,
     "logits_scaling": 3.0,
 }
+_LFM2: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": 200,
+    "block_multiple_of": 24,
+    "block_ffn_dim_multiplier": 1.3,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
+}
+
+_MAMBA: dict[str, Any] = {"hidden_size": 96, "num_hidden_layers": 3, "state_size": 12}
 
 MODELS: dict[str, Tiny] = {
     # Llama: three query heads to a kv head, heads wider than the model together, untied.
@@ -642,6 +655,55 @@ MODELS: dict[str, Tiny] = {
             },
         },
         seed=209,
+    ),
+    # Widths of 24 by 24 above two thirds of what is stated, times a factor: 192.
+    "lfm2": Tiny("Lfm2Config", _LFM2, seed=201),
+    "lfm2-untied": Tiny(
+        "Lfm2Config",
+        _LFM2
+        | {
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "hidden_size": 192,
+            "conv_L_cache": 5,
+            "block_auto_adjust_ff_dim": False,
+            "layer_types": ["full_attention", "conv", "full_attention", "conv", "conv"],
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 3e4, "factor": 4.0},
+        },
+        seed=202,
+    ),
+    "lfm2-biased": Tiny("Lfm2Config", _LFM2 | {"conv_bias": True, "conv_L_cache": 2}, seed=203),
+    "mamba": Tiny("MambaConfig", _MAMBA, seed=204),
+    "mamba-biased": Tiny(
+        "MambaConfig",
+        _MAMBA
+        | {
+            "use_bias": True,
+            "use_conv_bias": False,
+            "expand": 3,
+            "conv_kernel": 3,
+            "time_step_rank": 5,
+            "tie_word_embeddings": False,
+        },
+        seed=205,
+    ),
+    # Three heads to a group, which share what leads into their states.
+    "mamba2": Tiny(
+        "Mamba2Config", _MAMBA | {"num_heads": 6, "head_dim": 32, "n_groups": 2}, seed=208
+    ),
+    "mamba2-tied": Tiny(
+        "Mamba2Config",
+        _MAMBA
+        | {
+            "num_heads": 9,
+            "head_dim": 32,
+            "expand": 3,
+            "n_groups": 1,
+            "conv_kernel": 2,
+            "tie_word_embeddings": True,
+        },
+        seed=207,
     ),
     "cohere": Tiny("CohereConfig", _SQUARE | {"logit_scale": 0.4}),
     # Command R+: as many layers as llama.cpp looks for norms of heads in.

@@ -52,6 +52,12 @@ CASES = (
 MODELS = ("llama", "gemma3")
 """One with plain attention, one with windows of eight tokens in every other layer."""
 
+STATEFUL = "lfm2"
+"""One whose short convolutions have a state, which cannot be cut."""
+
+HOLDING_STATES = ("onnxruntime", "llamacpp", "onnxruntime-genai")
+"""Runtimes that open it."""
+
 
 @pytest.fixture(scope="session")
 def artifact(
@@ -86,7 +92,10 @@ def container(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(
-    params=[(case, model) for case in CASES for model in MODELS],
+    params=[
+        *((case, model) for case in CASES for model in MODELS),
+        *((case, STATEFUL) for case in CASES if case.runtime in HOLDING_STATES),
+    ],
     ids=lambda given: f"{given[0].runtime}-{given[0].kv_dtype}-{given[1]}",
 )
 def case(request: pytest.FixtureRequest) -> tuple[Case, str]:

@@ -155,12 +155,16 @@ def test_context_beyond_the_models_is_refused(open_session: Callable[..., Sessio
         open_session(context_tokens=100_000)
 
 
-def test_cache_size_follows_the_context(open_session: Callable[..., Session]) -> None:
+def test_cache_size_follows_the_context(
+    open_session: Callable[..., Session], case: tuple[object, str]
+) -> None:
+    _, model = case
     small, large = open_session(context_tokens=32), open_session(context_tokens=256)
     for session in (small, large):
         session.prefill(IDS[:3])
     assert 0 < small.kv_bytes() <= large.kv_bytes()
-    assert large.kv_bytes() % 256 == 0
+    if model != "lfm2":  # whose states are as large in any context
+        assert large.kv_bytes() % 256 == 0
 
 
 def test_closed_session_gives_usable_errors(session: Session) -> None:

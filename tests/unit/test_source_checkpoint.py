@@ -155,7 +155,7 @@ def test_an_unknown_key_is_refused_and_can_be_vouched_for(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "mamba"),
+        ({"model_type": "rwkv"}, "rwkv"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized already.*gptq"),
     ],
 )

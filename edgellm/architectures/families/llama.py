@@ -47,10 +47,15 @@ class Shape:
 
 
 def read_shape(
-    config: Config, *, kv_heads_required: bool = True, head_dim_required: bool = False
+    config: Config,
+    *,
+    kv_heads_required: bool = True,
+    head_dim_required: bool = False,
+    ffn_size: str = "intermediate_size",
 ) -> Shape:
     """The sizes; ``head_dim`` defaults to hidden over heads, as in transformers.
 
+    ``ffn_size``: the key of that size.
     Raises ``UnsupportedModel`` for a missing key and for heads that do not divide.
     """
     hidden = config.integer("hidden_size")
@@ -68,7 +73,7 @@ def read_shape(
     return Shape(
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden,
-        ffn_size=config.integer("intermediate_size"),
+        ffn_size=config.integer(ffn_size),
         layers=config.integer("num_hidden_layers", maximum=MOST_LAYERS),
         heads=heads,
         kv_heads=kv_heads,
