@@ -168,7 +168,7 @@ def run(
       edgellm run small --load-session talk --save-session talk
       edgellm run small "Name a prime." --json | jq .decode_tokens_per_s
       edgellm run embedder "A text." "Another one." | jq .embedding
-      edgellm run mbart-50 --source-lang en_XX --target-lang de_DE "How old are you?"
+      edgellm run mbart --source-lang en_XX --target-lang de_DE "Hello."
     """
     from edgellm.cli.run_encoder import is_encoder, run_encoder
 
