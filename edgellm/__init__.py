@@ -90,6 +90,7 @@ def convert(
     threads: int | None = None,
     force: bool = False,
     check: bool = True,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
     """The artifact made of ``source`` (a folder, GGUF file or Hub id) in the new folder ``out``.
@@ -146,6 +147,7 @@ def convert(
         threads=threads,
         force=force,
         check=check,
+        trust_remote_code=trust_remote_code,
         progress=progress or unwatched,
     )
 

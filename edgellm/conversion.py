@@ -10,12 +10,12 @@ import hashlib
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -37,7 +37,9 @@ from edgellm.errors import (
 from edgellm.export import container_named
 from edgellm.export.layout import OutputTensor
 from edgellm.export.writer import StagedFolder, begun_before, check_output
+from edgellm.generation_defaults import lost_suggestions
 from edgellm.hardware import peak_memory_bytes
+from edgellm.hub.circumstances import lasting, run_notes
 from edgellm.lora.lineage import kept_entries, merge_entry
 from edgellm.lora.record import MergeRecord
 from edgellm.made import CARD, note_made
@@ -53,6 +55,7 @@ from edgellm.manifest import (
     Manifest,
     ModelFacts,
     Parity,
+    RemoteCodeEntry,
     TensorEntry,
     open_artifact,
 )
@@ -66,6 +69,10 @@ from edgellm.slabs import Solve, write_tensors
 from edgellm.tensors import Array
 from edgellm.tokenization import artifact_parity
 from edgellm.tune.settings import Tuned
+
+if TYPE_CHECKING:
+    from edgellm.remote.answering import CodeAnswers
+    from edgellm.remote.finding import RemoteCode
 
 RECORDED_PACKAGES = ("libgguf", "numpy", "tokenizers")
 """Packages whose version can change the bytes of any artifact (libgguf reads GGUF sources); a
@@ -88,25 +95,30 @@ def convert(
     force: bool = False,
     check: bool = True,
     save_imatrix: Path | None = None,
+    trust_remote_code: bool = False,
     progress: Progress = unwatched,
 ) -> Artifact:
     """The artifact that ``recipe`` asks for, written to the folder ``out``.
 
     ``check`` loads the result, generates a few tokens with it, compares its answers with the
-    source's, and measures what is left of the adapters that were merged. Raises any ``EdgeError``;
-    then nothing is left at ``out``, and an older artifact there is untouched. What exceeds the
-    recipe's ``max_kld`` or ``max_ppl_increase`` lies beside it, as ``OUT.rejected``.
+    source's, and measures what is left of the adapters that were merged. ``trust_remote_code`` lets
+    Python that the source brings be run, to compare with; no recipe can say that. Raises any
+    ``EdgeError``; then nothing is left at ``out``, and an older artifact there is untouched. What
+    exceeds the recipe's ``max_kld`` or ``max_ppl_increase`` lies beside it, as ``OUT.rejected``.
     """
     check_output(out, force=force)
     encoder = find_encoder(recipe, progress=progress)
     if encoder is not None:
-        from edgellm.encoders.kinds import convert_found, refuse_imatrix
+        from edgellm.encoders.kinds import convert_found, refuse_code, refuse_imatrix
 
         refuse_imatrix(save_imatrix)
+        refuse_code(trust_remote_code)
         return convert_found(
             recipe, encoder, out, threads=threads, force=force, check=check, progress=progress
         )
-    plan = make_plan(recipe, threads=threads, progress=progress)
+    plan = make_plan(
+        recipe, threads=threads, trust_remote_code=trust_remote_code, progress=progress
+    )
     return carry_out(
         plan, out, force=force, check=check, save_imatrix=save_imatrix, progress=progress
     )
@@ -132,6 +144,7 @@ def carry_out(
         )
     quality_gate.check_ready(plan, out, check=check)
     started = time.perf_counter()
+    theirs, own_code = _by_own_code(plan, check, progress)
     with StagedFolder(out, force=force, resume_key=resume_key(plan)) as staged:
         for name, nbytes in plan.layout.data_files.items():
             staged.create_data_file(name, nbytes)
@@ -155,6 +168,9 @@ def carry_out(
             "tokenizer_parity_method": parity.method,
             "platform": platform.platform(),
         }
+        measured |= run_notes(plan.notes)
+        if own_code:
+            measured["remote_code"] = own_code
         if outcome.measured:
             measured["calibration"] = outcome.measured
         if plan.fitted is not None:
@@ -168,13 +184,43 @@ def carry_out(
             progress(ProgressEvent("check", CHECK_PROMPT, 0, 0))
             measured["check"] = check_artifact(open_artifact(staged.path))
         made = open_artifact(staged.path)
-        measured |= quality_gate.compare(plan, made, check=check, progress=progress)
+        measured |= quality_gate.compare(
+            plan, made, check=check, reference=theirs, progress=progress
+        )
         staged.write_file(MANIFEST, Manifest.of(digested, measured).to_json())
         if rejected := quality_gate.verdict(measured):
             raise quality_gate.refusal(rejected, staged.put_aside(), plan.recipe)
         staged.commit()
     note_made(out)
     return open_artifact(out)
+
+
+def _by_own_code(
+    plan: Plan, check: bool, progress: Progress
+) -> tuple[CodeAnswers | None, dict[str, Any]]:
+    """The answers of the source by its own Python, and how near edgellm's float network is to them.
+
+    None and nothing where no such Python is trusted; the reason where it does not load. Raises
+    ``VerificationError`` where the network is not what that Python computes.
+    """
+    if plan.source.code is None:
+        return None, {}
+    if not check:
+        return None, {"skipped": "--no-check"}
+    from edgellm.remote.answering import open_code_answers, prove_reading
+
+    theirs, why = open_code_answers(plan.source, threads=plan.threads)
+    if theirs is None:
+        return None, {"skipped": why}
+    read = prove_reading(plan.source, theirs, threads=plan.threads, progress=progress)
+    return theirs, msgspec.to_builtins(read)
+
+
+def _code_entry(code: RemoteCode | None) -> RemoteCodeEntry | None:
+    """What a manifest says of Python that was run."""
+    if code is None:
+        return None
+    return RemoteCodeEntry(classes=dict(code.classes), files=code.digests())
 
 
 def quantize_tensors(plan: Plan, staged: StagedFolder, progress: Progress = unwatched) -> Outcome:
@@ -282,20 +328,26 @@ def measured_changes(record: MergeRecord) -> dict[str, Any]:
 def prove_parity(plan: Plan, folder: Path) -> Parity:
     """The verdict on the tokenizer of the artifact in ``folder`` against the source's.
 
-    Raises ``VerificationError`` with examples when they split text differently.
+    Raises ``VerificationError`` with examples when they split text differently, and for sampling
+    that the artifact suggests otherwise.
     """
+    main_file, container = folder / plan.layout.main_file, plan.layout.container
     parity = artifact_parity(
-        plan.source.tokenizer,
-        folder / plan.layout.main_file,
-        plan.layout.container,
-        plan.layout.tokenizer_limits,
+        plan.source.tokenizer, main_file, container, plan.layout.tokenizer_limits
     )
+    check_suggestions(plan.source.generation, main_file, container)
     if parity.mismatches:
         raise VerificationError(
             "the artifact's tokenizer splits text differently from the source's, so its answers "
             f"would differ: {'; '.join(parity.mismatches)}"
         )
     return parity
+
+
+def check_suggestions(generation: Mapping[str, Any], main_file: Path, container: str) -> None:
+    """Raise ``VerificationError`` where an artifact suggests another sampling than the source."""
+    if lost := lost_suggestions(generation, main_file, container):
+        raise VerificationError(f"what was made is not kept: {'; '.join(lost)}")
 
 
 def describe(
@@ -345,7 +397,7 @@ def describe(
             chat_template_sha256=source.tokenizer.chat_template_sha256(),
             tokenizer_parity=msgspec.structs.replace(parity, method=""),
             notes=(
-                *plan.notes,
+                *lasting(plan.notes),
                 *notes,
                 *(limit.sentence for limit in layout.tokenizer_limits),
             ),
@@ -355,6 +407,7 @@ def describe(
             kept_adapters=kept_entries(layout),
             calibration=calibration_entry(plan) if plan.calibration else None,
             tuning=tuned.entry(plan.tuning.text) if tuned and plan.tuning else None,
+            remote_code=_code_entry(source.code),
         )
         return digested, parity
 

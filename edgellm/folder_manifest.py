@@ -11,6 +11,7 @@ import numpy as np
 
 import edgellm
 from edgellm.digests import combined_sha256
+from edgellm.hub.circumstances import lasting
 from edgellm.lora.checkpoint_weights import text_config
 from edgellm.lora.lineage import combined_entry
 from edgellm.made import CARD
@@ -68,7 +69,7 @@ def describe(plan: MergePlan, writer: ShardWriter, notes: tuple[str, ...]) -> Di
         tokenizer_sha256="" if tokenizer is None else tokenizer.sha256(),
         chat_template_sha256="" if tokenizer is None else tokenizer.chat_template_sha256(),
         tokenizer_parity=Parity(equal=True, cases=0),
-        notes=(*plan.notes, *notes),
+        notes=lasting((*plan.notes, *notes)),
         tool_versions={"edgellm": edgellm.__version__, "numpy": np.__version__},
         merge=msgspec.structs.replace(
             combined_entry(plan.adapter_entries(), plan.combination),

@@ -29,6 +29,7 @@ from edgellm.export.to_safetensors import Shard, lay_out_shards, pieces_of
 from edgellm.export.writer import StagedFolder, check_free, check_no_overlap, check_output
 from edgellm.folder_manifest import describe, vanishing_notes
 from edgellm.hardware import detect, peak_memory_bytes
+from edgellm.hub.circumstances import run_notes
 from edgellm.json_file import read_json
 from edgellm.lora.adapter import Adapter
 from edgellm.lora.base.folder_base import folder_base, refuse_untrained
@@ -250,6 +251,7 @@ def carry_out(
             "threads": plan.threads,
             "platform": platform.platform(),
             "vanished": vanished,
+            **run_notes(plan.notes),
         }
         digested = describe(plan, writer, vanishing_notes(vanished))
         staged.write_file(MANIFEST, Manifest.of(digested, measured).to_json())

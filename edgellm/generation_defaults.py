@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgellm.errors import SourceError
+from edgellm.json_file import read_json
+from edgellm.manifest import GENAI_CONFIG
 
 _PREFIX = "general.sampling."
 # By the name in generation_config.json: GGUF's, and what the number is there.
@@ -78,3 +81,51 @@ def generation_from_gguf(
     if sampling:
         found["do_sample"] = True
     return {**found, **sampling}
+
+
+def lost_suggestions(
+    generation: Mapping[str, Any], main_file: Path, container: str
+) -> tuple[str, ...]:
+    """Sentences on what ``generation`` suggests for sampling, and the artifact says otherwise.
+
+    ``main_file`` and ``container`` are the artifact's. Of numbers that its files round (GGUF's are
+    float32) the rounded ones are expected. Raises ``SourceError`` as ``sampling_keys`` does.
+    """
+    wanted = sampling_keys(generation)
+    lost = []
+    for where, found in _carried(main_file, container).items():
+        for name, (key, _) in _SAMPLING.items():
+            ours, theirs = wanted.get(_PREFIX + key), found.get(_PREFIX + key)
+            if _alike(ours, theirs) or (where == GENAI_CONFIG and (ours is None or name in UNSAID)):
+                continue
+            said = "no such suggestion" if theirs is None else f"{name} {theirs}"
+            asked = "suggests none" if ours is None else f"suggests {name} {ours}"
+            lost.append(f"for sampling the source {asked}, and the artifact's {where} has {said}")
+    return tuple(lost)
+
+
+UNSAID = frozenset({"min_p"})
+"""What onnxruntime-genai's file has no room for; where nothing is suggested it has its defaults."""
+
+
+def _carried(main_file: Path, container: str) -> dict[str, dict[str, int | float]]:
+    """The sampling that an artifact suggests, in GGUF's words, by the file that does."""
+    if container == "gguf":
+        from edgellm.source.gguf_file import read_gguf_model
+
+        metadata = read_gguf_model(main_file).metadata
+        keys = (_PREFIX + key for key, _ in _SAMPLING.values())
+        return {main_file.name: {key: metadata[key] for key in keys if key in metadata}}
+    folder = main_file.parent
+    path = folder / "generation_config.json"
+    found = {path.name: sampling_keys(read_json(path) if path.is_file() else {})}
+    genai = folder / GENAI_CONFIG
+    if genai.is_file():
+        found[genai.name] = sampling_keys(read_json(genai).get("search") or {})
+    return found
+
+
+def _alike(ours: float | None, theirs: float | None) -> bool:
+    if ours is None or theirs is None:
+        return ours is theirs
+    return bool(np.float32(ours) == np.float32(theirs))

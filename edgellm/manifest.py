@@ -19,7 +19,9 @@ MANIFEST = "manifest.json"
 GENAI_CONFIG = "genai_config.json"
 """What a folder that onnxruntime-genai runs has, whoever made it."""
 
-PART_SUFFIXES = (".data", ".gguf", ".jinja", ".json", ".model", ".onnx", ".safetensors")
+PART_SUFFIXES = (
+    ".data", ".gguf", ".jinja", ".json", ".model", ".onnx", ".safetensors", ".spm",
+)  # fmt: skip
 """Files that a reader of an artifact's folder may take for a part of it."""
 
 
@@ -220,7 +222,10 @@ class Seq2SeqFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     ``encoder_file`` holds the encoder's graph beside the main file, the decoder's. An answer begins
     with ``start_token_id`` (and ``first_token_ids``, which are given) and ends with one of
     ``end_token_ids``; ``suppressed_token_ids`` are never taken. ``max_tokens``: what a text is cut
-    to; ``max_new_tokens``: what an answer has at the most where nobody says.
+    to; ``max_new_tokens``: what an answer has at the most where nobody says, and then
+    ``last_token_id`` is its last. ``languages``: ids of their codes by name, one of which stands
+    beside a text, ``source_language`` where nobody says. The answer's own stands before it, in
+    place of the start token where ``language_begins``, else behind it.
     """
 
     encoder_file: str
@@ -230,6 +235,21 @@ class Seq2SeqFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     max_new_tokens: int
     first_token_ids: tuple[int, ...] = ()
     suppressed_token_ids: tuple[int, ...] = ()
+    last_token_id: int | None = None
+    languages: dict[str, int] = {}
+    source_language: str = ""
+    language_begins: bool = False
+
+
+class RemoteCodeEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """Python of the source's own that was trusted, and run to compare with.
+
+    ``classes`` by what they stand in for, ``files``: SHA-256 by name. What was compared, and how
+    near it came, is measured (``measured.remote_code``).
+    """
+
+    classes: dict[str, str]
+    files: dict[str, str]
 
 
 class Parity(msgspec.Struct, frozen=True, kw_only=True):
@@ -253,7 +273,8 @@ class Digested(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     ``merge``: what was merged into the base while converting. ``merged_before``: adapters that the
     base said had been merged into it already, oldest first. ``kept_adapters`` lie beside the model.
-    ``encoder``, ``seq2seq``: of an encoder, alone or with a decoder, what runs it.
+    ``encoder``, ``seq2seq``: of an encoder, alone or with a decoder, what runs it. ``remote_code``:
+    Python of the source's own that was run.
     """
 
     schema_version: int
@@ -277,6 +298,7 @@ class Digested(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tuning: TuningEntry | None = None
     encoder: EncoderFacts | None = None
     seq2seq: Seq2SeqFacts | None = None
+    remote_code: RemoteCodeEntry | None = None
 
     def sha256(self) -> str:
         """Digest over the canonical JSON (sorted keys, no spaces) of this part."""

@@ -15,6 +15,7 @@ from edgellm.errors import UsageError
 from edgellm.export import CONTAINERS, container_named
 from edgellm.export.layout import Container, Layout
 from edgellm.export.writer import check_free, check_no_overlap
+from edgellm.generation_defaults import sampling_keys
 from edgellm.hardware import detect, peak_memory_bytes
 from edgellm.keeping import holding_grid, keep_codes
 from edgellm.progress import Progress, unwatched
@@ -171,12 +172,17 @@ def _container_for(recipe: Recipe) -> tuple[str, str]:
 
 
 def make_plan(
-    recipe: Recipe, *, threads: int | None = None, progress: Progress = unwatched
+    recipe: Recipe,
+    *,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = unwatched,
 ) -> Plan:
     """Everything that converting by ``recipe`` will do.
 
     Reads headers and the tokenizer, and of a quantized source what its codes are scaled by; for a
-    size that grids are to be chosen for, all weights, which takes minutes. Raises
+    size that grids are to be chosen for, all weights, which takes minutes. ``trust_remote_code``:
+    Python that the source brings may be run, to compare with. Raises
     every error that can be known beforehand: a damaged or unsupported source, a grid that
     the container cannot hold, a group that does not divide a row.
     """
@@ -194,8 +200,10 @@ def make_plan(
         rope_scaling=recipe.rope_scaling,
         quantized=True,
         text_only=bool(recipe.text_only),
+        trust_remote_code=trust_remote_code,
         progress=progress,
     )
+    sampling_keys(base.generation)  # what it suggests and is none is found before any work
     assert recipe.format is not None
     container = container_named(recipe.format)
     holding = holding_grid(asked, container.name, base)

@@ -54,6 +54,8 @@ NO_RUNTIME = "float"
 class Quality(Figures, frozen=True, kw_only=True):
     """The figures of an artifact against its source, and what they depend on.
 
+    ``runtime`` computed the artifact, ``reference`` the source: the float network, or Python of its
+    own.
     ``rejected`` says why the artifact was not kept, empty where it was.
     """
 
@@ -62,6 +64,7 @@ class Quality(Figures, frozen=True, kw_only=True):
     windows_sha256: str
     scored: str
     runtime: str
+    reference: str = NO_RUNTIME
     evaluate_s: float
     rejected: str = ""
 
@@ -102,12 +105,18 @@ def check_tokens(plan: Plan) -> int:
 
 
 def compare(
-    plan: Plan, artifact: Artifact, *, check: bool = True, progress: Progress = unwatched
+    plan: Plan,
+    artifact: Artifact,
+    *,
+    check: bool = True,
+    reference: Answers | None = None,
+    progress: Progress = unwatched,
 ) -> dict[str, dict[str, Any]]:
     """``survival`` and ``quality`` of ``artifact``, made by ``plan``, for the manifest.
 
     Each where it has something to say; without ``check`` where a limit was set. One pass over the
-    text serves both. Raises what ``check_survival`` and ``check_quality`` do.
+    text serves both. ``reference``: the source's answers, None for those of the float network.
+    Raises what ``check_survival`` and ``check_quality`` do.
     """
     from edgellm.lora.check.survival import Shared
     from edgellm.lora.check.surviving import check_survival
@@ -119,7 +128,7 @@ def compare(
         runtime = found["survival"].get("runtime", "")
     if check or asked_for(plan.recipe):
         known = None if shared.text is None else (shared.text, shared.to_quantized, runtime)
-        quality = check_quality(plan, artifact, known=known, progress=progress)
+        quality = check_quality(plan, artifact, known=known, reference=reference, progress=progress)
         if quality:
             found["quality"] = quality
     return found
@@ -130,6 +139,7 @@ def check_quality(
     artifact: Artifact,
     *,
     known: tuple[TextWindows, Comparison, str] | None = None,
+    reference: Answers | None = None,
     progress: Progress = unwatched,
 ) -> dict[str, Any]:
     """The quality of ``artifact``, made by ``plan``, as plain values for the manifest.
@@ -152,7 +162,7 @@ def check_quality(
         _, comparison, runtime = known
     else:
         try:
-            comparison, runtime = _compare(plan, artifact, pieces, progress)
+            comparison, runtime = _compare(plan, artifact, pieces, reference, progress)
         except (RuntimeMissing, UnsupportedTarget, UnsupportedModel) as error:
             if asked_for(plan.recipe):
                 raise
@@ -165,6 +175,7 @@ def check_quality(
         windows_sha256=pieces.sha256(),
         scored=pieces.description,
         runtime=runtime,
+        reference=NO_RUNTIME if reference is None else reference.runtime,
         evaluate_s=round(time.perf_counter() - started, 3),
     )
     facts: dict[str, Any] = msgspec.to_builtins(found)
@@ -235,14 +246,19 @@ def quality_line(measured: dict[str, Any], out: str, source: str) -> str:
 
 
 def _compare(
-    plan: Plan, artifact: Artifact, pieces: Cut, progress: Progress
+    plan: Plan,
+    artifact: Artifact,
+    pieces: Cut,
+    reference: Answers | None,
+    progress: Progress,
 ) -> tuple[Comparison, str]:
     """The artifact's answers against the source's, and the runtime that gave them."""
     from edgellm.answers import FloatAnswers
     from edgellm.side_by_side import compared
 
     room = max(len(ids) for ids in pieces.windows)
-    reference = FloatAnswers(plan.source, threads=plan.threads, progress=progress)
+    if reference is None:
+        reference = FloatAnswers(plan.source, threads=plan.threads, progress=progress)
     try:
         with closing(_open(artifact, room, plan.threads, progress)) as made:
             comparison, _ = compared([made, reference], pieces, progress)

@@ -110,7 +110,8 @@ def _states(decoder: Decoder) -> States:
 
 
 def _number(generation: Mapping[str, Any], key: str, default: float) -> float:
-    value = generation.get(key) or default
+    value = generation.get(key)
+    value = default if value is None else value
     if not isinstance(value, int | float):
         raise SourceError(
             f"generation_config.json: {key} is {value!r}, expected a number: correct the file, or "

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto
 
-from edgellm.architectures.seq2seq import Relative, Seq2Seq, Stack
+from edgellm.architectures.seq2seq import EMBEDDING, Relative, Seq2Seq, Stack
 from edgellm.export.decoder_graph import Grids
 from edgellm.export.layout import OutputTensor
 from edgellm.export.onnx_graph import GraphBuilder
@@ -58,7 +58,7 @@ def buckets_of(relative: Relative, *, both_sides: bool) -> npt.NDArray[np.int64]
 
 @dataclass
 class Storage:
-    """What both graphs refer to: the embedding that was stored once, and where the file ends."""
+    """What both graphs refer to: the embedding that was stored last, and where the file ends."""
 
     embedding: OutputTensor | None = None
     data_bytes: int = 0
@@ -87,12 +87,10 @@ class Side:
         graph, model, storage = self.graph, self.model, self.storage
         operators = operators_of(self.grids.embed)
         assert operators.gather is not None, self.grids.embed
-        if storage.embedding is None:
+        role = EMBEDDING if self.short == "enc" else model.answer_embedding
+        if storage.embedding is None or storage.embedding.role != role:
             storage.embedding = graph.store(
-                "token_embd.weight",
-                [self.tensors["token_embd.weight"]],
-                self.grids.embed,
-                operators.packer,
+                role, [self.tensors[role]], self.grids.embed, operators.packer
             )
         stream = operators.gather(graph, "input_ids", storage.embedding, "token_embd")
         if model.embedding_scale != 1.0:
@@ -157,8 +155,12 @@ class Side:
         if not branch:
             return self.norm_alone(role, stream), stream
         outputs = [role, "", "", f"{role}.stream"]
+        operator = {
+            "rms": "SkipSimplifiedLayerNormalization",
+            "layer": "SkipLayerNormalization",
+        }[self.model.norm.kind]
         self.graph.node(
-            "SkipSimplifiedLayerNormalization", [stream, branch, *self.norm_weights(role)], role,
+            operator, [stream, branch, *self.norm_weights(role)], role,
             outputs=outputs, contrib=True, epsilon=self.model.norm.epsilon,
         )  # fmt: skip
         return role, outputs[3]
@@ -316,12 +318,12 @@ def _head(side: Side, x: str) -> None:
     table = side.storage.embedding
     assert table is not None
     if not model.tied_head or grids.head != grids.embed:
-        source = "token_embd.weight" if model.tied_head else "output.weight"
+        source = model.answer_embedding if model.tied_head else "output.weight"
         table = graph.store("output.weight", [side.tensors[source]], grids.head, operators.packer)
     if model.head_bias:
         product = operators.matmul(graph, x, table, "output.product", None)
         graph.node("Add", [product, side.values("output.bias")], "logits")
     else:
         operators.matmul(graph, x, table, "logits", None)
-    shape: list[int | str] = ["batch_size", "step_length", model.vocab_size]
+    shape: list[int | str] = ["batch_size", "step_length", model.head_rows]
     graph.output("logits", TensorProto.FLOAT, shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from edgellm.runtimes.ort_package import PROVIDERS
 from edgellm.runtimes.session import Device, Logits
 
 LOGITS = "logits"
+
+FLOAT_BYTES = 4
 
 
 class OnnxSeq2Seq:
@@ -75,6 +78,11 @@ class OnnxSeq2Seq:
         self._given.update(zip(names, presents, strict=True))
         found: Logits = logits.numpy()[0]
         return found
+
+    def kv_bytes(self) -> int:
+        """What keys and values take, of the text and of the answer so far."""
+        kept = (value for name, value in self._given.items() if name != "encoder_attention_mask")
+        return sum(FLOAT_BYTES * math.prod(value.shape()) for value in kept)
 
     def close(self) -> None:
         """Give all memory back; further calls raise ``GenerationError``."""

@@ -259,6 +259,7 @@ def _load(folder: Path, dtype: str | None, rope_scaling: str | None) -> Any:
             dtype=dtype or torch.float32,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,  # nor asked whether
             output_loading_info=True,
         )
     lost = sorted({*found["missing_keys"], *map(str, found["mismatched_keys"])})
@@ -277,7 +278,9 @@ def _config(folder: Path, rope_scaling: str | None) -> Any:
     from edgellm.source import open_source
 
     if rope_scaling is None:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        return transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     config = open_source(str(folder), quantized=True, rope_scaling=rope_scaling).config
     return transformers.AutoConfig.for_model(**config)
 

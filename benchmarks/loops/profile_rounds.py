@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import sys
 
-from edgellm.profiling.worker import Job, LoadedCell
+from edgellm.profiling.exchange import Job
+from edgellm.profiling.worker import LoadedCell
 
 runtime, artifact, threads, new_tokens, *lengths = sys.argv[1:]
 cells = {

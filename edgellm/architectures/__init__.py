@@ -74,7 +74,11 @@ def family_of(config: Mapping[str, Any]) -> Family:
         raise UnsupportedModel(f"model_type {kind!r} is not converted: {REFUSED[kind]}")
     code = ""
     if config.get(REMOTE_CODE):
-        code = f" (its own code, which {REMOTE_CODE} names, is never run)"
+        code = (
+            f" (Python of its own, which {REMOTE_CODE} names, is never run but with "
+            "--trust-remote-code, and then only to compare with: the network that is written is "
+            "edgellm's own, which has none for this type)"
+        )
     near = suggestion(kind, (*FAMILIES, *ENCODERS, *SEQ2SEQ))
     raise UnsupportedModel(f"model_type {kind!r} is not one that edgellm converts{code}: {near}")
 

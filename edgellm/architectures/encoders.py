@@ -25,6 +25,8 @@ SEQ2SEQ = {
     "t5": "edgellm.architectures.t5:FAMILY",
     "mt5": "edgellm.architectures.t5:MT5",
     "bart": "edgellm.architectures.bart:FAMILY",
+    "mbart": "edgellm.architectures.mbart:FAMILY",
+    "marian": "edgellm.architectures.marian:FAMILY",
 }
 
 _SEQ2SEQ = (
@@ -34,7 +36,7 @@ _RELATIVE = "its attention adds relative positions, which edgellm's encoder grap
 
 REFUSED_ENCODERS = {
     **dict.fromkeys(
-        ("umt5", "longt5", "mbart", "marian", "pegasus", "m2m_100", "led"),
+        ("umt5", "longt5", "pegasus", "m2m_100", "led"),
         _SEQ2SEQ,
     ),
     "mpnet": _RELATIVE,

@@ -209,8 +209,8 @@ class Family:
         if config.has(REMOTE_CODE):
             config.skip(REMOTE_CODE)
             config.note(
-                f"{config.where} names Python code of the model's own ({REMOTE_CODE}), which is "
-                f"never run: it was read as {self.architecture}, as transformers does without it"
+                f"the config names Python of the model's own ({REMOTE_CODE}), and the network is "
+                f"not taken from it: read as {self.architecture}, as transformers does without it"
             )
         config.refuse_unread()
         return decoder

@@ -1,4 +1,4 @@
-"""What an encoder with a decoder (T5, BART) computes, said once and read by the exporter.
+"""What an encoder with a decoder (T5, BART, Marian) computes, said once and read by the exporter.
 
 A family file (``t5.py``, ``bart.py``) turns a ``config.json`` into a ``Seq2Seq``. The encoder reads
 the text whole; the decoder writes the answer, and each of its layers looks at the answer so far and
@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
+
+import numpy as np
+import numpy.typing as npt
 
 from edgellm.architectures.config import HARMLESS_KEYS, NEUTRAL_VALUES, Config
 from edgellm.architectures.decoder import Norm
@@ -65,9 +68,10 @@ class Seq2Seq:
     ``norm`` comes before attention and feed-forward with ``pre_norm`` (and once more behind the
     last layer), otherwise after. Positions are ``relative``, or rows of a table of each side, of
     which the first ``skipped_positions`` are left out; ``positions`` is how many it has, None
-    where there is none. ``embedding_norm``: of each side's embedding. ``attention_scale``
-    multiplies query times key, ``embedding_scale`` the embedding's rows, ``head_scale`` what the
-    head multiplies. ``head_bias``: added to the logits.
+    where there is none. ``answer_vocab_size``: rows of the decoder's own embedding, None where both
+    sides share one. ``embedding_norm``: of each side's embedding. ``attention_scale`` multiplies
+    query times key, ``embedding_scale`` the embedding's rows, ``head_scale`` what the head
+    multiplies. ``head_bias``: added to the logits.
     """
 
     family: str
@@ -86,11 +90,22 @@ class Seq2Seq:
     relative: Relative | None = None
     positions: int | None = None
     skipped_positions: int = 0
+    answer_vocab_size: int | None = None
     embedding_norm: bool = False
     embedding_scale: float = 1.0
     head_scale: float = 1.0
     head_bias: bool = False
     tied_head: bool = True
+
+    @property
+    def head_rows(self) -> int:
+        """Tokens that an answer may be made of."""
+        return self.answer_vocab_size or self.vocab_size
+
+    @property
+    def answer_embedding(self) -> str:
+        """The role of the embedding that the decoder reads and a tied head multiplies."""
+        return EMBEDDING if self.answer_vocab_size is None else ANSWER_EMBEDDING
 
     @property
     def context_length(self) -> int:
@@ -101,6 +116,9 @@ class Seq2Seq:
         return self.positions - self.skipped_positions
 
 
+EMBEDDING, ANSWER_EMBEDDING = "token_embd.weight", "dec.token_embd.weight"
+"""Roles of the embedding, and of the decoder's where it has one of its own."""
+
 RELATIVE_CONTEXT = 512
 """Tokens of a text that T5 was trained on (arXiv 1910.10683, section 3.1.2)."""
 
@@ -110,7 +128,8 @@ class Seq2SeqFamily:
     """One row of the registry. ``architecture`` is transformers' class, the only one that is read.
 
     ``shared`` names the embedding, ``copies`` what checkpoints may hold of it once more.
-    ``ignored_tensors``: ends of names of tensors that nothing reads.
+    ``ignored_tensors``: ends of names of tensors that nothing reads. ``positions`` computes a table
+    of positions by its rows and columns, for families that do not store it.
     """
 
     model_type: str
@@ -120,6 +139,7 @@ class Seq2SeqFamily:
     shared: str
     copies: tuple[str, ...]
     ignored_tensors: tuple[str, ...] = ()
+    positions: Callable[[int, int], npt.NDArray[np.float32]] | None = None
 
     def describe(self, config: Config) -> Seq2Seq:
         """The network that ``config`` stands for; raises ``UnsupportedModel`` for what is not

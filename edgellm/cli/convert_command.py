@@ -160,6 +160,13 @@ def convert(
         typer.Option(metavar="FILE.toml", help="Write what was asked, defaults filled in."),
     ] = None,
     ignore_config_key: options.IgnoreConfigKey = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run Python that the model brings, to compare with; never run without.",
+        ),
+    ] = False,
     threads: options.Workers = None,
     check: Annotated[
         bool,
@@ -201,6 +208,7 @@ def convert(
       edgellm convert ./my-model -o small -q gptq:q4_0 --calibration chats.jsonl
       edgellm convert ./my-model -o small -q gptq --fit 90MB
       edgellm convert ./my-model --out small --max-kld 0.1 --max-ppl-increase 5%
+      edgellm convert ./with-python-of-its-own --out small --trust-remote-code
       edgellm convert --recipe recipe.toml --out small --json | jq .path
 
     \b
@@ -264,6 +272,9 @@ def convert(
         encoder = find_encoder(asked, progress=progress)
     if encoder is not None:
         from edgellm.cli.convert_encoder import convert_encoder
+        from edgellm.encoders.kinds import refuse_code
+
+        refuse_code(trust_remote_code)
 
         resolved = convert_encoder(
             asked,
@@ -280,7 +291,9 @@ def convert(
             _save(resolved, save_recipe, quiet=as_json)
         return
     with progress_shown(quiet=as_json) as progress:
-        plan = make_plan(asked, threads=threads, progress=progress)
+        plan = make_plan(
+            asked, threads=threads, trust_remote_code=trust_remote_code, progress=progress
+        )
     resolved = plan.recipe
     if not as_json:
         render.say(f"{resolved.source} to {resolved.format}, {resolved.quant}")
@@ -365,6 +378,16 @@ def _tuned(tuned: dict[str, Any]) -> str:
     return f"held-out KL {before:.4g} to {after:.4g}"
 
 
+def _own_code(found: dict[str, Any]) -> str:
+    """How near edgellm's reading is to the model's own Python, in a line."""
+    if "skipped" in found:
+        return f"not compared with the model's own Python: {found['skipped']}"
+    return (
+        f"as the model's own Python computes it: logits {found['logit_error']:.1e} of their spread "
+        f"apart, top-1 {found['top1_agreement']:.0%} ({found['tokens']} tokens)"
+    )
+
+
 def _show_artifact(artifact: Artifact, source: str, *, as_json: bool) -> None:
     assert artifact.manifest is not None
     if as_json:
@@ -372,13 +395,15 @@ def _show_artifact(artifact: Artifact, source: str, *, as_json: bool) -> None:
         return
     made = artifact.manifest.artifact
     check = artifact.manifest.measured.get("check", {})
-    render.say_notes(made.notes)
+    render.say_notes((*artifact.manifest.measured.get("notes", ()), *made.notes))
     nbytes = render.size(sum(file.nbytes for file in made.files))
     files = render.count(len(made.files), "file")
     print(f"{artifact.path}: {nbytes} in {files}, checksums in manifest.json")
     from edgellm.lora.lineage import described
 
     render.say_notes(f"kept beside: {each.file}, {described(each)}" for each in made.kept_adapters)
+    if own_code := artifact.manifest.measured.get("remote_code"):
+        render.say_notes([_own_code(own_code)])
     if "text" in check:
         render.say_notes([f'it runs: "{" ".join((check["prompt"] + check["text"]).split())} ..."'])
     from edgellm.quality_gate import quality_line

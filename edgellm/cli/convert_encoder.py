@@ -55,7 +55,7 @@ def convert_encoder(
 def _show_artifact(artifact: Artifact) -> None:
     assert artifact.manifest is not None
     made, measured = artifact.manifest.artifact, artifact.manifest.measured
-    render.say_notes(made.notes)
+    render.say_notes((*artifact.manifest.measured.get("notes", ()), *made.notes))
     nbytes = render.size(sum(file.nbytes for file in made.files))
     files = render.count(len(made.files), "file")
     print(f"{artifact.path}: {nbytes} in {files}, checksums in manifest.json")

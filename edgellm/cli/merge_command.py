@@ -145,7 +145,7 @@ def _show_artifact(artifact: Artifact, *, as_json: bool) -> None:
         render.show_json({"path": artifact.path, "manifest": artifact.manifest})
         return
     made = artifact.manifest.artifact
-    render.say_notes(made.notes)
+    render.say_notes((*artifact.manifest.measured.get("notes", ()), *made.notes))
     changed = sum(bool(tensor.note) for tensor in made.tensors)
     share = artifact.manifest.measured["vanished"]["share"]
     if share is not None:

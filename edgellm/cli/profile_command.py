@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +14,7 @@ from edgellm.cli import options, render
 from edgellm.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from edgellm.profiling.document import Cell, Operators, Profile
+    from edgellm.profiling.document import Cell, Distribution, Operators, Profile
 
 INTERRUPTED = 130
 FAILED = 9
@@ -37,11 +37,18 @@ def profile(
         list[str] | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, ... Repeatable.")
     ] = None,
     prompt_tokens: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Lengths of the prompt.")
-    ] = "512",
+        str | None,
+        typer.Option(
+            metavar="N,N,...", help="Lengths of the prompt. Default: 512; of encoders' texts 128."
+        ),
+    ] = None,
     new_tokens: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Tokens to generate; ends of text do not end it.")
-    ] = "128",
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Tokens to write; ends of text do not end it. Default: 128; behind encoders 64.",
+        ),
+    ] = None,
     depth: Annotated[
         str, typer.Option(metavar="N,N,...", help="Tokens in the cache before the prompt.")
     ] = "0",
@@ -92,8 +99,8 @@ def profile(
     answer's; docs/profiling.md says what each figure counts. A cell that fails is a row with its
     reason; Ctrl-C keeps what was measured.
 
-    Of encoders: how long a batch of texts takes (--prompt-tokens long each, 128 by default; more of
-    them with --batch), and with a decoder how quickly an answer comes, in this process.
+    Of encoders it is how long batches of texts take (--prompt-tokens long each, more of them with
+    --batch), and with a decoder how soon and how fast a text is answered.
 
     \b
     Examples:
@@ -105,14 +112,6 @@ def profile(
       edgellm profile embedder --prompt-tokens 16,128 --batch 1,16
       edgellm profile small --json | jq '.cells[].decode_tokens_per_s.median'
     """
-    from edgellm.cli.profile_encoder import (
-        NEW_TOKENS,
-        TOKENS,
-        given,
-        kind_of,
-        profile_encoder,
-        profile_with_decoder,
-    )
     from edgellm.profiling.matrix import Asked
     from edgellm.profiling.measuring import ROUNDS, Effort
     from edgellm.profiling.measuring import profile as measure
@@ -126,26 +125,6 @@ def profile(
         raise UsageError(f"--warmup {warmup}: choose 0 or more")
     if trace is not None and not operators:
         raise UsageError("--trace is for the traces of --operators: give both, or leave it out")
-    kind = kind_of(paths)
-    if kind != "language model":
-        lengths = _numbers("--prompt-tokens", prompt_tokens)
-        common: dict[str, Any] = {
-            "text_tokens": lengths if given(context, "prompt_tokens") else (TOKENS,),
-            "threads": _numbers("--threads", threads) if threads else (None,),
-            "repeat": repeat,
-            "warmup": warmup,
-            "output": output or (),
-            "as_json": as_json,
-        }
-        if kind == "encoder":
-            profile_encoder(context, paths, batches=_numbers("--batch", batch), **common)
-            return
-        answers = _numbers("--new-tokens", new_tokens)
-        answers = answers if given(context, "new_tokens") else (NEW_TOKENS,)
-        profile_with_decoder(context, paths, new_tokens=answers, **common)
-        return
-    if batch != "1":
-        raise UsageError("--batch is about encoders, and a model that generates text is measured")
     for path in output or ():
         check_output(path)
     asked = Asked(
@@ -153,9 +132,12 @@ def profile(
         devices=device or ("auto",),
         threads=_numbers("--threads", threads) if threads else (None,),
         kv_caches=[word.strip() for word in kv_cache.split(",")] if kv_cache else (None,),
-        prompt_tokens=_numbers("--prompt-tokens", prompt_tokens),
-        new_tokens=_numbers("--new-tokens", new_tokens),
+        prompt_tokens=_numbers("--prompt-tokens", prompt_tokens)
+        if prompt_tokens is not None
+        else None,
+        new_tokens=_numbers("--new-tokens", new_tokens) if new_tokens is not None else None,
         depth_tokens=_numbers("--depth", depth),
+        batches=_numbers("--batch", batch),
     )
     effort = Effort(
         rounds=repeat or ROUNDS,
@@ -198,11 +180,8 @@ def profile(
 
 def _show(found: Profile, written: Sequence[Path]) -> None:
     render.say_notes(found.notes)
-    render.show_table(
-        ("cell", "first token", "prefill", "decode", "p50", "p99", "peak memory"),
-        [_row(cell) for cell in found.cells],
-        right="123456",
-    )
+    head, row = _SHOWN.get(found.cells[0].settings.task, (READING, _reading))
+    render.show_table(head, [row(cell) for cell in found.cells], right="123456")
     notes = [f"{cell.name}: {cell.failure}" for cell in found.cells if cell.failure]
     notes += [_dearest(cell.name, cell.operators) for cell in found.cells if cell.operators]
     notes += [
@@ -221,22 +200,64 @@ def _dearest(name: str, found: Operators) -> str:
     return f"{name}: a token's time goes to {kinds}{slower}{trace}"
 
 
-def _row(cell: Cell) -> tuple[str, ...]:
-    first, prefill, decode = (
-        cell.time_to_first_token_s,
-        cell.prefill_tokens_per_s,
-        cell.decode_tokens_per_s,
-    )
-    latency = cell.inter_token_latency_s
+WRITING = ("cell", "first token", "prefill", "decode", "p50", "p99", "peak memory")
+ANSWERING = ("cell", "encoder", "first token", "decode", "p50", "p99", "peak memory")
+READING = ("cell", "texts", "tokens", "p50", "p99", "load", "peak memory")
+
+
+def _writing(cell: Cell) -> tuple[str, ...]:
+    first, prefill = cell.time_to_first_token_s, cell.prefill_tokens_per_s
     return (
         cell.name,
         render.duration(first.median) if first else "-",
         f"{prefill.median:,.0f} tokens/s" if prefill else "-",
-        f"{decode.median:.1f} tokens/s" if decode else "-",
-        f"{latency.p50 * 1e3:.1f} ms" if latency else "-",
-        f"{latency.p99 * 1e3:.1f} ms" if latency else "-",
-        render.size(cell.memory.peak_bytes) if cell.memory else "-",
+        *_decoding(cell),
     )
+
+
+def _answering(cell: Cell) -> tuple[str, ...]:
+    read, first = cell.encode_s, cell.time_to_first_token_s
+    return (
+        cell.name,
+        render.duration(read.median) if read else "-",
+        render.duration(first.median) if first else "-",
+        *_decoding(cell),
+    )
+
+
+def _decoding(cell: Cell) -> tuple[str, ...]:
+    decode = cell.decode_tokens_per_s
+    return (
+        f"{decode.median:.1f} tokens/s" if decode else "-",
+        *_spread(cell.inter_token_latency_s),
+        _peak(cell),
+    )
+
+
+def _reading(cell: Cell) -> tuple[str, ...]:
+    texts, tokens = cell.texts_per_s, cell.tokens_per_s
+    return (
+        cell.name,
+        f"{texts.median:,.1f} texts/s" if texts else "-",
+        f"{tokens.median:,.0f} tokens/s" if tokens else "-",
+        *_spread(cell.latency_s),
+        render.duration(cell.load_s.median) if cell.load_s else "-",
+        _peak(cell),
+    )
+
+
+def _spread(latency: Distribution | None) -> tuple[str, str]:
+    if latency is None:
+        return "-", "-"
+    return f"{latency.p50 * 1e3:.1f} ms", f"{latency.p99 * 1e3:.1f} ms"
+
+
+def _peak(cell: Cell) -> str:
+    return render.size(cell.memory.peak_bytes) if cell.memory else "-"
+
+
+_SHOWN = {"generate": (WRITING, _writing), "translate": (ANSWERING, _answering)}
+"""By task, the columns of the table and what stands in them; of others see ``READING``."""
 
 
 def _traces(folder: Path | None, output: Sequence[Path]) -> Path | None:

@@ -56,8 +56,9 @@ def _drawn(step: Step, rows: dict[str, tuple[str, str]]) -> Table:
 
     table = Table(title=_where(step), title_justify="left", box=None, pad_edge=False)
     table.add_column("cell")
-    table.add_column("first token", justify="right")
-    table.add_column("decode", justify="right")
+    reads = step.texts_per_s is not None
+    table.add_column("batch" if reads else "first token", justify="right")
+    table.add_column("texts" if reads else "decode", justify="right")
     table.add_column("")
     for name, figures in rows.items():
         now = STAGES[step.stage]
@@ -87,6 +88,8 @@ def _where(step: Step) -> str:
 
 
 def _figures(step: Step) -> tuple[str, str]:
+    if step.texts_per_s is not None:
+        return render.duration(step.latency_s or 0.0), f"{step.texts_per_s:,.1f} texts/s"
     speed = step.decode_tokens_per_s
     return (
         render.duration(step.first_token_s or 0.0),

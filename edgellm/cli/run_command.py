@@ -119,6 +119,14 @@ def run(
             help="Guess tokens ahead, from the text so far or by a smaller model.",
         ),
     ] = None,
+    source_lang: Annotated[
+        str | None,
+        typer.Option(metavar="CODE", help="A translator: the language of the text, as en_XX."),
+    ] = None,
+    target_lang: Annotated[
+        str | None,
+        typer.Option(metavar="CODE", help="A translator: the language of the answer, as de_DE."),
+    ] = None,
     load_session: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Go on with a conversation that was saved."),
@@ -145,7 +153,8 @@ def run(
 
     An encoder takes texts, each an argument or a line of stdin, and gives a line of JSON for each:
     its embedding, its labels with scores, or the words for what is masked. One with a decoder (T5,
-    mT5, BART) answers a text with another, the likeliest unless --temperature is given.
+    mT5, BART, mBART, Marian) answers a text with another, the likeliest unless --temperature is
+    given.
 
     \b
     Examples:
@@ -159,6 +168,7 @@ def run(
       edgellm run small --load-session talk --save-session talk
       edgellm run small "Name a prime." --json | jq .decode_tokens_per_s
       edgellm run embedder "A text." "Another one." | jq .embedding
+      edgellm run mbart --source-lang en_XX --target-lang de_DE "Hello."
     """
     from edgellm.cli.run_encoder import is_encoder, run_encoder
 
@@ -198,6 +208,8 @@ def run(
             prompt,
             sampling,
             max_tokens=max_tokens,
+            source_language=source_lang,
+            target_language=target_lang,
             device=device,
             threads=threads,
             verify=verify,
@@ -206,6 +218,11 @@ def run(
             as_json=as_json,
         )
         return
+    if source_lang or target_lang:
+        raise UsageError(
+            "--source-lang and --target-lang are for translators (mBART), which this model is not: "
+            "leave them out"
+        )
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         prompt = sys.stdin.read().strip()
         if not prompt:

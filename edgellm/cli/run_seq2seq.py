@@ -1,4 +1,4 @@
-"""``edgellm run`` with an encoder and a decoder (T5, BART): a text in, another out."""
+"""``edgellm run`` with an encoder and a decoder (T5, BART, Marian): a text in, another out."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ HEEDED = frozenset(
     (
         "path", "prompt", "words", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed",
         "repeat_penalty", "device", "threads", "verify", "stats", "as_json", "runtime", "raw",
+        "source_lang", "target_lang",
     )
 )  # fmt: skip
 """Parameters of ``run`` that mean something to such a model."""
@@ -42,6 +43,8 @@ def run_seq2seq(
     sampling: SamplingOptions,
     *,
     max_tokens: int | None,
+    source_language: str | None,
+    target_language: str | None,
     device: str,
     threads: int | None,
     verify: bool,
@@ -62,7 +65,13 @@ def run_seq2seq(
     if not text:
         raise UsageError("the text on stdin is empty: give one behind the path")
     with open_seq2seq(path, device=cast("Device", device), threads=threads, verify=verify) as model:
-        answer = model.generate(text, max_tokens=max_tokens, sampling=sampling)
+        answer = model.generate(
+            text,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            source_language=source_language,
+            target_language=target_language,
+        )
         longest = model.facts.max_tokens
     if as_json:
         render.show_json(answer.as_dict())

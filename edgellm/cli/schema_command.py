@@ -12,8 +12,6 @@ from edgellm.errors import UsageError
 DOCUMENTS = {
     "profile": "edgellm.profiling.document:Profile",
     "manifest": "edgellm.manifest:Manifest",
-    "encoder-profile": "edgellm.encoders.profiling:EncoderProfile",
-    "seq2seq-profile": "edgellm.seq2seq.profiling:Seq2SeqProfile",
 }
 """Documents that edgellm writes: where their structs stand."""
 
@@ -24,9 +22,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 def schema(
     document: Annotated[
         str,
-        typer.Argument(
-            metavar="DOCUMENT", help="profile, manifest, encoder-profile or seq2seq-profile."
-        ),
+        typer.Argument(metavar="DOCUMENT", help="profile or manifest."),
     ],
 ) -> None:
     """Show the JSON Schema of a document that edgellm writes.

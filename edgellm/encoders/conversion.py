@@ -13,7 +13,7 @@ from typing import Any, Generic
 import msgspec
 
 from edgellm import registry
-from edgellm.conversion import tensor_entry, tool_versions
+from edgellm.conversion import check_suggestions, tensor_entry, tool_versions
 from edgellm.digests import file_sha256
 from edgellm.encoders.planning import EncoderPlan, FolderPlan, Source
 from edgellm.encoders.quality import check_encoder
@@ -21,6 +21,7 @@ from edgellm.errors import VerificationError
 from edgellm.export.encoder_graph import outputs_of
 from edgellm.export.writer import StagedFolder, check_free, check_no_overlap, check_output
 from edgellm.hardware import peak_memory_bytes
+from edgellm.hub.circumstances import lasting, run_notes
 from edgellm.made import note_made
 from edgellm.manifest import (
     MANIFEST,
@@ -40,7 +41,7 @@ from edgellm.parallel import one_blas_thread
 from edgellm.progress import Progress, ProgressEvent, unwatched
 from edgellm.quant import SOLVERS
 from edgellm.slabs import Solve, write_tensors
-from edgellm.source.encoder_model import EncoderSource
+from edgellm.source.encoder_model import EncoderSource, Seq2SeqSource
 from edgellm.tokenization import artifact_parity
 
 
@@ -105,6 +106,7 @@ def carry_out(
             "threads": plan.threads,
             "tokenizer_parity_method": parity.method,
             "platform": platform.platform(),
+            **run_notes(plan.notes),
         }
         staged.write_file(MANIFEST, Manifest.of(digested, measured).to_json())
         if check:
@@ -131,6 +133,9 @@ def describe(
         files = [pool.submit(file_sha256, folder / name) for name in names]
         tensors = [pool.submit(tensor_entry, tensor, folder) for tensor in layout.tensors]
         parity = artifact_parity(source.tokenizer, folder / layout.main_file, layout.container)
+        if isinstance(source, Seq2SeqSource):
+            main_file = folder / layout.main_file
+            check_suggestions(source.generation, main_file, layout.container)
         if parity.mismatches:
             raise VerificationError(
                 "the artifact's tokenizer splits text differently from the source's, so its "
@@ -159,7 +164,7 @@ def describe(
             tokenizer_sha256=source.tokenizer.sha256(),
             chat_template_sha256=source.tokenizer.chat_template_sha256(),
             tokenizer_parity=msgspec.structs.replace(parity, method=""),
-            notes=plan.notes,
+            notes=lasting(plan.notes),
             tool_versions=tool_versions(layout.container),
             encoder=kind.encoder(plan),
             seq2seq=kind.seq2seq(plan),

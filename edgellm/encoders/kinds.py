@@ -66,3 +66,12 @@ def refuse_imatrix(path: Path | None) -> None:
             f"there is no importance to save in {path}: encoders are rounded without a "
             "calibration text; leave it out"
         )
+
+
+def refuse_code(trusted: bool) -> None:
+    """Raise ``UsageError`` where Python of an encoder's own is trusted: none of it would be run."""
+    if trusted:
+        raise UsageError(
+            "--trust-remote-code means nothing to an encoder, which is read and compared without "
+            "Python of its own: leave it out"
+        )

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from edgellm.errors import EdgeError, HubError
 from edgellm.hub.bar import bar_for
 from edgellm.hub.checksums import check_files, digests_in_cache
+from edgellm.hub.circumstances import from_cache
 from edgellm.hub.ids import HubId
-from edgellm.hub.needed import SMALL_FILES, Needed, needed_files
+from edgellm.hub.needed import CARD, SMALL_FILES, Needed, needed_files
 from edgellm.hub.translation import fetching, unreachable
 from edgellm.progress import Progress
+from edgellm.source.checkpoint import licence_of
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -72,9 +74,12 @@ def download(wanted: HubId, progress: Progress, *, needed: Needed | None = None)
         )
     digests = {name: digest for name in names if (digest := _digest(files[name]))}
     check_files(wanted, folder, digests, progress)
-    card = info.card_data
-    licence = str(card.get("license") or "") if card else ""
-    return Download(folder / (wanted.file or ""), folder.name, licence)
+    # The card as it lies here, so that the cache says the same when the Hub is not asked.
+    return Download(_path(folder, wanted), folder.name, licence_of(folder / CARD))
+
+
+def _path(folder: Path, wanted: HubId) -> Path:
+    return folder / (wanted.file or "")
 
 
 def _digest(file: RepoSibling) -> str | None:
@@ -100,7 +105,8 @@ def _cached(wanted: HubId, choose: Needed, progress: Progress, error: HubError) 
         names = choose(wanted, present)
         # A small file of the repository that did not arrive would be missed in silence: the library
         # knows what the repository has.
-        possible = choose(wanted, {*present, *SMALL_FILES})
+        hidden = SMALL_FILES if wanted.file is None else SMALL_FILES - {CARD}
+        possible = choose(wanted, {*present, *hidden})
         snapshot_download(
             wanted.repo, revision=wanted.revision, local_files_only=True, allow_patterns=possible
         )
@@ -110,8 +116,8 @@ def _cached(wanted: HubId, choose: Needed, progress: Progress, error: HubError) 
             f"the rest: {error}"
         ) from error
     check_files(wanted, folder, digests_in_cache(folder, names), progress)
-    note = f"the Hub was not asked for a newer {wanted.repo}: taken from the cache"
-    return Download(folder / (wanted.file or ""), folder.name, notes=(note,))
+    note = from_cache(wanted.repo)
+    return Download(_path(folder, wanted), folder.name, licence_of(folder / CARD), (note,))
 
 
 def _check_free(wanted: HubId, nbytes: int) -> None:

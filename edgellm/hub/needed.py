@@ -15,6 +15,8 @@ from edgellm.source.matching import listed
 from edgellm.source.pickles import PICKLES
 from edgellm.tokenization.from_hf import TEMPLATE_FOLDER
 
+CARD = "README.md"
+
 SMALL_FILES = frozenset(
     {
         "config.json",
@@ -28,7 +30,12 @@ SMALL_FILES = frozenset(
         "tokenizer.model",
         "chat_template.jinja",
         "chat_template.json",
-        "README.md",
+        "processor_config.json",
+        # Marian's, which no tokenizer.json replaces.
+        "source.spm",
+        "target.spm",
+        "target_vocab.json",
+        CARD,
         # Of encoders, and what sentence-transformers does around them.
         "modules.json",
         "config_sentence_transformers.json",
@@ -39,7 +46,7 @@ SENTENCE_FILES = re.compile(
 )
 """What sentence-transformers adds to a model, by the number of its step."""
 OLDER_TOKENIZERS = re.compile(
-    r"spiece\.model|tekken\.json|vocab\.txt|tiktoken\.model|[^/]+\.tiktoken"
+    r"spiece\.model|sentencepiece\.bpe\.model|tekken\.json|vocab\.txt|tiktoken\.model|[^/]+\.tiktoken"
 )
 """Of folders without a tokenizer.json, beside those in ``SMALL_FILES``; some are large."""
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -64,7 +71,7 @@ def needed_files(wanted: HubId, names: Collection[str]) -> list[str]:
             raise HubError(
                 f"{wanted.repo} has no {wanted.file}; it has {listed(near) or 'no GGUF at all'}"
             )
-        return _with_other_parts(wanted.file, names)
+        return [*_with_other_parts(wanted.file, names), *({CARD} & {*names})]
     weights = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     if INDEX in names:
         chosen = [name for name in weights if SHARD.fullmatch(name)] or weights
@@ -94,6 +101,12 @@ def needed_files(wanted: HubId, names: Collection[str]) -> list[str]:
     raise HubError(
         f"{wanted.repo} holds no weights (no safetensors, no GGUF): check the name at {wanted.url}"
     )
+
+
+def needed_files_and_code(wanted: HubId, names: Collection[str]) -> list[str]:
+    """As ``needed_files``, and Python beside the model, which somebody trusts."""
+    python = (name for name in names if name.endswith(".py") and "/" not in name)
+    return sorted({*needed_files(wanted, names), *python})
 
 
 def _one_variant(wanted: HubId, weights: list[str]) -> list[str]:

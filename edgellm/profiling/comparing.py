@@ -29,6 +29,9 @@ QUANTITIES: dict[str, tuple[Better, Callable[[document.Cell], Sequence[float]]]]
     "prefill_tokens_per_s": ("higher", lambda cell: _samples(cell.prefill_tokens_per_s)),
     "decode_tokens_per_s": ("higher", lambda cell: _samples(cell.decode_tokens_per_s)),
     "end_to_end_s": ("lower", lambda cell: _samples(cell.end_to_end_s)),
+    "encode_s": ("lower", lambda cell: _samples(cell.encode_s)),
+    "latency_s": ("lower", lambda cell: _by_round(cell)),
+    "texts_per_s": ("higher", lambda cell: _samples(cell.texts_per_s)),
     "load_s": ("lower", lambda cell: _samples(cell.load_s)),
     MEMORY: ("lower", lambda cell: [cell.memory.peak_bytes] if cell.memory else []),
 }
@@ -87,6 +90,8 @@ class _Side:
             "prompt tokens": str(settings.prompt_tokens),
             "new tokens": str(settings.new_tokens),
             "depth": str(settings.depth_tokens),
+            "task": settings.task,
+            "batch": str(settings.batch),
             "threads": str(settings.threads or "default"),
             "runtime": settings.runtime,
             "device": settings.device,
@@ -308,6 +313,15 @@ def _pairs(of: _Side, to: _Side) -> list[Pair]:
             )
         )
     return found
+
+
+def _by_round(cell: document.Cell) -> Sequence[float]:
+    """The median of each round's latencies; what has no samples, or not whole rounds, has none."""
+    known = cell.latency_s.samples if cell.latency_s else ()
+    each = len(known) // max(1, cell.rounds)
+    if not known or each * cell.rounds != len(known):
+        return ()
+    return [statistics.median(known[at : at + each]) for at in range(0, len(known), each)]
 
 
 def _samples(figure: document.Figure | None) -> Sequence[float]:

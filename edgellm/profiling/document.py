@@ -7,6 +7,7 @@ figure counts and leaves out stands in docs/profiling.md and, in short, at its f
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -16,6 +17,11 @@ SCHEMA_VERSION = 1
 
 KIND = "edgellm profile"
 """What ``kind`` says in a file that is one."""
+
+
+Task = Literal["generate", "translate", "embed", "label", "fill"]
+"""What a cell does: a language model goes on with a prompt, an encoder with a decoder answers a
+text, an encoder gives a vector, labels (of texts or their tokens) or words for what is masked."""
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +82,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How a cell was run. ``depth_tokens`` lie in the cache before the prompt, computed untimed.
 
     ``threads``: what the runtime was told; None where it chooses itself. ``kv_cache``: the type of
-    keys and values.
+    keys and values, empty where there are none. ``prompt_tokens``: of an encoder those of each of
+    the ``batch`` texts that are computed together, and ``new_tokens`` is 0.
     """
 
     runtime: str
@@ -86,6 +93,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     new_tokens: int
     depth_tokens: int = 0
+    task: Task = "generate"
+    batch: int = 1
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,14 +103,14 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     ``peak_bytes``: most resident at once, mapped file pages counted. ``steady_bytes``: resident
     after the last round; ``steady_shared_bytes``: the same with pages that several processes map
     counted in parts (PSS), None where the system does not say. ``device_bytes``: on a GPU, None
-    where there is none or it does not say. ``kv_bytes``: keys and values.
+    where there is none or it does not say. ``kv_bytes``: keys and values; None of an encoder.
     """
 
     peak_bytes: int
     steady_bytes: int
     steady_shared_bytes: int | None = None
     device_bytes: int | None = None
-    kv_bytes: int
+    kv_bytes: int | None = None
 
 
 class Energy(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,6 +200,10 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     and the last. ``end_to_end_s``: from the prompt's text to the last token's text.
     ``sampling_s`` and ``detokenization_s``: of one token, which the figures before include.
     ``cpu_s``: the process's time on all cores, per round. ``noisy``: why the figures may mislead.
+    ``encode_s``: of an encoder with a decoder, from the text's tokens until the encoder has read
+    them. ``latency_s``: of an encoder, from a batch's texts to what it says of them, several
+    samples a round; ``texts_per_s`` and ``tokens_per_s``: those of a round's batches by their time.
+    ``absent``: for figures that its task has not, why.
     ``text_sha256``: of the answer's tokens, equal wherever the answers are.
     """
 
@@ -211,6 +224,11 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sampling_s: Figure | None = None
     detokenization_s: Figure | None = None
     cpu_s: Figure | None = None
+    encode_s: Figure | None = None
+    latency_s: Distribution | None = None
+    texts_per_s: Figure | None = None
+    tokens_per_s: Figure | None = None
+    absent: dict[str, str] = {}
     memory: Memory | None = None
     energy: Energy | None = None
     roofline: Roofline | None = None

@@ -11,6 +11,15 @@ from typing import cast, get_args
 from edgellm.errors import EdgeError, UsageError
 from edgellm.hardware import Hardware, pick
 from edgellm.manifest import Artifact
+from edgellm.profiling.document import Task
+from edgellm.profiling.tasks import (
+    RUNTIME,
+    USUAL,
+    check_heeded,
+    check_together,
+    task_of,
+    too_long,
+)
 from edgellm.runtimes.session import Capabilities, Device, KvDtype
 
 ALL = "all"
@@ -21,16 +30,18 @@ ALL = "all"
 class Asked:
     """What to vary; every combination is a cell. None leaves the choice to edgellm.
 
-    ``runtimes``: names, or ``all``.
+    ``runtimes``: names, or ``all``. ``batches``: texts that an encoder is asked of together.
+    Lengths that are not named are the usual ones of each task (``USUAL``).
     """
 
     runtimes: Sequence[str | None] = (None,)
     devices: Sequence[str] = ("auto",)
     threads: Sequence[int | None] = (None,)
     kv_caches: Sequence[str | None] = (None,)
-    prompt_tokens: Sequence[int] = (512,)
-    new_tokens: Sequence[int] = (128,)
+    prompt_tokens: Sequence[int] | None = None
+    new_tokens: Sequence[int] | None = None
     depth_tokens: Sequence[int] = (0,)
+    batches: Sequence[int] = (1,)
 
     def check(self) -> None:
         """Raise ``UsageError`` for what no cell can have."""
@@ -44,9 +55,10 @@ class Asked:
                 raise UsageError(f"{option} {wrong[0]!r} is none: choose {', '.join(names)}")
         least = {
             "--threads": (self.threads, 1),
-            "--prompt-tokens": (self.prompt_tokens, 1),
-            "--new-tokens": (self.new_tokens, 1),
+            "--prompt-tokens": (self.prompt_tokens or (), 1),
+            "--new-tokens": (self.new_tokens or (), 1),
             "--depth": (self.depth_tokens, 0),
+            "--batch": (self.batches, 1),
         }
         for option, (counts, low) in least.items():
             few = [each for each in counts if each is not None and each < low]
@@ -66,13 +78,18 @@ class Wanted:
     prompt_tokens: int
     new_tokens: int
     depth_tokens: int
+    task: Task = "generate"
+    batch: int = 1
     runtime_version: str = ""
     refusal: str = ""
 
     @property
     def key(self) -> tuple[object, ...]:
         """What tells it from other cells."""
-        counts = (self.threads, self.prompt_tokens, self.new_tokens, self.depth_tokens)
+        counts = (
+            *(self.threads, self.prompt_tokens, self.new_tokens, self.depth_tokens),
+            self.batch,
+        )
         return (self.artifact.path, self.runtime, self.device, self.kv_cache, *counts)
 
 
@@ -90,17 +107,35 @@ def matrix(
     asked: Asked,
     hardware: Hardware,
     capabilities: Sequence[Capabilities],
+    *,
+    operators: bool = False,
 ) -> Matrix:
     """Every combination of what was ``asked`` for that the runtimes can do.
 
     A runtime that does not open an artifact's container makes no cell beside others that do. Raises
-    ``UsageError`` for a name that no runtime has.
+    ``UsageError`` for a name that no runtime has, artifacts of several kinds, and what would not be
+    heeded of one, ``operators`` among it.
     """
     asked.check()
+    check_together(artifacts)
     cells: list[Wanted] = []
     notes: list[str] = []
     for artifact in artifacts:
-        runtimes, refused = _runtimes(artifact, asked, hardware, capabilities)
+        task = task_of(artifact)
+        check_heeded(artifact, task, asked, operators=operators)
+        usual = USUAL[task]
+        lengths = itertools.product(
+            asked.prompt_tokens or (usual.prompt_tokens,),
+            asked.new_tokens or (usual.new_tokens,),
+            asked.depth_tokens,
+            asked.batches,
+        )
+        asked_of = list(lengths)
+        runtimes, refused = (
+            _runtimes(artifact, asked, hardware, capabilities)
+            if task == "generate"
+            else ([RUNTIME], [])
+        )
         notes += refused
         for runtime, device, kv_cache in itertools.product(
             runtimes, asked.devices, asked.kv_caches
@@ -123,12 +158,12 @@ def matrix(
                     prompt,
                     new,
                     depth,
+                    task=task,
+                    batch=batch,
                     runtime_version=chosen.version,
-                    refusal=chosen.refusal,
+                    refusal=chosen.refusal or too_long(artifact, prompt, new),
                 )
-                for count, prompt, new, depth in itertools.product(
-                    threads, asked.prompt_tokens, asked.new_tokens, asked.depth_tokens
-                )
+                for count, (prompt, new, depth, batch) in itertools.product(threads, asked_of)
             ]
     cells = list({cell.key: cell for cell in cells}.values())
     return Matrix(
@@ -228,6 +263,7 @@ def _names(cells: Sequence[Wanted], *, threads: bool) -> tuple[str, ...]:
         "prompt_tokens": [f"{cell.prompt_tokens} in" for cell in cells],
         "new_tokens": [f"{cell.new_tokens} out" for cell in cells],
         "depth_tokens": [f"depth {cell.depth_tokens}" for cell in cells],
+        "batch": [f"batch {cell.batch}" for cell in cells],
     }
     varied = [words for words in parts.values() if len(set(words)) > 1]
     return tuple(

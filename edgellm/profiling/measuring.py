@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -23,6 +24,7 @@ from edgellm.profiling import document
 from edgellm.profiling.artifacts import artifact_facts
 from edgellm.profiling.conditions import conditions_now
 from edgellm.profiling.energy import counters
+from edgellm.profiling.exchange import Job, Ready, Round
 from edgellm.profiling.folders import without_folders
 from edgellm.profiling.gauges import gauge, noise
 from edgellm.profiling.matrix import Asked, Wanted, matrix
@@ -30,7 +32,7 @@ from edgellm.profiling.operators import TOKENS as OPERATOR_TOKENS
 from edgellm.profiling.process import CellFailed, CellProcess, operators_of
 from edgellm.profiling.roofline import measure_limits
 from edgellm.profiling.summing import ratios, summed
-from edgellm.profiling.worker import Job, Ready, Round
+from edgellm.profiling.tasks import KINDS
 from edgellm.runtimes import capabilities_on
 
 ROUNDS = 5
@@ -85,7 +87,8 @@ class Effort:
 @dataclass(frozen=True, slots=True)
 class Step:
     """How far it is: ``cell`` is about to be measured (or loaded), ``decode_tokens_per_s`` and
-    ``first_token_s`` are of the cell that was measured last; ``round`` counts from 1, warm-ups from
+    ``first_token_s``, or ``texts_per_s`` and ``latency_s``, are of the cell that was measured last;
+    ``round`` counts from 1, warm-ups from
     0 down."""
 
     cell: str
@@ -97,6 +100,8 @@ class Step:
     last_cell: str = ""
     decode_tokens_per_s: float | None = None
     first_token_s: float | None = None
+    texts_per_s: float | None = None
+    latency_s: float | None = None
 
 
 Watch = Callable[[Step], None]
@@ -142,7 +147,7 @@ def profile(
     asked, effort = asked or Asked(), effort or Effort()
     hardware = detect()
     artifacts = [open_artifact(path) for path in paths]
-    found = matrix(artifacts, asked, hardware, capabilities_on(hardware))
+    found = matrix(artifacts, asked, hardware, capabilities_on(hardware), operators=operators)
     facts = {artifact.path: artifact_facts(artifact) for artifact in artifacts}
     cells = [
         Running(
@@ -258,14 +263,7 @@ def _rounds(cells: Sequence[Running], effort: Effort, stays: bool, watch: Watch)
             watch(last)
             took = _measure(cell, effort, counted=number > 0)
             if took is not None:
-                last = dataclasses.replace(
-                    last,
-                    last_cell=cell.name,
-                    decode_tokens_per_s=(
-                        len(took.latencies_s) / sum(took.latencies_s) if took.latencies_s else None
-                    ),
-                    first_token_s=took.first_token_s,
-                )
+                last = dataclasses.replace(last, last_cell=cell.name, **_told(cell.wanted, took))
             if not stays:
                 _end(cell)
         if not any(cell.alive for cell in cells):
@@ -285,6 +283,17 @@ def _begins_anew(cells: Sequence[Running], effort: Effort, number: int, spent_s:
         return starts < STARTS and share <= spent_s < effort.budget_s - 2 * loading_s
     wanted = min(STARTS, effort.rounds // ROUNDS_OF_START)
     return (number - 1) * wanted >= effort.rounds * starts
+
+
+def _told(wanted: Wanted, took: Round) -> dict[str, Any]:
+    """Figures of a round for whoever watches."""
+    mean_s = sum(took.latencies_s) / len(took.latencies_s) if took.latencies_s else None
+    if KINDS[wanted.task] == KINDS["embed"]:
+        return {"latency_s": mean_s, "texts_per_s": wanted.batch / mean_s if mean_s else None}
+    return {
+        "first_token_s": took.first_token_s,
+        "decode_tokens_per_s": 1 / mean_s if mean_s else None,
+    }
 
 
 def _watch_operators(
@@ -355,6 +364,8 @@ def _job(wanted: Wanted) -> Job:
         prompt_tokens=wanted.prompt_tokens,
         new_tokens=wanted.new_tokens,
         depth_tokens=wanted.depth_tokens,
+        task=wanted.task,
+        batch=wanted.batch,
     )
 
 
@@ -375,5 +386,5 @@ def _expected_bytes(cell: Running) -> int:
     weights = facts.size_bytes
     if wanted.runtime in ("torch", "mlx") and facts.weights:
         weights = max(weights, FLOAT_BYTES * facts.weights)
-    tokens = wanted.depth_tokens + wanted.prompt_tokens + wanted.new_tokens
+    tokens = wanted.depth_tokens + wanted.batch * wanted.prompt_tokens + wanted.new_tokens
     return PROCESS_BYTES + weights + FLOAT_BYTES * (facts.kv_values or 0) * tokens

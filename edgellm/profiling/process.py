@@ -17,7 +17,7 @@ import msgspec
 
 from edgellm.errors import GenerationError
 from edgellm.profiling.document import Operators
-from edgellm.profiling.worker import Job, Ready, Round
+from edgellm.profiling.exchange import Job, Ready, Round
 
 COMMAND = (sys.executable, "-P", "-m", "edgellm.profiling.worker")
 """``-P``: modules are looked for where this process does, not in the folder that it is in."""

@@ -11,6 +11,8 @@ from edgellm.calibration.texts import DATA, EVALUATION
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from edgellm.tokenization import Tokenizer
+
 SEPARATOR = "\n\n"
 
 
@@ -48,3 +50,17 @@ def builtin_text() -> str:
     """The text that comes with edgellm for measuring, whole."""
     documents = read_documents(DATA / f"{EVALUATION}.jsonl")
     return SEPARATOR.join(document.text for document in documents)
+
+
+def whole_text(tokenizer: Tokenizer, tokens: int, before: str = "") -> tuple[str, int]:
+    """A text of so many ``tokens``, the model's own counted, and how many it came to.
+
+    ``before`` stands in front of it. Cutting a text may change its last token, so that there are a
+    few more or less.
+    """
+    text = f"{before} {builtin_text()}" if before else builtin_text()
+    while len(tokenizer.encode(text)) < tokens:
+        text += f" {text}"
+    encoded = tokenizer.encode_whole(text, max_tokens=tokens)
+    text = text[: max(end for _, end in encoded.spans)]
+    return text, len(tokenizer.encode_whole(text, max_tokens=2 * tokens).ids)

@@ -8,84 +8,41 @@ backends print goes to stderr.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
 import msgspec
 
-from edgellm.errors import ContextTooLong, EdgeError, GenerationError
+from edgellm import registry
+from edgellm.errors import ContextTooLong, EdgeError
+from edgellm.profiling.energy_meter import EnergyMeter
+from edgellm.profiling.exchange import Job, Ready, Round, sha256_of, taken_memory
 
 if TYPE_CHECKING:
     from edgellm.manifest import Artifact
     from edgellm.profiling.document import Operators
-    from edgellm.profiling.energy import Counter
     from edgellm.profiling.prompts import Prompt
     from edgellm.runtimes.session import Device, KvDtype, RunOptions, Session
 
-
-LEAST_STEPS = 20
-"""Of a counter: less energy than so many of them is told with an error of more than 5 %."""
-
-
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What to load and what to ask; the rest as in ``document.Settings``.
-
-    ``trace``: where to put the operators' trace, empty for nowhere.
-    """
-
-    path: str
-    runtime: str
-    device: str
-    threads: int | None
-    kv_cache: str | None
-    prompt_tokens: int
-    new_tokens: int
-    depth_tokens: int
-    operators: bool = False
-    trace: str = ""
+ENCODER = "edgellm.profiling.whole_texts:EncoderCell"
+CELLS = {
+    "translate": "edgellm.profiling.whole_texts:Seq2SeqCell",
+    **dict.fromkeys(("embed", "label", "fill"), ENCODER),
+}
+"""By task, what loads and measures a cell that is no language model."""
 
 
-class Ready(msgspec.Struct, frozen=True, kw_only=True):
-    """The artifact is loaded; ``kv_cache`` and ``device`` as they came to be."""
+class AnyCell(Protocol):
+    """An artifact, open, and what it is asked."""
 
-    load_s: float
-    device: str
-    kv_cache: str
+    @property
+    def ready(self) -> Ready: ...
 
-
-class Round(msgspec.Struct, frozen=True, kw_only=True):
-    """One prompt and its answer. Seconds, bytes and joules; see ``document.Cell``.
-
-    ``first_text_tokens``: how many tokens there were when the first text came; the energy of the
-    prompt ends there.
-
-    ``energy``: by counter, of the prompt and of the rest; ``no_energy``: why a counter is left out.
-    """
-
-    tokenization_s: float
-    first_token_s: float
-    prefill_s: float
-    latencies_s: tuple[float, ...]
-    sampling_s: float
-    detokenization_s: float
-    end_to_end_s: float
-    cpu_s: float
-    seconds: float
-    peak_bytes: int
-    steady_bytes: int
-    steady_shared_bytes: int | None
-    device_bytes: int | None
-    kv_bytes: int
-    first_text_tokens: int
-    text_sha256: str
-    energy: dict[str, tuple[float, float]]
-    no_energy: tuple[str, ...] = ()
+    def round(self) -> Round: ...
 
 
 def main(requests: IO[bytes], answers: IO[bytes]) -> int:
@@ -97,7 +54,8 @@ def main(requests: IO[bytes], answers: IO[bytes]) -> int:
         if job.operators:
             _say(answers, _operators(job))
             return 0
-        cell = LoadedCell(job)
+        kind = CELLS.get(job.task)
+        cell: AnyCell = registry.attribute(kind)(job) if kind else LoadedCell(job)
         _say(answers, cell.ready)
         for _ in requests:
             _say(answers, cell.round())
@@ -149,10 +107,9 @@ def _operators(job: Job) -> Operators:
 
 
 class LoadedCell:
-    """An artifact, open, and what it is asked."""
+    """A language model, open, and what it is asked."""
 
     def __init__(self, job: Job) -> None:
-        from edgellm.profiling.energy import counters
         from edgellm.runtimes import runtime_named
 
         artifact, self.tokenizer, self.prompt, options = _opened(job)
@@ -167,22 +124,18 @@ class LoadedCell:
         self.ready = Ready(
             load_s=load_s, device=self.session.device, kv_cache=self.session.kv_dtype
         )
-        self.counters: Sequence[Counter] = counters()[0]
-        self.steps_j = {counter.name: counter.step_j or 0.0 for counter in self.counters}
+        self.meter = EnergyMeter()
         if self.prompt.depth_ids:
             self.session.prefill(self.prompt.depth_ids)
 
     def round(self) -> Round:
         """Ask once; the cache holds the depth's tokens alone before."""
         from edgellm.generate import AnswerStream
-        from edgellm.hardware import peak_memory_bytes
-        from edgellm.profiling.device_memory import device_bytes
         from edgellm.token_times import clock
 
         session, prompt = self.session, self.prompt
         session.trim(len(prompt.depth_ids))
-        silent: dict[str, str] = {}
-        counted = self._joules(silent)
+        self.meter.begin()
         cpu_s = time.process_time()
         begun = clock()
         self.tokenizer.encode(prompt.text)
@@ -196,24 +149,15 @@ class LoadedCell:
             ignore_end=True,
             started_s=begun,
         )
-        at_first, first_text_tokens = counted, 0
+        first_text_tokens = 0
         for _ in stream:
             if not first_text_tokens:
                 first_text_tokens = len(stream.token_ids)
-                at_first = self._joules(silent)
+                self.meter.halfway()
         ended = clock()
         cpu_s = time.process_time() - cpu_s
-        at_end = self._joules(silent)
-        for name, end in at_end.items():
-            least_j = LEAST_STEPS * self.steps_j[name]
-            if name not in silent and end - counted[name] < least_j:
-                silent[name] = (
-                    f"{name}: a round takes less than the {least_j:g} J that it can tell: ask for "
-                    "more tokens"
-                )
+        energy, no_energy = self.meter.spent()
         answer, times = stream.answer(), stream.times
-        resident, shared = _resident()
-        ids = ",".join(map(str, answer.token_ids))
         return Round(
             tokenization_s=tokenized - begun,
             first_token_s=times.first_token_s,
@@ -224,42 +168,12 @@ class LoadedCell:
             end_to_end_s=times.first_token_s + sum(times.latencies_s),
             cpu_s=cpu_s,
             seconds=ended - begun,
-            peak_bytes=peak_memory_bytes(),
-            steady_bytes=resident,
-            steady_shared_bytes=shared,
-            device_bytes=device_bytes(session.device),
-            kv_bytes=session.kv_bytes(),
+            memory=taken_memory(session.device, session.kv_bytes()),
             first_text_tokens=first_text_tokens or self.new_tokens,
-            text_sha256=hashlib.sha256(ids.encode()).hexdigest(),
-            energy={
-                name: (at_first[name] - counted[name], end - at_first[name])
-                for name, end in at_end.items()
-                if name not in silent
-            },
-            no_energy=tuple(silent.values()),
+            text_sha256=sha256_of(answer.token_ids),
+            energy=energy,
+            no_energy=no_energy,
         )
-
-    def _joules(self, silent: dict[str, str]) -> dict[str, float]:
-        """What the counters say now; one that says no more is put among ``silent``, with why."""
-        found = {}
-        for counter in self.counters:
-            try:
-                found[counter.name] = counter.read_j()
-            except GenerationError as error:
-                silent[counter.name] = str(error)
-        return found
-
-
-def _resident() -> tuple[int, int | None]:
-    """Bytes resident now, and with shared pages counted in parts where the system says it."""
-    import psutil
-
-    process = psutil.Process()
-    try:
-        whole = process.memory_full_info()
-    except (psutil.Error, OSError):
-        return process.memory_info().rss, None
-    return whole.rss, getattr(whole, "pss", None)
 
 
 if __name__ == "__main__":

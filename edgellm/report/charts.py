@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgellm.profiling.document import Operator, Profile
+from edgellm.profiling.document import Distribution, Operator, Profile
 from edgellm.report.line_charts import Dot, scatter
 from edgellm.report.quantities import DECODE, Quantity, words_of
 from edgellm.report.row_charts import Bar, BarRow, Box, bars, boxes, spans
@@ -82,8 +82,17 @@ def speeds(found: Sequence[Row], quantity: Quantity) -> list[Chart]:
 
 
 def latencies(found: Sequence[Row]) -> list[Chart]:
-    """How the time between two tokens spreads, a box for each cell."""
-    measured = [(row, each) for row in found if (each := row.cell.inter_token_latency_s)]
+    """How the time between two tokens spreads, and that of a batch, a box for each cell."""
+    return [
+        *_spread(found, "inter_token_latency_s", "Time between two tokens", "a token"),
+        *_spread(found, "latency_s", "Time of a batch of texts", "a batch"),
+    ]
+
+
+def _spread(found: Sequence[Row], field: str, title: str, of: str) -> list[Chart]:
+    measured: list[tuple[Row, Distribution]] = [
+        (row, each) for row in found if (each := getattr(row.cell, field))
+    ]
     if not measured:
         return []
     unit, scale = seconds_unit(each.p99 for _, each in measured)
@@ -99,12 +108,11 @@ def latencies(found: Sequence[Row]) -> list[Chart]:
         p95 = each.p95 * scale
         dots = tuple(map(float, strip)) if each.samples else ()
         drawn.append(Box(marked(row), shown, look, p5, p25, p50, p75, p95, p99, most, dots))
-    title = "Time between two tokens"
     note = (
         "Box: the middle half of all samples, with the median. Stem: 5th to 95th percentile. "
         "Diamond: 99th. Dots: samples. Right: median / 99th percentile / slowest."
     )
-    svg = boxes(title, f"{unit} a token (further left is better)", drawn)
+    svg = boxes(title, f"{unit} {of} (further left is better)", drawn)
     return [Chart(title, svg, machines_legend(row for row, _ in measured), note)]
 
 
@@ -228,6 +236,7 @@ def _memory(title: str, found: Sequence[Row]) -> Chart:
     taken = [(row, each) for row in found if (each := row.cell.memory)]
     most = max(each.peak_bytes for _, each in taken)
     unit, scale = ("GB", 1e9) if most >= 1e9 else ("MB", 1e6)
+    kept = any(each.kv_bytes is not None for _, each in taken)
     kinds = ("peak", "steady", "keys and values")
     lines = []
     for row, each in taken:
@@ -235,9 +244,11 @@ def _memory(title: str, found: Sequence[Row]) -> Chart:
         drawn = tuple(
             Bar(part / scale, Look(f"bar m{kind}"), hint=f"{row.label}, {name}: {size(part)}")
             for kind, (name, part) in enumerate(zip(kinds, parts, strict=True))
+            if part is not None
         )
         lines.append(BarRow(marked(row), size(each.peak_bytes), drawn))
-    legend = tuple(Key(block_sign(f"bar m{kind}"), name) for kind, name in enumerate(kinds))
+    shown = kinds if kept else kinds[:2]
+    legend = tuple(Key(block_sign(f"bar m{kind}"), name) for kind, name in enumerate(shown))
     note = "Right: the peak. File pages that the process maps are counted."
     return Chart(title, bars(title, f"{unit} (shorter is better)", lines), legend, note)
 

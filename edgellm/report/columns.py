@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from edgellm.profiling.document import Profile
+from edgellm.profiling.document import Distribution, Profile
 from edgellm.report.quantities import (
     DECODE,
+    ENCODE,
     END_TO_END,
     FIRST_TOKEN,
     LOAD,
     PREFILL,
+    SPREADS,
+    TEXT_TOKENS,
+    TEXTS,
     Quantity,
     words_of,
 )
@@ -50,8 +54,9 @@ def columns(found: Sequence[Row]) -> list[Column]:
         made.append(Column("machine", "", machines, figures=False))
     made += [
         _lengths(found),
-        *(_figure(found, each) for each in (FIRST_TOKEN, PREFILL, DECODE)),
-        _latency(found),
+        *(_figure(found, each) for each in (ENCODE, FIRST_TOKEN, PREFILL, DECODE)),
+        *(_figure(found, each) for each in (TEXTS, TEXT_TOKENS)),
+        *(_spread(found, field) for field in SPREADS),
         _bytes(found, "memory", "peak", lambda row: getattr(row.cell.memory, "peak_bytes", None)),
         _bytes(found, "size", "files", lambda row: row.cell.artifact.size_bytes),
         Column(
@@ -92,8 +97,11 @@ def _lengths(found: Sequence[Row]) -> Column:
     shown = []
     for row in found:
         prompt, new, depth = row.lengths
-        shown.append(Shown(f"{depth} + {prompt} → {new}" if deep else f"{prompt} → {new}"))
+        text = f"{depth} + {prompt} → {new}" if deep else f"{prompt} → {new}"
+        shown.append(Shown(f"{row.cell.settings.batch} × {prompt}" if row.reads else text))
     unit = "cached + prompt → new" if deep else "prompt → new"
+    if any(row.reads for row in found):
+        unit = "texts × length" + f", or {unit}" * (not all(row.reads for row in found))
     return Column("tokens", unit, tuple(shown))
 
 
@@ -106,8 +114,8 @@ def _figure(found: Sequence[Row], quantity: Quantity) -> Column:
     return Column(quantity.words, unit, shown)
 
 
-def _latency(found: Sequence[Row]) -> Column:
-    known = [row.cell.inter_token_latency_s for row in found]
+def _spread(found: Sequence[Row], field: str) -> Column:
+    known: list[Distribution | None] = [getattr(row.cell, field) for row in found]
     unit, scale = seconds_unit(each.p99 for each in known if each)
     shown = []
     for each in known:
@@ -118,7 +126,7 @@ def _latency(found: Sequence[Row]) -> Column:
         shown.append(
             Shown(number(each.p50 * scale, digits), f"99 %: {number(each.p99 * scale, digits)}")
         )
-    return Column("between tokens", unit, tuple(shown))
+    return Column(SPREADS[field], unit, tuple(shown))
 
 
 def _bytes(found: Sequence[Row], title: str, unit: str, of: Callable[[Row], int | None]) -> Column:

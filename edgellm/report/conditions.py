@@ -69,10 +69,20 @@ def method(profiles: Sequence[Profile]) -> Facts:
         "next token": lambda profile: plain(profile.method.sampling),
         "prompt": lambda profile: plain(profile.method.prompt),
         "not counted": lambda profile: " ".join(map(plain, profile.method.not_counted)),
+        "figures that there are not": _absent,
         "notes": lambda profile: "; ".join(map(plain, profile.notes)),
     }
     facts = [(name, [detail(profile) for profile in profiles]) for name, detail in details.items()]
     return [(name, values) for name, values in facts if any(values)]
+
+
+def _absent(profile: Profile) -> str:
+    """Which figures the cells' tasks have not, each reason once."""
+    fields: dict[str, dict[str, None]] = {}
+    for cell in profile.cells:
+        for field, reason in cell.absent.items():
+            fields.setdefault(reason, {})[field] = None
+    return "; ".join(f"{', '.join(names)}: {plain(reason)}" for reason, names in fields.items())
 
 
 def _change(found: Conditions, shown: Callable[[Gauge], str]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from edgellm.profiling.document import Figure
 from edgellm.report.charts import Chart, Key, marked
 from edgellm.report.line_charts import Curve, Place, curves
-from edgellm.report.quantities import DECODE, PREFILL, Quantity
+from edgellm.report.quantities import DECODE, ENCODE, PREFILL, TEXT_TOKENS, TEXTS, Quantity
 from edgellm.report.rows import Row
 from edgellm.report.summary import FEWEST_ROUNDS, what_intervals_are
 from edgellm.report.svg import DASHES, TINTS, line_sign
@@ -44,7 +44,14 @@ def timelines(found: Sequence[Row]) -> list[Chart]:
 
 def over_prompts(found: Sequence[Row]) -> list[Chart]:
     """Prefill speed against the prompt's length, where there are several."""
-    return _over("prompt tokens", PREFILL, found, lambda row: (row.lengths[0], row.lengths[2]))
+    return _over(
+        "prompt tokens",
+        PREFILL,
+        found,
+        lambda row: (row.lengths[0], row.lengths[2]),
+        against="prompt",
+        kept="depth",
+    )
 
 
 def over_depths(found: Sequence[Row]) -> list[Chart]:
@@ -54,7 +61,39 @@ def over_depths(found: Sequence[Row]) -> list[Chart]:
         DECODE,
         found,
         lambda row: (row.lengths[2], row.lengths[0]),
+        against="depth",
+        kept="prompt",
     )
+
+
+def over_texts(found: Sequence[Row]) -> list[Chart]:
+    """What encoders take against the length of texts, and against how many there are at a time."""
+    return [
+        *_over(
+            "tokens of a text",
+            ENCODE,
+            found,
+            lambda row: (row.lengths[0], row.cell.settings.batch),
+            against="length",
+            kept="batch",
+        ),
+        *_over(
+            "tokens of a text",
+            TEXT_TOKENS,
+            found,
+            lambda row: (row.lengths[0], row.cell.settings.batch),
+            against="length",
+            kept="batch",
+        ),
+        *_over(
+            "texts at a time",
+            TEXTS,
+            found,
+            lambda row: (row.cell.settings.batch, row.lengths[0]),
+            against="batch",
+            kept="length",
+        ),
+    ]
 
 
 def _timeline(title: str, new: int, group: Sequence[Row], named: dict[str, str]) -> Chart:
@@ -99,9 +138,18 @@ def _timeline(title: str, new: int, group: Sequence[Row], named: dict[str, str])
 
 
 def _over(
-    across: str, quantity: Quantity, found: Sequence[Row], key: Callable[[Row], tuple[int, int]]
+    across: str,
+    quantity: Quantity,
+    found: Sequence[Row],
+    key: Callable[[Row], tuple[int, int]],
+    *,
+    against: str,
+    kept: str,
 ) -> list[Chart]:
-    """``quantity`` over the first length that ``key`` gives; its second one stays the same."""
+    """``quantity`` over the first number that ``key`` gives; its second one stays the same.
+
+    ``against`` and ``kept`` are what people call them.
+    """
     groups: dict[tuple[str, int], dict[int, tuple[Row, Figure]]] = {}
     for row in found:
         figure = quantity.of(row.cell)
@@ -110,23 +158,27 @@ def _over(
             groups.setdefault((row.series, other), {}).setdefault(length, (row, figure))
     groups = {name: each for name, each in groups.items() if len(each) > 1}
     others = {other for _, other in groups}
-    kept = "prompt" if quantity is DECODE else "depth"
+    unit, scale = quantity.unit, 1.0
+    if unit == "s":
+        figures = (figure for each in groups.values() for _, figure in each.values())
+        unit, scale = seconds_unit(figure.median for figure in figures)
     drawn = []
     for (series, other), by_length in groups.items():
         marks = []
         for length, (row, figure) in sorted(by_length.items()):
-            median, span = interval(figure)
-            hint = f"{marked(row)}: {median} tokens/s, {span}"
-            marks.append(Place(length, figure.median, figure.low, figure.high, hint))
+            median, span = interval(figure, scale)
+            hint = f"{marked(row)}: {median} {unit}, {span}"
+            middle, low, high = (each * scale for each in (figure.median, figure.low, figure.high))
+            marks.append(Place(length, middle, low, high, hint))
         row = next(iter(by_length.values()))[0]
         name = f"{series}, {kept} {other}" if len(others) > 1 else series
         dash = row.dash + sorted(others).index(other)
         drawn.append(Curve(name, tuple(marks), row.tint, dash))
     if not drawn:
         return []
-    title = f"{quantity.words.capitalize()} against {'depth' if kept == 'prompt' else 'prompt'}"
+    title = f"{quantity.words.capitalize()} against {against}"
     note = f"Whiskers: {what_intervals_are(found)}."
-    svg = curves(title, across, quantity.unit, drawn)
+    svg = curves(title, across, unit, drawn)
     return [Chart(title, svg, _legend(drawn), note)]
 
 

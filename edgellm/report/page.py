@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edgellm.profiling.document import Profile
+from edgellm.profiling.document import Cell, Profile
 from edgellm.report import charts, curve_charts
 from edgellm.report.charts import Chart, Fold
 from edgellm.report.columns import columns, ratio_rows
 from edgellm.report.conditions import conditions, method
-from edgellm.report.quantities import DECODE, FIRST_TOKEN
+from edgellm.report.quantities import DECODE, ENCODE, FIRST_TOKEN, SPREADS, TEXTS
 from edgellm.report.rows import Row, machine_names, rows, several_machines
 from edgellm.report.summary import summary, what_intervals_are
 from edgellm.report.wording import count, listed, moment, plain, seconds
@@ -30,6 +30,9 @@ UNSAFE_IN_SCRIPT = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u202
 
 MOST_RAW_BYTES = 1_500_000
 """Of all profiles' JSON in a page. Latencies make most of it, and leave first."""
+
+SHOWN = (DECODE, FIRST_TOKEN, ENCODE, TEXTS)
+"""Figures that have bars right below the table."""
 
 MOST_NAMES = 3
 """So many artifacts are named in the title."""
@@ -70,7 +73,7 @@ def html(profiles: Sequence[Profile]) -> str:
         sentences=summary(profiles),
         rows=found,
         columns=columns(found),
-        speeds=[*charts.speeds(found, DECODE), *charts.speeds(found, FIRST_TOKEN)],
+        speeds=[chart for each in SHOWN for chart in charts.speeds(found, each)],
         intervals=what_intervals_are(found),
         sections=_sections(found),
         ratios=ratio_rows(profiles),
@@ -108,8 +111,16 @@ def _subtitle(profiles: Sequence[Profile], found: Sequence[Row]) -> list[str]:
 
 
 def _sections(found: Sequence[Row]) -> list[Section]:
-    """The charts in their order; those without data say why, or are left out."""
-    lengths = [*curve_charts.over_prompts(found), *curve_charts.over_depths(found)]
+    """The charts in their order; those without data say why, or are left out.
+
+    What encoders do not have is left out where there are no other cells.
+    """
+    writes = not found or any(not row.reads for row in found)
+    lengths = [
+        *curve_charts.over_prompts(found),
+        *curve_charts.over_depths(found),
+        *curve_charts.over_texts(found),
+    ]
     sections = [
         _section(
             "latency",
@@ -133,9 +144,12 @@ def _sections(found: Sequence[Row]) -> list[Section]:
             "roofline",
             "How near the machine's best",
             charts.rooflines(found),
-            "The artifacts do not say what a token reads, or the machine's best is not known.",
+            _no_rooflines(found),
         ),
     ]
+    if not writes:
+        sections.pop()
+        return [each for each in sections if each.charts]
     folds = charts.operators(found)
     sections.append(
         Section("operators", "Where a token's time goes", (), tuple(folds), _no_operators(found))
@@ -147,6 +161,13 @@ def _section(anchor: str, title: str, drawn: Sequence[Chart], missing: str) -> S
     return Section(anchor, title, tuple(drawn), (), "" if drawn else missing)
 
 
+def _no_rooflines(found: Sequence[Row]) -> str:
+    reasons = dict.fromkeys(row.cell.absent.get("roofline", "") for row in found)
+    if found and all(reasons):
+        return f"There is none: {listed([plain(reason) for reason in reasons])}."
+    return "The artifacts do not say what a token reads, or the machine's best is not known."
+
+
 def _no_operators(found: Sequence[Row]) -> str:
     """Why cells that ran have no operators, each reason once."""
     without: dict[str, list[str]] = {}
@@ -154,7 +175,8 @@ def _no_operators(found: Sequence[Row]) -> str:
         known = row.cell.operators
         if row.cell.failure or (known and known.by_kind):
             continue
-        reason = plain(known.reason).rstrip(".") if known and known.reason else "not asked for"
+        why = known.reason if known else row.cell.absent.get("operators", "")
+        reason = plain(why).rstrip(".") if why else "not asked for"
         without.setdefault(reason, []).append(row.label)
     if len(without) == 1 and "not asked for" in without:
         everywhere = not any(row.cell.operators for row in found)
@@ -192,13 +214,14 @@ def _raw(profiles: Sequence[Profile]) -> list[Raw]:
 def _without_latencies(profile: Profile) -> Profile:
     """``profile`` with percentiles of latencies alone, not every sample."""
     replace = msgspec.structs.replace
-    cells = tuple(
-        replace(cell, inter_token_latency_s=replace(cell.inter_token_latency_s, samples=()))
-        if cell.inter_token_latency_s
-        else cell
-        for cell in profile.cells
-    )
-    return replace(profile, cells=cells)
+
+    def thinned(cell: Cell) -> Cell:
+        known = {field: getattr(cell, field) for field in SPREADS}
+        return replace(
+            cell, **{field: each and replace(each, samples=()) for field, each in known.items()}
+        )
+
+    return replace(profile, cells=tuple(map(thinned, profile.cells)))
 
 
 @cache

@@ -9,8 +9,8 @@ from edgellm.profiling.document import Profile
 from edgellm.report.quantities import FIGURES, Quantity
 from edgellm.report.rows import Row, rows
 
-UNITS = {"s": "seconds", "tokens/s": "tokens_per_second"}
-SUFFIXES = ("_tokens_per_s", "_s")
+UNITS = {"s": "seconds", "tokens/s": "tokens_per_second", "texts/s": "texts_per_second"}
+SUFFIXES = ("_tokens_per_s", "tokens_per_s", "texts_per_s", "_s")
 
 BOUNDS = {
     "median": ("", "median of the rounds"),
@@ -42,12 +42,12 @@ def prometheus(profiles: Sequence[Profile]) -> str:
         (
             "edgellm_inter_token_latency_seconds",
             "Time from one token's text to the next one's, by quantile of all samples.",
-            [
-                ({**_labels(row), "quantile": quantile}, float(getattr(known, part)))
-                for row in found
-                if (known := row.cell.inter_token_latency_s)
-                for part, quantile in QUANTILES.items()
-            ],
+            _quantiles(found, "inter_token_latency_s"),
+        ),
+        (
+            "edgellm_batch_latency_seconds",
+            "Time from a batch's texts to what an encoder says, by quantile of all samples.",
+            _quantiles(found, "latency_s"),
         ),
         *_memory(found),
         (
@@ -95,7 +95,18 @@ def prometheus(profiles: Sequence[Profile]) -> str:
 def gauge_name(quantity: Quantity) -> str:
     """``edgellm_decode_tokens_per_second``: the field with its unit in full."""
     suffix = next(each for each in SUFFIXES if quantity.field.endswith(each))
-    return f"edgellm_{quantity.field.removesuffix(suffix)}_{UNITS[quantity.unit]}"
+    of = quantity.field.removesuffix(suffix) or "encoder"
+    return f"edgellm_{of}_{UNITS[quantity.unit]}"
+
+
+def _quantiles(found: Sequence[Row], field: str) -> list[Sample]:
+    """Samples of the distribution ``field`` of every cell that has it."""
+    return [
+        ({**_labels(row), "quantile": quantile}, float(getattr(known, part)))
+        for row in found
+        if (known := getattr(row.cell, field))
+        for part, quantile in QUANTILES.items()
+    ]
 
 
 def _memory(found: Sequence[Row]) -> list[tuple[str, str, list[Sample]]]:
@@ -109,9 +120,9 @@ def _memory(found: Sequence[Row]) -> list[tuple[str, str, list[Sample]]]:
             f"edgellm_memory_{part}_bytes",
             text,
             [
-                (_labels(row), float(getattr(row.cell.memory, f"{part}_bytes")))
+                (_labels(row), float(taken))
                 for row in found
-                if row.cell.memory
+                if (taken := getattr(row.cell.memory, f"{part}_bytes", None)) is not None
             ],
         )
         for part, text in parts.items()
@@ -132,6 +143,8 @@ def _labels(row: Row) -> dict[str, str]:
         "prompt_tokens": str(cell.settings.prompt_tokens),
         "new_tokens": str(cell.settings.new_tokens),
         "depth_tokens": str(cell.settings.depth_tokens),
+        "task": cell.settings.task,
+        "batch": str(cell.settings.batch),
     }
 
 

@@ -31,10 +31,20 @@ END_TO_END = Quantity("end_to_end_s", "whole answer", "s")
 SAMPLING = Quantity("sampling_s", "sampling a token", "s")
 DETOKENIZATION = Quantity("detokenization_s", "a token to text", "s")
 CPU = Quantity("cpu_s", "processor time of a round", "s")
+ENCODE = Quantity("encode_s", "reading the text", "s")
+TEXTS = Quantity("texts_per_s", "texts a second", "texts/s", more=True)
+TEXT_TOKENS = Quantity("tokens_per_s", "reading speed", "tokens/s", more=True)
 
 FIGURES = (
     LOAD, TOKENIZATION, FIRST_TOKEN, PREFILL, DECODE, END_TO_END, SAMPLING, DETOKENIZATION, CPU,
+    ENCODE, TEXTS, TEXT_TOKENS,
 )  # fmt: skip
+
+SPREADS = {
+    "inter_token_latency_s": "between tokens",
+    "latency_s": "a batch of texts",
+}
+"""Distributions by field, and what people call them."""
 
 PERCENTILES = ("mean", "p50", "p90", "p95", "p99", "max")
 """What a distribution says of itself."""
@@ -42,4 +52,5 @@ PERCENTILES = ("mean", "p50", "p90", "p95", "p99", "max")
 
 def words_of(field: str) -> str:
     """What people call ``field``; an unknown one with its underscores as spaces."""
-    return next((each.words for each in FIGURES if each.field == field), field.replace("_", " "))
+    known = {each.field: each.words for each in FIGURES} | SPREADS
+    return known.get(field, field.replace("_", " "))

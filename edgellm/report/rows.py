@@ -39,6 +39,16 @@ class Row:
         settings = self.cell.settings
         return settings.prompt_tokens, settings.new_tokens, settings.depth_tokens
 
+    @property
+    def asked(self) -> tuple[object, ...]:
+        """What is equal of cells that can be compared: task, lengths, texts at a time."""
+        return (self.cell.settings.task, *self.lengths, self.cell.settings.batch)
+
+    @property
+    def reads(self) -> bool:
+        """Whether it is an encoder's, which writes nothing."""
+        return self.cell.settings.task in ("embed", "label", "fill")
+
 
 def rows(profiles: Sequence[Profile]) -> list[Row]:
     """A row for every cell, in the profiles' order."""
@@ -119,7 +129,7 @@ def _series(cells: Sequence[Cell]) -> list[str]:
         lambda cell: plain(cell.settings.runtime),
         lambda cell: plain(cell.settings.device),
         lambda cell: f"{cell.settings.threads or 'own choice of'} threads",
-        lambda cell: f"{plain(cell.settings.kv_cache)} cache",
+        lambda cell: f"{plain(cell.settings.kv_cache)} cache" if cell.settings.kv_cache else "",
     )
     varying = [each for each in details if len({each(cell) for cell in cells}) > 1]
     digests: dict[str, set[str]] = {}
@@ -130,7 +140,7 @@ def _series(cells: Sequence[Cell]) -> list[str]:
             [
                 plain(cell.artifact.name) or "unnamed",
                 *([cell.artifact.sha256[:8]] if len(digests[cell.artifact.name]) > 1 else []),
-                *(detail(cell) for detail in varying),
+                *(text for detail in varying if (text := detail(cell))),
             ]
         )
         for cell in cells

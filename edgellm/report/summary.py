@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgellm.profiling.document import Figure, Profile
-from edgellm.report.quantities import DECODE, FIRST_TOKEN, Quantity
+from edgellm.report.quantities import DECODE, FIRST_TOKEN, TEXTS, Quantity
 from edgellm.report.rows import Row, models, rows, several_machines
 from edgellm.report.wording import count, interval, listed, number, plain, seconds_of, size
 
@@ -26,6 +26,31 @@ class Sentence:
     warns: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Words:
+    """How it is said who leads in a quantity."""
+
+    topic: str
+    alone: str
+    superlative: str
+    lead: str
+    pace: str
+
+
+LED = {
+    DECODE: Words("Speed", "writes", "fastest", "writes fastest", "as fast"),
+    TEXTS: Words("Speed", "reads", "fastest", "reads fastest", "as fast"),
+    FIRST_TOKEN: Words(
+        "First token",
+        "gives the first token after",
+        "first",
+        "gives its first token soonest",
+        "as long",
+    ),
+}
+"""What the sentences are about."""
+
+
 def summary(profiles: Sequence[Profile]) -> list[Sentence]:
     """Speed, first token, memory and quality, then failures, noise and what limits comparing."""
     found = rows(profiles)
@@ -36,7 +61,7 @@ def summary(profiles: Sequence[Profile]) -> list[Sentence]:
         said.append(Sentence("Compared", _setting(group, groups)))
         said += [
             _leading(group, named, quantity)
-            for quantity in (DECODE, FIRST_TOKEN)
+            for quantity in LED
             if any(quantity.of(row.cell) for row in group)
         ]
         said += _memory(group, named)
@@ -52,13 +77,14 @@ def summary(profiles: Sequence[Profile]) -> list[Sentence]:
 def compared(found: Sequence[Row]) -> list[list[Row]]:
     """Rows that can be compared, a list for each model on each machine.
 
-    Of the lengths of prompt, answer and depth these are the ones that most of them have.
+    Of the lengths of prompt, answer and depth, and of texts at a time, these are the ones that most
+    of them have.
     """
-    groups: dict[tuple[str, str], dict[tuple[int, int, int], list[Row]]] = {}
+    groups: dict[tuple[str, str], dict[tuple[object, ...], list[Row]]] = {}
     for row in found:
-        if (DECODE.of(row.cell) or FIRST_TOKEN.of(row.cell)) and not row.cell.failure:
+        if any(each.of(row.cell) for each in LED) and not row.cell.failure:
             of_model = groups.setdefault((row.machine, row.cell.artifact.model_sha256), {})
-            of_model.setdefault(row.lengths, []).append(row)
+            of_model.setdefault(row.asked, []).append(row)
     return [max(by_lengths.values(), key=len) for by_lengths in groups.values()]
 
 
@@ -106,33 +132,33 @@ def _leading(group: Sequence[Row], named: dict[str, str], quantity: Quantity) ->
     measured = [(row, figure) for row in group if (figure := quantity.of(row.cell))]
     measured.sort(key=lambda pair: pair[1].median, reverse=quantity.more)
     (best, figure), rivals = measured[0], [row for row, _ in measured[1:]]
-    topic = "Speed" if quantity is DECODE else "First token"
+    words = LED[quantity]
+    topic = words.topic
     name = named[best.label]
     if not rivals:
         noisy = "; the cell is noisy" if best.cell.noisy else ""
-        verb = "writes" if quantity is DECODE else "gives the first token after"
-        return Sentence(topic, f"{name} {verb} {_shown(quantity, figure)}{noisy}.", bool(noisy))
+        return Sentence(
+            topic, f"{name} {words.alone} {_shown(quantity, figure)}{noisy}.", bool(noisy)
+        )
     why_not = doubts(best, rivals, named, quantity)
     second = measured[1][1]
     if why_not:
-        superlative = "fastest" if quantity is DECODE else "first"
         return Sentence(
             topic,
-            f"No one is named {superlative}: the best median is {name}'s with "
+            f"No one is named {words.superlative}: the best median is {name}'s with "
             f"{_shown(quantity, figure)}, but {' and '.join(why_not)}. "
             f"Next: {named[rivals[0].label]} with {_shown(quantity, second)}.",
             warns=True,
         )
     worse, better = sorted((figure.median, second.median))
     times = f"{better / worse:.2f} times" if worse else "far"
-    lead = "writes fastest" if quantity is DECODE else "gives its first token soonest"
-    pace = "as fast" if quantity is DECODE else "as long"
+    next_one = named[rivals[0].label]
     compared_to = (
-        f"{times} {pace} as the next, {named[rivals[0].label]} with {_shown(quantity, second)}"
+        f"{times} {words.pace} as the next, {next_one} with {_shown(quantity, second)}"
         if quantity.more
-        else f"the next, {named[rivals[0].label]}, takes {times} {pace}, {_shown(quantity, second)}"
+        else f"the next, {next_one}, takes {times} {words.pace}, {_shown(quantity, second)}"
     )
-    return Sentence(topic, f"{name} {lead}: {_shown(quantity, figure)}; {compared_to}.")
+    return Sentence(topic, f"{name} {words.lead}: {_shown(quantity, figure)}; {compared_to}.")
 
 
 def _shown(quantity: Quantity, figure: Figure) -> str:
@@ -145,11 +171,15 @@ def _shown(quantity: Quantity, figure: Figure) -> str:
 def _setting(group: Sequence[Row], groups: Sequence[Sequence[Row]]) -> str:
     """What the cells of ``group`` have in common; of the first one also what brackets mean."""
     prompt, new, depth = group[0].lengths
+    batch = group[0].cell.settings.batch
     text = count(len(group), "cell")
     if len(models(each[0] for each in groups)) > 1:
         digest = group[0].cell.artifact.model_sha256[:8]
         text += f" of model {digest}" if digest else " of a model that no manifest names"
-    text += f" with {count(prompt, 'prompt token')} and {count(new, 'new token')}"
+    if group[0].reads:
+        text += f" with {count(batch, 'text')} of {count(prompt, 'token')} at a time"
+    else:
+        text += f" with {count(prompt, 'prompt token')} and {count(new, 'new token')}"
     if depth:
         text += f", behind {count(depth, 'token')} in the cache"
     if len({each[0].machine for each in groups}) > 1:
@@ -166,10 +196,9 @@ def _memory(group: Sequence[Row], named: dict[str, str]) -> list[Sentence]:
         return []
     taken.sort(key=lambda pair: pair[0].peak_bytes)
     least, row = taken[0]
-    text = (
-        f"{named[row.label]} takes {size(least.peak_bytes)} at its peak, "
-        f"{size(least.kv_bytes)} of it for keys and values"
-    )
+    text = f"{named[row.label]} takes {size(least.peak_bytes)} at its peak"
+    if least.kv_bytes is not None:
+        text += f", {size(least.kv_bytes)} of it for keys and values"
     if len(taken) > 1:
         most, other = taken[-1]
         text = (
@@ -203,14 +232,14 @@ def _machines(found: Sequence[Row]) -> list[Sentence]:
     """Which machine is fastest with an artifact that the most of them ran."""
     if not several_machines(found):
         return []
-    shared: dict[tuple[str, tuple[int, int, int]], dict[str, Row]] = {}
+    shared: dict[tuple[str, tuple[object, ...]], dict[str, Row]] = {}
     for row in found:
-        figure = DECODE.of(row.cell)
+        figure = _speed(row).of(row.cell)
         if figure is None or row.cell.failure:
             continue
-        ran = shared.setdefault((row.cell.artifact.sha256, row.lengths), {})
+        ran = shared.setdefault((row.cell.artifact.sha256, row.asked), {})
         known = ran.get(row.machine)
-        before = DECODE.of(known.cell) if known else None
+        before = _speed(known).of(known.cell) if known else None
         if before is None or figure.median > before.median:
             ran[row.machine] = row
     ran = max(shared.values(), key=len, default={})
@@ -218,10 +247,14 @@ def _machines(found: Sequence[Row]) -> list[Sentence]:
         text = "The machines have no artifact and setting in common: nothing compares them."
         return [Sentence("Machines", text, warns=True)]
     chosen = list(ran.values())
-    said = _leading(chosen, {row.label: row.machine for row in chosen}, DECODE)
+    said = _leading(chosen, {row.label: row.machine for row in chosen}, _speed(chosen[0]))
     artifact = plain(chosen[0].cell.artifact.name)
     prompt = count(chosen[0].lengths[0], "prompt token")
     return [Sentence("Machines", f"With {artifact} and {prompt}: {said.text}", said.warns)]
+
+
+def _speed(row: Row) -> Quantity:
+    return TEXTS if row.reads else DECODE
 
 
 def _failed(found: Sequence[Row]) -> list[Sentence]:

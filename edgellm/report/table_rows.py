@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 
 from edgellm.profiling.document import Figure, Profile
-from edgellm.report.quantities import FIGURES, PERCENTILES
+from edgellm.report.quantities import FIGURES, PERCENTILES, SPREADS
 from edgellm.report.rows import Row, rows
 
 Value = str | int | float | None
@@ -52,13 +52,16 @@ def _values(row: Row) -> dict[str, Value]:
         "prompt_tokens": settings.prompt_tokens,
         "new_tokens": settings.new_tokens,
         "depth_tokens": settings.depth_tokens,
+        "task": settings.task,
+        "batch": settings.batch,
         "rounds": cell.rounds,
         "warmup_rounds": cell.warmup_rounds,
     }
     for quantity in FIGURES:
         values |= _figure(quantity.field, quantity.of(cell))
-    for name in PERCENTILES:
-        values[f"inter_token_latency_s_{name}"] = getattr(cell.inter_token_latency_s, name, None)
+    for field in SPREADS:
+        for name in PERCENTILES:
+            values[f"{field}_{name}"] = getattr(getattr(cell, field), name, None)
     for name in MEMORY:
         values[f"memory_{name}"] = getattr(cell.memory, name, None)
     values["energy_source"] = getattr(cell.energy, "source", None)

@@ -14,6 +14,7 @@ from edgellm.progress import Progress, unwatched
 from edgellm.recipe import Recipe
 from edgellm.seq2seq.quality import check_seq2seq
 from edgellm.source.encoder_model import Seq2SeqSource
+from edgellm.tokenization.languages import Languages, languages_of
 
 Seq2SeqPlan: TypeAlias = FolderPlan[Seq2SeqSource]
 
@@ -62,6 +63,7 @@ def seq2seq_facts(plan: Seq2SeqPlan) -> Seq2SeqFacts:
     asked = _number(generation, "max_new_tokens") or (_number(generation, "max_length") or 1) - 1
     forced = _number(generation, "forced_bos_token_id")
     start = _number(generation, "decoder_start_token_id")
+    spoken = languages_of(source.tokenizer) if model.family in WITH_LANGUAGES else Languages()
     return Seq2SeqFacts(
         encoder_file=ENCODER_FILE,
         start_token_id=model.start_token_id if start is None else start,
@@ -71,8 +73,15 @@ def seq2seq_facts(plan: Seq2SeqPlan) -> Seq2SeqFacts:
         max_new_tokens=min(asked, longest) if asked > USUAL_LENGTH else longest,
         first_token_ids=() if forced is None else (forced,),
         suppressed_token_ids=_suppressed(generation),
+        last_token_id=_forced_end(generation),
+        languages=spoken.ids,
+        source_language=spoken.source,
+        language_begins=spoken.behind_text,
     )
 
+
+WITH_LANGUAGES = ("mbart",)
+"""Families whose tokenizer marks a text with its language's code."""
 
 USUAL_LENGTH = 20
 """``max_length`` where a generation config says nothing."""
@@ -88,6 +97,14 @@ def _ends(source: Seq2SeqSource) -> tuple[int, ...]:
 def _number(generation: Mapping[str, Any], key: str) -> int | None:
     value = generation.get(key)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _forced_end(generation: Mapping[str, Any]) -> int | None:
+    """What transformers makes the last token of an answer that goes on; of several the first."""
+    forced = generation.get("forced_eos_token_id")
+    if isinstance(forced, list):
+        return min(forced, default=None)
+    return _number(generation, "forced_eos_token_id")
 
 
 def _suppressed(generation: Mapping[str, Any]) -> tuple[int, ...]:

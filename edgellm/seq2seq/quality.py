@@ -143,8 +143,10 @@ def _float_answers(
     write_float(plan, folder)
     graphs = OnnxSeq2Seq(folder / ENCODER_FILE, folder / DECODER_FILE, threads=plan.threads)
     room = min(ANSWER_TOKENS, model.facts.max_tokens)
+    # What is forced says nothing of the model.
+    facts = msgspec.structs.replace(model.facts, last_token_id=None)
     answers = []
-    with Seq2SeqModel(graphs, model.tokenizer, model.facts) as reference:
+    with Seq2SeqModel(graphs, model.tokenizer, facts) as reference:
         for number, ids in enumerate(texts):
             sampler = Sampler(SamplingOptions())
             answer = tuple(reference.tokens(ids, max_tokens=room, sampler=sampler))

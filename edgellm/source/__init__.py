@@ -24,6 +24,7 @@ def open_source(
     rope_scaling: str | None = None,
     quantized: bool = False,
     text_only: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress = unwatched,
 ) -> ModelSource:
     """The model that ``text`` names: a folder, a GGUF file, or an id on the Hub.
@@ -34,7 +35,8 @@ def open_source(
     ``rope_scaling``: a rope to describe it with, not its own (``rope_scaling.parse_scaling``).
     ``quantized``: take a folder whose weights are quantized already as the values that they stand
     for (a GGUF file always is). ``text_only``: of a folder whose model also sees, the language
-    model (``source.text_part``). ``progress`` is told of a download. Raises ``SourceError``
+    model (``source.text_part``). ``trust_remote_code``: Python that a folder brings may be run, to
+    compare with. ``progress`` is told of a download. Raises ``SourceError``
     (``HubError``, ``TensorError``) for what is missing or damaged and ``UnsupportedModel`` for what
     is not understood.
     """
@@ -45,6 +47,7 @@ def open_source(
             context=context,
             quantized=quantized,
             text_only=text_only,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
         return _rescaled(source, rope_scaling, ignore_config_keys)
@@ -53,9 +56,12 @@ def open_source(
     except RuntimeError as error:  # ~name of nobody
         raise SourceError(f"{text}: {error} Give the folder's whole path") from error
     if path.exists():
-        return _open_path(path, ignore_config_keys, context, quantized, text_only)
+        return _open_path(
+            path, ignore_config_keys, context, quantized, text_only, trust_remote_code
+        )
     from edgellm.hub.download import download
     from edgellm.hub.ids import parse_hub_id
+    from edgellm.hub.needed import needed_files_and_code
 
     wanted = None if text.startswith((".", "~")) else parse_hub_id(text)
     if wanted is None:
@@ -63,8 +69,11 @@ def open_source(
             f"no file or folder {text}, and it does not read like a Hub id (org/name, "
             "org/name@revision, org/name:file.gguf): check the path"
         )
-    found = download(wanted, progress)
-    source = _open_path(found.path, ignore_config_keys, context, quantized, text_only)
+    needed = needed_files_and_code if trust_remote_code else None
+    found = download(wanted, progress, needed=needed)
+    source = _open_path(
+        found.path, ignore_config_keys, context, quantized, text_only, trust_remote_code
+    )
     return replace(
         source,
         name=wanted.repo,
@@ -95,6 +104,7 @@ def _open_path(
     context: int | None,
     quantized: bool,
     text_only: bool,
+    trust_remote_code: bool,
 ) -> ModelSource:
     from edgellm.source.checkpoint import open_folder
     from edgellm.source.gguf_model import open_gguf
@@ -106,6 +116,7 @@ def _open_path(
             context=context,
             quantized=quantized,
             text_only=text_only,
+            trust_remote_code=trust_remote_code,
         )
     if path.name.endswith(PICKLES):
         refuse_pickle(path)

@@ -11,10 +11,11 @@ from edgellm.architectures import family_of
 from edgellm.architectures.config import Config
 from edgellm.architectures.decoder import Decoder
 from edgellm.architectures.family import Family
-from edgellm.errors import SourceError, TensorError, UnsupportedModel
+from edgellm.errors import SourceError, TensorError, UnsupportedModel, UnsupportedTokenizer
 from edgellm.json_file import read_json
 from edgellm.lora import lineage
 from edgellm.manifest import MANIFEST
+from edgellm.remote.finding import OPTION, TOKENIZER, RemoteCode, find
 from edgellm.source.matching import check_vocabulary, embedding_row, equal, head_row, listed, match
 from edgellm.source.model import ModelSource
 from edgellm.source.pickles import PICKLES, refuse_pickle
@@ -56,13 +57,15 @@ def open_folder(
     context: int | None = None,
     quantized: bool = False,
     text_only: bool = False,
+    trust_remote_code: bool = False,
 ) -> ModelSource:
     """The model in folder ``path``; headers and the tokenizer are read, weights are not.
 
     ``context``: the context length that it is wanted for, where the maths depends on it. Weights
     are read only where a head that should be tied is stored too, to compare the two.
     ``quantized``: take weights that are quantized already as the values that they stand for.
-    ``text_only``: of a model that also sees, the language model.
+    ``text_only``: of a model that also sees, the language model. ``trust_remote_code``: Python of
+    the model's own may be run, to compare with.
     Raises ``SourceError`` for what is missing or damaged, ``UnsupportedModel`` for what is not
     understood.
     """
@@ -106,7 +109,8 @@ def open_folder(
         where=str(path),
         ignored=lambda name: name.endswith(family.ignored_tensors),
     )
-    tokenizer = Tokenizer.from_hf_folder(path)
+    code = find(path)
+    tokenizer = _tokenizer(path, code, trust_remote_code)
     notes += check_vocabulary(str(path), tokenizer.vocab_size, decoder.vocab_size)
     generation = path / "generation_config.json"
     return ModelSource(
@@ -122,8 +126,37 @@ def open_folder(
         generation=read_json(generation) if generation.exists() else {},
         licence=licence_of(path / "README.md"),
         provenance={key: config[key] for key in PROVENANCE_KEYS if config.get(key)},
-        notes=(*left_out, *reader.notes, *notes),
+        notes=(*left_out, *reader.notes, *_on_code(code, trust_remote_code), *notes),
         merged_before=lineage.from_folder(path),
+        code=code if trust_remote_code else None,
+    )
+
+
+def _tokenizer(path: Path, code: RemoteCode | None, trusted: bool) -> Tokenizer:
+    """The tokenizer of folder ``path``, by its own Python where it has one that is ``trusted``."""
+    if code is None or TOKENIZER not in code.classes:
+        return Tokenizer.from_hf_folder(path)
+    if trusted:
+        from edgellm.remote.tokenizing import trusted_tokenizer
+
+        return trusted_tokenizer(path, code)
+    try:
+        return Tokenizer.from_hf_folder(path)
+    except UnsupportedTokenizer as error:
+        raise UnsupportedTokenizer(
+            f"{error}. Python of the model's own has that class ({code.listed}), and was not run: "
+            f"{OPTION} runs it, to find which tokenizer of edgellm's gives its ids"
+        ) from error
+
+
+def _on_code(code: RemoteCode | None, trusted: bool) -> tuple[str, ...]:
+    """What became of the Python that a folder brings."""
+    if code is None:
+        return ()
+    if trusted:
+        return (f"Python of the model's own was run, as you trust it: {code.listed}",)
+    return (
+        f"Python of the model's own was not run: {code.listed} ({OPTION} runs it, to compare with)",
     )
 
 

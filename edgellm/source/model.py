@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edgellm.architectures.family import Family
     from edgellm.lora.merging import Merge
     from edgellm.manifest import AdapterEntry
+    from edgellm.remote.finding import RemoteCode
     from edgellm.tokenization import Tokenizer
 
 
@@ -31,7 +32,8 @@ class ModelSource:
     is ``generation_config.json``. ``revision``, ``licence`` and ``url`` are empty where unknown.
     ``notes`` are facts that the user should be shown. ``weight_files`` are what ``digest`` covers,
     of a merged model too: they are the base's. ``merge`` says which adapters were merged into it,
-    ``merged_before`` which had been when it was written, as far as it says.
+    ``merged_before`` which had been when it was written, as far as it says. ``code``: Python of the
+    model's own that may be run, None where nobody trusts it.
     """
 
     name: str
@@ -51,6 +53,7 @@ class ModelSource:
     notes: tuple[str, ...] = ()
     merge: Merge | None = None
     merged_before: tuple[AdapterEntry, ...] = ()
+    code: RemoteCode | None = None
 
     def digest(self) -> str:
         """SHA-256 of the weight files as ``combined_sha256`` takes it, by a thread for each core.

@@ -1,4 +1,4 @@
-"""Folders that hold an encoder with a decoder: T5 and BART as transformers saves them."""
+"""Folders that hold an encoder with a decoder (T5, BART and their kin), as transformers has it."""
 
 from __future__ import annotations
 
@@ -70,6 +70,8 @@ def open_seq2seq_folder(path: Path, *, ignore_config_keys: Collection[str] = ())
     )
     tokenizer = Tokenizer.from_hf_folder(path)
     notes += check_vocabulary(str(path), tokenizer.vocab_size, model.vocab_size)
+    if model.answer_vocab_size is not None:
+        check_vocabulary(str(path), tokenizer.answer_vocab_size, model.answer_vocab_size)
     file = path / "generation_config.json"
     generation = read_json(file) if file.is_file() else config
     notes += _unheeded(generation)
@@ -92,30 +94,39 @@ def open_seq2seq_folder(path: Path, *, ignore_config_keys: Collection[str] = ())
 def _settle_tables(
     stored: dict[str, TensorRef], family: Seq2SeqFamily, model: Seq2Seq, where: str
 ) -> tuple[dict[str, TensorRef], Seq2Seq, tuple[str, ...]]:
-    """One embedding for both sides, under the name that the family has for it; a head of its own
-    where one is stored that differs.
+    """One embedding for both sides, under the name that the family has for it, or one for each; a
+    head of its own where one is stored that differs; tables of positions that can be computed.
 
-    Raises ``UnsupportedModel`` where the sides have embeddings that differ.
+    Raises ``UnsupportedModel`` where the sides should share an embedding and theirs differ.
     """
-    present = [name for name in family.copies if name in stored]
+    shares = model.answer_vocab_size is None
+    present = [name for name in family.copies if shares and name in stored]
     if family.shared not in stored and present:
         stored[family.shared] = stored[present[0]]
     for name in present:
         copy = stored.pop(name)
         if not equal(copy, stored[family.shared]):
             raise UnsupportedModel(
-                f"{where}: {name} and {family.shared} differ, and edgellm's graphs have one "
-                "embedding for both sides"
+                f"{where}: {name} and {family.shared} differ, and this config has one embedding "
+                "for both sides"
             )
     rows = {row.role: row.source for row in family.tensors(replace(model, tied_head=False))}
     if model.head_bias and rows["output.bias"] not in stored:
         # transformers makes it zero then, and does not save it in some versions.
-        zero = constant(rows["output.bias"], [[0.0] * model.vocab_size])
+        zero = constant(rows["output.bias"], [[0.0] * model.head_rows])
         stored[rows["output.bias"]] = zero
-    head, table = rows["output.weight"], family.shared
-    if not model.tied_head or head not in stored or table not in stored:
+    if family.positions is not None and model.positions is not None:
+        table = family.positions(model.positions, model.hidden_size)
+        for side in ("enc", "dec"):
+            name = rows[f"{side}.position_embd.weight"]
+            stored.setdefault(name, constant(name, table))
+    head, tied_to = rows["output.weight"], rows[model.answer_embedding]
+    if not model.tied_head or head not in stored:
         return stored, model, ()
-    if equal(stored[head], stored[table]):
+    if tied_to not in stored:  # of two names for one table, some tools keep the head's
+        stored[tied_to] = stored.pop(head)
+        return stored, model, ()
+    if equal(stored[head], stored[tied_to]):
         del stored[head]
         return stored, model, ()
     return stored, replace(model, tied_head=False), ()

@@ -27,16 +27,18 @@ from edgellm.errors import SourceError, UnsupportedTokenizer
 from edgellm.json_file import read_json
 from edgellm.tokenization import pieces_file, ranks
 from edgellm.tokenization.added_tokens import add_missing, token_text
-from edgellm.tokenization.pieces import backend_of, bpe_model
+from edgellm.tokenization.languages import MBART, MBART50
+from edgellm.tokenization.pieces import Pieces, backend_of, bpe_model
 from edgellm.tokenization.pre_tokenizers import PRE_TOKENIZERS, build
 from edgellm.tokenization.tokenizer import SPECIAL_NAMES, add_surroundings
+from edgellm.tokenization.vocabulary import TokenType, Vocabulary
 
 WAY_OUT = (
     "with transformers and sentencepiece installed, "
     "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes one"
 )
 # The model's tokenizer may lie in any of these; the first that is there is read.
-PIECE_FILES = ("tokenizer.model", "spiece.model")
+PIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 TEKKEN, GPT2_VOCAB, GPT2_MERGES, WORDS = "tekken.json", "vocab.json", "merges.txt", "vocab.txt"
 ADDED = "added_tokens.json"
 
@@ -58,7 +60,9 @@ class _Kind:
 
     ``pre`` names a row of ``PRE_TOKENIZERS``; ``nfc``: accents are composed first. ``before`` and
     ``after`` a text stand the special tokens of those names, ``special`` are their texts where no
-    config gives any, and ``extra`` the tokens behind those of the file.
+    config gives any, and ``extra`` the tokens behind those of the file. ``fairseq``: ids are those
+    of fairseq, which has tokens of its own in front, and ``extra`` behind. ``class_name``: of the
+    class whose rules go on applying.
     """
 
     pre: str = ""
@@ -67,6 +71,8 @@ class _Kind:
     after: str = ""
     special: Mapping[str, str] | None = None
     extra: tuple[str, ...] = ()
+    fairseq: bool = False
+    class_name: str = ""
 
 
 _GPT2 = _Kind("gpt-2", special=dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>"))
@@ -88,6 +94,18 @@ _BERT = _Kind(
     after="sep",
     special={f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")},
 )
+_MASK = "<mask>"
+_FAIRSEQ = {
+    **dict.fromkeys(("bos_token", "cls_token"), "<s>"),
+    **dict.fromkeys(("eos_token", "sep_token"), "</s>"),
+    "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": _MASK,
+}  # fmt: skip
+_XLM = _Kind(before="bos", after="eos", special=_FAIRSEQ, extra=(_MASK,), fairseq=True)
+# What stands around a text depends on its language (``languages.mark``).
+_MBART, _MBART50 = (
+    _Kind(special=_FAIRSEQ, extra=(*codes, _MASK), fairseq=True, class_name=name)
+    for codes, name in ((MBART, "MBartTokenizer"), (MBART50, "MBart50Tokenizer"))
+)
 # By the class's name less "Tokenizer" and "Fast", in small letters, or by the model's type.
 _PIECE_KINDS = {
     **dict.fromkeys(
@@ -97,6 +115,9 @@ _PIECE_KINDS = {
     ),
     "t5": _T5,
     **dict.fromkeys(("mt5", "umt5"), _Kind(after="eos")),
+    **dict.fromkeys(("xlmroberta", "xlm-roberta"), _XLM),
+    "mbart": _MBART,
+    "mbart50": _MBART50,
 }  # fmt: skip
 _MERGE_KINDS = {
     **dict.fromkeys(("gpt2", "gpt_neo", "gptj", "opt", "codegen", "phi"), _GPT2),
@@ -137,15 +158,37 @@ def _pieces(path: Path, data: bytes, config: Mapping[str, Any], model: Mapping[s
     kind = _kind(_PIECE_KINDS, path, config, model)
     found = pieces_file.parse(data, str(path))
     texts = found.pieces.vocabulary.tokens
+    pieces = _as_fairseq(found.pieces, kind.extra) if kind.fairseq else found.pieces
     # transformers writes whether a space comes behind each special token, too ("legacy"); folders
     # older than that key were made with it.
-    backend = backend_of(replace(found.pieces, prefixes_once=config.get("legacy") is False))
+    backend = backend_of(replace(pieces, prefixes_once=config.get("legacy") is False))
+    if kind.fairseq:
+        backend.add_special_tokens([AddedToken(_MASK, lstrip=True, normalized=False)])
     special = {f"{name}_token": texts[index] for name, index in found.special_ids.items()}
     if kind is _T5 and not config.get("added_tokens_decoder"):
         count = config.get("extra_ids", _T5_EXTRA_IDS)
         extra = [f"<extra_id_{index}>" for index in reversed(range(int(count)))]
         backend.add_special_tokens([AddedToken(text, normalized=False) for text in extra])
-    return _finished(backend, kind, path.parent, {**special, **config})
+    class_name = {"tokenizer_class": kind.class_name} if kind.class_name else {}
+    return _finished(backend, kind, path.parent, {**special, **config, **class_name})
+
+
+def _as_fairseq(pieces: Pieces, behind: Sequence[str]) -> Pieces:
+    """``pieces`` with fairseq's ids: four tokens of its own, and the file's but the first three.
+
+    The mask is left to the caller: a space before it belongs to it.
+    """
+    old = pieces.vocabulary
+    own = ("<s>", "<pad>", "</s>", "<unk>")
+    control, unused = int(TokenType.CONTROL), int(TokenType.UNUSED)
+    types = [
+        *(control, control, control, int(TokenType.UNKNOWN)),
+        *old.types[3:],
+        *(unused if text == _MASK else control for text in behind),
+    ]
+    scores = [*(0.0 for _ in own), *old.scores[3:], *(0.0 for _ in behind)]
+    vocabulary = Vocabulary((*own, *old.tokens[3:], *behind), types, types, scores)
+    return replace(pieces, vocabulary=vocabulary, unk_id=own.index("<unk>"))
 
 
 def _merges(folder: Path, config: Mapping[str, Any], model: Mapping[str, Any]) -> Built:

@@ -112,6 +112,11 @@ class Tokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property
+    def answer_vocab_size(self) -> int:
+        """One more than the highest id of an answer; few models have other ids for texts."""
+        return self.vocab_size
+
+    @property
     def special_texts(self) -> tuple[str, ...]:
         """The tokens that are cut out of a text before anything else splits it, by id."""
         added = self.backend.get_added_tokens_decoder()
@@ -313,13 +318,23 @@ def surroundings(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[
     except BaseException as error:
         raise_if_damaged(error, "a text cannot be split by this tokenizer")
         raise
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return tuple(whole[:start]), tuple(whole[start + len(bare) :])
+    found = enclosed(bare, whole)
+    if found is not None:
+        return found
     raise UnsupportedTokenizer(
         "the tokenizer's post-processor changes the ids of a text instead of putting special "
         "tokens before and after it: edgellm cannot say what it does"
     )
+
+
+def enclosed(
+    bare: Sequence[int], whole: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """What stands before and behind the ids ``bare`` in ``whole``; None where they are not."""
+    for start in range(len(whole) - len(bare) + 1):
+        if list(whole[start : start + len(bare)]) == list(bare):
+            return tuple(whole[:start]), tuple(whole[start + len(bare) :])
+    return None
 
 
 def add_surroundings(

@@ -112,18 +112,30 @@ def test_other_formats_and_solvers_are_refused(
 def test_profiles_tell_how_quickly_answers_come(
     command: Command, artifact: Path, tmp_path: Path
 ) -> None:
-    path = tmp_path / "profile.json"
-    options = ("--prompt-tokens", "8,40", "--new-tokens", "6", "--repeat", "4", "-o", path)
-    done = command("profile", artifact, *options)
-    assert done.code == 0
+    path, page = tmp_path / "profile.json", tmp_path / "page.html"
+    options = ("--prompt-tokens", "8,40", "--new-tokens", "6", "--repeat", "4", "--threads", "1")
+    done = command("profile", artifact, *options, "-o", path, "-o", page)
+    assert done.code == 0, done.err
     assert "tokens/s" in done.out
     found = json.loads(path.read_text())
-    assert [cell["text_tokens"] for cell in found["cells"]] == [8, 40]
+    assert [cell["settings"]["prompt_tokens"] for cell in found["cells"]] == [8, 40]
     for cell in found["cells"]:
-        firsts = cell["first_token_s"]["samples"]
-        wholes = cell["end_to_end_s"]["samples"]
-        speeds = [5 / (whole - first) for first, whole in zip(firsts, wholes, strict=True)]
+        assert cell["settings"]["task"] == "translate"
+        first, read = (cell[name]["samples"] for name in ("time_to_first_token_s", "encode_s"))
+        assert all(one > other > 0 for one, other in zip(first, read, strict=True))
+        latencies = cell["inter_token_latency_s"]["samples"]
+        assert len(latencies) == 4 * 5
+        speeds = [5 / sum(latencies[at : at + 5]) for at in range(0, 20, 5)]
         assert cell["decode_tokens_per_s"]["samples"] == pytest.approx(speeds)
+        wholes = [each + sum(latencies[5 * at : 5 * at + 5]) for at, each in enumerate(first)]
+        assert cell["end_to_end_s"]["samples"] == pytest.approx(wholes)
+        # Keys and values, 12 wide by 4 heads, of 2 layers: of the text, and of the answer.
+        tokens = cell["settings"]["prompt_tokens"] + 6
+        assert cell["memory"]["kv_bytes"] == 4 * 2 * 2 * 4 * 12 * tokens
+        assert "prefill_tokens_per_s" not in cell
+        assert "prefill_tokens_per_s" in cell["absent"]
+        assert len(cell["text_sha256"]) == 64
+    assert "Reading the text" in page.read_text()
 
 
 def test_profiles_keep_kinds_apart(
@@ -133,9 +145,10 @@ def test_profiles_keep_kinds_apart(
     for paths, options, said in (
         ((artifact, tmp_path / "bert"), (), "another kind"),
         ((artifact,), ("--batch", "2"), "--batch"),
+        ((artifact,), ("--depth", "2"), "--depth"),
         ((artifact,), ("--new-tokens", "513"), "at most 512"),
         ((tmp_path / "bert",), ("--new-tokens", "5"), "--new-tokens"),
     ):
         done = command("profile", *paths, *options)
-        assert done.code == UsageError.exit_code
-        assert said in done.err
+        assert done.code in (UsageError.exit_code, 9)
+        assert said in done.err + done.out

@@ -15,6 +15,9 @@ from chat_templates import TEMPLATES
 from tiny_tokenizers import PUBLISHED, byte_level
 
 from edgellm.conversion import convert
+from edgellm.errors import SourceError, VerificationError
+from edgellm.generation_defaults import sampling_keys
+from edgellm.plan import make_plan
 from edgellm.recipe import Recipe
 from edgellm.source import open_source
 from edgellm.tokenization import Tokenizer, artifact_tokenizer
@@ -142,3 +145,45 @@ def test_a_model_whose_tokenizer_is_an_older_file(
     assert not (artifact.path / "tekken.json").exists()
     assert expected.chat_template
     assert found.chat_template == expected.chat_template
+
+
+@pytest.mark.parametrize(("container", "quant"), [("gguf", "f16"), ("hf", "f16"), ("mlx", "f16")])
+def test_lost_suggestions_are_no_conversion(
+    source: Path,
+    tmp_path: Path,
+    container: str,
+    quant: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A writer that forgets them, or rounds them, is found out."""
+    colder = {"do_sample": True, "temperature": 0.5, "top_k": 20, "top_p": 0.95}
+    if container == "gguf":
+        keys = sampling_keys(colder)
+        monkeypatch.setattr("edgellm.export.to_gguf.sampling_keys", lambda generation: keys)
+    else:
+        write = f"edgellm.export.to_{container}.json_file"
+        written = json.dumps(colder).encode()
+        monkeypatch.setattr(write, lambda content: written if "top_k" in content else b"{}")
+    recipe = Recipe(source=str(source), format=container, quant=quant)
+    with pytest.raises(VerificationError, match=r"temperature 0\.6.*has temperature 0\.5"):
+        convert(recipe, tmp_path / "out", check=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_suggestions_of_nothing_are_carried(source: Path, tmp_path: Path) -> None:
+    """0 switches a limit off, and is no missing value."""
+    path = source / "generation_config.json"
+    off = {"do_sample": True, "top_k": 0, "temperature": 0.0}
+    path.write_text(json.dumps(off))
+    artifact = convert(
+        Recipe(source=str(source), format="onnx", quant="f32"), tmp_path / "out", check=False
+    )
+    search = json.loads((artifact.path / "genai_config.json").read_text())["search"]
+    assert {name: search[name] for name in off} == off
+
+
+def test_bad_suggestions_are_refused_before_any_work(source: Path, tmp_path: Path) -> None:
+    path = source / "generation_config.json"
+    path.write_text(json.dumps({"do_sample": True, "temperature": "warm"}))
+    with pytest.raises(SourceError, match=r"temperature is .warm."):
+        make_plan(Recipe(source=str(source), format="hf", quant="f16"))

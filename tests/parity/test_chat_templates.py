@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +208,40 @@ def test_ends_that_llamacpp_knows_by_text(tmp_path: Path, texts: list[str]) -> N
     judge = LlamaCppTokenizer(write_vocabulary(tmp_path / "x.gguf", keys))
     assert set(Tokenizer.from_gguf(keys).eos_token_ids) == set(judge.eos_token_ids)
     judge.close()
+
+
+TEMPLATE_PLACES: dict[str, Any] = {
+    "chat_template.jinja": "JINJA",
+    "additional_chat_templates/tool_use.jinja": "TOOLS",
+    "tokenizer_config.json": {"eos_token": "</s>", "chat_template": "CONFIG"},
+    "processor_config.json": {"processor_class": "SomeProcessor", "chat_template": "PROCESSOR"},
+    "chat_template.json": {"chat_template": "LEGACY"},
+}
+
+
+@pytest.mark.parametrize("present", list(itertools.product([True, False], repeat=5)))
+def test_templates_are_found_in_the_order_of_transformers(
+    tmp_path: Path, present: tuple[bool, ...]
+) -> None:
+    """As its tokenizer loads them; where that finds none, as a processor does."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    path = write_folder(tmp_path / "model", byte_level(vocab_size=300), {"eos_token": "</s>"})
+    for wanted, (name, content) in zip(present, TEMPLATE_PLACES.items(), strict=True):
+        if wanted:
+            (path / name).parent.mkdir(exist_ok=True)
+            (path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    expected = transformers.PreTrainedTokenizerFast.from_pretrained(path).chat_template
+    if expected is None:
+        expected = transformers.ProcessorMixin.get_processor_dict(path)[0].get("chat_template")
+    if not isinstance(expected, dict):
+        expected = {"default": expected} if expected else {}
+    tokenizer = Tokenizer.from_hf_folder(path)
+    assert tokenizer.settings.chat_templates == expected
+    # And so in what is written of it, where a tokenizer's reader looks.
+    again = path.with_name("again")
+    for name, data in tokenizer.files().items():
+        (again / name).parent.mkdir(parents=True, exist_ok=True)
+        (again / name).write_bytes(data)
+    assert Tokenizer.from_hf_folder(again).settings.chat_templates == expected
+    read = transformers.PreTrainedTokenizerFast.from_pretrained(again).chat_template
+    assert (read if isinstance(read, dict) else {"default": read} if read else {}) == expected

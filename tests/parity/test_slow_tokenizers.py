@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import TEXT
 from tiny_tokenizers import (
     CONTROL,
     PUBLISHED,
@@ -253,6 +254,121 @@ def test_tokens_that_were_added_later(tmp_path: Path) -> None:
     theirs = transformers_tokenizer(again)
     for text in (*TEXTS[:60], "a<|user|>b <|end|> c"):
         assert ours.encode(text, add_special=True) == theirs.encode(text), text
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "behind"),
+    [
+        ("XLMRobertaTokenizer", ["<s>"], ["</s>"]),
+        ("MBartTokenizer", [], ["</s>", "en_XX"]),
+        ("MBart50Tokenizer", ["en_XX"], ["</s>"]),
+    ],
+)
+def test_fairseqs_ids_are_sentencepieces_moved(
+    tmp_path: Path, kind: str, before: list[str], behind: list[str]
+) -> None:
+    """The pieces of the checkpoints' own SentencePiece model, by transformers' table of ids.
+
+    transformers 5 cuts texts of these classes at white space and leaves the model's table of
+    characters out; the models were trained with both.
+    """
+    library = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    data = sentencepiece_file("unigram", normalization_rule_name="nmt_nfkc")
+    theirs = library.SentencePieceProcessor(model_proto=data)
+    folder = slow_folder(
+        tmp_path,
+        sentencepiece__bpe__model=data,
+        tokenizer_config__json={"tokenizer_class": kind},
+    )
+    ours, reference = Tokenizer.from_hf_folder(folder), transformers_tokenizer(folder)
+    vocab = reference.get_vocab()
+    assert ours.backend.get_vocab() == vocab
+    assert ours.vocab_size == len(reference)
+    same = 0
+    for text in TEXTS:
+        marked = any(unicodedata.category(letter).startswith("M") for letter in text)
+        if marked or any(mark in text for mark in ("</s>", "<mask>")):
+            continue
+        pieces = theirs.encode(text)
+        expected = [vocab["<unk>"] if each == theirs.unk_id() else each + 1 for each in pieces]
+        ids = ours.encode(text, parse_special=False)
+        if ids != expected:
+            assert likelihood(theirs, [each - 1 for each in ids]) == pytest.approx(
+                likelihood(theirs, pieces), abs=1e-3
+            )
+            continue
+        same += 1
+        whole = [*(vocab[each] for each in before), *ids, *(vocab[each] for each in behind)]
+        assert ours.encode(text, add_special=True, parse_special=False) == whole
+    assert same > 250
+    for text in ("word Word a b", "a <mask> word", "Word</s> a"):
+        assert ours.encode(text, add_special=True) == reference.encode(text), text
+
+
+def test_the_configs_language_stands_beside_a_text(tmp_path: Path) -> None:
+    pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    folder = slow_folder(
+        tmp_path,
+        sentencepiece__bpe__model=sentencepiece_file("unigram"),
+        tokenizer_config__json={"tokenizer_class": "MBart50Tokenizer", "src_lang": "de_DE"},
+    )
+    ours, theirs = Tokenizer.from_hf_folder(folder), transformers_tokenizer(folder)
+    assert ours.encode("a word", add_special=True) == theirs.encode("a word")
+    # Over what a tokenizer.json says, in transformers too.
+    theirs.save_pretrained(tmp_path / "fast")
+    config = json.loads((tmp_path / "fast" / "tokenizer_config.json").read_text())
+    config["src_lang"] = "fr_XX"
+    (tmp_path / "fast" / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = (
+        Tokenizer.from_hf_folder(tmp_path / "fast"),
+        transformers_tokenizer(tmp_path / "fast"),
+    )
+    assert ours.encode("a word", add_special=True) == theirs.encode("a word")
+    assert ours.encode("", add_special=True)[0] == ours.backend.token_to_id("fr_XX")
+
+
+@pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")  # never called
+@pytest.mark.parametrize("kind", ["marian", "marian-apart"])
+def test_marians_ids_are_transformers(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    import tiny_encoders
+
+    tiny_encoders.save_marian(kind, 301, tmp_path)
+    ours = Tokenizer.from_hf_folder(tmp_path)
+    theirs = transformers.MarianTokenizer.from_pretrained(tmp_path)
+    assert ours.eos_token_ids == (theirs.eos_token_id,)
+    assert ours.vocab_size == max(theirs.encoder.values()) + 1
+    unknown, same = 0, 0
+    texts = (
+        *TEXTS,
+        *TEXT.splitlines(),
+        *TEXT.upper().splitlines(),
+        ">>deu<< A tokenizer",
+        "a</s>b",
+    )
+    for text in texts:
+        # The tokenizers library looks marks up together with their letters.
+        if any(unicodedata.category(letter).startswith("M") for letter in text):
+            continue
+        expected = theirs.encode(text)
+        ids = ours.encode(text, add_special=True)
+        if ids != expected:
+            # Of equally likely cuts either may be taken.
+            spm = theirs.spm_source
+            cuts = (spm.encode(text, out_type=str), ours._reading.encode(text).tokens)
+            first, second = (likelihood(spm, spm.piece_to_id(each)) for each in cuts)
+            assert first == pytest.approx(second, abs=1e-3), text
+            continue
+        same += 1
+        unknown += theirs.unk_token_id in ids
+        if kind == "marian":  # else these are no ids of an answer
+            assert ours.decode(expected) == theirs.decode(expected, skip_special_tokens=True)
+        cut = ours.encode_whole(text, max_tokens=7)
+        assert list(cut.ids) == theirs.encode(text, truncation=True, max_length=7)
+        assert cut.truncated == (len(expected) > 7)
+    assert unknown
+    assert same > 300
 
 
 # Ranks

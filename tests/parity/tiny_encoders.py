@@ -108,6 +108,24 @@ _BART: dict[str, Any] = {
     "decoder_ffn_dim": 60,
     "max_position_embeddings": 64,
 }
+# Rows that groups of 32 and 64 divide.
+_WIDE: dict[str, Any] = {
+    "d_model": 64,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+}
+ANSWER_VOCAB_SIZE = 310
+_MARIAN = _BART | {
+    "activation_function": "swish",
+    "scale_embedding": True,
+    "encoder_attention_heads": 3,
+    "decoder_attention_heads": 3,
+    "forced_eos_token_id": 0,
+    "eos_token_id": 0,
+}
+_MBART_CLASS, _MARIAN_CLASS = "MBartForConditionalGeneration", "MarianMTModel"
 _T5_CLASS, _BART_CLASS = "T5ForConditionalGeneration", "BartForConditionalGeneration"
 
 SEQ2SEQ: dict[str, TinyEncoder] = {
@@ -125,6 +143,21 @@ SEQ2SEQ: dict[str, TinyEncoder] = {
         _BART_CLASS, _BART | {"scale_embedding": True, "activation_function": "relu"}, "bpe"
     ),
     "t5-64": TinyEncoder(_T5_CLASS, _T5 | {"d_model": 64, "d_kv": 16, "d_ff": 128}, "bpe"),
+    "mbart": TinyEncoder(_MBART_CLASS, _BART | {"scale_embedding": True}, "mbart"),
+    "mbart-64": TinyEncoder(_MBART_CLASS, _BART | _WIDE, "mbart"),
+    "mbart50": TinyEncoder(_MBART_CLASS, _BART | {"activation_function": "relu"}, "mbart50"),
+    "marian": TinyEncoder(_MARIAN_CLASS, _MARIAN, "marian"),
+    "marian-separate": TinyEncoder(
+        _MARIAN_CLASS,
+        _MARIAN
+        | {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": ANSWER_VOCAB_SIZE},
+        "marian-apart",
+    ),
+    "marian-64": TinyEncoder(
+        _MARIAN_CLASS,
+        _MARIAN | _WIDE,
+        "marian",
+    ),
 }
 
 
@@ -136,10 +169,14 @@ def build(name: str, folder: Path) -> Path:
 
     tiny = (MODELS | SEQ2SEQ)[name]
     real = getattr(transformers, tiny.architecture)
-    special = save_tokenizer(tiny.tokenizer, tiny.vocab_size, folder)
-    config = real.config_class(
-        vocab_size=tiny.vocab_size, **{"pad_token_id": special["pad"], **tiny.settings}
-    )
+    write = WRITERS.get(tiny.tokenizer, save_tokenizer)
+    special = write(tiny.tokenizer, tiny.vocab_size, folder)
+    settings = {"pad_token_id": special["pad"], **tiny.settings}
+    if "marian" in tiny.tokenizer:
+        settings["decoder_start_token_id"] = special["pad"]
+    if "mbart" in tiny.tokenizer:
+        settings["decoder_start_token_id"] = special["sep"]
+    config = real.config_class(vocab_size=tiny.vocab_size, **settings)
     with quiet():
         torch.manual_seed(0)
         model = real(config).eval()
@@ -160,6 +197,8 @@ def build(name: str, folder: Path) -> Path:
         # What random weights like to say is the same token for ever: let them end sometimes.
         model.generation_config.eos_token_id = special["sep"]
         model.generation_config.pad_token_id = special["pad"]
+        if "marian" in tiny.tokenizer:
+            model.generation_config.bad_words_ids = [[special["pad"]]]
     model.save_pretrained(folder)
     if name == "t5-untied":
         _untie(folder, draw)
@@ -223,6 +262,68 @@ def save_tokenizer(kind: str, vocab_size: int, folder: Path) -> dict[str, int]:
     )
     fast.save_pretrained(folder)
     return ids
+
+
+def save_marian(kind: str, vocab_size: int, folder: Path) -> dict[str, int]:
+    """Marian's files: two SentencePiece models, and a vocabulary without some of their pieces."""
+    from tiny_tokenizers import sentencepiece_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pieces = {}
+    for side, lines in (("source", TEXT.splitlines()), ("target", TEXT.upper().splitlines())):
+        data = sentencepiece_file(
+            "unigram", vocab_size=130, corpus=lines * 3, bos_id=-1, eos_id=0, unk_id=1
+        )
+        (folder / f"{side}.spm").write_bytes(data)
+        pieces[side] = pieces_of(data)
+    found = [*pieces["source"][2:], *pieces["target"][2:]]
+    known = [">>deu<<", *(piece for index, piece in enumerate(found) if index % 17)]
+    vocab = _numbered(known, vocab_size)
+    config: dict[str, Any] = {"tokenizer_class": "MarianTokenizer", "model_max_length": 512}
+    if kind == "marian-apart":
+        config["separate_vocabs"] = True
+        answers = _numbered(pieces["target"][2:], ANSWER_VOCAB_SIZE)
+        # Padding, which begins an answer too, has one id on both sides.
+        last = vocab["<pad>"]
+        answers = {piece: index for piece, index in answers.items() if index != last}
+        answers["<pad>"] = last
+        (folder / "target_vocab.json").write_text(json.dumps(answers))
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return {"pad": vocab["<pad>"], "sep": 0}
+
+
+def _numbered(pieces: Sequence[str], size: int) -> dict[str, int]:
+    """Exactly ``size`` ids, as Marian's vocabularies have them: the end first, padding last."""
+    more = (f"more{number}" for number in range(size))
+    whole = list(dict.fromkeys(["</s>", "<unk>", *pieces, *more]))[: size - 1]
+    return {piece: index for index, piece in enumerate([*whole, "<pad>"])}
+
+
+def save_mbart(kind: str, vocab_size: int, folder: Path) -> dict[str, int]:
+    """mBART's only file: the ids are fairseq's, with the languages behind them."""
+    from tiny_tokenizers import sentencepiece_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    data = sentencepiece_file("unigram", vocab_size=200, corpus=TEXT.splitlines() * 3)
+    (folder / "sentencepiece.bpe.model").write_bytes(data)
+    named = {"mbart": "MBartTokenizer", "mbart50": "MBart50Tokenizer"}[kind]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": named}))
+    return {"pad": 1, "sep": 2}
+
+
+WRITERS = {
+    **dict.fromkeys(("marian", "marian-apart"), save_marian),
+    **dict.fromkeys(("mbart", "mbart50"), save_mbart),
+}
+
+
+def pieces_of(data: bytes) -> list[str]:
+    """The pieces of a SentencePiece model, by SentencePiece."""
+    import sentencepiece
+
+    found = sentencepiece.SentencePieceProcessor(model_proto=data)
+    return [found.id_to_piece(index) for index in range(found.vocab_size())]
 
 
 def load(folder: Path) -> Any:

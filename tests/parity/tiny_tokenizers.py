@@ -153,12 +153,15 @@ def sentencepiece(*, space_prefix: bool = True, vocab_size: int = 2500) -> token
     return backend
 
 
-def sentencepiece_file(kind: str, *, vocab_size: int = 900, **options: Any) -> bytes:
-    """A tokenizer.model that SentencePiece itself trained; ``kind`` is bpe or unigram."""
+def sentencepiece_file(
+    kind: str, *, vocab_size: int = 900, corpus: Sequence[str] = (), **options: Any
+) -> bytes:
+    """A tokenizer.model that SentencePiece itself trained, on awkward texts where no ``corpus`` is
+    given; ``kind`` is bpe or unigram."""
     import sentencepiece as library
 
     marked = ("<s>", "</s>", "\0")
-    corpus = [
+    corpus = corpus or [
         text
         for text in [*AWKWARD_TEXTS, *random_texts(700, 2)]
         if not any(mark in text for mark in marked)

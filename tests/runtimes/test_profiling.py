@@ -18,11 +18,12 @@ from edgellm.errors import GenerationError
 from edgellm.hardware import Gpu
 from edgellm.manifest import Artifact
 from edgellm.profiling import document, energy, measuring, process
+from edgellm.profiling.exchange import Job
 from edgellm.profiling.matrix import Asked, Wanted
 from edgellm.profiling.measuring import Effort, Running, Step, profile
 from edgellm.profiling.process import CellFailed, CellProcess
 from edgellm.profiling.prompts import prompt_of
-from edgellm.profiling.worker import Job, LoadedCell
+from edgellm.profiling.worker import LoadedCell
 from edgellm.tokenization.artifact import artifact_tokenizer
 
 FEW = Asked(prompt_tokens=(20,), new_tokens=(6,), depth_tokens=(0, 30))

@@ -514,9 +514,9 @@ def test_code_of_the_models_own_is_never_run_and_that_is_said() -> None:
     config = Config(PHI3)
     family_of(PHI3).describe(config)
     (code,) = [note for note in config.notes if "auto_map" in note]
-    assert "never run" in code
+    assert "not taken from it" in code
     assert "Phi3ForCausalLM" in code
-    with pytest.raises(UnsupportedModel, match="its own code, which auto_map names, is never run"):
+    with pytest.raises(UnsupportedModel, match="auto_map names, is never run but with --trust"):
         family_of({"model_type": "brandnew", "auto_map": {"AutoModel": "modeling.Model"}})
 
 

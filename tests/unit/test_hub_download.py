@@ -14,12 +14,14 @@ import pytest
 from hub_server import StandIn, commit_of
 from huggingface_hub import constants
 
+from edgellm.conversion import convert
 from edgellm.errors import AdapterError, HubError, SourceError
 from edgellm.hub.download import download
 from edgellm.hub.ids import HubId, parse_hub_id
 from edgellm.hub.needed import needed_adapter_files, needed_files
 from edgellm.lora.reading.open import open_adapter
 from edgellm.progress import ProgressEvent
+from edgellm.recipe import Recipe
 from edgellm.source import open_source
 
 
@@ -164,7 +166,7 @@ def test_a_model_is_fetched_once_and_then_cached(hub: StandIn, folder: Path) -> 
     events: list[ProgressEvent] = []
     source = open_source("org/tiny", progress=events.append)
     commit = commit_of(hub.repositories["org/tiny"])
-    assert (source.name, source.revision, source.licence) == ("org/tiny", commit, "mit")
+    assert (source.name, source.revision, source.licence) == ("org/tiny", commit, "apache-2.0")
     assert source.url == "https://huggingface.co/org/tiny"
     local = open_source(str(folder))
     role = "blk.0.attn_q.weight"
@@ -462,3 +464,43 @@ def test_what_does_not_fit_on_the_disk_is_not_begun(
     with pytest.raises(HubError, match=r"needs .* MB more.*edgellm models.*HF_HOME"):
         open_source("org/tiny")
     assert hub.fetched() == set()
+
+
+@pytest.mark.parametrize("format", ["onnx", "hf"])
+def test_offline_the_same_is_made_as_online(
+    format: str, hub: StandIn, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The digest covers lineage and notes; that the Hub was not asked stands beside it."""
+    hub.repositories["org/tiny"] = content(folder)
+    recipe = Recipe(source="org/tiny", format=format, quant="f16")
+    online = convert(recipe, tmp_path / "online", check=False).manifest
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    offline = convert(recipe, tmp_path / "offline", check=False).manifest
+    assert online is not None
+    assert offline is not None
+    assert online.artifact.base.licence == "apache-2.0"
+    assert offline.artifact == online.artifact
+    assert offline.sha256 == online.sha256
+    assert "notes" not in online.measured
+    assert offline.measured["notes"] == [
+        "the Hub was not asked for a newer org/tiny: taken from the cache"
+    ]
+
+
+def test_offline_a_gguf_has_the_licence_of_its_card(
+    hub: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = b"---\nlicense: mit\n---\n"
+    hub.repositories["org/ggufs"] = {"a.gguf": b"GGUF", "b.gguf": b"other", "README.md": card}
+    wanted = HubId("org/ggufs", None, "a.gguf")
+    online = download(wanted, lambda event: None)
+    assert hub.fetched() == {"a.gguf", "README.md"}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    offline = download(wanted, lambda event: None)
+    assert (online.licence, offline.licence) == ("mit", "mit")
+    assert (offline.path, offline.revision) == (online.path, online.revision)
+    # One that was fetched without its card is taken too.
+    (online.path.parent / "README.md").unlink()
+    assert download(wanted, lambda event: None).licence == ""

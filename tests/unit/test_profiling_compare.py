@@ -11,7 +11,7 @@ from edgellm.errors import SourceError, UsageError
 from edgellm.profiling import document
 from edgellm.profiling.comparing import compare
 from edgellm.profiling.document import read_profile, to_json
-from edgellm.profiling.intervals import figure
+from edgellm.profiling.intervals import distribution, figure
 
 FAST, SLOW = [100.0, 101, 99, 100, 102, 98], [80.0, 81, 79, 80, 82, 78]
 
@@ -229,3 +229,28 @@ def test_cells_of_one_run_are_compared_round_by_round() -> None:
     assert pair.verdict == "faster"
     apart = [("a", of(cell(slow))), ("b", of(cell(fast, runtime="genai")))]
     assert compare(apart, by="backend").pairs[0].verdict == "no difference shown"
+
+
+@pytest.mark.parametrize("change", [{"batch": 8}, {"task": "label"}, {"prompt_tokens": 64}])
+def test_encoders_are_compared_where_they_were_asked_the_same(change: dict[str, object]) -> None:
+    """By the time of a batch too, a round's median each."""
+
+    def texts(scale: float, **changed: object) -> document.Cell:
+        asked: dict[str, object] = {"task": "embed", "new_tokens": 0, "batch": 4} | changed
+        latencies = [scale * each for number in range(6) for each in (0.1, 0.2 + number / 1e3, 0.9)]
+        return msgspec.structs.replace(
+            cell([1.0] * 6, **asked),
+            decode_tokens_per_s=None,
+            latency_s=distribution(latencies),
+            texts_per_s=figure([4 / scale + number / 1e3 for number in range(6)]),
+        )
+
+    found = compare([("a", of(texts(1.0))), ("b", of(texts(1.5)))], fail_if=["texts_per_s < -20%"])
+    pairs = {pair.quantity: pair for pair in found.pairs}
+    assert pairs.keys() == {"texts_per_s", "latency_s"}
+    assert pairs["latency_s"].to_median == pytest.approx(0.2025)
+    assert pairs["latency_s"].ratio.median == pytest.approx(1.5, rel=1e-2)
+    assert pairs["texts_per_s"].verdict == pairs["latency_s"].verdict == "slower"
+    assert len(found.failed) == 1
+    with pytest.raises(UsageError, match=next(iter(change)).split("_")[0]):
+        compare([("a", of(texts(1.0))), ("b", of(texts(1.0, **change)))])

@@ -6,9 +6,10 @@ import msgspec
 import pytest
 
 from edgellm.profiling import document
+from edgellm.profiling.document import Memory
+from edgellm.profiling.exchange import Round
 from edgellm.profiling.intervals import figure
 from edgellm.profiling.summing import MOST_PAIRED, _energy, ratios
-from edgellm.profiling.worker import Round
 
 
 def cell(name: str, speed: float, prompt: int = 8) -> document.Cell:
@@ -46,8 +47,8 @@ def test_of_many_each_is_compared_with_the_first() -> None:
 def round_of(energy: dict[str, tuple[float, float]], first_text_tokens: int) -> Round:
     return Round(
         tokenization_s=0, first_token_s=1, prefill_s=1, latencies_s=(1,), sampling_s=0,
-        detokenization_s=0, end_to_end_s=2, cpu_s=1, seconds=2, peak_bytes=1, steady_bytes=1,
-        steady_shared_bytes=None, device_bytes=None, kv_bytes=1, text_sha256="",
+        detokenization_s=0, end_to_end_s=2, cpu_s=1, seconds=2,
+        memory=Memory(peak_bytes=1, steady_bytes=1, kv_bytes=1),
         first_text_tokens=first_text_tokens, energy=energy,
     )  # fmt: skip
 
