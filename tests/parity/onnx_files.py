@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
-from edgellm.export.layout import Layout
+from edgellm.export.layout import Layout, OutputTensor
 from edgellm.export.packing import PACKERS
 from edgellm.export.to_onnx import lay_out
 from edgellm.quant.rtn import solve
 from edgellm.recipe import Recipe
+from edgellm.slabs import stored_rows
 from edgellm.source import open_source
-from edgellm.tensors import stacked_rows
 
 ROWS = 100
 """Rows at a time; not a multiple of anything, so that slabs begin inside of heads."""
@@ -38,14 +38,21 @@ def write_layout(layout: Layout, folder: Path) -> None:
     with (folder / name).open("wb") as file:
         file.truncate(nbytes)
         for tensor in layout.tensors:
-            for start in range(0, tensor.rows, ROWS):
-                rows = stacked_rows(tensor.parts, start, min(start + ROWS, tensor.rows))
+            for start, stop in _slabs(tensor):
+                rows = stored_rows(tensor, start, stop)
                 packed = PACKERS[tensor.packer].pack(solve(rows, tensor.grid))
                 assert packed.keys() == {array.component for array in tensor.arrays}
                 for array in tensor.arrays:
                     assert packed[array.component].shape == (len(rows), array.row_bytes)
                     file.seek(array.offset + start * array.row_bytes)
                     file.write(packed[array.component].tobytes())
+
+
+def _slabs(tensor: OutputTensor) -> Iterator[tuple[int, int]]:
+    each = tensor.rows // tensor.experts
+    for first in range(0, tensor.rows, each):
+        for start in range(first, first + each, ROWS):
+            yield start, min(start + ROWS, first + each)
 
 
 class Graph:

@@ -67,6 +67,8 @@ def test_every_family_has_a_type_that_genai_knows(
         ("bloom", "f32"),
         ("mpt", "int4-g32 int8"),
         ("opt", "f32"),
+        ("mixtral", "int4-g32"),
+        ("qwen2_moe", "f32"),
         ("llama", "f32 int8"),
         ("gemma3", "f32 int8"),
         ("minicpm3", "int4-g32"),

@@ -443,7 +443,7 @@ def test_gguf_says_nothing_of_windows_where_the_graph_has_none() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"llama.expert_count": 8}, "expert_count"),
+        ({"llama.expert_count": 8}, "expert_used_count is missing"),
         ({"llama.logit_scale": 0.5}, "llama.*logit_scale"),
         ({"llama.attention.sliding_window": 64}, "sliding_window"),
         ({"llama.rope.scaling.type": "longrope"}, "longrope"),
