@@ -235,7 +235,8 @@ def _pieces(source: ModelSource, dtype: str) -> Iterator[Weight]:
             ref = rows_of(source.tensors[row.role], number, 1, name)
             ref = dataclasses.replace(ref, shape=(ref.columns,))
             part = Part("", dtype.upper(), ref.shape, "data")
-            piece = dataclasses.replace(row, source=name)
+            stem = row.role.removesuffix(".weight")
+            piece = dataclasses.replace(row, source=name, role=f"{stem}.{number}.weight")
             yield Weight(piece, ref, GRIDS[dtype], "float", (part,), name, in_one_piece=False)
 
 

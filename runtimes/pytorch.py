@@ -290,6 +290,7 @@ def _with_values(folder: Path, dtype: str | None, rope_scaling: str | None) -> t
     import torch
     import transformers
 
+    from edgellm.architectures.row_order import as_checkpoint_has
     from edgellm.source import open_source
     from edgellm.tensors import transposed
 
@@ -297,12 +298,17 @@ def _with_values(folder: Path, dtype: str | None, rope_scaling: str | None) -> t
     floats = {stored: name for name, stored in KV_TYPES.items()}
     embedding = source.tensors["token_embd.weight"].dtype
     kind = getattr(torch, floats.get(embedding, "float16") if dtype else "float32")
-    values = {}
+    values: dict[str, Any] = {}
     for row in source.family.tensors(source.decoder):
         ref = source.tensors.get(row.role)
         if ref is not None:
+            ref = as_checkpoint_has(ref, row)
             ref = transposed(ref) if row.transposed else ref
-            values[row.source] = torch.from_numpy(ref.load()).reshape(ref.shape).to(kind)
+            whole = torch.from_numpy(ref.load()).reshape(ref.shape).to(kind)
+            if row.pieces:
+                values |= zip(row.pieces, whole, strict=True)
+            else:
+                values[row.source] = whole
     config = _config(folder, rope_scaling)
     config.quantization_config = None
     config.tie_word_embeddings = source.decoder.tied_head

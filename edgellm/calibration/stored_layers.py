@@ -52,7 +52,8 @@ class _Reader:
     def stored(self, ref: TensorRef) -> TensorRef:
         """``ref`` with the values that its output tensor holds, or the two that stand for it."""
         if ref.role not in self._outputs:
-            return self._of_stacks(ref)
+            # What is in tensors of its own for each row (norms of heads) stays the source's.
+            return self._of_stacks(ref) if WHOLE in ref.role else ref
         output = self._outputs[ref.role]
 
         def load_rows(start: int, stop: int) -> Array:

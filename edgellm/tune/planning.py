@@ -89,6 +89,11 @@ def plan_tuning(
             "--tune reads weights back whole, and GGUF has what makes keys and values of latent "
             "vectors in two stacks: leave it out, or choose --format onnx"
         )
+    if layout.container == "hf" and source.decoder.qk_norm_by_head:
+        raise UnsupportedTarget(
+            "--tune trains norms too, and a Hugging Face folder of this model has those of heads "
+            "in tensors that it does not read back: leave it out, or choose --format gguf or onnx"
+        )
     if importlib.util.find_spec("torch") is None:
         raise RuntimeMissing(
             "--tune trains with torch, which is not installed: pip install 'edgellm[calibrate]', "

@@ -34,8 +34,8 @@ LARGEST_KL = 0.1
 """Nats. Found: up to 0.05, where attention is as sharp as in these models, whose logits spread 3 to
 5; 0.006 for SmolLM2-135M."""
 
-LARGEST_KL_OF = {"deepseek_v3": 0.4}
-"""Found: 0.2. Scores that are almost alike choose other experts."""
+LARGEST_KL_OF_EXPERTS = 0.3
+"""Found: up to 0.2, as a small change sends a token to another expert now and then."""
 
 
 @pytest.mark.parametrize("name", HELD)
@@ -65,7 +65,8 @@ def test_cache_is_rounded_to_the_nearest_and_nothing_is_clipped(
         # Values that the model clips itself may reach the last code, and go no further.
         last = 127 + (source.decoder.qkv_clip is not None)
         assert 30 < np.abs(codes.astype(np.int32)).max() < last
-    assert 0 < divergence(wanted, got) < LARGEST_KL_OF.get(name, LARGEST_KL)
+    experts = any(layer.experts for layer in source.decoder.layers)
+    assert 0 < divergence(wanted, got) < (LARGEST_KL_OF_EXPERTS if experts else LARGEST_KL)
 
 
 @pytest.mark.parametrize("steps", [(3,), (40, 17), (1, 60)])
