@@ -54,7 +54,9 @@ def test_the_last_positions_are_given_by_default_and_any_when_asked(
         np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["bloom", "gpt_neox-sequential", "lfm2", "lfm2-untied"])
+@pytest.mark.parametrize(
+    "name", ["bloom", "gpt_neox-sequential", "lfm2", "lfm2-untied", "mamba", "mamba2"]
+)
 def test_places_are_counted_for_each_sequence_of_a_batch(
     name: str, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
