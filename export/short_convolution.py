@@ -6,7 +6,9 @@ Both may share one buffer, for the one is read whole before the other is written
 that are padded at their ends keep what their own last tokens gave.
 
 onnxruntime multiplies values as they lie, token by token, so that nothing need be turned round but
-the state; the sum over the width is as many products of whole slices.
+the state; the sum over the width is as many products of whole slices. Of 128 tokens of 2,048
+channels by 3 that took 0.21 ms, CausalConvWithState between two transpositions 0.60, and of one
+token 13 us and 14.
 """
 
 from __future__ import annotations

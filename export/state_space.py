@@ -3,7 +3,8 @@
 With every token a state h becomes ``exp(dt A) h + dt B x`` and gives ``C h``: that is
 ``LinearAttention`` with dt A as its decay, C as its query, B as its key and dt x as its value.
 Mamba 2 has one decay a head. Of Mamba 1 every channel is a head of one value, whose decay differs
-between the numbers of its state.
+between the numbers of its state, which takes most of the time of a prompt (107 ms for 128 tokens of
+mamba-130m's layer, of which its products take 13; Mamba 2's of that size takes 15).
 
 ``past.N.recurrent`` and ``present.N.recurrent`` ``[batch, heads, state, head_dim]``, as
 onnxruntime-genai names them; the convolution's state is as ``short_convolution`` has it. Where a

@@ -64,6 +64,8 @@ def test_the_last_positions_are_given_by_default_and_any_when_asked(
         "deepseek_v3",
         "lfm2",
         "lfm2-untied",
+        "mamba",
+        "mamba2",
     ],
 )
 def test_places_are_counted_for_each_sequence_of_a_batch(
