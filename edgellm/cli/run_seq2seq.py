@@ -72,15 +72,20 @@ def run_seq2seq(
             source_language=source_language,
             target_language=target_language,
         )
-        longest = model.facts.max_tokens
+        facts = model.facts
     if as_json:
         render.show_json(answer.as_dict())
         return
     print(answer.text)
     if answer.truncated:
-        render.say_notes([f"the text was cut at the model's {longest} tokens"])
+        render.say_notes([f"the text was cut at the model's {facts.max_tokens} tokens"])
     if answer.finish_reason == "length" and len(answer.token_ids) != max_tokens:
         render.say_notes([f"cut: {len(answer.token_ids)} tokens (--max-tokens NUMBER)"])
+    begun = {facts.start_token_id, *facts.first_token_ids}
+    if target_language is None and facts.languages and not begun & {*facts.languages.values()}:
+        render.say_notes(
+            ["no language was named, and the model was left to choose (--target-lang)"]
+        )
     if stats:
         new, rest_s = len(answer.token_ids), answer.end_to_end_s - answer.first_token_s
         speed = f", {(new - 1) / rest_s:.1f} tokens/s" if new > 1 and rest_s else ""

@@ -107,10 +107,14 @@ def _licence(made: Digested) -> dict[str, Any]:
     return {"license": "other", "license_name": licence, **link}
 
 
+TRANSLATORS = ("marian", "mbart")
+"""Families that were made to translate."""
+
+
 def _task(made: Digested) -> str:
     """What it is for, in the Hub's words."""
     if made.seq2seq is not None:
-        return "text2text-generation"
+        return "translation" if made.model.family in TRANSLATORS else "text2text-generation"
     return "text-generation" if made.encoder is None else TASKS[made.encoder.task]
 
 

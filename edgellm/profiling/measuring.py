@@ -186,6 +186,8 @@ def profile(
         for cell in cells
     )
     conditions = conditions_now(hardware, limits, before, gauge())
+    reads = all(KINDS[cell.wanted.task] == KINDS["embed"] for cell in cells)
+    deep = any(cell.wanted.task == "generate" for cell in cells)
     silent = dict.fromkeys(
         reason for cell in cells for each in cell.rounds for reason in each.no_energy
     )
@@ -200,8 +202,9 @@ def profile(
             budget_s=effort.budget_s,
             stayed_loaded=stays,
             starts=max((len(cell.loads_s) for cell in cells), default=0),
+            sampling="" if reads else "greedy",
             prompt="the built-in English text for measuring, the same tokens every time",
-            not_counted=NOT_COUNTED,
+            not_counted=NOT_COUNTED if deep else (NOT_COUNTED[0], NOT_COUNTED[2]),
         ),
         conditions=msgspec.structs.replace(
             conditions, unknown=(*conditions.unknown, *counters()[1], *silent)

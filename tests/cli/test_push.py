@@ -104,7 +104,8 @@ def test_through_the_environment_as_a_user_has_it(
     hub: StandIn, artifact: Path, model: Path, tmp_path: Path
 ) -> None:
     files = {file.name: file.read_bytes() for file in model.iterdir() if file.is_file()}
-    hub.repositories["org/tiny"] = files | {"README.md": b"---\nlicense: mit\n---\n"}
+    files["README.md"] = b"---\nlicense: mit\n---\n"
+    hub.repositories["org/tiny"] = files
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": "0",

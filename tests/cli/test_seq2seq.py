@@ -152,3 +152,42 @@ def test_profiles_keep_kinds_apart(
         done = command("profile", *paths, *options)
         assert done.code in (UsageError.exit_code, 9)
         assert said in done.err + done.out
+
+
+def test_languages_are_named_on_the_command_line(
+    command: Command, tiny_encoder: TinyEncoder, artifact: Path, tmp_path: Path
+) -> None:
+    import torch
+
+    folder = tiny_encoder("mbart50")
+    edgellm.convert(folder, tmp_path / "out", quant="f32")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, src_lang="de_DE")
+    ids = torch.tensor([tokenizer(TEXT)["input_ids"]])
+    code = tokenizer.convert_tokens_to_ids("fr_XX")
+    wanted = tiny_encoders.load(folder).generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=8,
+        do_sample=False,
+        forced_bos_token_id=code,
+    )
+    asked = ("run", tmp_path / "out", TEXT, "--max-tokens", "8")
+    named = ("--source-lang", "de_DE", "--target-lang", "fr_XX")
+    assert command(*asked, *named, "--json").json()["token_ids"] == wanted[0, 1:].tolist()
+    assert "no language was named" in command(*asked).err
+    assert "no language was named" not in command(*asked, *named).err
+    for words, said in (
+        ((*asked, "--target-lang", "french"), "no language named 'french'"),
+        (("run", artifact, TEXT, "--source-lang", "de_DE"), "no codes for languages"),
+    ):
+        done = command(*words)
+        assert done.code == UsageError.exit_code
+        assert said in done.err
+    card = command("push", tmp_path / "out", "org/made", "--dry-run").out
+    assert "pipeline_tag: translation" in card
+
+
+def test_languages_are_nothing_to_a_language_model(command: Command, onnx_artifact: Path) -> None:
+    done = command("run", onnx_artifact, "a", "--target-lang", "de_DE")
+    assert done.code == UsageError.exit_code
+    assert "translators" in done.err
