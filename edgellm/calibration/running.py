@@ -175,7 +175,6 @@ class _Run:
             self.spent["solving_s"] += solved - read
             self._finish(block, written, found, reading)
             # With the factors that were made of them, before the next layer has its own.
-            found.clear()
             del found
 
     def _place(self, reading: CalibrationPass) -> None:
