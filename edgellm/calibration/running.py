@@ -174,6 +174,8 @@ class _Run:
             self.spent["statistics_s"] += read - begun + followed - solved
             self.spent["solving_s"] += solved - read
             self._finish(block, written, found, reading)
+            # With the factors that were made of them, before the next layer has its own.
+            del found
 
     def _place(self, reading: CalibrationPass) -> None:
         """Put the pass where an earlier run saved its hidden states, else at the beginning."""

@@ -124,7 +124,7 @@ def show_plan(plan: Plan) -> None:
         [
             ("tensors", str(len(plan.layout.tensors))),
             ("size", render.size(plan.output_bytes)),
-            *render.active_line(plan.layout.weights, _active(plan)),
+            *_weights_line(plan),
             ("bits per weight", f"{plan.bits_per_weight:.2f}"),
             ("context", f"{plan.layout.context_length} tokens"),
             ("peak memory", f"about {render.size(plan.peak_memory_bytes)}"),
@@ -142,10 +142,11 @@ def show_plan(plan: Plan) -> None:
         show_fit(plan.fitted)
 
 
-def _active(plan: Plan) -> int | None:
-    """How many weights a token passes, where these are not all."""
+def _weights_line(plan: Plan) -> list[tuple[str, str]]:
+    """How many weights there are, and how many a token passes, where these are not all."""
     has_experts = any(layer.experts for layer in plan.source.decoder.layers)
-    return plan.active_weights if has_experts else None
+    weights = sum(ref.size for ref in plan.source.tensors.values())
+    return render.active_line(weights, plan.active_weights) if has_experts else []
 
 
 def _calibration_lines(calibration: Calibration) -> list[tuple[str, str]]:

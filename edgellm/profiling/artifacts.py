@@ -9,10 +9,11 @@ from typing import Any
 
 import msgspec
 
+from edgellm.architectures.decoder import Feature
 from edgellm.digests import combined_sha256, file_sha256
 from edgellm.json_file import read_json
 from edgellm.lora.checkpoint_weights import text_config
-from edgellm.manifest import GENAI_CONFIG, PART_SUFFIXES, Artifact, Manifest
+from edgellm.manifest import GENAI_CONFIG, PART_SUFFIXES, Artifact, Manifest, ModelFacts
 from edgellm.profiling.document import ArtifactFacts
 from edgellm.profiling.matrices import (
     Counts,
@@ -49,23 +50,38 @@ def _of_manifest(artifact: Artifact, manifest: Manifest) -> ArtifactFacts:
         sha256=manifest.sha256,
         model_sha256=made.base.sha256,
         size_bytes=sum(file.nbytes for file in made.files),
-        kv_values=_kv_values(
-            model.layer_count
-            if model.attention_layer_count is None
-            else model.attention_layer_count,
-            model.kv_head_count,
-            model.head_dim,
-        ),
+        kv_values=_kept_values(artifact, model),
         kv_windows=model.windows if limited else (),
         kld_mean=kld,
     )
     return _with(facts, counted(matrices))
 
 
-def _of_gguf(artifact: Artifact) -> ArtifactFacts:
-    from edgellm.export.gguf_mixture import MIXTURES
+def _kept_values(artifact: Artifact, model: ModelFacts) -> int | None:
+    """Numbers that are kept of a token.
+
+    With latent attention llama.cpp's graphs differ, and our own keeps keys that are values too.
+    """
+    if Feature.LATENT_ATTENTION not in model.features:
+        layers = model.attention_layer_count
+        layers = model.layer_count if layers is None else layers
+        return _kv_values(layers, model.kv_head_count, model.head_dim)
+    if artifact.container == "gguf":
+        from edgellm.source.gguf_file import read_gguf_model
+
+        return _kept_by_llamacpp(read_gguf_model(artifact.main).metadata)
+    return model.layer_count * model.kv_head_count * model.head_dim
+
+
+def _kept_by_llamacpp(metadata: dict[str, Any]) -> int:
     from edgellm.quant.ggml_types import NAMED
     from edgellm.runtimes.llamacpp_memory import kv_token_bytes
+
+    return sum(kv_token_bytes(metadata, NAMED["f16"])) // 2
+
+
+def _of_gguf(artifact: Artifact) -> ArtifactFacts:
+    from edgellm.export.gguf_mixture import MIXTURES
     from edgellm.source.gguf_file import read_gguf_model
 
     stored = read_gguf_model(artifact.main)
@@ -73,7 +89,7 @@ def _of_gguf(artifact: Artifact) -> ArtifactFacts:
     names: dict[Any, str] = {mixture.file_type: name for name, mixture in MIXTURES.items()}
     values = 0
     if "general.architecture" in stored.metadata:
-        values = sum(kv_token_bytes(stored.metadata, NAMED["f16"])) // 2
+        values = _kept_by_llamacpp(stored.metadata)
     facts = ArtifactFacts(
         name=_name(artifact),
         container="gguf",

@@ -24,16 +24,19 @@ from edgellm.architectures.decoder import Router
 from edgellm.architectures.experts import active_weights, expert_of, stack_of
 from edgellm.calibration import cost, passes, routing, running
 from edgellm.calibration.passes import CalibrationPass
+from edgellm.calibration.stored_layers import as_stored
 from edgellm.conversion import convert
 from edgellm.errors import SourceError, TensorError, UnsupportedModel, UnsupportedTarget
 from edgellm.export.decoder_graph import DecoderGraph
 from edgellm.export.to_onnx import lay_out
 from edgellm.export.writer import StagedFolder
+from edgellm.plan import make_plan
 from edgellm.profiling.matrices import counted, of_gguf, of_manifest
 from edgellm.quant import rtn
+from edgellm.quant.grid import GRIDS
 from edgellm.quant.statistics import Statistics
 from edgellm.recipe import Recipe
-from edgellm.slabs import write_tensors
+from edgellm.slabs import values_of, write_tensors
 from edgellm.source import open_source
 from edgellm.source.gguf_file import read_gguf
 from edgellm.source.model import ModelSource
@@ -432,6 +435,22 @@ def test_solvers_leave_less_error_than_rounding(
     )
     for each in stacks:
         assert errors["gptq"][each] < errors["imatrix"][each]
+
+
+@pytest.mark.parametrize(("format", "quant"), [("gguf", "q4_0"), ("onnx", "int4-g32")])
+def test_rounded_experts_are_read_back_as_they_were_stored(
+    format: str, quant: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Later layers may be calibrated behind them: stacks, and rows that are stored in turns."""
+    recipe = Recipe(source=str(tiny_model("qwen3_moe")), format=format, quant=f"rtn:{quant}")
+    convert(recipe, tmp_path / "out", check=False)
+    plan = make_plan(recipe)
+    again = as_stored(plan.source, plan.layout, tmp_path / "out")
+    for role, ref in plan.source.tensors.items():
+        if not stack_of(role):
+            continue
+        wanted = values_of(rtn.solve(ref.load(), GRIDS[quant]))
+        np.testing.assert_allclose(again.tensors[role].load(), wanted, rtol=0, atol=1e-3)
 
 
 def test_experts_that_the_text_hardly_reaches_are_named_in_the_manifest(

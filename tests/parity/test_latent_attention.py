@@ -22,6 +22,7 @@ from edgellm.architectures.gguf_latent import apart, made_whole
 from edgellm.errors import AdapterError, UnsupportedTarget
 from edgellm.export import to_gguf
 from edgellm.export.packing import PACKERS
+from edgellm.profiling.artifacts import artifact_facts
 from edgellm.quant.rtn import solve
 from edgellm.recipe import Recipe
 from edgellm.runtimes.ort import OnnxRuntime
@@ -294,3 +295,20 @@ def test_a_folder_of_floats_is_the_model_it_was(
         tiny_models.reference_logits(tmp_path / "out", ids),
         tiny_models.reference_logits(folder, ids),
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "kept"),
+    [
+        ("minicpm3", "onnx", 32 + 16),
+        ("minicpm3", "gguf", 6 * (32 + 16 + 64)),  # which llama.cpp expands
+        ("deepseek_v2", "gguf", 96 + 8),
+    ],
+)
+def test_a_profile_knows_what_a_token_takes_in_each_container(
+    name: str, format: str, kept: int, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    artifact = edgellm.convert(
+        tiny_model(name), tmp_path / "out", format=format, quant="f32", check=False
+    )
+    assert artifact_facts(artifact).kv_values == 3 * kept
