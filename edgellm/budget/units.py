@@ -9,7 +9,7 @@ import msgspec
 
 from edgellm.calibration.blocks import EMBEDDING, HEAD, LAYER_ROLE
 from edgellm.errors import UnsupportedTarget
-from edgellm.export.gguf_mixture import NEED_IMPORTANCE
+from edgellm.export.gguf_mixture import FLOATS, NEED_IMPORTANCE
 from edgellm.export.layout import Container, Layout, OutputTensor
 from edgellm.export.onnx_operators import operators_of
 from edgellm.export.tensor_grids import grids_by_role
@@ -27,6 +27,11 @@ GROUPS = {
     "mlx": ("int8", "int8-g64", "int4-g32-min", "int4-g64-min", "int4-g128-min"),
 }
 """Candidates; those that are slower to round to, or always worse at their size, are left out."""
+
+
+STAYING = (*FLOATS, "ssm_dt.weight")
+"""Ends of the roles of matrices that no grid is chosen for: norms, convolutions, and one that ONNX
+keeps in floats."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def stored(layout: Layout) -> list[OutputTensor]:
     for tensor in layout.model_tensors:
         role = tensor.parts[0].role
         product = LAYER_ROLE.match(role) and role.endswith(".weight") and len(tensor.shape) == 2
-        if (product and "norm" not in role) or role in (EMBEDDING, HEAD):
+        if (product and not role.endswith(STAYING)) or role in (EMBEDDING, HEAD):
             found.append(tensor)
     return found
 
