@@ -26,6 +26,7 @@ from edgellm.quant.ggml_types import NAMED
 from edgellm.runtimes import limits
 from edgellm.runtimes.checkpoints import Checkpoints, steps_of
 from edgellm.runtimes.llamacpp_adapters import LlamaCppAdapters, summed
+from edgellm.runtimes.llamacpp_batch import Batch
 from edgellm.runtimes.llamacpp_library import (
     INSTALL,
     WITHOUT_AMX,
@@ -286,7 +287,7 @@ class LlamaCppSession:
         self._held = 0
         self._unsure = False
         self._row_at: dict[int, Logits] = {}
-        self._batch = _Batch(library, int(context_options.n_batch))
+        self._batch = Batch(library, int(context_options.n_batch))
         self._adapters = LlamaCppAdapters(library, model, stored)
 
     @property
@@ -483,42 +484,6 @@ class LlamaCppSession:
             memory: Any = (ctypes.c_float * self.vocab_size).from_address(address)
             row = self._row_at[address] = np.frombuffer(memory, np.float32)
         return row
-
-
-class _Batch:
-    """A ``llama_batch`` over arrays that are made once and filled for each call."""
-
-    def __init__(self, library: Any, room: int) -> None:
-        self.room = room
-        self._tokens = np.zeros(room, np.int32)
-        self._positions = np.zeros(room, np.int32)
-        self._outputs = np.zeros(room, np.int8)
-        counts = np.ones(room, np.int32)
-        sequence: Any = (ctypes.c_int32 * 1)(0)
-        sequences = (ctypes.POINTER(ctypes.c_int32) * room)(*[sequence] * room)
-        self._kept_alive = (counts, sequence, sequences)
-        self._batch = library.llama_batch(
-            n_tokens=0,
-            token=self._tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
-            embd=None,
-            pos=self._positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
-            n_seq_id=counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
-            seq_id=sequences,
-            logits=self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
-        )
-
-    def fill(self, token_ids: Sequence[int], position: int, outputs: str) -> Any:
-        count = len(token_ids)
-        self._batch.n_tokens = count
-        if count == 1:
-            self._tokens[0], self._positions[0] = token_ids[0], position
-            self._outputs[0] = outputs != "none"
-            return self._batch
-        self._tokens[:count] = token_ids
-        self._positions[:count] = np.arange(position, position + count)
-        self._outputs[:count] = outputs == "all"
-        self._outputs[count - 1] = outputs != "none"
-        return self._batch
 
 
 def _free(library: Any, context: Any, model: Any) -> None:

@@ -10,7 +10,7 @@ import msgspec
 from edgellm.architectures.gguf_latent import source_role
 from edgellm.calibration.blocks import EMBEDDING, HEAD, LAYER_ROLE
 from edgellm.errors import UnsupportedTarget
-from edgellm.export.gguf_mixture import NEED_IMPORTANCE
+from edgellm.export.gguf_mixture import FLOATS, NEED_IMPORTANCE
 from edgellm.export.latent_attention import BY_HEAD
 from edgellm.export.layout import Container, Layout, OutputTensor
 from edgellm.export.onnx_operators import operators_of
@@ -29,6 +29,11 @@ GROUPS = {
     "mlx": ("int8", "int8-g64", "int4-g32-min", "int4-g64-min", "int4-g128-min"),
 }
 """Candidates; those that are slower to round to, or always worse at their size, are left out."""
+
+
+STAYING = (*FLOATS, "ssm_dt.weight")
+"""Ends of the roles of matrices that no grid is chosen for: norms, convolutions, and one that ONNX
+keeps in floats."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,8 @@ def stored(layout: Layout) -> list[OutputTensor]:
         role = tensor.parts[0].role
         product = LAYER_ROLE.match(role) and role.endswith(".weight") and len(tensor.shape) == 2
         in_floats = layout.container == "onnx" and role.endswith(BY_HEAD)
-        chosen = product and "norm" not in role and source_role(role) == role and not in_floats
+        stays = role.endswith(STAYING) or in_floats
+        chosen = product and source_role(role) == role and not stays
         if chosen or role in (EMBEDDING, HEAD):
             found.append(tensor)
     return found

@@ -94,6 +94,21 @@ def test_solved_gguf_files_answer_nearer_than_rounded_ones(
     assert divergence["awq+gptq:q5_0"] < 0.8 * divergence["rtn:q5_0"]
 
 
+@pytest.mark.parametrize(("name", "container"), [("lfm2", "gguf"), ("mamba", "onnx")])
+def test_bits_are_spent_on_products_alone(
+    name: str, container: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    made = edgellm.convert(
+        tiny_model(name), tmp_path / "out", format=container, bits=7, threads=1, check=False,
+        calibration_tokens=2048,
+    )  # fmt: skip
+    assert made.manifest is not None
+    grids = {tensor.role: tensor.grid for tensor in made.manifest.artifact.tensors}
+    for role in ("blk.0.shortconv.conv.weight", "blk.0.ssm_conv1d.weight", "blk.0.ssm_dt.weight"):
+        assert grids.get(role, "f32") == "f32"
+    assert len(set(grids.values())) > 2
+
+
 def test_convolutions_are_tuned_and_scans_refused_by_name(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
