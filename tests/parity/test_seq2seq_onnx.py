@@ -106,8 +106,10 @@ def test_greedy_answers_equal_transformers(
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     answers = set()
     with converted(folder, tmp_path / "out", quant="f32") as model:
+        written = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
         for text in TEXTS:
             ids = torch.tensor([tokenizer(text)["input_ids"]])
+            assert written(text)["input_ids"] == ids[0].tolist()
             wanted = reference.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
