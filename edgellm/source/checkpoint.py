@@ -145,7 +145,7 @@ def _tokenizer(path: Path, code: RemoteCode | None, trusted: bool) -> Tokenizer:
     except UnsupportedTokenizer as error:
         raise UnsupportedTokenizer(
             f"{error}. Python of the model's own has that class ({code.listed}), and was not run: "
-            f"{OPTION} runs it, to find which tokenizer of edgellm's gives its ids"
+            f"`edgellm convert {OPTION}` runs it, to find which tokenizer here gives its ids"
         ) from error
 
 

@@ -106,8 +106,10 @@ def test_greedy_answers_equal_transformers(
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     answers = set()
     with converted(folder, tmp_path / "out", quant="f32") as model:
+        written = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
         for text in TEXTS:
             ids = torch.tensor([tokenizer(text)["input_ids"]])
+            assert written(text)["input_ids"] == ids[0].tolist()
             wanted = reference.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -258,6 +260,86 @@ def test_every_key_that_transformers_saves_is_known(name: str, tmp_path: Path) -
     saved = json.loads((tmp_path / "config.json").read_text())
     for values in (saved, config.to_dict() | {"torch_dtype": "float32"}):
         family.describe(Config(values, harmless=SEQ2SEQ_HARMLESS, neutral=SEQ2SEQ_NEUTRAL))
+
+
+OLD_KEYS = {
+    "_num_labels": 3,
+    "activation_dropout": 0.0,
+    "add_bias_logits": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "classif_dropout": 0.0,
+    "classifier_dropout": 0.0,
+    "decoder_layerdrop": 0.0,
+    "dropout": 0.1,
+    "encoder_layerdrop": 0.0,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"},
+    "init_std": 0.02,
+    "is_encoder_decoder": True,
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2},
+    "num_beams": 6,
+    "num_hidden_layers": 6,
+    "scale_embedding": True,
+    "use_cache": True,
+}
+"""What configs of BART's kin have that were written when Marian's and mBART's were published."""
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        (
+            "marian",
+            {
+                "activation_function": "swish",
+                "add_final_layer_norm": False,
+                "bad_words_ids": [[58100]],
+                "decoder_start_token_id": 58100,
+                "eos_token_id": 0,
+                "max_length": 512,
+                "max_position_embeddings": 512,
+                "normalize_before": False,
+                "normalize_embedding": False,
+                "pad_token_id": 58100,
+                "static_position_embeddings": True,
+                "vocab_size": 58101,
+            },
+        ),
+        (
+            "mbart",
+            {
+                "activation_function": "relu",
+                "add_final_layer_norm": True,
+                "decoder_start_token_id": 2,
+                "early_stopping": True,
+                "eos_token_id": 2,
+                "forced_eos_token_id": 2,
+                "gradient_checkpointing": False,
+                "max_length": 200,
+                "max_position_embeddings": 1024,
+                "normalize_before": True,
+                "normalize_embedding": True,
+                "output_past": True,
+                "pad_token_id": 1,
+                "static_position_embeddings": False,
+                "tokenizer_class": "MBart50Tokenizer",
+                "vocab_size": 250054,
+            },
+        ),
+    ],
+)
+def test_configs_as_they_were_published(name: str, changes: dict[str, Any]) -> None:
+    sides = {
+        f"{side}_{part}": count
+        for side in ("encoder", "decoder")
+        for part, count in (("layers", 6), ("ffn_dim", 2048), ("attention_heads", 8))
+    }
+    family = seq2seq_family_of({"model_type": name})
+    config = {"model_type": name, "d_model": 512, **OLD_KEYS, **sides, **changes}
+    found = family.describe(Config(config, harmless=SEQ2SEQ_HARMLESS, neutral=SEQ2SEQ_NEUTRAL))
+    assert found.pre_norm == found.embedding_norm == (name == "mbart")
+    assert found.context_length == changes["max_position_embeddings"]
+    assert found.embedding_scale == pytest.approx(512**0.5)
 
 
 @pytest.mark.parametrize(

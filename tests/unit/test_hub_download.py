@@ -504,3 +504,21 @@ def test_offline_a_gguf_has_the_licence_of_its_card(
     # One that was fetched without its card is taken too.
     (online.path.parent / "README.md").unlink()
     assert download(wanted, lambda event: None).licence == ""
+
+
+def test_python_of_a_models_own_is_fetched_for_those_who_trust_it(
+    hub: StandIn, folder: Path
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnModel"}
+    python = {"modeling_own.py": b"raise SystemExit(1)", "tools/other.py": b""}
+    hub.repositories["org/own"] = content(folder) | python
+    hub.repositories["org/own"]["config.json"] = json.dumps(config).encode()
+    source = open_source("org/own")
+    assert source.code is None
+    assert any("was not run: modeling_own.py" in note for note in source.notes)
+    assert not hub.fetched() & python.keys()
+    trusted = open_source("org/own", trust_remote_code=True)
+    assert hub.fetched() & python.keys() == {"modeling_own.py"}
+    assert trusted.code is not None
+    assert trusted.code.digests().keys() == {"modeling_own.py"}
