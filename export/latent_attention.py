@@ -85,6 +85,39 @@ def filled(
     return graph.node("Pad", [joined, pads], name)
 
 
+def mixed_latents(
+    graph: GraphBuilder,
+    latent: Latent,
+    heads: int,
+    scale: float,
+    name: str,
+    inputs: tuple[str, str, str, str],
+) -> str:
+    """What attention mixes of latents, ``[batch, sequence, heads * cache_dim]``.
+
+    ``inputs``: turned queries ``[batch, sequence, heads * cache_dim]``, the latents of all tokens
+    ``[batch, total, cache_dim]``, what is added to scores ``[batch, sequence, 1, total]``, and the
+    total ``[1]``. All heads of all tokens are rows of one product, so latents are read once.
+    """
+    queries, held, seen, total = inputs
+    cache_dim = latent.cache_dim
+    shapes: dict[str, str] = {}
+    for part, sizes in (("by_head", (0, -1, heads)), ("rows", (0, -1))):
+        shapes[part] = f"latent_shape.{part}"
+        if not graph.has(shapes[part]):
+            graph.node("Concat", [graph.integers(*sizes), total], shapes[part], axis=0)
+    rows = graph.node("Reshape", [queries, graph.integers(0, -1, cache_dim)], f"{name}.rows")
+    scores = graph.node(
+        "FusedMatMul", [rows, held], f"{name}.scores", contrib=True, transB=1, alpha=scale
+    )
+    by_head = graph.node("Reshape", [scores, shapes["by_head"]], f"{name}.scores_by_head")
+    masked = graph.node("Add", [by_head, seen], f"{name}.seen")
+    shares = graph.node("Softmax", [masked], f"{name}.shares", axis=-1)
+    flat = graph.node("Reshape", [shares, shapes["rows"]], f"{name}.share_rows")
+    mixed = graph.node("MatMul", [flat, held], f"{name}.mixed")
+    return graph.node("Reshape", [mixed, graph.integers(0, -1, heads * cache_dim)], name)
+
+
 def expanded_values(
     graph: GraphBuilder, latent: Latent, heads: int, name: str, mixed: str, values: str
 ) -> str:
