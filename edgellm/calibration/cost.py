@@ -169,7 +169,8 @@ def runtime_bytes(decoder: Decoder, window: int, threads: int) -> int:
     """What onnxruntime computes of a window on each thread, and keeps for the next."""
     query, keys = decoder.heads * decoder.cache_dim, decoder.cache_heads * decoder.cache_dim
     computed = window * (4 * decoder.hidden_size + 3 * query + 6 * keys + _fed(decoder))
-    scores = decoder.heads * window * window
+    # Over latents scores and what becomes of them are values of the graph, two at a time.
+    scores = decoder.heads * window * window * (1 if decoder.latent is None else 2)
     return RUNTIME_BYTES + 4 * threads * (computed + scores)
 
 
