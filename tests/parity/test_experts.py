@@ -26,7 +26,13 @@ from edgellm.calibration import cost, passes, routing, running
 from edgellm.calibration.passes import CalibrationPass
 from edgellm.calibration.stored_layers import as_stored
 from edgellm.conversion import convert
-from edgellm.errors import SourceError, TensorError, UnsupportedModel, UnsupportedTarget
+from edgellm.errors import (
+    AdapterError,
+    SourceError,
+    TensorError,
+    UnsupportedModel,
+    UnsupportedTarget,
+)
 from edgellm.export.decoder_graph import DecoderGraph
 from edgellm.export.to_onnx import lay_out
 from edgellm.export.writer import StagedFolder
@@ -414,6 +420,27 @@ def test_routers_of_deepseek(
     wanted = np.stack([reference_decoder.logits(changed.decoder, values, [n])[0] for n in ids])
     off = np.sqrt(np.mean((apart - wanted) ** 2, axis=1) / np.var(wanted))
     assert np.median(off) < 0.1  # where no token goes to another expert
+
+
+def test_adapters_of_experts_do_not_stay_apart(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Those of attention do: ``test_lora_merge`` has what is merged."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    import peft_adapters
+
+    base = tiny_model("mixtral")
+    config = peft.LoraConfig(
+        r=2, lora_alpha=8, target_modules=["q_proj"], target_parameters=["experts.down_proj"]
+    )
+    adapter = peft_adapters.make_adapter(base, config, tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"ffn_down_exps\.0\.weight, which is no weight of its"):
+        edgellm.convert(
+            str(base),
+            tmp_path / "out",
+            quant="f32",
+            format="gguf",
+            adapters=[str(adapter.folder)],
+            keep_adapters=True,
+        )
 
 
 @pytest.mark.parametrize(("format", "quant"), [("gguf", "q4_0"), ("onnx", "int4-g32")])
