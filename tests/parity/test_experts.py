@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ import tiny_models
 from gguf_files import write_gguf
 
 import edgellm
+from edgellm.architectures import family_of
+from edgellm.architectures.config import Config
 from edgellm.architectures.decoder import Router
 from edgellm.architectures.experts import active_weights, expert_of, stack_of
 from edgellm.calibration import cost, passes, routing, running
@@ -148,6 +151,21 @@ def test_a_stack_cut_short_in_a_gguf_file(tiny_model: TinyModel, tmp_path: Path)
     path.write_bytes(content[:-4096])
     with pytest.raises(SourceError, match="cut short"):
         open_source(str(path))
+
+
+@pytest.mark.parametrize("last", [0, 2, 5])
+def test_windows_of_configs_that_do_not_list_them(last: int) -> None:
+    import transformers
+
+    real = transformers.Qwen2MoeConfig(
+        num_hidden_layers=5, use_sliding_window=True, sliding_window=64, max_window_layers=last
+    )
+    saved = real.to_dict()
+    types = saved.pop("layer_types")
+    decoder = family_of(saved).describe(Config(saved))
+    assert [layer.window for layer in decoder.layers] == [
+        64 if kind == "sliding_attention" else None for kind in types
+    ]
 
 
 # --- what calibration knows
@@ -338,6 +356,37 @@ def test_one_operator_answers_as_the_plain_ones(
     off = np.abs(one - plain).max(axis=1)
     assert np.quantile(off, 0.7) < TOLERANCE
     assert off.max() < 0.5
+
+
+@pytest.mark.parametrize("quant", ["f32", "int8", "int8-dynamic"])
+def test_a_token_reads_the_weights_of_its_experts_alone(
+    quant: str, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All others are NaN, which would be in the answers had they been computed, weighed or not."""
+    folder, token = tiny_model("olmoe"), tiny_models.some_token_ids(1, seed=2)[0]
+    made = converted(folder, tmp_path / "out", quant, "onnx", check=False)
+    wanted = onnx_files.logits(made.path, [token])
+    monkeypatch.setattr(sys.modules[__name__], "WINDOWS", [[token]])
+    sent = Sent(folder)
+    spoilt = 0
+    with (made.path / "model.onnx.data").open("r+b") as file:
+        for tensor in made.manifest.artifact.tensors:
+            if "_exps" not in tensor.role:
+                continue
+            _, offset, nbytes = tensor.arrays[-1 if quant == "int8" else 0]
+            count = 9 if len(tensor.shape) == 3 else 1
+            if quant == "int8-dynamic":
+                _, offset, nbytes = tensor.arrays[1]  # the scales
+            for expert in range(count):
+                role = tensor.role.replace("gate_up", "gate")
+                if count > 1:
+                    role = role.replace("_exps.", f"_exps.{expert}.")
+                if not len(np.concatenate(sent.inputs[role])):
+                    file.seek(offset + expert * nbytes // count)
+                    file.write(b"\xff" * (nbytes // count))
+                    spoilt += 1
+    assert spoilt == 3 * 5 * (2 if quant == "int8" else 3)
+    np.testing.assert_array_equal(onnx_files.logits(made.path, [token]), wanted)
 
 
 @pytest.mark.parametrize("quant", ["f32", "int8"])
