@@ -304,6 +304,7 @@ class DecoderGraph:
         """Latents ``[batch, total, cache_dim]`` of all tokens, those of the step among them.
 
         An attention of one query head appends them in place, as others do; what it gives is left.
+        Behind a shorter sequence of a batch lies what its buffer began with, zeros with genai.
         """
         graph, name = self.graph, f"blk.{index}.attn_kept"
         past, present = self._past_present(index)

@@ -4,8 +4,8 @@ The cache holds what the model compresses: by token the turned values and the la
 keys and values (``decoder.latent``). They are one head of keys that all queries share, and that
 head's values too. An attention of one query head (onnxruntime's GroupQueryAttention, as for other
 models) does nothing but append them in place; it keeps keys and values, of one width, so what is
-cached is both. Our runtime keeps one memory for the two, others two. Values by token and layer, with
-one memory, two, and with keys and values expanded and as wide as that attention wants them:
+cached is both. Our runtime keeps one memory for the two, others two. Values by token and layer,
+with one memory, two, and with keys and values expanded and as wide as that attention wants them:
 MiniCPM3-4B 288, 576, 7,680; DeepSeek-V2-Lite 576, 1,152, 6,144. MiniCPM3-4B's expanded cache of
 4,096 tokens would be 7.8 GB, that of latents is 0.3.
 
