@@ -34,6 +34,7 @@ from edgellm.export.latent_attention import (
     expanded_values,
     expansion,
     filled,
+    mixed_latents,
 )
 from edgellm.export.layout import OutputTensor
 from edgellm.export.onnx_graph import GraphBuilder
@@ -298,8 +299,56 @@ class DecoderGraph:
         keys, values = expansion(graph, latent, heads, self.tensors[expanding], self.grids.body)
         query = absorbed_queries(graph, latent, heads, f"{name}_q", query, keys)
         key = filled(graph, latent, f"{name}_k", [turned, latents], 3)
-        mixed = self._attended(index, f"{name}_mixed", (query, key, key), x, cached=cached)
+        if self.int8_cache:
+            mixed = self._attended(index, f"{name}_mixed", (query, key, key), x, cached=cached)
+            return expanded_values(graph, latent, heads, name, mixed, values)
+        rope = decoder.layers[index].rope
+        if rope is not None:
+            query, key, _ = self._turned_apart(f"{name}_mixed", rope, query, key, key)
+        held = self._held(index, key) if cached else key
+        seen, total = self._seen(x)
+        mixed = mixed_latents(
+            graph, latent, heads, decoder.softmax_scale, f"{name}_mixed",
+            (query, held, seen, total),
+        )  # fmt: skip
         return expanded_values(graph, latent, heads, name, mixed, values)
+
+    def _held(self, index: int, key: str) -> str:
+        """Latents ``[batch, total, cache_dim]`` of all tokens, those of the step among them.
+
+        An attention of one query head appends them in place, as others do; what it gives is left.
+        Behind a shorter sequence of a batch lies what its buffer began with, zeros with genai.
+        """
+        graph, name = self.graph, f"blk.{index}.attn_kept"
+        past, present = self._past_present(index)
+        graph.node(
+            "GroupQueryAttention", [key, key, key, *past, "seqlens_k", "total_length"], name,
+            outputs=[name, *present], contrib=True, num_heads=1, kv_num_heads=1,
+        )  # fmt: skip
+        ends = graph.integers(0), "positions.total", graph.integers(2)
+        held = graph.node("Slice", [present[0], *ends], f"{name}.tokens")
+        return graph.node("Squeeze", [held, graph.integers(1)], f"{name}.latents")
+
+    def _seen(self, x: str) -> tuple[str, str]:
+        """What is added to scores ``[batch, sequence, 1, total]``, and the total ``[1]``.
+
+        Minus infinity where a token comes after the one that asks. Alike in every layer.
+        """
+        graph, seen, total = self.graph, "positions.seen", "positions.seen_total"
+        if not graph.has(seen):
+            zero, one = (graph.constant(f"int64_at_{n}", np.asarray(n, np.int64)) for n in (0, 1))
+            scalar = graph.constant("int64_axes", np.asarray([0], np.int64))
+            graph.node("Cast", ["total_length"], total, to=TensorProto.INT64)
+            stop = graph.node("Squeeze", [total, scalar], f"{seen}_stop")
+            keys = graph.node("Range", [zero, stop, one], f"{seen}_keys")
+            rows = graph.node("Unsqueeze", [self._places(x), graph.integers(2, 3)], f"{seen}_rows")
+            before = graph.node("LessOrEqual", [keys, rows], f"{seen}_before")
+            nothing, never = (
+                graph.floats(f"{seen}_{name}", np.asarray(value, np.float32))
+                for name, value in (("zero", 0.0), ("never", -np.inf))
+            )
+            graph.node("Where", [before, nothing, never], seen)
+        return seen, total
 
     def _attended(
         self, index: int, name: str, parts: tuple[str, str, str], x: str, *, cached: bool

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import edgellm
+from edgellm.architectures.experts import stack_of
 from edgellm.architectures.family import TensorRow
 from edgellm.architectures.gguf_rows import as_llamacpp_stores
 from edgellm.architectures.row_order import as_network_takes
@@ -178,7 +179,7 @@ def factors(source: ModelSource, adapter: Adapter) -> list[Factors]:
     edits = bindings(source, adapter)
     rows = {row.role: row for row in source.family.tensors(source.decoder)}
     for role in edits:
-        if role not in rows or role not in source.tensors:
+        if role not in rows or role not in source.tensors or stack_of(role):
             raise _cannot(adapter, f"changes {role}, which is no weight of its own in a GGUF file")
     return [
         _pair(adapter, source, row, edits[role].edit) for role, row in rows.items() if role in edits

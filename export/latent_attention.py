@@ -1,19 +1,21 @@
-"""Attention over latent vectors (MLA) as ONNX nodes: what stands before and behind the attention.
+"""Attention over latent vectors (MLA) as ONNX nodes: what stands before and behind the cache.
 
 The cache holds what the model compresses: by token the turned values and the latent, in place of
-keys and values (``decoder.latent``). They are one head of keys that all queries share, and the same
-head of values, so onnxruntime's GroupQueryAttention computes it; that wants keys and values of one
-width, and a latent that is its own value is as wide. Our runtime keeps one memory for both, others
-two. Values by token and layer, with one memory, two, and with keys and values expanded and as wide
-as the attention wants them: MiniCPM3-4B 288, 576, 7,680; DeepSeek-V2-Lite 576, 1,152, 6,144.
+keys and values (``decoder.latent``). They are one head of keys that all queries share, and that
+head's values too. An attention of one query head (onnxruntime's GroupQueryAttention, as for other
+models) does nothing but append them in place; it keeps keys and values, of one width, so what is
+cached is both. Our runtime keeps one memory for the two, others two. Values by token and layer,
+with one memory, two, and with keys and values expanded and as wide as that attention wants them:
+MiniCPM3-4B 288, 576, 7,680; DeepSeek-V2-Lite 576, 1,152, 6,144. MiniCPM3-4B's expanded cache of
+4,096 tokens would be 7.8 GB, that of latents is 0.3.
 
-It costs time: scores take more operations, by the ratio of latent to key, and onnxruntime reads the
-shared head once for each query head. Milliseconds of one layer's attention, latents and expanded,
-one thread of a busy machine: a token behind 512 of V2-Lite 0.8 and 0.3, behind 4,000 11 and 3.3; of
-MiniCPM3 0.9 and 0.4, 12 and 8.3; 128 tokens behind 896 85 and 26, 98 and 31. Memory goes first
-here: MiniCPM3-4B's expanded cache of 4,096 tokens would be 7.8 GB, that of latents is 0.3. Keeping
-latents and expanding all of them for every token would cost more than either. onnxruntime's other
-attentions take values of another width, but copy the past at every token.
+What is asked of the cache are plain products, in which all heads of all tokens of a step are rows:
+GroupQueryAttention would read the shared head once for every query head. Milliseconds of one
+layer's attention for a token, one thread of a busy machine: in products (and the appending), by
+GroupQueryAttention, and by it with expanded keys and values. V2-Lite, 512 tokens cached: 0.2, 0.7,
+0.2; 4,000: 2.6, 19, 3.1. MiniCPM3: 0.2, 0.8, 0.4; 1.3, 23, 14. A prompt pays, for its scores take
+more operations by the ratio of latent to key: 128 tokens behind 896 94, 151, 46 and 212, 242, 71.
+With a cache in int8, which no plain product reads, GroupQueryAttention computes all of it.
 
 ``attn_kv_b`` is multiplied head by head, by queries and by what they have mixed. onnxruntime has no
 rounded product for that, so it stays in floats, a fiftieth of the weights.
@@ -83,6 +85,39 @@ def filled(
     joined = graph.node("Concat", list(parts), f"{name}.width", axis=-1)
     pads = graph.integers(*[0] * (2 * dimensions - 1), missing)
     return graph.node("Pad", [joined, pads], name)
+
+
+def mixed_latents(
+    graph: GraphBuilder,
+    latent: Latent,
+    heads: int,
+    scale: float,
+    name: str,
+    inputs: tuple[str, str, str, str],
+) -> str:
+    """What attention mixes of latents, ``[batch, sequence, heads * cache_dim]``.
+
+    ``inputs``: turned queries ``[batch, sequence, heads * cache_dim]``, the latents of all tokens
+    ``[batch, total, cache_dim]``, what is added to scores ``[batch, sequence, 1, total]``, and the
+    total ``[1]``. All heads of all tokens are rows of one product, so latents are read once.
+    """
+    queries, held, seen, total = inputs
+    cache_dim = latent.cache_dim
+    shapes: dict[str, str] = {}
+    for part, sizes in (("by_head", (0, -1, heads)), ("rows", (0, -1))):
+        shapes[part] = f"latent_shape.{part}"
+        if not graph.has(shapes[part]):
+            graph.node("Concat", [graph.integers(*sizes), total], shapes[part], axis=0)
+    rows = graph.node("Reshape", [queries, graph.integers(0, -1, cache_dim)], f"{name}.rows")
+    scores = graph.node(
+        "FusedMatMul", [rows, held], f"{name}.scores", contrib=True, transB=1, alpha=scale
+    )
+    by_head = graph.node("Reshape", [scores, shapes["by_head"]], f"{name}.scores_by_head")
+    masked = graph.node("Add", [by_head, seen], f"{name}.seen")
+    shares = graph.node("Softmax", [masked], f"{name}.shares", axis=-1)
+    flat = graph.node("Reshape", [shares, shapes["rows"]], f"{name}.share_rows")
+    mixed = graph.node("MatMul", [flat, held], f"{name}.mixed")
+    return graph.node("Reshape", [mixed, graph.integers(0, -1, heads * cache_dim)], name)
 
 
 def expanded_values(

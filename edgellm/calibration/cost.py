@@ -201,7 +201,8 @@ def runtime_bytes(decoder: Decoder, window: int, threads: int) -> int:
     elif len(decoder.attending) < len(decoder.layers):
         mixed = max(mixed, CONVOLUTION_VALUES * hidden)
     computed = window * (4 * hidden + mixed + _fed(decoder))
-    scores = decoder.heads * window * window
+    # Over latents scores and what becomes of them are values of the graph, two at a time.
+    scores = decoder.heads * window * window * (1 if decoder.latent is None else 2)
     return RUNTIME_BYTES + 4 * threads * (computed + scores)
 
 

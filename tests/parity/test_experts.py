@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +21,21 @@ import tiny_models
 from gguf_files import write_gguf
 
 import edgellm
+from edgellm.architectures import family_of
+from edgellm.architectures.config import Config
 from edgellm.architectures.decoder import Router
 from edgellm.architectures.experts import active_weights, expert_of, stack_of
 from edgellm.calibration import cost, passes, routing, running
 from edgellm.calibration.passes import CalibrationPass
 from edgellm.calibration.stored_layers import as_stored
 from edgellm.conversion import convert
-from edgellm.errors import SourceError, TensorError, UnsupportedModel, UnsupportedTarget
+from edgellm.errors import (
+    AdapterError,
+    SourceError,
+    TensorError,
+    UnsupportedModel,
+    UnsupportedTarget,
+)
 from edgellm.export.decoder_graph import DecoderGraph
 from edgellm.export.to_onnx import lay_out
 from edgellm.export.writer import StagedFolder
@@ -142,6 +151,21 @@ def test_a_stack_cut_short_in_a_gguf_file(tiny_model: TinyModel, tmp_path: Path)
     path.write_bytes(content[:-4096])
     with pytest.raises(SourceError, match="cut short"):
         open_source(str(path))
+
+
+@pytest.mark.parametrize("last", [0, 2, 5])
+def test_windows_of_configs_that_do_not_list_them(last: int) -> None:
+    import transformers
+
+    real = transformers.Qwen2MoeConfig(
+        num_hidden_layers=5, use_sliding_window=True, sliding_window=64, max_window_layers=last
+    )
+    saved = real.to_dict()
+    types = saved.pop("layer_types")
+    decoder = family_of(saved).describe(Config(saved))
+    assert [layer.window for layer in decoder.layers] == [
+        64 if kind == "sliding_attention" else None for kind in types
+    ]
 
 
 # --- what calibration knows
@@ -334,6 +358,37 @@ def test_one_operator_answers_as_the_plain_ones(
     assert off.max() < 0.5
 
 
+@pytest.mark.parametrize("quant", ["f32", "int8", "int8-dynamic"])
+def test_a_token_reads_the_weights_of_its_experts_alone(
+    quant: str, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All others are NaN, which would be in the answers had they been computed, weighed or not."""
+    folder, token = tiny_model("olmoe"), tiny_models.some_token_ids(1, seed=2)[0]
+    made = converted(folder, tmp_path / "out", quant, "onnx", check=False)
+    wanted = onnx_files.logits(made.path, [token])
+    monkeypatch.setattr(sys.modules[__name__], "WINDOWS", [[token]])
+    sent = Sent(folder)
+    spoilt = 0
+    with (made.path / "model.onnx.data").open("r+b") as file:
+        for tensor in made.manifest.artifact.tensors:
+            if "_exps" not in tensor.role:
+                continue
+            _, offset, nbytes = tensor.arrays[-1 if quant == "int8" else 0]
+            count = 9 if len(tensor.shape) == 3 else 1
+            if quant == "int8-dynamic":
+                _, offset, nbytes = tensor.arrays[1]  # the scales
+            for expert in range(count):
+                role = tensor.role.replace("gate_up", "gate")
+                if count > 1:
+                    role = role.replace("_exps.", f"_exps.{expert}.")
+                if not len(np.concatenate(sent.inputs[role])):
+                    file.seek(offset + expert * nbytes // count)
+                    file.write(b"\xff" * (nbytes // count))
+                    spoilt += 1
+    assert spoilt == 3 * 5 * (2 if quant == "int8" else 3)
+    np.testing.assert_array_equal(onnx_files.logits(made.path, [token]), wanted)
+
+
 @pytest.mark.parametrize("quant", ["f32", "int8"])
 def test_padding_goes_to_experts_and_changes_nothing(
     quant: str, tiny_model: TinyModel, tmp_path: Path
@@ -414,6 +469,27 @@ def test_routers_of_deepseek(
     wanted = np.stack([reference_decoder.logits(changed.decoder, values, [n])[0] for n in ids])
     off = np.sqrt(np.mean((apart - wanted) ** 2, axis=1) / np.var(wanted))
     assert np.median(off) < 0.1  # where no token goes to another expert
+
+
+def test_adapters_of_experts_do_not_stay_apart(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Those of attention do: ``test_lora_merge`` has what is merged."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    import peft_adapters
+
+    base = tiny_model("mixtral")
+    config = peft.LoraConfig(
+        r=2, lora_alpha=8, target_modules=["q_proj"], target_parameters=["experts.down_proj"]
+    )
+    adapter = peft_adapters.make_adapter(base, config, tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"ffn_down_exps\.0\.weight, which is no weight of its"):
+        edgellm.convert(
+            str(base),
+            tmp_path / "out",
+            quant="f32",
+            format="gguf",
+            adapters=[str(adapter.folder)],
+            keep_adapters=True,
+        )
 
 
 @pytest.mark.parametrize(("format", "quant"), [("gguf", "q4_0"), ("onnx", "int4-g32")])

@@ -312,3 +312,31 @@ def test_a_profile_knows_what_a_token_takes_in_each_container(
         tiny_model(name), tmp_path / "out", format=format, quant="f32", check=False
     )
     assert artifact_facts(artifact).kv_values == 3 * kept
+
+
+@pytest.mark.parametrize("name", ["minicpm3", "deepseek_v2", "deepseek_v2-lite"])
+def test_adapters_merge_as_peft_does(name: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    import peft_adapters
+    import torch
+    from peft import LoraConfig
+
+    queries = ["q_proj"] if name.endswith("lite") else ["q_a_proj", "q_b_proj"]
+    modules = [*queries, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM")
+    live = peft_adapters.trained(tiny_model(name), config)
+    live.save_pretrained(tmp_path / "adapter")
+    artifact = edgellm.convert(
+        tiny_model(name),
+        tmp_path / "out",
+        format="onnx",
+        quant="f32",
+        adapters=[str(tmp_path / "adapter")],
+        check=False,
+    )
+    ids = tiny_models.some_token_ids(40)
+    with torch.no_grad():
+        wanted = live(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    np.testing.assert_allclose(onnx_files.logits(artifact.path, ids), wanted, rtol=0, atol=2e-4)
+    plain = tiny_models.reference_logits(tiny_model(name), ids)
+    assert np.abs(plain - wanted).max() > 0.1
