@@ -102,22 +102,25 @@ def test_every_layer_is_found(traced: Traced, case: Any, artifact: Callable[...,
     for step in traced.decoded:
         assert {event.layer for event in step.events} == {None, *range(layers)}
         in_order = [event.layer for event in step.events if event.layer is not None]
-        assert in_order == sorted(in_order)
+        # The states of later layers wait for nothing, and may be turned before.
+        assert model == "lfm2" or in_order == sorted(in_order)
 
 
 def test_operators_are_those_of_the_network(traced: Traced, case: Any) -> None:
     chosen, model = case
-    layers = {"llama": 3, "gemma3": 4}[model]
+    layers = {"llama": 3, "gemma3": 4, "lfm2": 2}[model]
+    # Beside those with attention, three layers whose short convolutions have two products.
+    others = {"lfm2": 3 * (2 + 3)}.get(model, 0) + 1
     wanted = {
         # One product makes queries, keys and values, unless queries and keys are normed apart.
         "onnxruntime": {
-            "MatMul": (5 if model == "llama" else 7) * layers + 1,
+            "MatMul": (5 if model == "llama" else 7) * layers + others,
             "GroupQueryAttention": layers,
         },
         # Without flash attention, as where the cache is f32, it takes two products and a softmax.
-        "llamacpp": {"MUL_MAT": 9 * layers + 1, "SOFT_MAX": layers}
+        "llamacpp": {"MUL_MAT": 9 * layers + others, "SOFT_MAX": layers}
         if chosen.kv_dtype == "f32"
-        else {"MUL_MAT": 7 * layers + 1, "FLASH_ATTN_EXT": layers},
+        else {"MUL_MAT": 7 * layers + others, "FLASH_ATTN_EXT": layers},
         "torch": {"linear": 7 * layers + 1, "scaled_dot_product_attention": layers},
         "fake": {"Product": fake.LAYERS + 1, "Attention": fake.LAYERS},
     }[chosen.runtime.removesuffix("-genai")]
@@ -128,13 +131,13 @@ def test_operators_are_those_of_the_network(traced: Traced, case: Any) -> None:
         assert not {"VIEW", "RESHAPE", "PERMUTE", "NONE"} & set(kinds)
 
 
-def test_the_products_of_a_layer_are_where_they_belong(traced: Traced) -> None:
+def test_the_products_of_a_layer_are_where_they_belong(traced: Traced, case: Any) -> None:
     kinds = ("MatMul", "FusedMatMul", "MUL_MAT", "linear", "Product")
     for step in traced.decoded:
         found = Counter(event.layer for event in step.events if event.kind in kinds)
         outside = found.pop(None)
         assert outside == 1  # the head
-        assert len(set(found.values())) == 1
+        assert len(set(found.values())) == (2 if case[1] == "lfm2" else 1)
 
 
 def test_a_finished_session_is_closed(traced: Traced) -> None:
