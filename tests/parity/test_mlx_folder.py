@@ -28,14 +28,18 @@ from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 TinyModel = Callable[[str], Path]
 
 GRIDS = ("int4-g32-min", "int4-g32-sym", "int8")
-KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2")
-"""Beginnings of the names of models whose families have a graph in mlx-lm that is known."""
+KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gpt2")
+"""Families that have a graph in mlx-lm that is known."""
 
 REFUSED = {
     "llama-yarn-odd": "truncate: false",
     "qwen3-biased": "biases",
     "gpt2-untied": "tied",
-    **{name: "is not understood" for name in tiny_models.MODELS if not name.startswith(KNOWN)},
+    **{
+        name: "is not understood"
+        for name, tiny in tiny_models.MODELS.items()
+        if tiny_models.model_type_of(tiny) not in KNOWN
+    },
 }
 EXPRESSED = [name for name in tiny_models.MODELS if name not in REFUSED]
 TOKENS = 40
