@@ -79,9 +79,9 @@ INT8_CACHE_NOTE = (
 )
 
 INT8_LATENTS_NOTE = (
-    "latent vectors are cached in int8, with scales by channel taken from the weights: a quarter of "
-    "the memory, a little less exact, and slower the longer the past, for the attention that reads "
-    "them does so once for every head"
+    "latent vectors are cached in int8, with scales by channel taken from the weights: a quarter "
+    "of the memory, a little less exact, and slower the longer the past, for the attention that "
+    "reads them does so once for every head"
 )
 
 BY_HEAD_NOTE = (
