@@ -16,17 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto
 
-from edgellm.architectures.decoder import Decoder, Experts, Feature, Rope
-from edgellm.architectures.experts import ROUTER, SHARED_GATE, expert_of, expert_role
+from edgellm.architectures.decoder import Decoder, Feature, Rope
+from edgellm.architectures.experts import ROUTER, SHARED_GATE, expert_of
 from edgellm.architectures.latent import Latent
 from edgellm.errors import UnsupportedTarget
-from edgellm.export.experts_graph import ExpertsGraph, Routed
+from edgellm.export.experts_graph import ExpertsGraph, Routed, for_one_operator
 from edgellm.export.kv_scales import CacheScales
 from edgellm.export.latent_attention import (
     BY_HEAD,
@@ -544,6 +543,13 @@ class DecoderGraph:
             return ""
         gates = (ROUTER, SHARED_GATE)[: 1 + experts.shared_gate]
         self.inputs[x] = [f"blk.{index}.{role}" for role in gates]
+        fused = None
+        if self.decoder.activation == "silu" and not self._taps:
+            grids = self.grids
+            fused = for_one_operator(
+                self.graph, experts, index, self.tensors,
+                lambda role: grids.by_role.get(role, grids.body),
+            )  # fmt: skip
         mixture = ExpertsGraph(
             self.graph,
             experts,
@@ -552,37 +558,10 @@ class DecoderGraph:
             lambda name, roles, x: self._linear(name, roles, x, index),
             self._vector,
             self._gated,
-            self._fused_experts(index, experts),
+            fused,
         )
         answers, self.routed = mixture.build(x, taps=self._taps)
         return answers
-
-    def _fused_experts(
-        self, index: int, experts: Experts
-    ) -> tuple[OutputTensor, OutputTensor] | None:
-        """Gate and up in turns, and down, of all experts, where one operator can compute them."""
-        roles = [
-            [expert_role(index, part, n) for n in range(experts.count) for part in parts]
-            for parts in (("gate", "up"), ("down",))
-        ]
-        every = {self.grids.by_role.get(role, self.grids.body) for role in chain(*roles)}
-        grid = next(iter(every))
-        plain = len(every) > 1 or grid.kind != "affine" or self._taps
-        if plain or self.decoder.activation != "silu" or self.graph.element != TensorProto.FLOAT:
-            return None
-        packer = operators_of(grid).packer
-        gate_up, down = (
-            self.graph.store(
-                f"blk.{index}.ffn_{name}_exps.weight",
-                [self.tensors[role] for role in each],
-                grid,
-                packer,
-                experts=experts.count,
-                in_turns=name == "gate_up",
-            )
-            for name, each in zip(("gate_up", "down"), roles, strict=True)
-        )
-        return gate_up, down
 
     def _activate(self, name: str, x: str) -> str:
         activation = self.decoder.activation

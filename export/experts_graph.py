@@ -18,15 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from onnx import TensorProto
 
 from edgellm.architectures.decoder import Experts
-from edgellm.architectures.experts import ROUTER, ROUTER_BIAS, SHARED_GATE
+from edgellm.architectures.experts import ROUTER, ROUTER_BIAS, SHARED_GATE, expert_role
 from edgellm.export.layout import OutputTensor
 from edgellm.export.onnx_graph import GraphBuilder
-from edgellm.export.onnx_operators import experts_product
+from edgellm.export.onnx_operators import experts_product, operators_of
+from edgellm.quant.grid import Grid
+from edgellm.tensors import TensorRef
 
 Linear = Callable[[str, list[str], str], str]
 """``linear(name, parts, x)``: the product of ``x`` with weights of the layer, by part of a role."""
@@ -51,6 +54,40 @@ class Routed:
     order: str
     counts: str
     inputs: Mapping[str, tuple[tuple[str, ...], ...]]
+
+
+def for_one_operator(
+    graph: GraphBuilder,
+    experts: Experts,
+    index: int,
+    tensors: Mapping[str, TensorRef],
+    grid_of: Callable[[str], Grid],
+) -> tuple[OutputTensor, OutputTensor] | None:
+    """Gate and up in turns, and down, of all experts of layer ``index``, placed in the data file.
+
+    None where their grids are not one that ``QMoE`` has on a CPU.
+    """
+    roles = [
+        [expert_role(index, part, n) for n in range(experts.count) for part in parts]
+        for parts in (("gate", "up"), ("down",))
+    ]
+    every = {grid_of(role) for role in chain(*roles)}
+    grid = next(iter(every))
+    if len(every) > 1 or grid.kind != "affine" or graph.element != TensorProto.FLOAT:
+        return None
+    packer = operators_of(grid).packer
+    gate_up, down = (
+        graph.store(
+            f"blk.{index}.ffn_{name}_exps.weight",
+            [tensors[role] for role in each],
+            grid,
+            packer,
+            experts=experts.count,
+            in_turns=name == "gate_up",
+        )
+        for name, each in zip(("gate_up", "down"), roles, strict=True)
+    )
+    return gate_up, down
 
 
 @dataclass(frozen=True)
