@@ -147,7 +147,7 @@ class TorchSession(SteppedSession):
         config = self._model.config
         check_layers(config)
         self.context_tokens = limits.context_tokens(
-            options.context_tokens, int(config.max_position_embeddings), artifact.path
+            options.context_tokens, _reach(config, artifact.path), artifact.path
         )
         self.vocab_size = int(config.vocab_size)
         self._cache: Any = growing_cache(config, self.context_tokens, self.kv_dtype)
@@ -283,6 +283,14 @@ def _config(folder: Path, rope_scaling: str | None) -> Any:
         )
     config = open_source(str(folder), quantized=True, rope_scaling=rope_scaling).config
     return transformers.AutoConfig.for_model(**config)
+
+
+def _reach(config: Any, folder: Path) -> int:
+    """The tokens that a model reaches, which ALiBi's configs have no key of that name for."""
+    from edgellm.source import open_source
+
+    stated = getattr(config, "max_position_embeddings", None)
+    return int(stated or open_source(str(folder), quantized=True).decoder.context_length)
 
 
 def _with_values(folder: Path, dtype: str | None, rope_scaling: str | None) -> tuple[Any, Any]:

@@ -268,7 +268,7 @@ def test_what_is_multiplied_by_head_stays_in_floats_in_onnx(
 # --- rows in another order, and rows in tensors of their own
 
 
-@pytest.mark.parametrize("name", ["deepseek_v2", "cohere", "gpt_neox", "stablelm-normed"])
+@pytest.mark.parametrize("name", ["deepseek_v2", "cohere", "gpt_neox", "bloom", "stablelm-normed"])
 def test_a_rounded_folder_is_run_in_the_order_of_its_checkpoint(
     name: str, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
