@@ -180,6 +180,8 @@ class Family:
     where llama.cpp has no graph for it.
     ``ignored_tensors``: ends of names of checkpoint tensors that hold nothing to convert (masks
     and tables that are computed anyway).
+    ``guessing_layers``: the key of a config that counts layers behind the network's own, which
+    guess further tokens and are left out.
     """
 
     model_type: str
@@ -189,6 +191,7 @@ class Family:
     gguf: GgufLayout | None
     base_prefix: str
     ignored_tensors: tuple[str, ...] = ()
+    guessing_layers: str = ""
 
     @property
     def gguf_layout(self) -> GgufLayout:

@@ -96,6 +96,7 @@ def open_folder(
     decoder = family.describe(reader)
     stored = _with_prefix(_from_mlx(tensors, family, decoder), family, decoder)
     stored, decoder, notes = _settle_head(stored, family, decoder)
+    stored, guessing = _without_guessing(stored, family, decoder, config)
     stored = unstacked(
         stored, family.tensors(decoder), lambda ref: checkpoint.raw[ref.name].matrix(), str(path)
     )
@@ -126,10 +127,29 @@ def open_folder(
         generation=read_json(generation) if generation.exists() else {},
         licence=licence_of(path / "README.md"),
         provenance={key: config[key] for key in PROVENANCE_KEYS if config.get(key)},
-        notes=(*left_out, *reader.notes, *_on_code(code, trust_remote_code), *notes),
+        notes=(*left_out, *guessing, *reader.notes, *_on_code(code, trust_remote_code), *notes),
         merged_before=lineage.from_folder(path),
         code=code if trust_remote_code else None,
     )
+
+
+def _without_guessing(
+    stored: dict[str, TensorRef], family: Family, decoder: Decoder, config: dict[str, Any]
+) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
+    """``stored`` without layers that guess further tokens, and what to say of them.
+
+    The ``config`` then says that there are none.
+    """
+    key = family.guessing_layers
+    count, first = config.get(key), len(decoder.layers)
+    if not isinstance(count, int):
+        return stored, ()
+    layers = tuple(f"{family.base_prefix}layers.{first + n}." for n in range(count))
+    kept = {name: ref for name, ref in stored.items() if not name.startswith(layers)}
+    left = len(stored) - len(kept)
+    config[key] = 0
+    note = f"{left} tensors of {count} layers that guess further tokens ({key}) are left out"
+    return kept, (note,) if left else ()
 
 
 def _tokenizer(path: Path, code: RemoteCode | None, trusted: bool) -> Tokenizer:

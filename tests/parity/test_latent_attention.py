@@ -6,6 +6,7 @@ are (``test_onnx_logits``, ``test_gguf_logits``, ``test_calibration_pass``).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,11 @@ import numpy as np
 import onnx_files
 import pytest
 import tiny_models
+from safetensors.numpy import load_file, save_file
 
 import edgellm
 from edgellm.architectures.gguf_latent import apart, made_whole
-from edgellm.errors import AdapterError, UnsupportedTarget
+from edgellm.errors import AdapterError, TensorError, UnsupportedTarget
 from edgellm.export import to_gguf
 from edgellm.export.packing import PACKERS
 from edgellm.profiling.artifacts import artifact_facts
@@ -340,3 +342,28 @@ def test_adapters_merge_as_peft_does(name: str, tiny_model: TinyModel, tmp_path:
     np.testing.assert_allclose(onnx_files.logits(artifact.path, ids), wanted, rtol=0, atol=2e-4)
     plain = tiny_models.reference_logits(tiny_model(name), ids)
     assert np.abs(plain - wanted).max() > 0.1
+
+
+def test_layers_that_guess_further_tokens_are_left_out(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """As they stand in DeepSeek-V3's own checkpoints, behind the last layer."""
+    folder = tiny_models.copy_of(tiny_model("deepseek_v3"), tmp_path / "guessing")
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    last = config["num_hidden_layers"]
+    tensors |= {
+        name.replace(f"layers.{last - 1}.", f"layers.{last}."): values + 1
+        for name, values in tensors.items()
+        if f"layers.{last - 1}." in name
+    }
+    tensors[f"model.layers.{last}.eh_proj.weight"] = np.ones((192, 384), np.float32)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TensorError, match=rf"no place .*layers\.{last}\."):
+        open_source(str(folder))
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    source = open_source(str(folder))
+    assert any("guess further tokens" in note for note in source.notes)
+    plain = open_source(str(tiny_model("deepseek_v3")))
+    assert source.tensors.keys() == plain.tensors.keys()
+    assert source.config["num_nextn_predict_layers"] == 0

@@ -12,7 +12,6 @@ from edgellm.architectures.family import Family
 
 
 def read(config: Config) -> Decoder:
-    """Layers that guess further tokens (``num_nextn_predict_layers``) are no part of it."""
     config.neutral("rope_interleave", True)
     return with_mixture(config, deepseek_v2.read_dense(config, "deepseek_v3"), third=True)
 
@@ -28,4 +27,5 @@ FAMILY = Family(
     gguf=replace(deepseek_v2.FAMILY.gguf, config=None),
     base_prefix="model.",
     ignored_tensors=deepseek_v2.FAMILY.ignored_tensors,
+    guessing_layers="num_nextn_predict_layers",
 )
