@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import astuple
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -72,7 +73,7 @@ from edgellm.tune.settings import Tuned
 
 if TYPE_CHECKING:
     from edgellm.remote.answering import CodeAnswers
-    from edgellm.remote.finding import RemoteCode
+    from edgellm.source import ModelSource
 
 RECORDED_PACKAGES = ("libgguf", "numpy", "tokenizers")
 """Packages whose version can change the bytes of any artifact (libgguf reads GGUF sources); a
@@ -145,6 +146,7 @@ def carry_out(
     quality_gate.check_ready(plan, out, check=check)
     started = time.perf_counter()
     theirs, own_code = _by_own_code(plan, check, progress)
+    ran = _code_entry(plan.source, theirs)
     with StagedFolder(out, force=force, resume_key=resume_key(plan)) as staged:
         for name, nbytes in plan.layout.data_files.items():
             staged.create_data_file(name, nbytes)
@@ -159,7 +161,9 @@ def carry_out(
             write_importance(plan, outcome, save_imatrix)
         tuned = tune_tensors(plan, staged, progress)
         staged.sync()
-        digested, parity = describe(plan, staged.path, progress, notes=outcome.notes, tuned=tuned)
+        digested, parity = describe(
+            plan, staged.path, progress, notes=outcome.notes, tuned=tuned, ran=ran
+        )
         measured = {
             "created_unix_s": round(time.time()),
             "convert_s": round(time.perf_counter() - started, 3),
@@ -200,8 +204,9 @@ def _by_own_code(
 ) -> tuple[CodeAnswers | None, dict[str, Any]]:
     """The answers of the source by its own Python, and how near edgellm's float network is to them.
 
-    None and nothing where no such Python is trusted; the reason where it does not load. Raises
-    ``VerificationError`` where the network is not what that Python computes.
+    None and nothing where no such Python is trusted; the reason where it does not load. It is not
+    held in memory while weights are rounded. Raises ``VerificationError`` where the network is not
+    what that Python computes.
     """
     if plan.source.code is None:
         return None, {}
@@ -212,13 +217,25 @@ def _by_own_code(
     theirs, why = open_code_answers(plan.source, threads=plan.threads)
     if theirs is None:
         return None, {"skipped": why}
-    read = prove_reading(plan.source, theirs, threads=plan.threads, progress=progress)
+    with closing(theirs):
+        read = prove_reading(plan.source, theirs, threads=plan.threads, progress=progress)
     return theirs, msgspec.to_builtins(read)
 
 
-def _code_entry(code: RemoteCode | None) -> RemoteCodeEntry | None:
-    """What a manifest says of Python that was run."""
-    if code is None:
+def _code_entry(source: ModelSource, theirs: CodeAnswers | None) -> RemoteCodeEntry | None:
+    """What a manifest says of Python that was loaded: the tokenizer's, and that of ``theirs``.
+
+    None where none of it was.
+    """
+    if source.code is None:
+        return None
+    from edgellm.remote.finding import MODEL, TOKENIZER
+
+    loaded = {TOKENIZER} & source.code.classes.keys()  # with the source
+    if theirs is not None:
+        loaded.add(MODEL)
+    code = source.code.loaded_for(*loaded)
+    if not code.classes:
         return None
     return RemoteCodeEntry(classes=dict(code.classes), files=code.digests())
 
@@ -357,11 +374,12 @@ def describe(
     *,
     notes: Sequence[str] = (),
     tuned: Tuned | None = None,
+    ran: RemoteCodeEntry | None = None,
 ) -> tuple[Digested, Parity]:
     """What stands in ``folder``, by digests, and where it came from; and the tokenizers' verdict.
 
-    ``notes`` say what was met on the way. Raises ``VerificationError`` when the artifact's
-    tokenizer is not the source's.
+    ``notes`` say what was met on the way, ``ran`` which Python of the source's own was loaded.
+    Raises ``VerificationError`` when the artifact's tokenizer is not the source's.
     """
     layout, source = plan.layout, plan.source
     # The model card is for people, who may go on writing it, on the Hub too.
@@ -407,7 +425,7 @@ def describe(
             kept_adapters=kept_entries(layout),
             calibration=calibration_entry(plan) if plan.calibration else None,
             tuning=tuned.entry(plan.tuning.text) if tuned and plan.tuning else None,
-            remote_code=_code_entry(source.code),
+            remote_code=ran,
         )
         return digested, parity
 

@@ -242,7 +242,7 @@ class Seq2SeqFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class RemoteCodeEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """Python of the source's own that was trusted, and run to compare with.
+    """Python of the source's own that was trusted, and loaded to compare with.
 
     ``classes`` by what they stand in for, ``files``: SHA-256 by name. What was compared, and how
     near it came, is measured (``measured.remote_code``).
@@ -274,7 +274,7 @@ class Digested(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``merge``: what was merged into the base while converting. ``merged_before``: adapters that the
     base said had been merged into it already, oldest first. ``kept_adapters`` lie beside the model.
     ``encoder``, ``seq2seq``: of an encoder, alone or with a decoder, what runs it. ``remote_code``:
-    Python of the source's own that was run.
+    Python of the source's own that was loaded.
     """
 
     schema_version: int

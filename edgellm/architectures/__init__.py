@@ -12,10 +12,11 @@ from typing import Any
 
 from edgellm.architectures import families
 from edgellm.architectures.encoders import ENCODERS, REFUSED_ENCODERS, SEQ2SEQ
-from edgellm.architectures.family import REMOTE_CODE, Family
+from edgellm.architectures.family import Family
 from edgellm.architectures.gguf_metadata import facts_of, gguf_keys, rope_factors, vocab_size
 from edgellm.errors import UnsupportedModel
 from edgellm.registry import suggestion
+from edgellm.remote.finding import AUTO_MAP
 
 __all__ = [
     "FAMILIES", "REFUSED", "config_from_gguf", "family_of", "gguf_keys", "passed_over",
@@ -73,9 +74,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if kind in REFUSED:
         raise UnsupportedModel(f"model_type {kind!r} is not converted: {REFUSED[kind]}")
     code = ""
-    if config.get(REMOTE_CODE):
+    if config.get(AUTO_MAP):
         code = (
-            f" (Python of its own, which {REMOTE_CODE} names, is never run but with "
+            f" (Python of its own, which {AUTO_MAP} names, is never run but with "
             "--trust-remote-code, and then only to compare with: the network that is written is "
             "edgellm's own, which has none for this type)"
         )

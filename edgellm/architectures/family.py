@@ -10,9 +10,7 @@ from edgellm.architectures.config import Config
 from edgellm.architectures.decoder import Activation, Decoder, Feature
 from edgellm.architectures.row_order import RowOrder
 from edgellm.errors import UnsupportedTarget
-
-REMOTE_CODE = "auto_map"
-"""The key of a config that names classes in the repository's own Python files."""
+from edgellm.remote.finding import AUTO_MAP
 
 Value = bool | int | float | str | list[bool] | list[int]
 """Of a key in a GGUF file; int stands for uint32 there, float for float32."""
@@ -209,11 +207,6 @@ class Family:
         key that nothing has read and that could change the maths.
         """
         decoder = self.read(config)
-        if config.has(REMOTE_CODE):
-            config.skip(REMOTE_CODE)
-            config.note(
-                f"the config names Python of the model's own ({REMOTE_CODE}), and the network is "
-                f"not taken from it: read as {self.architecture}, as transformers does without it"
-            )
+        config.skip(AUTO_MAP)  # the network is not taken from it; who reads the folder says so
         config.refuse_unread()
         return decoder

@@ -45,15 +45,18 @@ class Read(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CodeAnswers:
-    """The answers of a source's own Python, which transformers runs in float32."""
+    """The answers of a source's own Python, which transformers runs in float32.
+
+    All of the model is in memory from when it is opened until ``close``, and again from when it is
+    asked after that.
+    """
 
     runtime = RUNTIME
 
     def __init__(self, source: ModelSource, *, threads: int | None = None) -> None:
         """Load it; raises what ``load_model`` raises."""
-        assert source.code is not None
         self._source = source
-        self._model: Any = load_model(source.code)
+        self._model: Any = self._loaded()
         self.name = source.name
         self.context_tokens = source.decoder.context_length
         self.notes = source.notes
@@ -75,6 +78,8 @@ class CodeAnswers:
         """As ``Answers``; raises ``GenerationError`` where the Python fails."""
         import torch
 
+        if self._model is None:
+            self._model = self._loaded()
         for passage in passages:
             try:
                 with torch.inference_mode():
@@ -88,8 +93,12 @@ class CodeAnswers:
             yield np.ascontiguousarray(logits[:, : self._source.decoder.vocab_size])
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Give the memory back; what asks again loads it again."""
         self._model = None
+
+    def _loaded(self) -> Any:
+        assert self._source.code is not None
+        return load_model(self._source.code)
 
 
 def open_code_answers(

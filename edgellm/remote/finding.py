@@ -15,7 +15,7 @@ from edgellm.json_file import read_json
 AUTO_MAP: Final = "auto_map"
 """The key of a config that names classes in the repository's own Python files."""
 
-TOKENIZER, MODEL = "AutoTokenizer", "AutoModelForCausalLM"
+TOKENIZER, MODEL, CONFIG = "AutoTokenizer", "AutoModelForCausalLM", "AutoConfig"
 
 OPTION: Final = "--trust-remote-code"
 
@@ -43,6 +43,12 @@ class RemoteCode:
         """The files in words."""
         return ", ".join((*self.files, *(f"what {repo} holds" for repo in self.elsewhere)))
 
+    def loaded_for(self, *kinds: str) -> RemoteCode:
+        """What transformers loads of it for ``kinds``: each brings the config's class with it."""
+        wanted = {CONFIG, *kinds} if kinds else set()
+        classes = {kind: text for kind, text in self.classes.items() if kind in wanted}
+        return _with_files(self.folder, classes)
+
     def digests(self) -> dict[str, str]:
         """SHA-256 of each file by its name; raises ``SourceError`` where one is not there."""
         found = {}
@@ -66,8 +72,11 @@ def find(folder: Path) -> RemoteCode | None:
             classes |= {str(name): text for name, text in _named(said)}
         elif isinstance(said, list | str):  # a tokenizer's, in old configs
             classes |= dict(_named({TOKENIZER: said}))
-    if not classes:
-        return None
+    return _with_files(folder, classes) if classes else None
+
+
+def _with_files(folder: Path, classes: Mapping[str, str]) -> RemoteCode:
+    """``classes``, and the files and repositories that hold them."""
     local = [text for text in classes.values() if "--" not in text]
     elsewhere = dict.fromkeys(text.split("--")[0] for text in classes.values() if "--" in text)
     files = dict.fromkeys(f"{text.split('.')[0]}.py" for text in local)

@@ -15,7 +15,7 @@ from edgellm.errors import SourceError, TensorError, UnsupportedModel, Unsupport
 from edgellm.json_file import read_json
 from edgellm.lora import lineage
 from edgellm.manifest import MANIFEST
-from edgellm.remote.finding import OPTION, TOKENIZER, RemoteCode, find
+from edgellm.remote.finding import AUTO_MAP, OPTION, TOKENIZER, RemoteCode, find
 from edgellm.source.matching import check_vocabulary, embedding_row, equal, head_row, listed, match
 from edgellm.source.model import ModelSource
 from edgellm.source.pickles import PICKLES, refuse_pickle
@@ -111,6 +111,8 @@ def open_folder(
         ignored=lambda name: name.endswith(family.ignored_tensors),
     )
     code = find(path)
+    if code is not None and trust_remote_code:
+        code.digests()  # what is not there is said before any work
     tokenizer = _tokenizer(path, code, trust_remote_code)
     notes += check_vocabulary(str(path), tokenizer.vocab_size, decoder.vocab_size)
     generation = path / "generation_config.json"
@@ -127,7 +129,13 @@ def open_folder(
         generation=read_json(generation) if generation.exists() else {},
         licence=licence_of(path / "README.md"),
         provenance={key: config[key] for key in PROVENANCE_KEYS if config.get(key)},
-        notes=(*left_out, *guessing, *reader.notes, *_on_code(code, trust_remote_code), *notes),
+        notes=(
+            *left_out,
+            *guessing,
+            *reader.notes,
+            *_on_code(code, trust_remote_code, family),
+            *notes,
+        ),
         merged_before=lineage.from_folder(path),
         code=code if trust_remote_code else None,
     )
@@ -169,14 +177,18 @@ def _tokenizer(path: Path, code: RemoteCode | None, trusted: bool) -> Tokenizer:
         ) from error
 
 
-def _on_code(code: RemoteCode | None, trusted: bool) -> tuple[str, ...]:
-    """What became of the Python that a folder brings."""
+def _on_code(code: RemoteCode | None, trusted: bool, family: Family) -> tuple[str, ...]:
+    """What may become of the Python that a folder brings; a manifest says what was loaded."""
     if code is None:
         return ()
-    if trusted:
-        return (f"Python of the model's own was run, as you trust it: {code.listed}",)
+    said = (
+        f"may be run, as you trust it: {code.listed}"
+        if trusted
+        else f"was not run: {code.listed} ({OPTION} runs it, to compare with)"
+    )
     return (
-        f"Python of the model's own was not run: {code.listed} ({OPTION} runs it, to compare with)",
+        f"Python of the model's own ({AUTO_MAP}) {said}; the network is not taken from it, it is "
+        f"read as {family.architecture}",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import sys
@@ -18,6 +19,7 @@ import tiny_models  # noqa: E402
 from tiny_tokenizers import byte_level, sentencepiece_file  # noqa: E402
 
 import edgellm  # noqa: E402
+from edgellm import conversion  # noqa: E402
 from edgellm.cli import main  # noqa: E402
 from edgellm.errors import (  # noqa: E402
     EdgeError,
@@ -28,6 +30,8 @@ from edgellm.errors import (  # noqa: E402
     UsageError,
     VerificationError,
 )
+from edgellm.plan import make_plan  # noqa: E402
+from edgellm.recipe import Recipe  # noqa: E402
 from edgellm.remote.finding import find  # noqa: E402
 from edgellm.tokenization import AWKWARD_TEXTS, Tokenizer  # noqa: E402
 
@@ -154,7 +158,9 @@ def test_nothing_is_run_unasked(folder: Path, marker: Path, tmp_path: Path, quan
     artifact = edgellm.convert(folder, tmp_path / "out", format="onnx", quant=quant)
     assert artifact.manifest is not None
     made = artifact.manifest.artifact
-    (note,) = [note for note in made.notes if "was not run" in note]
+    (note,) = [note for note in made.notes if "auto_map" in note]
+    assert "was not run" in note
+    assert "read as LlamaForCausalLM" in note
     assert "modeling_own.py, helping.py" in note
     assert "--trust-remote-code" in note
     assert made.remote_code is None
@@ -226,6 +232,54 @@ def test_what_does_not_load_is_said(folder: Path, tmp_path: Path) -> None:
     )
     assert artifact.manifest is not None
     assert "a_library_that_nobody_has" in artifact.manifest.measured["remote_code"]["skipped"]
+    assert artifact.manifest.artifact.remote_code is None
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_what_was_not_loaded_is_not_said_to_have_run(
+    adapted: bool, folder: Path, tiny_model: TinyModel, marker: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"format": "onnx", "quant": "f32", "check": adapted}
+    if adapted:
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        from peft_adapters import make_adapter
+
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+        adapter = make_adapter(tiny_model("llama"), config, tmp_path / "adapter")
+        options["adapters"] = [adapter.folder]
+    artifact = edgellm.convert(folder, tmp_path / "out", trust_remote_code=True, **options)
+    assert not marker.exists()
+    assert artifact.manifest is not None
+    assert artifact.manifest.artifact.remote_code is None
+    assert artifact.manifest.measured["remote_code"]["skipped"]
+    (note,) = [note for note in artifact.manifest.artifact.notes if "auto_map" in note]
+    assert "may be run, as you trust it: modeling_own.py, helping.py" in note
+
+
+def test_what_is_missing_is_found_before_any_work(folder: Path) -> None:
+    (folder / "helping.py").unlink()
+    with pytest.raises(SourceError, match=r"helping\.py"):
+        make_plan(Recipe(source=str(folder), format="onnx", quant="f32"), trust_remote_code=True)
+
+
+def test_its_model_is_not_held_while_weights_are_rounded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    real = conversion.quantize_tensors
+
+    def watched(*args: Any) -> Any:
+        gc.collect()
+        held.append(sum(type(each).__name__ == "OwnForCausalLM" for each in gc.get_objects()))
+        return real(*args)
+
+    monkeypatch.setattr(conversion, "quantize_tensors", watched)
+    artifact = edgellm.convert(
+        folder, tmp_path / "out", format="onnx", quant="int8", trust_remote_code=True
+    )
+    assert held == [0]
+    assert artifact.manifest is not None
+    assert artifact.manifest.measured["quality"]["reference"] == "the model's own Python"
 
 
 @pytest.mark.parametrize(
@@ -329,6 +383,25 @@ def test_a_class_that_only_its_own_python_has(
     assert artifact.manifest is not None
     assert artifact.manifest.artifact.remote_code is not None
     assert list(artifact.manifest.artifact.remote_code.files) == ["tokenization_own.py"]
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_of_a_tokenizer_and_a_model_what_was_loaded_is_kept(
+    check: bool, folder: Path, marker: Path, tmp_path: Path
+) -> None:
+    with_tokenizer(folder, "fast")
+    bring(folder, marker, "tokenization_own.py", FAST, AutoTokenizer="OwnTokenizer")
+    bring(folder, marker, "modeling_own.py", MODEL, AutoModelForCausalLM="OwnForCausalLM")
+    artifact = edgellm.convert(
+        folder, tmp_path / "out", format="onnx", quant="f32", check=check, trust_remote_code=True
+    )
+    assert artifact.manifest is not None
+    entry, measured = artifact.manifest.artifact.remote_code, artifact.manifest.measured
+    assert entry is not None
+    of_the_model = {"modeling_own.py", "helping.py"} if check else set()
+    assert entry.files.keys() == {"tokenization_own.py"} | of_the_model
+    assert ("AutoModelForCausalLM" in entry.classes) == check
+    assert ("skipped" in measured["remote_code"]) != check
 
 
 def test_a_class_that_nothing_equals_is_refused(folder: Path, marker: Path, tmp_path: Path) -> None:

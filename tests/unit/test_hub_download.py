@@ -516,9 +516,13 @@ def test_python_of_a_models_own_is_fetched_for_those_who_trust_it(
     hub.repositories["org/own"]["config.json"] = json.dumps(config).encode()
     source = open_source("org/own")
     assert source.code is None
-    assert any("was not run: modeling_own.py" in note for note in source.notes)
+    (note,) = [note for note in source.notes if "auto_map" in note]
+    assert "was not run: modeling_own.py" in note
+    assert f"read as {source.family.architecture}" in note
     assert not hub.fetched() & python.keys()
     trusted = open_source("org/own", trust_remote_code=True)
     assert hub.fetched() & python.keys() == {"modeling_own.py"}
     assert trusted.code is not None
+    assert any("may be run, as you trust it: modeling_own.py" in note for note in trusted.notes)
+    assert not any("was run" in note for note in trusted.notes)
     assert trusted.code.digests().keys() == {"modeling_own.py"}

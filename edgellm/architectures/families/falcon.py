@@ -53,7 +53,7 @@ def read(config: Config) -> Decoder:
     if heads % kv_heads:
         raise config.refusal("num_kv_heads", kv_heads, f"a divisor of the {heads} heads")
     config.neutral("apply_residual_connection_post_layernorm", False)
-    config.skip("multi_query", "auto_map")
+    config.skip("multi_query")
     ffn = config.integer("ffn_hidden_size", 4 * hidden)
     config.neutral("ff_factor", ffn // hidden)
     head_dim = hidden // heads

@@ -34,7 +34,7 @@ def read(config: Config) -> Decoder:
     config.neutral("norm_type", "low_precision_layernorm", "layernorm")
     # Positions are learned only without ALiBi; the rest is of training alone.
     config.skip("learned_pos_emb", "embedding_fraction", "emb_pdrop", "resid_pdrop")
-    config.skip("init_config", "init_device", "verbose", "auto_map", "tokenizer_name")
+    config.skip("init_config", "init_device", "verbose", "tokenizer_name")
     clip, scale = _attention(config) if config.has("attn_config") else (None, None)
     return Decoder(
         family="mpt",
