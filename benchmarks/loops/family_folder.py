@@ -53,6 +53,10 @@ if names.keys() & {"num_experts", "num_local_experts"} and "moe_intermediate_siz
 if "n_routed_experts" in ours:  # DeepSeek
     ours["num_key_value_heads"] = HEADS
     del ours["norm_topk_prob"]
+if "expand" in names:  # state-space layers alone, which are smaller
+    ours["num_hidden_layers"] = 3 * LAYERS // 2
+    if "num_heads" in names:
+        ours["num_heads"] = names["expand"] * HEADS
 special = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
 config = transformers.AutoConfig.for_model(model_type, **ours, **special)
 torch.manual_seed(0)
