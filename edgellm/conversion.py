@@ -495,7 +495,7 @@ def _model_facts(plan: Plan) -> ModelFacts:
         head_dim=decoder.cache_dim,
         context_length=plan.layout.context_length,
         windows=tuple(layer.window for layer in decoder.attending),
-        attention_layer_count=attending if attending < len(decoder.layers) else None,
+        attention_layer_count=attending if attending < len(decoder.layers) else msgspec.UNSET,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_ids=tuple(tokenizer.eos_token_ids),
         features=tuple(sorted(feature.value for feature in decoder.features())),

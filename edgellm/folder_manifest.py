@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 import edgellm
+from edgellm.architectures.decoder import Feature
 from edgellm.digests import combined_sha256
 from edgellm.hub.circumstances import lasting
 from edgellm.lora.checkpoint_weights import text_config
@@ -23,6 +24,8 @@ from edgellm.manifest import (
     Parity,
     TensorEntry,
 )
+from edgellm.profiling.artifacts import attention_layers
+from edgellm.profiling.matrices import experts_of_config
 
 if TYPE_CHECKING:
     from edgellm.export.shard_writer import ShardWriter
@@ -112,7 +115,10 @@ def vanishing_notes(vanished: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _model_facts(plan: MergePlan) -> ModelFacts:
-    """What the config says; 0 for what one of an unknown family does not."""
+    """What the config says; 0 for what one of an unknown family does not.
+
+    With latent attention ``head_dim`` is 0 too: the config's is not what is kept of a token.
+    """
     config = text_config(plan.config)
     tokenizer = plan.tokenizer
 
@@ -120,15 +126,22 @@ def _model_facts(plan: MergePlan) -> ModelFacts:
         return next((config[key] for key in keys if isinstance(config.get(key), int)), 0)
 
     heads, hidden = number("num_attention_heads", "n_head"), number("hidden_size", "n_embd")
+    layers = number("num_hidden_layers", "n_layer")
+    attending = attention_layers(config, layers)
+    latent = "kv_lora_rank" in config
+    head_dim = number("head_dim") or (hidden // heads if heads else 0)
     return ModelFacts(
         family=str(plan.config.get("model_type", "")),
         vocab_size=plan.vocabulary_rows or number("vocab_size"),
         hidden_size=hidden,
-        layer_count=number("num_hidden_layers", "n_layer"),
+        layer_count=layers,
         head_count=heads,
         kv_head_count=number("num_key_value_heads") or heads,
-        head_dim=number("head_dim") or (hidden // heads if heads else 0),
+        head_dim=0 if latent else head_dim,
         context_length=number("max_position_embeddings", "n_positions"),
+        attention_layer_count=attending if attending < layers else msgspec.UNSET,
         bos_token_id=None if tokenizer is None else tokenizer.bos_token_id,
         eos_token_ids=() if tokenizer is None else tuple(tokenizer.eos_token_ids),
+        features=(Feature.LATENT_ATTENTION.value,) if latent else (),
+        experts=experts_of_config(config) or msgspec.UNSET,
     )

@@ -166,7 +166,8 @@ class ExpertFacts(msgspec.Struct, frozen=True, kw_only=True):
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What a runtime needs to know to run the artifact without the source's config.
 
-    ``attention_layer_count``: how many layers have keys and values; None where all have.
+    ``attention_layer_count``: how many layers have keys and values; unset, or None in
+    older manifests, where all have.
     """
 
     family: str
@@ -178,7 +179,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
     context_length: int
     windows: tuple[int | None, ...] = ()
-    attention_layer_count: int | None = None
+    attention_layer_count: int | msgspec.UnsetType | None = msgspec.UNSET
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     features: tuple[str, ...] = ()

@@ -100,7 +100,7 @@ def stored_rows(tensor: OutputTensor, start: int, stop: int) -> Array:
     return np.ascontiguousarray(rows[first - 2 * low : last - 2 * low])
 
 
-def expert_of(tensor: OutputTensor, slab: Slab) -> int:
+def expert_in(tensor: OutputTensor, slab: Slab) -> int:
     """Which part of a stack of experts ``slab`` lies in; 0 for any other tensor."""
     return slab.start // (tensor.rows // tensor.experts)
 

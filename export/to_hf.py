@@ -62,6 +62,10 @@ NOTES = {
     ): "scales of nf4-dq are rounded together, so each weight is held in memory whole",
 }
 
+HOLDS_STATE_SPACES = "bitsandbytes"
+"""The only library whose quantized modules still have a ``weight``, which transformers' Mamba takes
+from them by name."""
+
 ZEROS_NOTE = (
     "transformers (5.23) loads zeros of compressed-tensors only with "
     "quantization_config=CompressedTensorsConfig(dequantize=True), whoever wrote them; vLLM takes "
@@ -88,9 +92,15 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
             "which no reader of quantized layers knows: choose --quant bf16 or f16, or --format "
             "gguf or onnx"
         )
+    if storage is not None and name != HOLDS_STATE_SPACES and _has_scans(source):
+        raise UnsupportedTarget(
+            f"--layout {name}: transformers' state-space layers read the weight of their products "
+            f"themselves, and a product in codes has none: choose --layout {HOLDS_STATE_SPACES}, "
+            "--quant bf16 or f16, or --format gguf or onnx"
+        )
     head = head_row(source.family, source.decoder).source.removesuffix(".weight")
     # What it is called in the checkpoint, and in transformers' model, which may differ (GPT-NeoX).
-    heads = list(dict.fromkeys((head, HEADS[0])))
+    ignored = list(dict.fromkeys((head, HEADS[0], *_small_modules(source))))
     whole = [row for row in _rows(source) if row.apart and not row.pieces]
     weights = [_weight(source, row, grid, dtype, storage) for row in whole]
     weights += _pieces(source, dtype)
@@ -105,7 +115,7 @@ def lay_out(source: ModelSource, recipe: Recipe) -> Layout:
     config.pop("torch_dtype", None)
     notes = []
     if storage is not None:
-        config["quantization_config"] = storage.config(grid, dtype, heads)
+        config["quantization_config"] = storage.config(grid, dtype, ignored)
         notes.append(f"stored as {name}: transformers loads it with {storage.readers}")
         if name == "compressed-tensors" and grid.kind == "affine" and not grid.symmetric:
             notes.append(ZEROS_NOTE)
@@ -199,6 +209,16 @@ def _dtype(
             "for all that is not quantized; give one of them"
         )
     return recipe.embed or recipe.head or allowed[0]
+
+
+def _has_scans(source: ModelSource) -> bool:
+    return any(layer.scan is not None for layer in source.decoder.layers)
+
+
+def _small_modules(source: ModelSource) -> list[str]:
+    """Modules that are ``Linear`` in transformers and floats in the folder."""
+    rows = (row for row in _rows(source) if row.kind == "small")
+    return [row.source.removesuffix(".weight") for row in rows if row.source.endswith(".weight")]
 
 
 def _rows(source: ModelSource) -> Iterator[TensorRow]:

@@ -102,7 +102,7 @@ def layer_weights(decoder: Decoder) -> int:
     return max(_weights_of(decoder, layer, active=False) for layer in decoder.layers)
 
 
-def active_weights(decoder: Decoder) -> int:
+def multiplied_weights(decoder: Decoder) -> int:
     """Values of the weights of all layers' products that one token is multiplied by."""
     return sum(_weights_of(decoder, layer, active=True) for layer in decoder.layers)
 
@@ -149,10 +149,10 @@ def pass_cost(
 
     ``layers`` before the one that is solved, as ``passes.CalibrationPass`` has it.
     """
-    hidden, count = decoder.hidden_size, len(decoder.layers)
+    hidden, attending = decoder.hidden_size, len(decoder.attending)
     scored = decoder.heads * decoder.cache_dim
     attention = 4 * min(window, tokens) * scored * ATTENTION_SLOWNESS
-    per_token = RUNS[layers] * (2 * active_weights(decoder) + count * attention)
+    per_token = RUNS[layers] * (2 * multiplied_weights(decoder) + attending * attention)
     if not importance_only:
         # Of a product with its own transpose half is computed.
         per_token += sum(

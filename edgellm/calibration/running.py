@@ -29,7 +29,7 @@ from edgellm.quant.devices import choose, torch_name
 from edgellm.quant.factor import factor_of
 from edgellm.quant.rtn import solve as round_plainly
 from edgellm.quant.statistics import Statistics
-from edgellm.slabs import Slab, Solve, Written, expert_of, slabs_of, write_slab
+from edgellm.slabs import Slab, Solve, Written, expert_in, slabs_of, write_slab
 from edgellm.source.matching import listed
 from edgellm.tensors import Array
 
@@ -211,7 +211,7 @@ class _Run:
 
         def work(slab: Slab) -> Written:
             tensor = self.tensors[slab.tensor]
-            statistics = known[slab.tensor][expert_of(tensor, slab)]
+            statistics = known[slab.tensor][expert_in(tensor, slab)]
             solve = self.solve if statistics is not None else round_plainly
             return write_slab(tensor, slab, solve, self.staged, statistics, self.torch_device)
 

@@ -58,19 +58,20 @@ def _of_manifest(artifact: Artifact, manifest: Manifest) -> ArtifactFacts:
 
 
 def _kept_values(artifact: Artifact, model: ModelFacts) -> int | None:
-    """Numbers that are kept of a token.
+    """Numbers that are kept of a token; None where nobody knows.
 
-    With latent attention llama.cpp's graphs differ, and our own keeps keys that are values too.
+    With latent attention llama.cpp's graphs differ; our own keep keys that are values too, and
+    transformers (5.23) the same numbers in two parts.
     """
     if Feature.LATENT_ATTENTION not in model.features:
         layers = model.attention_layer_count
-        layers = model.layer_count if layers is None else layers
+        layers = layers if isinstance(layers, int) else model.layer_count
         return _kv_values(layers, model.kv_head_count, model.head_dim)
     if artifact.container == "gguf":
         from edgellm.source.gguf_file import read_gguf_model
 
         return _kept_by_llamacpp(read_gguf_model(artifact.main).metadata)
-    return model.layer_count * model.kv_head_count * model.head_dim
+    return model.layer_count * model.kv_head_count * model.head_dim or None
 
 
 def _kept_by_llamacpp(metadata: dict[str, Any]) -> int:

@@ -31,8 +31,8 @@ OTHER_TABLE = re.compile(
 )
 """Names in ggml's and edgellm's spelling, and in those of checkpoints."""
 
-EXPERTS = re.compile(r"_exps\.|\.experts\.")
-"""In names of matrices of which a token needs a few (mixture of experts)."""
+EXPERTS = re.compile(r"_exps\.|\.experts\.|\.block_sparse_moe\.(in|out)put_linear\.")
+"""In names of matrices of which a token needs a few (mixture of experts); Granite's come last."""
 
 USED_EXPERTS = "num_experts_per_tok"
 
@@ -200,10 +200,20 @@ def share_of_gguf(metadata: Mapping[str, Any]) -> float:
 
 def share_of_config(config: Mapping[str, Any]) -> float:
     """The same of a config."""
+    facts = experts_of_config(config)
+    return facts.used / facts.count if facts else 1.0
+
+
+def experts_of_config(config: Mapping[str, Any]) -> ExpertFacts | None:
+    """How many experts there are, and how many a token passes; None where it does not say."""
     count = next((config[key] for key in COUNT_OF_EXPERTS if config.get(key)), None)
-    return _share(config.get(USED_EXPERTS), count)
+    used = config.get(USED_EXPERTS)
+    return ExpertFacts(count=count, used=used) if _are_counts(used, count) else None
 
 
 def _share(used: Any, count: Any) -> float:
-    known = isinstance(used, int) and isinstance(count, int) and 0 < used <= count
-    return used / count if known else 1.0
+    return used / count if _are_counts(used, count) else 1.0
+
+
+def _are_counts(used: Any, count: Any) -> bool:
+    return isinstance(used, int) and isinstance(count, int) and 0 < used <= count

@@ -29,6 +29,12 @@ PACKED = {"MatMulNBits": 1, "GatherBlockQuantized": 0, "DequantizeLinear": 0}
 BIAS = 5
 """The input of ``MatMulNBits`` that is no part of its matrix; the others have fewer inputs."""
 
+MIXTURE = "QMoE"
+"""The operator of a layer's experts in codes."""
+
+OF_EXPERTS = ((2, 3, 11), (5, 6, 12), (8, 9, 13))
+"""Its inputs, a stack each of all experts: codes, scales and zeros."""
+
 BITS = 4
 """Of codes where such an operator does not say (ONNX Runtime, contrib operators)."""
 
@@ -74,6 +80,9 @@ def _read_by(
         return
     inputs = [initializers.get(name) for name in node.input]
     numbers = {attribute.name: attribute.i for attribute in node.attribute}
+    if node.op_type == MIXTURE:
+        yield from _stacks(node, inputs, numbers)
+        return
     if node.op_type in PACKED:
         codes = inputs[PACKED[node.op_type]]
         if codes is None:
@@ -95,6 +104,36 @@ def _read_by(
                 weights=math.prod(each.dims),
                 nbytes=_nbytes(each),
                 rows=each.dims[0],
+            ),
+        )
+
+
+def _stacks(
+    node: onnx.NodeProto, inputs: list[onnx.TensorProto | None], numbers: dict[str, int]
+) -> Iterator[tuple[object, Matrix]]:
+    """The stacks of experts, ``[experts, out, packed in]``, of which a token passes ``k``."""
+    texts = {attribute.name: attribute.s.decode() for attribute in node.attribute}
+    for number, places in enumerate(OF_EXPERTS, 1):
+        found = [inputs[place] if place < len(inputs) else None for place in places]
+        parts = [each for each in found if each is not None]
+        codes = found[0]
+        if codes is None:
+            continue
+        bits = numbers.get(f"fc{number}_expert_weight_bits") or numbers.get("expert_weight_bits")
+        bits = bits or BITS
+        kind = texts.get("quant_type") or "int"
+        grid = f"int{bits}" if kind == "int" else kind
+        if kind == "int" and numbers.get("block_size"):
+            grid += f"-g{numbers['block_size']}"
+        yield (
+            _place(codes),
+            Matrix(
+                kind="layer",
+                grid=grid,
+                weights=math.prod(codes.dims) * 8 // bits,
+                nbytes=sum(map(_nbytes, parts)),
+                rows=int(codes.dims[1]),
+                share=min(1.0, numbers.get("k", 1) / codes.dims[0]),
             ),
         )
 

@@ -581,6 +581,15 @@ def test_memory_is_counted_for_every_expert(tiny_model: TinyModel) -> None:
     assert weights - active_weights(source.decoder, source.tensors) == 3 * 4 * each
 
 
+@pytest.mark.parametrize("name", ["granitemoe", "granitemoeshared"])
+def test_granites_stacks_are_experts(name: str, tiny_model: TinyModel) -> None:
+    folder = tiny_model(name)
+    source = open_source(str(folder))
+    active = active_weights(source.decoder, source.tensors)
+    assert edgellm.inspect(folder).active_weights == active
+    assert active < sum(ref.size for ref in source.tensors.values())
+
+
 def test_plan_and_inspect_say_what_a_token_passes(tiny_model: TinyModel, tmp_path: Path) -> None:
     folder, out = tiny_model("qwen3_moe"), tmp_path / "out"
     source = open_source(str(folder))

@@ -316,6 +316,20 @@ def test_a_profile_knows_what_a_token_takes_in_each_container(
     assert artifact_facts(artifact).kv_values == 3 * kept
 
 
+@pytest.mark.parametrize("name", ["minicpm3", "deepseek_v2", "deepseek_v3"])
+def test_transformers_keeps_latents_too(name: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    import torch
+
+    artifact = edgellm.convert(
+        tiny_model(name), tmp_path / "out", format="hf", quant="f32", check=False
+    )
+    ids = torch.tensor([tiny_models.some_token_ids(5)])
+    with torch.no_grad():
+        cache = tiny_models.load(artifact.path)(ids, use_cache=True).past_key_values
+    kept = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert artifact_facts(artifact).kv_values == kept / 5
+
+
 @pytest.mark.parametrize("name", ["minicpm3", "deepseek_v2", "deepseek_v2-lite"])
 def test_adapters_merge_as_peft_does(name: str, tiny_model: TinyModel, tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="peft is not installed")

@@ -6,6 +6,7 @@ kept beside the model, and folders of codes that transformers loads.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ TinyModel = Callable[[str], Path]
 
 MODELS = ("lfm2", "lfm2-untied", "mamba", "mamba2", "mamba2-tied")
 TOLERANCE = 2e-4
+
+ROUNDED_BOUND = 0.2
+"""Part of the spread of logits that weights and activations in 8 bits may take."""
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -204,3 +208,44 @@ def test_folders_of_codes_are_what_they_stand_for(
     exact = open_source(str(tiny_model("lfm2"))).tensors["blk.0.shortconv.conv.weight"]
     assert kernel.shape == exact.shape == (96, 1, 3)
     np.testing.assert_allclose(kernel.load(), exact.load(), rtol=0, atol=2e-3)
+
+
+def test_bitsandbytes_leaves_the_products_of_steps_alone(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """``dt_proj`` is a ``Linear`` in transformers, and a float in the folder."""
+    pytest.importorskip("bitsandbytes", exc_type=ImportError)
+    import torch
+
+    made = edgellm.convert(
+        tiny_model("mamba"), tmp_path / "out", format="hf", quant="rtn:int8-dynamic",
+        layout="bitsandbytes", embed="f32", threads=1, check=False,
+    )  # fmt: skip
+    exact = tiny_models.load(tiny_model("mamba"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = tiny_models.load(made.path)
+    for index in range(3):
+        name = f"backbone.layers.{index}.mixer.dt_proj"
+        module = model.get_submodule(name)
+        assert type(module) is torch.nn.Linear
+        assert torch.equal(module.weight, exact.get_submodule(name).weight)
+    ids = torch.tensor([tiny_models.some_token_ids(24)])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found, wanted = (each(ids, use_cache=False).logits.numpy() for each in (model, exact))
+    distance = np.sqrt(np.mean((found - wanted) ** 2) / np.var(wanted))
+    assert distance < ROUNDED_BOUND
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+@pytest.mark.parametrize("layout", ["gptq", "awq", "compressed-tensors"])
+def test_layouts_without_weights_refuse_state_spaces(
+    layout: str, name: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedTarget, match="choose --layout bitsandbytes"):
+        edgellm.convert(
+            tiny_model(name), tmp_path / "out", format="hf", layout=layout, check=False,
+            quant="rtn:int4-g32-sym",
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()

@@ -21,6 +21,7 @@ import transformers  # noqa: E402
 
 import edgellm  # noqa: E402
 from edgellm.errors import AdapterError, UnsupportedModel  # noqa: E402
+from edgellm.profiling.artifacts import artifact_facts  # noqa: E402
 from edgellm.source.safetensors_file import read_safetensors  # noqa: E402
 
 TinyModel = Callable[[str], Path]
@@ -403,3 +404,27 @@ def test_a_rounded_base_is_the_one_that_convert_merges_into(
     )
     assert through == direct
     assert sum(direct[name] != full[name] for name in full) == 21
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "granitemoe", "deepseek_v2", "lfm2", "llama"])
+def test_the_manifest_says_what_a_converted_ones_does(
+    name: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    base = tiny_model(name)
+    config = peft.LoraConfig(r=2, target_modules=["o_proj", "out_proj"])
+    adapter = peft_adapters.make_adapter(base, config, tmp_path / "adapter")
+    merged = edgellm.merge(base, tmp_path / "out", [adapter.folder])
+    made = edgellm.convert(base, tmp_path / "made", format="hf", quant="f32", check=False)
+    assert merged.manifest is not None
+    assert made.manifest is not None
+    found, wanted = merged.manifest.artifact.model, made.manifest.artifact.model
+    assert found.experts == wanted.experts
+    assert found.attention_layer_count == wanted.attention_layer_count
+    inspected, other = edgellm.inspect(merged.path), edgellm.inspect(made.path)
+    assert inspected.active_weights == other.active_weights
+    assert (other.active_weights is None) == (name not in ("qwen3_moe", "granitemoe"))
+    # MLA's head_dim in a config is the width of what is turned.
+    latent = name == "deepseek_v2"
+    assert found.head_dim == (0 if latent else wanted.head_dim)
+    kept = artifact_facts(made).kv_values
+    assert artifact_facts(merged).kv_values == (None if latent else kept)

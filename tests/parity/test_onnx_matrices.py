@@ -86,6 +86,24 @@ def test_a_graph_with_a_tied_and_rounded_embedding() -> None:
     }
 
 
+def test_of_experts_in_codes_a_token_reads_those_that_it_needs() -> None:
+    found = of_graph(
+        graph(
+            [
+                node("QMoE", ["x", "router", "up", "up_s", "up_b", "down", "down_s"], ["y"],
+                     k=2, expert_weight_bits=4, block_size=32),
+            ],
+            up=((8, 96, 32), BYTE), up_s=((8, 96, 2), HALF), up_b=((8, 96), HALF),
+            down=((8, 64, 24), BYTE), down_s=((8, 64), FLOAT),
+        ),
+        vocab_size=100,
+    )  # fmt: skip
+    assert set(found) == {
+        Matrix("layer", "int4-g32", 8 * 96 * 64, 8 * (96 * 32 + 96 * 2 * 2), 96, 0.25),
+        Matrix("layer", "int4-g32", 8 * 64 * 48, 8 * (64 * 24 + 64 * 4), 64, 0.25),
+    }
+
+
 def test_what_is_no_graph_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.onnx"
     file.write_bytes(b"\xff" * 64)

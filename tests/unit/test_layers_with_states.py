@@ -10,6 +10,7 @@ from edgellm.architectures import family_of
 from edgellm.architectures.config import Config
 from edgellm.architectures.couplings import couplings, left_out
 from edgellm.architectures.decoder import Decoder, Feature, ShortConvolution, StateSpace
+from edgellm.calibration.cost import ATTENTION_SLOWNESS, FLOPS_PER_SECOND, pass_cost
 from edgellm.errors import UnsupportedModel, UnsupportedTarget
 from edgellm.export.gguf_graphs import check_expressible
 from edgellm.export.gguf_mixture import Chooser, mixture_named
@@ -216,3 +217,18 @@ def test_mixtures_count_values_among_their_like() -> None:
     assert found == {2: "q4_k", 5: "q4_k", 8: "q6_k", 10: "q4_k", 12: "q4_k", 14: "q6_k"}
     assert chooser.choose("blk.0.shortconv.in_proj.weight", (6144, 2048)).grid.name == "q4_k"
     assert chooser.choose("blk.0.shortconv.conv.weight", (2048, 3)).grid.name == "f32"
+
+
+def test_layers_without_attention_cost_no_attention() -> None:
+    """A longer window makes those slower that attend, and nothing else."""
+    decoder = described(LFM2)
+    short, long = (
+        pass_cost(decoder, 4096, window, 1, importance_only=True).seconds for window in (256, 512)
+    )
+    each = 4 * 256 * decoder.heads * decoder.head_dim * ATTENTION_SLOWNESS
+    assert (long - short) * FLOPS_PER_SECOND == pytest.approx(6 * 4096 * each)
+    recurrent = described(MAMBA)
+    one, other = (
+        pass_cost(recurrent, 4096, window, 1, importance_only=True).seconds for window in (256, 512)
+    )
+    assert one == other

@@ -264,3 +264,8 @@ def test_a_damaged_file_is_named_where_its_tensors_were_not_hashed(folder: Path)
     flip(folder / "model.bin", 10)
     with pytest.raises(VerificationError, match=r"model\.bin differs\. Copy"):
         verify(open_artifact(folder))
+
+
+def test_facts_that_a_dense_model_has_not_are_no_part_of_its_digest(folder: Path) -> None:
+    model = json.loads((folder / "manifest.json").read_text())["artifact"]["model"]
+    assert not {"attention_layer_count", "experts"} & set(model)
