@@ -6,6 +6,7 @@ kept beside the model, and folders of codes that transformers loads.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from llamacpp_quantizer import types_of_llamacpp
 import edgellm
 from edgellm.errors import UnsupportedTarget
 from edgellm.export.to_gguf import lay_out
+from edgellm.plan import make_plan
 from edgellm.recipe import Recipe
 from edgellm.source import open_source
 
@@ -126,6 +128,17 @@ def test_convolutions_are_tuned_and_scans_refused_by_name(
     with pytest.raises(UnsupportedTarget, match=r"state-space layers in place .* does not train"):
         edgellm.convert(tiny_model("mamba2"), tmp_path / "refused", **refused)
     assert not (tmp_path / "refused").exists()
+
+
+def test_scans_are_refused_before_torch_is_asked_for(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is none, nobody is told to install it in vain."""
+    folder = tiny_model("mamba2")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    recipe = Recipe(source=str(folder), format="onnx", quant="rtn:int4-g32", tune=8)
+    with pytest.raises(UnsupportedTarget, match=r"state-space layers in place .* does not train"):
+        make_plan(recipe)
 
 
 @pytest.mark.parametrize(
