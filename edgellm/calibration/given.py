@@ -21,7 +21,7 @@ from edgellm.source.matching import listed
 class GivenImportance:
     """Statistics by role of the weight, each a diagonal alone, and the file that they are from.
 
-    ``missing``: roles of weights to be rounded that the file says nothing about. ``unused``: tensors
+    ``missing``: roles of weights to be rounded that the file says nothing about. ``unused``: those
     that it says something about and that are rounded without (``attn_k_b``, whose inputs differ by
     head).
     """
