@@ -25,6 +25,7 @@ import edgellm
 from edgellm import quality_gate, registry
 from edgellm.architectures.decoder import Decoder
 from edgellm.architectures.experts import stack_of
+from edgellm.architectures.gguf_latent import VALUES, WHOLE
 from edgellm.calibration.running import Outcome, round_in_blocks
 from edgellm.digests import file_sha256, ranges_sha256
 from edgellm.encoders.finding import find_encoder
@@ -266,8 +267,16 @@ def write_importance(plan: Plan, outcome: Outcome, path: Path) -> None:
     names = {"token_embd.weight": HEAD}
     found: dict[str, list[Array]] = {}
     counts: dict[str, list[float]] = {}
+    decoder, layout = plan.source.decoder, plan.source.family.gguf
+    absorbed = layout is not None and layout.absorbed
     for role, values in outcome.importance.items():
         stack = stack_of(role)
+        if absorbed and WHOLE in role:
+            # llama.cpp's quantizer asks for that of values, of each head; their latent is one.
+            name = role.replace(WHOLE, VALUES)
+            found[name] = [values] * decoder.heads
+            counts[name] = [float(text.tokens)] * decoder.heads
+            continue
         found.setdefault(stack or names.get(role, role), []).append(values)
         if stack:
             counts.setdefault(stack, []).append(float(outcome.tokens[role]))

@@ -23,6 +23,7 @@ from onnx import TensorProto
 
 from edgellm.architectures.decoder import Decoder, Feature, Rope
 from edgellm.architectures.experts import ROUTER, SHARED_GATE, expert_of
+from edgellm.architectures.family import SMALL_PRODUCT
 from edgellm.architectures.latent import Latent
 from edgellm.errors import UnsupportedTarget
 from edgellm.export.experts_graph import ExpertsGraph, Routed, for_one_operator
@@ -58,9 +59,6 @@ BIAS_PLACE = 10
 
 SCALES_PLACE = 12
 """Where ``k_scale`` and ``v_scale`` stand among GroupQueryAttention's inputs."""
-
-SMALL_PRODUCT = "ssm_dt"
-"""A product of so few columns, and so much depends on it, that its weight stays float."""
 
 TURNED = 16
 """What divides the values of a head that GroupQueryAttention turns itself."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import edgellm
-from edgellm.architectures.experts import stack_of
+from edgellm.architectures.experts import SHARED_GATE, stack_of
 from edgellm.architectures.family import TensorRow
 from edgellm.architectures.gguf_rows import as_llamacpp_stores
 from edgellm.architectures.row_order import as_network_takes
@@ -40,6 +40,10 @@ from edgellm.tensors import transposed as turned
 FACTORS = GRIDS["f32"]
 """What factors are stored in. With f16 llama.cpp rounds activations to f16 before both products:
 logits of a tiny Llama (up to 20) then lie 0.03 to 0.8 from the merged model's, with f32 0.0004."""
+
+PRODUCTS = ("linear", "head", "router", "small")
+"""Kinds of rows that llama.cpp's graphs multiply by, and add an adapter's product to
+(``build_lora_mm``): routers and the steps of states too, which are never rounded."""
 
 MERGE_IT = "merge it into the weights instead (convert or merge with --adapter alone)"
 
@@ -197,10 +201,13 @@ def _pair(adapter: Adapter, source: ModelSource, row: TensorRow, edit: Edit) -> 
         # A is looked up by token there: [vocabulary, rank] in the file, B [hidden, rank].
         return Factors(row.role, low.b, turned(low.a), wanted)
     graph = source.family.gguf_layout.graph
-    if row.role.split(".")[-2] in graph.without_adapters or row.kind not in ("linear", "head"):
+    if row.role.split(".")[-2] in graph.without_adapters or row.kind not in PRODUCTS:
         raise _cannot(adapter, f"changes {row.role}, which llama.cpp adds no product to")
     rows = as_network_takes(low.b, row)
-    b = as_llamacpp_stores(rows, row, source.decoder, source.family.gguf_layout)
+    b = rows
+    # A shared expert's gate is a vector in a model's file; its factors are matrices all the same.
+    if not row.role.endswith(SHARED_GATE):
+        b = as_llamacpp_stores(rows, row, source.decoder, source.family.gguf_layout)
     return Factors(row.role, low.a, b, wanted)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
-from edgellm.architectures.decoder import Decoder, Experts
+from edgellm.architectures.decoder import Decoder, Experts, Layer
 from edgellm.architectures.experts import ROUTER
 from edgellm.architectures.gguf_latent import KEYS
 from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
@@ -264,6 +264,7 @@ OUTPUT_OF_EIGHT = (
 )  # fmt: skip
 """Mixtures that give attention's output five bits where there are eight experts, and else the
 mixture's own type, beside keys and values of eight bits."""
+
 FLOATS = ("_norm.weight", ROUTER, "shortconv.conv.weight", "ssm_conv1d.weight")
 """Ends of the roles of what stays float whatever its shape."""
 
@@ -406,7 +407,7 @@ class Chooser:
         if kind == "value":
             before = sum(attends[:layer])
             return Place(before, sum(attends), sharing, self.weighed, count, before)
-        down = 2 * layer + ("_shexp" in role) if experts and experts.shared_width else layer
+        down = sum(map(_downs, decoder.layers[:layer])) + ("_shexp" in role)
         return Place(layer, len(attends), sharing, self.weighed, count, down)
 
     def _kind(self, role: str) -> tuple[int, str]:
@@ -416,6 +417,11 @@ class Chooser:
             layer = int(number)
         kind = KINDS.get(stem, "")
         return layer, "head" if kind == "embedding" and self.decoder.tied_head else kind
+
+
+def _downs(layer: Layer) -> int:
+    """How many of a layer's tensors lead out of a feed-forward; experts are one, stacked."""
+    return 2 if layer.experts is not None and layer.experts.shared_width else 1
 
 
 def chooser(recipe: Recipe, decoder: Decoder, arch: str, roles: Collection[str] = ()) -> Chooser:

@@ -31,6 +31,9 @@ Kind = Literal[
 ``small``: a product's weight that stays float where grids are chosen for products; ``decay``: the
 logarithms of a state's decay."""
 
+SMALL_PRODUCT = "ssm_dt"
+"""The ``small`` one: so few columns, and so much depends on it, that ONNX keeps it in floats."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from edgellm.architectures.family import SMALL_PRODUCT
 from edgellm.architectures.gguf_latent import source_role
 from edgellm.calibration.blocks import EMBEDDING, HEAD, LAYER_ROLE
 from edgellm.errors import UnsupportedTarget
@@ -30,8 +31,7 @@ GROUPS = {
 }
 """Candidates; those that are slower to round to, or always worse at their size, are left out."""
 
-
-STAYING = (*FLOATS, "ssm_dt.weight")
+STAYING = (*FLOATS, f"{SMALL_PRODUCT}.weight")
 """Ends of the roles of matrices that no grid is chosen for: norms, convolutions, and one that ONNX
 keeps in floats."""
 

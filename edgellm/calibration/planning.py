@@ -255,7 +255,8 @@ def _given(recipe: Recipe, source: ModelSource, grids: Mapping[str, Grid]) -> Gi
     assert recipe.imatrix is not None
     widths = {role: source.tensors[role].columns for role in grids}
     head = "token_embd.weight" if source.decoder.tied_head else HEAD
-    return given_importance(Path(recipe.imatrix), widths, head)
+    floats = {role for role, grid in grids.items() if grid.kind == "float"}
+    return given_importance(Path(recipe.imatrix), widths, head, floats)
 
 
 def cost_of(

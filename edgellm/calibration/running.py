@@ -42,7 +42,6 @@ SAVE_SECONDS = 60.0
 """Hidden states that are in memory are saved when the last time is longer ago: what a killed run
 loses at most, beside the layer that it was at."""
 
-
 TOKENS = "tokens/"
 """Before the role, the name under which it is kept how many tokens an expert's weight was given."""
 

@@ -208,7 +208,9 @@ def experts_of_config(config: Mapping[str, Any]) -> ExpertFacts | None:
     """How many experts there are, and how many a token passes; None where it does not say."""
     count = next((config[key] for key in COUNT_OF_EXPERTS if config.get(key)), None)
     used = config.get(USED_EXPERTS)
-    return ExpertFacts(count=count, used=used) if _are_counts(used, count) else None
+    if not isinstance(used, int) or not _are_counts(used, count):
+        return None
+    return ExpertFacts(count=count, used=used)
 
 
 def _share(used: Any, count: Any) -> float:

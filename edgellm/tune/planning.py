@@ -73,7 +73,8 @@ def plan_tuning(
 
     It reads the text that calibration does, and further on in it. ``free_bytes``: memory that may
     be taken.
-    Raises ``RuntimeMissing`` without torch, ``UnsupportedTarget`` for state-space layers, and
+    Raises ``UnsupportedTarget`` for mixtures of experts, state-space layers, latents that GGUF has
+    in two stacks and norms by head in a Hugging Face folder, ``RuntimeMissing`` without torch, and
     ``UsageError`` where nothing can be trained, for a text that is too short, and where not even
     one block fits.
     """
@@ -94,15 +95,15 @@ def plan_tuning(
             "--tune trains norms too, and a Hugging Face folder of this model has those of heads "
             "in tensors that it does not read back: leave it out, or choose --format gguf or onnx"
         )
-    if importlib.util.find_spec("torch") is None:
-        raise RuntimeMissing(
-            "--tune trains with torch, which is not installed: pip install 'edgellm[calibrate]', "
-            "or leave --tune out"
-        )
     if Feature.STATE_SPACE in source.decoder.features():
         raise UnsupportedTarget(
             f"--tune: {source.decoder.family} has {Feature.STATE_SPACE}, through which edgellm "
             "does not train; leave --tune out, or choose gptq or awq+gptq"
+        )
+    if importlib.util.find_spec("torch") is None:
+        raise RuntimeMissing(
+            "--tune trains with torch, which is not installed: pip install 'edgellm[calibrate]', "
+            "or leave --tune out"
         )
     trained = [tensor for tensor in layout.model_tensors if trains_scales(tensor)]
     if not trained:

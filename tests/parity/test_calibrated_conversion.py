@@ -31,7 +31,7 @@ from edgellm.manifest import Artifact, read_manifest
 from edgellm.parallel import one_blas_thread
 from edgellm.plan import Plan, make_plan
 from edgellm.quant import SOLVERS, imatrix
-from edgellm.quant.imatrix_file import HEAD, read_imatrix
+from edgellm.quant.imatrix_file import HEAD, read_imatrix, write_imatrix
 from edgellm.quant.statistics import Statistics
 from edgellm.recipe import Recipe
 from edgellm.slabs import output_power, values_of
@@ -349,6 +349,35 @@ def test_adapters_are_calibrated_as_merged(tiny_model: TinyModel, tmp_path: Path
         assert made.manifest is not None
         digests.append({each.name: each.sha256 for each in made.manifest.artifact.tensors})
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "grid"),
+    [("lfm2", "gguf", "q4_0"), ("mamba", "onnx", "int4-g32"), ("qwen2_moe", "gguf", "q4_0")],
+)
+def test_nothing_is_missed_of_matrices_that_stay_floats(
+    name: str, format: str, grid: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Convolutions, steps of states, routers."""
+    file = tmp_path / "importance.gguf"
+    recipe = Recipe(
+        source=str(tiny_model(name)),
+        format=format,
+        quant=f"imatrix:{grid}",
+        calibration_tokens=2048,
+    )
+    convert(recipe, tmp_path / "solved", check=False, save_imatrix=file)
+    again = Recipe(source=recipe.source, format=format, quant=f"imatrix:{grid}", imatrix=str(file))
+    calibration = make_plan(again).calibration
+    assert calibration is not None
+    assert calibration.notes == ()
+    importance = {
+        role: values for role, values in read_imatrix(file).importance.items() if "blk.0" in role
+    }
+    write_imatrix(file, importance, tokens=9, chunk_tokens=9)
+    (note,) = make_plan(again).calibration.notes  # type: ignore[union-attr]
+    assert "says nothing about blk.1." in note
+    assert not any(part in note for part in ("conv.weight", "conv1d", "ssm_dt", "ffn_gate_inp"))
 
 
 def test_importance_is_saved_and_taken_in_place_of_a_text(

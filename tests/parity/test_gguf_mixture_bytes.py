@@ -43,6 +43,7 @@ class Model:
         fused: bool = False,
         experts: int = 0,
         shared: bool = False,
+        dense: int = 0,
     ) -> None:
         self.arch = arch
         mixture = Experts(experts, 2, inner, shared_width=inner * shared) if experts else None
@@ -55,7 +56,7 @@ class Model:
             heads=heads,
             kv_heads=kv_heads,
             head_dim=width // heads,
-            layers=(Layer(experts=mixture),) * layers,
+            layers=(Layer(),) * dense + (Layer(experts=mixture),) * (layers - dense),
             norm=Norm("rms", 1e-5),
             activation="silu",
             tied_head=tied,
@@ -106,7 +107,7 @@ class Model:
 
     def metadata(self) -> dict[str, object]:
         decoder, arch = self.decoder, self.arch
-        experts = decoder.layers[0].experts
+        experts = decoder.layers[-1].experts
         counts = {"expert_count": experts.count, "expert_used_count": 2} if experts else {}
         return {
             **{f"{arch}.{key}": value for key, value in counts.items()},
@@ -150,6 +151,14 @@ MODELS = {
         "arch": "qwen2moe",
         "experts": 4,
         "shared": True,
+        "layers": 17,
+        "kv_heads": 8,
+    },
+    "experts and a shared one behind a dense layer": {
+        "arch": "qwen2moe",
+        "experts": 4,
+        "shared": True,
+        "dense": 1,
         "layers": 17,
         "kv_heads": 8,
     },

@@ -21,10 +21,13 @@ from safetensors.numpy import load_file, save_file
 
 import edgellm
 from edgellm.architectures.gguf_latent import apart, made_whole
+from edgellm.conversion import convert
 from edgellm.errors import AdapterError, TensorError, UnsupportedTarget
 from edgellm.export import to_gguf
 from edgellm.export.packing import PACKERS
+from edgellm.plan import make_plan
 from edgellm.profiling.artifacts import artifact_facts
+from edgellm.quant.imatrix_file import read_imatrix, write_imatrix
 from edgellm.quant.rtn import solve
 from edgellm.recipe import Recipe
 from edgellm.runtimes.ort import OnnxRuntime
@@ -178,6 +181,56 @@ def test_importance_that_is_only_of_other_inputs_is_not_asked_for(tiny_model: Ti
     recipe = Recipe(source="", format="gguf", quant="imatrix:q4_k_m", tensor_grids={wide: "q8_0"})
     grids = {each.role: each.grid.name for each in to_gguf.lay_out(source, recipe).tensors}
     assert grids[wide] == "q8_0"
+
+
+def test_importance_of_values_is_what_llamacpp_asks_for(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Its quantizer rounds ``attn_v_b`` otherwise by it, and we read of it what we wrote."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    import gguf
+    from llamacpp_quantizer import quantize_with_llamacpp
+
+    folder, file, name = tiny_model("deepseek_v2"), tmp_path / "given.gguf", "blk.1.attn_v_b.weight"
+    recipe = Recipe(
+        source=str(folder), format="gguf", quant="imatrix:q4_0", calibration_tokens=1024
+    )
+    convert(recipe, tmp_path / "out", check=False, save_imatrix=file)
+    saved = read_imatrix(file)
+    assert not any("attn_kv_b" in role for role in saved.importance)
+    gguf_files.write_gguf(folder, tmp_path / "model.gguf")
+    made = []
+    for importance in (None, {name: saved.importance[name]}):
+        path = tmp_path / f"made-{len(made)}.gguf"
+        assert quantize_with_llamacpp(tmp_path / "model.gguf", path, "q4_0", importance=importance)
+        (tensor,) = (each for each in gguf.GGUFReader(path).tensors if each.name == name)
+        made.append(np.array(tensor.data))
+    assert np.any(made[0] != made[1])
+
+    decoder = open_source(str(folder)).decoder
+    again = Recipe(source=str(folder), format="gguf", quant="imatrix:q4_0", imatrix=str(file))
+    calibration = make_plan(again).calibration
+    assert calibration is not None
+    assert calibration.given is not None
+    assert calibration.notes == ()
+    by_head = saved.importance[name].reshape(decoder.heads, -1)
+    found = calibration.given.statistics["blk.1.attn_kv_b.weight"].mean_squares
+    np.testing.assert_allclose(found, by_head[0], rtol=1e-6)
+
+    importance = saved.importance | {"blk.1.attn_k_b.weight": np.ones(8, np.float32)}
+    factors = np.arange(decoder.heads, dtype=np.float32)[:, np.newaxis]
+    importance[name] = (by_head * factors).reshape(-1)
+    write_imatrix(file, importance, tokens=saved.tokens[name], chunk_tokens=64)
+    calibration = make_plan(again).calibration
+    assert calibration is not None
+    assert calibration.given is not None
+    assert "blk.1.attn_k_b.weight, whose inputs differ by head" in calibration.notes[0]
+    found = calibration.given.statistics["blk.1.attn_kv_b.weight"].mean_squares
+    np.testing.assert_allclose(found, by_head[0] * (decoder.heads - 1) / 2, rtol=1e-5)
+    importance[name] = importance[name][:-1]
+    write_imatrix(file, importance, tokens=9, chunk_tokens=9)
+    with pytest.raises(TensorError, match=r"blk\.1\.attn_v_b.*another model"):
+        make_plan(again)
 
 
 def test_adapters_that_llamacpp_would_pass_over_are_refused(

@@ -6,6 +6,7 @@ kept beside the model, and folders of codes that transformers loads.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from llamacpp_quantizer import types_of_llamacpp
 import edgellm
 from edgellm.errors import UnsupportedTarget
 from edgellm.export.to_gguf import lay_out
+from edgellm.plan import make_plan
 from edgellm.recipe import Recipe
 from edgellm.source import open_source
 
@@ -132,6 +134,17 @@ def test_convolutions_are_tuned_and_scans_refused_by_name(
     assert not (tmp_path / "refused").exists()
 
 
+def test_scans_are_refused_before_torch_is_asked_for(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is none, nobody is told to install it in vain."""
+    folder = tiny_model("mamba2")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    recipe = Recipe(source=str(folder), format="onnx", quant="rtn:int4-g32", tune=8)
+    with pytest.raises(UnsupportedTarget, match=r"state-space layers in place .* does not train"):
+        make_plan(recipe)
+
+
 @pytest.mark.parametrize(
     ("name", "targets"),
     [
@@ -192,6 +205,45 @@ def test_an_adapter_beside_the_model_reaches_its_convolutions(
         without = session.prefill(ids, all_logits=True)
         np.testing.assert_allclose(without, plain, rtol=0, atol=1e-3)
     np.testing.assert_allclose(rows, wanted, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("mamba", ["ssm_dt", "ssm_x"]), ("qwen2_moe", ["ffn_gate_inp", "ffn_gate_inp_shexp"])],
+)
+def test_adapters_of_products_in_float_are_added_by_llamacpp(
+    name: str, parts: list[str], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """To routers and the steps of states, as where they are merged; each of them alone."""
+    from gguf_adapters import pair, write_adapter
+
+    from edgellm.runtimes.session import AdapterFile
+
+    folder = tiny_model(name)
+    source = open_source(str(folder))
+    ids = tiny_models.some_token_ids(40)
+    plain = tiny_models.reference_logits(folder, ids)
+    for part in parts:
+        pairs: dict[str, np.ndarray] = {}
+        for layer in range(len(source.decoder.layers)):
+            role = f"blk.{layer}.{part}.weight"
+            pairs |= pair(role, *source.tensors[role].shape, rank=2, seed=layer)
+        pairs = {role: values * 8 for role, values in pairs.items()}
+        given = write_adapter(tmp_path / f"{part}.gguf", pairs, arch=source.family.gguf_layout.arch)
+        options: dict[str, Any] = {
+            "quant": "f32", "adapters": [str(given)], "check": False, "threads": 1,
+        }  # fmt: skip
+        merged, beside = tmp_path / f"{part}-merged", tmp_path / f"{part}-beside"
+        edgellm.convert(folder, merged, format="gguf", **options)
+        edgellm.convert(folder, beside, format="gguf", keep_adapters=True, **options)
+        wanted = llamacpp_logits.logits(merged / "model.gguf", ids)
+        assert np.abs(wanted - plain).max() > 0.01
+        with edgellm.open(beside, threads=1, kv_dtype="f32") as chat:
+            session: Any = chat.session
+            (file,) = beside.glob("adapter*.gguf")
+            session.set_adapters([AdapterFile(file)])
+            rows = session.prefill(ids, all_logits=True).copy()
+        np.testing.assert_allclose(rows, wanted, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("layout", ["gptq", "compressed-tensors"])

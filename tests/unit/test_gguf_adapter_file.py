@@ -15,6 +15,8 @@ from edgellm.source.gguf_file import read_gguf
 
 Q = "blk.0.attn_q.weight"
 NORM = "blk.0.attn_norm.weight"
+CONVOLUTION, BY_HEAD = "blk.0.shortconv.conv.weight", "blk.0.attn_q_norm.weight"
+ROUTER, SHARED_GATE = "blk.0.ffn_gate_inp.weight", "blk.0.ffn_gate_inp_shexp.weight"
 
 
 def test_a_pair_is_read_as_it_lies_there(tmp_path: Path) -> None:
@@ -97,6 +99,10 @@ def base_file(path: Path, *, tied: bool = True) -> Path:
         "position_embd.weight": np.zeros((12, 6), np.float32),
         Q: np.zeros((8, 6), np.float32),
         NORM: np.zeros(6, np.float32),
+        CONVOLUTION: np.zeros((6, 3), np.float32),
+        BY_HEAD: np.zeros((2, 4), np.float32),
+        ROUTER: np.zeros((5, 6), np.float32),
+        SHARED_GATE: np.zeros(6, np.float32),
     }
     if not tied:
         tensors["output.weight"] = np.zeros((10, 6), np.float32)
@@ -118,6 +124,7 @@ def opened(path: Path, tensors: dict[str, np.ndarray], **options: object) -> Ada
 def test_an_adapter_of_the_base_fits(tied: bool, tmp_path: Path) -> None:
     base = read_gguf(base_file(tmp_path / "base.gguf", tied=tied))
     check_fits(opened(tmp_path / "a.gguf", pair(Q, 8, 6)), base)
+    check_fits(opened(tmp_path / "r.gguf", {**pair(ROUTER, 5, 6), **pair(SHARED_GATE, 1, 6)}), base)
     if not tied:
         check_fits(opened(tmp_path / "b.gguf", table_pair(10, 6)), base)
 
@@ -135,6 +142,8 @@ def test_an_adapter_of_the_base_fits(tied: bool, tmp_path: Path) -> None:
         (pair(Q, 9, 6), {}, r"as \[9, 6\], and base.gguf has \[8, 6\]"),
         (pair(NORM, 6, 6), {}, "adds no product to"),
         (pair("position_embd.weight", 12, 6), {}, "adds no product to"),
+        (pair(CONVOLUTION, 6, 3), {}, "adds no product to"),
+        (pair(BY_HEAD, 2, 4), {}, "adds no product to"),
         (table_pair(10, 6), {}, "both as embedding and as head"),
         ({**pair(Q, 8, 6), NORM: np.ones(6, np.float32)}, {}, "passes over in silence"),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 from edgellm.architectures.config import MOST_LAYERS, Config
 from edgellm.architectures.decoder import Decoder, Feature, Layer, Norm, StateSpace
 from edgellm.architectures.family import (
+    SMALL_PRODUCT,
     Family,
     GgufFacts,
     GgufGraph,
@@ -126,7 +127,7 @@ def _mixer(source: str, role: str, hidden: int, settings: StateSpace) -> Iterato
             f"{source}.x_proj.weight", f"{role}.ssm_x.weight", (rank + 2 * state, inner), "linear"
         )
         yield from weight_and_bias(
-            f"{source}.dt_proj", f"{role}.ssm_dt", (inner, rank), "small", biased=True
+            f"{source}.dt_proj", f"{role}.{SMALL_PRODUCT}", (inner, rank), "small", biased=True
         )
         sizes = (inner, state)
     yield TensorRow(f"{source}.A_log", f"{role}.ssm_a", sizes, "decay")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgellm.architectures import passed_over
+from edgellm.architectures.experts import SHARED_GATE
 from edgellm.architectures.family import TensorRow
 from edgellm.architectures.gguf_rows import as_checkpoint_stores, name_in_file
 from edgellm.architectures.row_order import as_checkpoint_has
@@ -39,6 +40,9 @@ PROMPT_PREFIX = "adapter.lora.prompt_prefix"
 A, B = ".lora_a", ".lora_b"
 NORM = "_norm.weight"
 """llama.cpp's converter writes whole norms under such names, and its loader passes them over."""
+
+NO_PRODUCTS = (NORM, "shortconv.conv.weight", "ssm_conv1d.weight")
+"""Ends of the roles of what may be a matrix and is multiplied value by value."""
 
 EMBEDDING, HEAD, POSITIONS = "token_embd.weight", "output.weight", "position_embd.weight"
 BASE = "general.base_model.0."
@@ -161,7 +165,10 @@ def check_fits(adapter: Adapter, base: GgufFile) -> None:
                 f"{adapter.path} changes {role}, which {name} uses both as embedding and as head: "
                 "llama.cpp stops the whole process over it; merge the adapter instead"
             )
-        if len(shape) != 2 or role == POSITIONS or role.split(".")[-2] in over:
+        if role.endswith(SHARED_GATE):
+            shape = (1, shape[-1])  # which files have as a vector
+        no_product = role == POSITIONS or role.endswith(NO_PRODUCTS)
+        if len(shape) != 2 or no_product or role.split(".")[-2] in over:
             raise AdapterError(
                 f"{adapter.path} changes {role}, which llama.cpp adds no product to: merge the "
                 "adapter into the weights instead"
