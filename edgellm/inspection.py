@@ -127,7 +127,7 @@ def _inspect_artifact(artifact: Artifact) -> Inspection:
         metadata={
             "container": made.container,
             "main_file": made.main_file,
-            **msgspec.structs.asdict(made.model),
+            **msgspec.to_builtins(made.model),  # without what is unset
             **({} if made.encoder is None else msgspec.structs.asdict(made.encoder)),
             **({} if made.seq2seq is None else msgspec.structs.asdict(made.seq2seq)),
         },

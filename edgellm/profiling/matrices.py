@@ -206,11 +206,9 @@ def share_of_config(config: Mapping[str, Any]) -> float:
 
 def experts_of_config(config: Mapping[str, Any]) -> ExpertFacts | None:
     """How many experts there are, and how many a token passes; None where it does not say."""
-    count = next((config[key] for key in COUNT_OF_EXPERTS if config.get(key)), None)
-    used = config.get(USED_EXPERTS)
-    if not isinstance(used, int) or not _are_counts(used, count):
-        return None
-    return ExpertFacts(count=count, used=used)
+    count: Any = next((config[key] for key in COUNT_OF_EXPERTS if config.get(key)), None)
+    used: Any = config.get(USED_EXPERTS)
+    return ExpertFacts(count=count, used=used) if _are_counts(used, count) else None
 
 
 def _share(used: Any, count: Any) -> float:

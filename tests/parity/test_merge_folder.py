@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -423,6 +424,8 @@ def test_the_manifest_says_what_a_converted_ones_does(
     inspected, other = edgellm.inspect(merged.path), edgellm.inspect(made.path)
     assert inspected.active_weights == other.active_weights
     assert (other.active_weights is None) == (name not in ("qwen3_moe", "granitemoe"))
+    assert msgspec.UNSET not in inspected.metadata.values()
+    assert ("experts" in inspected.metadata) == (found.experts is not msgspec.UNSET)
     # MLA's head_dim in a config is the width of what is turned.
     latent = name == "deepseek_v2"
     assert found.head_dim == (0 if latent else wanted.head_dim)
