@@ -23,14 +23,12 @@ SIZES = {
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), KV_HEADS),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), CONTEXT),
     "head_dim": HIDDEN // HEADS,
-    # An embedding is a third of the weights: all have one.
     "tie_word_embeddings": True,
     "query_pre_attn_scalar": HIDDEN // HEADS,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), FFN // EXPERTS),
     "shared_intermediate_size": FFN // EXPERTS,
     "num_experts_per_tok": USED,
-    "norm_topk_prob": True,
     "n_shared_experts": 1,
     "n_group": 1,
     "topk_group": 1,
@@ -43,18 +41,29 @@ SIZES = {
     "rotary_dim": HIDDEN // HEADS,
     "vocab_size": VOCABULARY,
 }
-"""By the names that config classes have for them."""
+"""By the names that config classes have for them. An embedding is a third of the weights."""
+
+UNTIED = ("gpt_neox", "olmo2", "olmo3", "olmoe", "phi", "qwen2_moe", "stablelm")
+"""Families whose heads llama.cpp's graphs have apart: half of their layers are as large as that."""
 
 model_type, folder, tokenizer = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 names = transformers.AutoConfig.for_model(model_type).to_dict()
 ours = {name: size for name, size in SIZES.items() if name in names}
 if names.keys() & {"num_experts", "num_local_experts"} and "moe_intermediate_size" not in names:
     ours["intermediate_size"] = FFN // EXPERTS  # an expert's
-if "n_routed_experts" in ours:  # DeepSeek
+if model_type in UNTIED:
+    ours["tie_word_embeddings"] = False
+    ours["num_hidden_layers"] = LAYERS // 2
+if model_type == "olmoe":
     ours["num_key_value_heads"] = HEADS
-    del ours["norm_topk_prob"]
+if "kv_lora_rank" in ours:
+    ours["num_key_value_heads"] = HEADS
+    ours.pop("head_dim", None)  # that of what is turned
+if model_type == "qwen3_moe":
+    ours["norm_topk_prob"] = True  # as llama.cpp's graph has it
 if "expand" in names:  # state-space layers alone, which are smaller
     ours["num_hidden_layers"] = 3 * LAYERS // 2
+    ours.pop("intermediate_size", None)
     if "num_heads" in names:
         ours["num_heads"] = names["expand"] * HEADS
 special = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
