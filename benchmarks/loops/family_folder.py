@@ -24,6 +24,7 @@ SIZES = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), CONTEXT),
     "head_dim": HIDDEN // HEADS,
     "tie_word_embeddings": True,
+    "block_auto_adjust_ff_dim": False,
     "query_pre_attn_scalar": HIDDEN // HEADS,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), FFN // EXPERTS),
@@ -51,6 +52,8 @@ names = transformers.AutoConfig.for_model(model_type).to_dict()
 ours = {name: size for name, size in SIZES.items() if name in names}
 if names.keys() & {"num_experts", "num_local_experts"} and "moe_intermediate_size" not in names:
     ours["intermediate_size"] = FFN // EXPERTS  # an expert's
+if model_type in ("falcon", "starcoder2"):  # gate and up in one
+    ours["intermediate_size" if model_type == "starcoder2" else "ffn_hidden_size"] = 3 * FFN // 2
 if model_type in UNTIED:
     ours["tie_word_embeddings"] = False
     ours["num_hidden_layers"] = LAYERS // 2
