@@ -32,7 +32,7 @@ Bounds = dict[str, tuple[float | None, float | None]]
 PROFILES = 5
 REPEATED_AT_MOST = 1.05
 STARTS = 10
-"""Of two programs: one and the same, started twice, differs from itself by up to 7 %."""
+"""Of two programs: one and the same, started twice, differs from itself by some percent."""
 
 
 def measure(*, quick: bool) -> Result:

@@ -8,8 +8,8 @@ that no kernel library is needed; they take the memory of floats. On a CPU all c
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
 from edgellm.runtimes.openmp import short_spin
 from edgellm.runtimes.operators import TracedStep
+from edgellm.runtimes.quiet_transformers import quiet
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
 from edgellm.runtimes.stepped import SteppedSession
 from edgellm.runtimes.versions import installed_version, version_numbers
@@ -129,7 +130,7 @@ class TorchSession(SteppedSession):
         torch.set_num_threads(threads)
         folder = artifact.main.parent
         try:
-            with _quiet():
+            with quiet():
                 dtype = None if device == "cpu" else "auto"
                 self._model: Any = _load(folder, dtype, options.rope_scaling)
             self._model.to(DEVICES[device]).eval()
@@ -325,20 +326,3 @@ def _with_values(folder: Path, dtype: str | None, rope_scaling: str | None) -> t
         None, config=config, state_dict=values, dtype=kind, output_loading_info=True
     )
     return made
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own bars and warnings: what they would say is an error here."""
-    from transformers import utils
-
-    logging: Any = utils.logging
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()

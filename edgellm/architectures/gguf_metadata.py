@@ -17,6 +17,7 @@ from edgellm.architectures.config import MOST_LAYERS, Config
 from edgellm.architectures.decoder import Decoder, Rope, RopeScaling
 from edgellm.architectures.family import GgufFacts, GgufLayout, Value
 from edgellm.architectures.rope import inverse_frequencies, yarn_attention_factor
+from edgellm.architectures.rope_scaling import main_rope
 from edgellm.errors import UnsupportedModel
 
 DEFAULT_THETA: Final = 10000.0
@@ -57,7 +58,7 @@ def gguf_keys(decoder: Decoder, layout: GgufLayout) -> dict[str, Value]:
         keys["attention.layer_norm_rms_epsilon"] = decoder.norm.epsilon
     else:
         keys["attention.layer_norm_epsilon"] = decoder.norm.epsilon
-    rope = _main_rope(decoder)
+    rope = main_rope(decoder)
     if rope is not None:
         keys.update(_rope_keys(rope, factors=rope_factors(decoder, layout) is not None))
     keys.update(layout.keys(decoder))
@@ -70,7 +71,7 @@ def rope_factors(decoder: Decoder, layout: GgufLayout) -> tuple[float, ...] | No
     That is how GGUF holds llama3's scaling, and how it can hold a yarn with settings that
     llama.cpp has no key for. Not every graph looks at them.
     """
-    rope = _main_rope(decoder)
+    rope = main_rope(decoder)
     if rope is None or rope.scaling is None or not layout.rope_factors:
         return None
     if rope.scaling.kind == "linear" or (rope.scaling.kind == "yarn" and has_keys(rope.scaling)):
@@ -85,12 +86,6 @@ def kv_heads_by_layer(decoder: Decoder) -> int | list[int]:
     if len(decoder.attending) in (0, len(decoder.layers)):
         return decoder.kv_heads
     return [decoder.kv_heads if layer.attends else 0 for layer in decoder.layers]
-
-
-def _main_rope(decoder: Decoder) -> Rope | None:
-    """The rope of the layers without a window, if there are any."""
-    ropes = [layer.rope for layer in decoder.attending if layer.window is None]
-    return next(iter((*ropes, *(layer.rope for layer in decoder.attending))), None)
 
 
 def has_keys(scaling: RopeScaling) -> bool:

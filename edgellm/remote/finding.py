@@ -86,9 +86,9 @@ def _with_files(folder: Path, classes: Mapping[str, str]) -> RemoteCode:
 
 
 def _named(auto_map: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The first class of each entry, which is a name or a list of them (slow and fast)."""
+    """The class of each entry that transformers loads: of a list (slow, fast) the fast one."""
     for name, said in auto_map.items():
-        texts = said if isinstance(said, list) else [said]
+        texts = reversed(said) if isinstance(said, list) else [said]
         text = next((each for each in texts if isinstance(each, str) and "." in each), None)
         if text is not None:
             yield str(name), text

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Final
 
 from edgellm.errors import RuntimeMissing, SourceError
 from edgellm.remote.finding import AUTO_MAP, MODEL, OPTION, TOKENIZER, RemoteCode
+from edgellm.runtimes.quiet_transformers import quiet
 
 INSTALL: Final = "pip install 'edgellm[torch]'"
 
@@ -44,7 +43,7 @@ def _loaded(code: RemoteCode, kind: str, loader: Any, settings: dict[str, Any]) 
         )
     code.digests()  # what is not there is said before anything runs
     try:
-        with _quiet():
+        with quiet():
             return loader().from_pretrained(
                 code.folder, trust_remote_code=True, local_files_only=True, **settings
             )
@@ -64,20 +63,3 @@ def _transformers() -> Any:
             f"{OPTION} runs a model's own Python by transformers, which is not installed: {INSTALL}"
         ) from error
     return transformers
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own bars and warnings."""
-    from transformers import utils
-
-    logging: Any = utils.logging
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()

@@ -413,3 +413,22 @@ def test_a_class_that_nothing_equals_is_refused(folder: Path, marker: Path, tmp_
             folder, tmp_path / "out", format="onnx", quant="f32", trust_remote_code=True
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "file"),
+    [
+        (["slow_one.Own", "fast_one.OwnFast"], "fast_one.py"),
+        (["slow_one.Own", None], "slow_one.py"),
+        ([None, "fast_one.OwnFast"], "fast_one.py"),
+        ("slow_one.Own", "slow_one.py"),
+    ],
+)
+def test_of_a_slow_and_a_fast_class_the_one_is_listed_that_transformers_loads(
+    said: Any, file: str, tmp_path: Path
+) -> None:
+    config = {"auto_map": {"AutoTokenizer": said}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    code = find(tmp_path)
+    assert code is not None
+    assert code.files == (file,)

@@ -88,7 +88,7 @@ def _attends(config: Config, layers: int) -> tuple[bool, ...]:
             )
         attends = tuple(kind == ATTENTION for kind in types)
     elif config.has("full_attn_idxs"):
-        listed = config.numbers("full_attn_idxs")
+        listed = config.integers("full_attn_idxs")
         attends = tuple(index in listed for index in range(layers))
     else:
         attends = (True,) * layers
