@@ -15,8 +15,9 @@ import numpy as np
 
 import edgellm
 from edgellm.errors import GenerationError, UsageError
-from edgellm.export.decoder_graph import FLOAT, HEAD_INPUT, DecoderGraph, Grids
+from edgellm.export.decoder_graph import HEAD_INPUT, DecoderGraph
 from edgellm.export.layout import StoredArray
+from edgellm.export.linear_graph import FLOAT, Grids
 from edgellm.export.onnx_graph import GraphBuilder
 from edgellm.hardware import detect
 from edgellm.progress import Progress, ProgressEvent, unwatched

@@ -16,8 +16,8 @@ import numpy as np
 from onnx import TensorProto
 
 from edgellm.architectures.encoder import Activation, Encoder
-from edgellm.export.decoder_graph import Grids
 from edgellm.export.layout import OutputTensor
+from edgellm.export.linear_graph import Grids
 from edgellm.export.onnx_graph import GraphBuilder
 from edgellm.export.onnx_operators import operators_of
 from edgellm.quant.grid import GRIDS, Grid

@@ -20,8 +20,8 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from edgellm.architectures.seq2seq import EMBEDDING, Relative, Seq2Seq, Stack
-from edgellm.export.decoder_graph import Grids
 from edgellm.export.layout import OutputTensor
+from edgellm.export.linear_graph import Grids
 from edgellm.export.onnx_graph import GraphBuilder
 from edgellm.export.onnx_operators import operators_of
 from edgellm.quant.grid import GRIDS

@@ -17,11 +17,12 @@ from edgellm.architectures.decoder import Decoder, Feature
 from edgellm.architectures.latent import VALUES_ARE_KEYS
 from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
 from edgellm.export.context import capped_context
-from edgellm.export.decoder_graph import EXPRESSIBLE, DecoderGraph, Grids
+from edgellm.export.decoder_graph import EXPRESSIBLE, DecoderGraph
 from edgellm.export.genai_config import genai_config
 from edgellm.export.gguf_mixture import EMBEDDING, HEAD, MIXTURES
 from edgellm.export.latent_attention import BY_HEAD
 from edgellm.export.layout import Container, Layout, OutputTensor
+from edgellm.export.linear_graph import Grids
 from edgellm.export.onnx_graph import DATA_FILE, GraphBuilder
 from edgellm.export.onnx_operators import operators_of
 from edgellm.export.tensor_grids import grids_by_role

@@ -36,7 +36,7 @@ from edgellm.errors import (
     UnsupportedModel,
     UnsupportedTarget,
 )
-from edgellm.export import decoder_graph
+from edgellm.export import feed_forward_graph
 from edgellm.export.to_onnx import lay_out
 from edgellm.export.writer import StagedFolder
 from edgellm.plan import make_plan
@@ -347,7 +347,7 @@ def test_one_operator_answers_as_the_plain_ones(
     """
     folder, ids = tiny_model(name), tiny_models.some_token_ids(20)
     converted(folder, tmp_path / "one", f"rtn:{quant}", "onnx", check=False)
-    monkeypatch.setattr(decoder_graph, "for_one_operator", lambda *_: None)
+    monkeypatch.setattr(feed_forward_graph, "for_one_operator", lambda *_: None)
     converted(folder, tmp_path / "plain", f"rtn:{quant}", "onnx", check=False)
     one, plain = (
         np.stack([onnx_files.logits(tmp_path / each, [token])[0] for token in ids])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edgellm.errors import UnsupportedTarget, UsageError
-from edgellm.export.decoder_graph import Grids
+from edgellm.export.linear_graph import Grids
 from edgellm.export.tensor_grids import grids_by_role
 from edgellm.quant.grid import GRIDS
 from edgellm.recipe import Recipe, load_recipe, make_recipe, save_recipe
