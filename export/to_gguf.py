@@ -16,9 +16,10 @@ from edgellm.architectures.experts import stack_of
 from edgellm.architectures.gguf_latent import apart, stored_shape
 from edgellm.architectures.gguf_rows import as_llamacpp_stores, name_in_file
 from edgellm.errors import UnsupportedTarget
+from edgellm.export.gguf_chooser import Choice, chooser, quantizable
 from edgellm.export.gguf_graphs import check_expressible, context_of, notes_of
 from edgellm.export.gguf_head import ARCHITECTURE, StoredTensor, gguf_head
-from edgellm.export.gguf_mixture import MIXTURES, Choice, chooser, quantizable
+from edgellm.export.gguf_mixture import MIXTURES
 from edgellm.export.layout import Container, Layout, OutputTensor, StoredArray
 from edgellm.export.packing import PACKERS
 from edgellm.generation_defaults import sampling_keys

@@ -11,8 +11,9 @@ import pytest
 
 from edgellm.architectures.decoder import Decoder, Experts, Layer, Norm
 from edgellm.errors import UnsupportedTarget
+from edgellm.export.gguf_chooser import Chooser, mixture_named
 from edgellm.export.gguf_head import StoredTensor, gguf_head
-from edgellm.export.gguf_mixture import MIXTURES, Chooser, mixture_named
+from edgellm.export.gguf_mixture import MIXTURES
 from edgellm.export.packing import PACKERS
 from edgellm.quant import floats, ggml, imatrix
 from edgellm.quant.grid import GRIDS, Grid, QTensor

@@ -6,7 +6,8 @@ import pytest
 
 from edgellm.architectures.decoder import Decoder, Layer, Norm
 from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
-from edgellm.export.gguf_mixture import MIXTURES, Choice, chooser, fallback, is_70b, quantizable
+from edgellm.export.gguf_chooser import Choice, chooser, fallback, is_70b, quantizable
+from edgellm.export.gguf_mixture import MIXTURES
 from edgellm.quant.grid import GRIDS
 from edgellm.recipe import Recipe
 

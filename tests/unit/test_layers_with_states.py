@@ -12,8 +12,8 @@ from edgellm.architectures.couplings import couplings, left_out
 from edgellm.architectures.decoder import Decoder, Feature, ShortConvolution, StateSpace
 from edgellm.calibration.cost import ATTENTION_SLOWNESS, FLOPS_PER_SECOND, pass_cost
 from edgellm.errors import UnsupportedModel, UnsupportedTarget
+from edgellm.export.gguf_chooser import Chooser, mixture_named
 from edgellm.export.gguf_graphs import check_expressible
-from edgellm.export.gguf_mixture import Chooser, mixture_named
 
 LFM2: dict[str, Any] = {
     "architectures": ["Lfm2ForCausalLM"],
