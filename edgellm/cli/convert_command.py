@@ -316,7 +316,8 @@ def convert(
 
 def _carried_out(plan: Plan, out: Path, *, quiet: bool, **choices: Any) -> Artifact:
     """Carry the plan out; says what an earlier run left, and what this one leaves when stopped."""
-    from edgellm.conversion import begun_blocks, carry_out
+    from edgellm.conversion import carry_out
+    from edgellm.conversion_resuming import begun_blocks
 
     if begun := begun_blocks(plan, out):
         _say(f"goes on with what an earlier run began: {len(begun)} blocks are done", quiet)

@@ -13,7 +13,8 @@ from typing import Any, Generic
 import msgspec
 
 from edgellm import registry
-from edgellm.conversion import check_suggestions, tensor_entry, tool_versions
+from edgellm.conversion_checks import check_suggestions
+from edgellm.conversion_manifest import tensor_entry, tool_versions
 from edgellm.digests import file_sha256
 from edgellm.encoders.planning import EncoderPlan, FolderPlan, Source
 from edgellm.encoders.quality import check_encoder

@@ -141,7 +141,7 @@ def test_an_artifact_whose_tokenizer_differs_is_not_kept(
     def differing(source: Tokenizer, main_file: Path, container: str, limits: object) -> Parity:
         return Parity(equal=False, cases=2, mismatches=("'\\n1': [1] and [2]",))
 
-    monkeypatch.setattr("edgellm.conversion.artifact_parity", differing)
+    monkeypatch.setattr("edgellm.conversion_checks.artifact_parity", differing)
     with pytest.raises(VerificationError, match="splits text differently"):
         converted(tiny_model("llama"), tmp_path / "out", format="gguf", quant="rtn:q4_0")
     assert not list(tmp_path.iterdir())

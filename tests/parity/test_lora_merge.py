@@ -27,8 +27,9 @@ import torch
 import transformers
 
 from edgellm import slabs
-from edgellm.conversion import convert, one_blas_thread
+from edgellm.conversion import convert
 from edgellm.manifest import Artifact, read_manifest
+from edgellm.parallel import one_blas_thread
 from edgellm.recipe import Recipe
 
 if TYPE_CHECKING:
