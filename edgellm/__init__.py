@@ -13,12 +13,12 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edgellm.artifact import Artifact
+    from edgellm.artifact import open_artifact as open_artifact
+    from edgellm.artifact import verify as verify
     from edgellm.chat import open as open
     from edgellm.encoders.model import open_encoder as open_encoder
     from edgellm.inspection import inspect as inspect
-    from edgellm.manifest import Artifact
-    from edgellm.manifest import open_artifact as open_artifact
-    from edgellm.manifest import verify as verify
     from edgellm.prefix_cache import PrefixCache as PrefixCache
     from edgellm.profiling.measuring import profile as profile
     from edgellm.progress import Progress
@@ -43,11 +43,11 @@ ON_USE = {
     "PrefixCache": "edgellm.prefix_cache:PrefixCache",
     "inspect": "edgellm.inspection:inspect",
     "open": "edgellm.chat:open",
-    "open_artifact": "edgellm.manifest:open_artifact",
+    "open_artifact": "edgellm.artifact:open_artifact",
     "open_encoder": "edgellm.encoders.model:open_encoder",
     "open_seq2seq": "edgellm.seq2seq.model:open_seq2seq",
     "profile": "edgellm.profiling.measuring:profile",
-    "verify": "edgellm.manifest:verify",
+    "verify": "edgellm.artifact:verify",
 }
 
 

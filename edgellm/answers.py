@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from edgellm.artifact import GENAI_CONFIG, Artifact, open_artifact
 from edgellm.errors import EdgeError, UnsupportedTarget
 from edgellm.evaluation import Logits, session_logits
 from edgellm.json_file import read_json
-from edgellm.manifest import GENAI_CONFIG, MANIFEST, Artifact, open_artifact
+from edgellm.manifest import MANIFEST
 from edgellm.plain_onnx import PlainOnnxAnswers, onnx_file
 from edgellm.progress import Progress, ProgressEvent, unwatched
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Protocol, Self, cast, get_args
 
 from edgellm.architectures.rope_scaling import parse_scaling
+from edgellm.artifact import Artifact, open_artifact, refuse_encoders
+from edgellm.artifact import verify as verify_artifact
 from edgellm.drafting import LOOKUP, Drafter, DraftModel, PromptLookup
 from edgellm.errors import RuntimeMissing, UnsupportedTarget, UsageError
 from edgellm.generate import Answer, AnswerStream, ContextPolicy, Decoding
 from edgellm.hardware import Choice, detect, pick
 from edgellm.lora.apart import ApartAdapters, kept_adapters
-from edgellm.manifest import Artifact, open_artifact, refuse_encoders
-from edgellm.manifest import verify as verify_artifact
 from edgellm.prefix_cache import PrefixCache
 from edgellm.runtimes import runtime_named, runtime_names
 from edgellm.runtimes.session import AdaptingSession, Device, KvDtype, RunOptions, Session

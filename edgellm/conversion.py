@@ -18,6 +18,7 @@ import numpy as np
 from edgellm import quality_gate, registry
 from edgellm.architectures.experts import stack_of
 from edgellm.architectures.gguf_latent import VALUES, WHOLE
+from edgellm.artifact import Artifact, open_artifact
 from edgellm.calibration.running import Outcome, round_in_blocks
 from edgellm.conversion_checks import CHECK_PROMPT, check_artifact
 from edgellm.conversion_manifest import code_entry, describe, measured_changes
@@ -28,7 +29,7 @@ from edgellm.export.writer import StagedFolder, check_output
 from edgellm.hardware import peak_memory_bytes
 from edgellm.hub.circumstances import run_notes
 from edgellm.made import note_made
-from edgellm.manifest import MANIFEST, Artifact, Manifest, open_artifact
+from edgellm.manifest import MANIFEST, Manifest
 from edgellm.parallel import one_blas_thread
 from edgellm.plan import Plan, check_apart, check_disk, make_plan
 from edgellm.progress import Progress, ProgressEvent, unwatched

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgellm.artifact import Artifact
 from edgellm.errors import GenerationError, RuntimeMissing, UnsupportedTarget, VerificationError
 from edgellm.generation_defaults import lost_suggestions
-from edgellm.manifest import Artifact, Parity
+from edgellm.manifest import Parity
 from edgellm.plan import Plan
 from edgellm.tokenization import artifact_parity
 

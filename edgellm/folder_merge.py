@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from edgellm.artifact import Artifact, open_artifact
 from edgellm.errors import (
     AdapterError,
     EdgeError,
@@ -41,7 +42,7 @@ from edgellm.lora.named_weights import ChangedWeight, MergedWeights, NamedWeight
 from edgellm.lora.requested import opened
 from edgellm.lora.vocabulary import brought_tokenizer, check_rows
 from edgellm.made import note_made
-from edgellm.manifest import MANIFEST, AdapterEntry, Artifact, Base, Manifest, open_artifact
+from edgellm.manifest import MANIFEST, AdapterEntry, Base, Manifest
 from edgellm.parallel import in_parallel, one_blas_thread
 from edgellm.progress import Progress, ProgressEvent, unwatched
 from edgellm.quant.floats import ENCODERS

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from edgellm.artifact import GENAI_CONFIG
 from edgellm.errors import SourceError
 from edgellm.json_file import read_json
-from edgellm.manifest import GENAI_CONFIG
 
 _PREFIX = "general.sampling."
 # By the name in generation_config.json: GGUF's, and what the number is there.

@@ -14,10 +14,11 @@ from typing import Any
 
 import msgspec
 
+from edgellm.artifact import Artifact, open_artifact
 from edgellm.errors import SourceError
 from edgellm.json_file import read_json
 from edgellm.lora.checkpoint_weights import text_config
-from edgellm.manifest import MANIFEST, Artifact, Manifest, open_artifact
+from edgellm.manifest import MANIFEST, Manifest
 from edgellm.profiling.matrices import (
     EXPERTS,
     share_of_config,

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgellm.artifact import GENAI_CONFIG
 from edgellm.errors import GenerationError, RuntimeMissing, SourceError, UnsupportedTarget
 from edgellm.evaluation import Logits
-from edgellm.manifest import GENAI_CONFIG, MANIFEST
+from edgellm.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from edgellm.evaluation_text import Passage

@@ -29,9 +29,9 @@ from edgellm.progress import Progress, unwatched
 
 if TYPE_CHECKING:
     from edgellm.answers import Answers
+    from edgellm.artifact import Artifact
     from edgellm.calibration.texts import TextWindows
     from edgellm.evaluation_text import Cut
-    from edgellm.manifest import Artifact
     from edgellm.plan import Plan
     from edgellm.recipe import Recipe
 

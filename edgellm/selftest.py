@@ -17,11 +17,11 @@ from typing import cast
 import numpy as np
 
 import edgellm
+from edgellm.artifact import Artifact
 from edgellm.conversion import convert
 from edgellm.errors import GenerationError, UnsupportedTarget, VerificationError
 from edgellm.export import CONTAINERS
 from edgellm.hardware import detect
-from edgellm.manifest import Artifact
 from edgellm.recipe import Recipe
 from edgellm.runtimes import ort_package, runtime_named, runtime_names
 from edgellm.runtimes.limits import first_line

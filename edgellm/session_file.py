@@ -18,16 +18,16 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from edgellm.artifact import GENAI_CONFIG
 from edgellm.digests import combined_sha256, file_sha256
 from edgellm.errors import OutputError, SourceError, UsageError, VerificationError
 from edgellm.export.to_safetensors import header_bytes
-from edgellm.manifest import GENAI_CONFIG
 from edgellm.runtimes.session import KvState
 from edgellm.source.safetensors_file import SafetensorsFile, read_safetensors
 
 if TYPE_CHECKING:
+    from edgellm.artifact import Artifact
     from edgellm.chat import ChatSession
-    from edgellm.manifest import Artifact
 
 FORMAT = "edgellm session 1"
 KEY = "edgellm"

@@ -15,6 +15,7 @@ from onnx import TensorProto
 import edgellm
 from edgellm.architectures.decoder import Decoder, Feature
 from edgellm.architectures.latent import VALUES_ARE_KEYS
+from edgellm.artifact import GENAI_CONFIG
 from edgellm.errors import UnknownGrid, UnsupportedTarget, UsageError
 from edgellm.export.context import capped_context
 from edgellm.export.decoder_graph import EXPRESSIBLE, DecoderGraph
@@ -26,7 +27,6 @@ from edgellm.export.linear_graph import Grids
 from edgellm.export.onnx_graph import DATA_FILE, GraphBuilder
 from edgellm.export.onnx_operators import operators_of
 from edgellm.export.tensor_grids import grids_by_role
-from edgellm.manifest import GENAI_CONFIG
 from edgellm.quant.grid import GRIDS, Grid
 from edgellm.registry import suggestion
 

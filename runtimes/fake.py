@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from edgellm.artifact import Artifact
 from edgellm.errors import UnsupportedTarget
 from edgellm.hardware import Hardware
-from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
 from edgellm.runtimes.operators import OperatorEvent, TracedStep
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from edgellm.artifact import GENAI_CONFIG, Artifact
 from edgellm.errors import GenerationError, SourceError, UnsupportedTarget
 from edgellm.hardware import Hardware, detect, free_memory_bytes
 from edgellm.json_file import read_json
-from edgellm.manifest import GENAI_CONFIG, Artifact
 from edgellm.runtimes import limits
 from edgellm.runtimes.operators import TracedStep
 from edgellm.runtimes.ort import session_settings

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgellm.architectures.rope_scaling import parse_scaling
+from edgellm.artifact import Artifact
 from edgellm.errors import GenerationError, UnsupportedTarget
 from edgellm.hardware import Hardware, detect, free_memory_bytes
-from edgellm.manifest import Artifact
 from edgellm.quant.ggml_types import NAMED
 from edgellm.runtimes import limits
 from edgellm.runtimes.checkpoints import Checkpoints, steps_of

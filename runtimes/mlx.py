@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgellm.artifact import Artifact
 from edgellm.errors import GenerationError, UnsupportedTarget
 from edgellm.hardware import Hardware, detect, free_memory_bytes
-from edgellm.manifest import Artifact, ModelFacts
+from edgellm.manifest import ModelFacts
 from edgellm.runtimes import limits
 from edgellm.runtimes.session import Capabilities, KvState, Logits, RunOptions
 from edgellm.runtimes.stepped import SteppedSession

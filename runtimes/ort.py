@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgellm.artifact import Artifact, refuse_encoders
 from edgellm.errors import GenerationError, UnsupportedTarget
 from edgellm.hardware import Hardware, detect
-from edgellm.manifest import Artifact, refuse_encoders
 from edgellm.runtimes import limits
 from edgellm.runtimes.checkpoints import Checkpoints, steps_of
 from edgellm.runtimes.huge_pages import HugePages, anonymous_ranges

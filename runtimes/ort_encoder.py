@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgellm.artifact import Artifact
 from edgellm.errors import GenerationError, UnsupportedTarget
 from edgellm.hardware import detect
-from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
 from edgellm.runtimes.ort import OnnxRuntime, errors_of, open_graph, session_options
 from edgellm.runtimes.ort_package import PROVIDERS

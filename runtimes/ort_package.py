@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgellm.architectures.decoder import Feature
+from edgellm.artifact import Artifact
 from edgellm.errors import UnsupportedTarget
 from edgellm.hardware import Hardware
-from edgellm.manifest import Artifact
 from edgellm.runtimes.versions import installed_version
 
 INSTALL = "pip install onnxruntime"

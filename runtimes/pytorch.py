@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from edgellm.artifact import Artifact
 from edgellm.errors import GenerationError, SourceError, UnsupportedTarget
 from edgellm.hardware import Hardware, detect
 from edgellm.json_file import read_json
-from edgellm.manifest import Artifact
 from edgellm.runtimes import limits
 from edgellm.runtimes.openmp import short_spin
 from edgellm.runtimes.operators import TracedStep

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from edgellm.artifact import Artifact
     from edgellm.hardware import Hardware
-    from edgellm.manifest import Artifact
     from edgellm.runtimes.operators import TracedStep
 
 Logits = npt.NDArray[np.float32]

@@ -19,7 +19,7 @@ Logits = npt.NDArray[np.float32]
 
 def through_edgellm(folder: Path, window_tokens: int) -> Callable[[Sequence[int]], Logits]:
     """All logits of a window, by our runtime."""
-    from edgellm.manifest import open_artifact
+    from edgellm.artifact import open_artifact
     from edgellm.runtimes import runtime_named
     from edgellm.runtimes.session import RunOptions
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import msgspec
 
+from edgellm.artifact import open_artifact
 from edgellm.evaluation import Comparison
 from edgellm.forward import hidden_states, logits_of
-from edgellm.manifest import open_artifact
 from edgellm.runtimes import runtime_named
 from edgellm.runtimes.session import RunOptions
 from edgellm.source import open_source

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from edgellm.manifest import open_artifact
+from edgellm.artifact import open_artifact
 from edgellm.runtimes import runtime_named
 from edgellm.runtimes.session import RunOptions
 

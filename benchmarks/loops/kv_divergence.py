@@ -17,8 +17,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from edgellm.artifact import open_artifact
 from edgellm.evaluation import Comparison
-from edgellm.manifest import open_artifact
 from edgellm.runtimes import runtime_named
 from edgellm.runtimes.session import KvDtype, RunOptions
 

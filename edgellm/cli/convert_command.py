@@ -13,7 +13,7 @@ from edgellm.cli.progress_bar import progress_shown
 from edgellm.errors import UsageError
 
 if TYPE_CHECKING:
-    from edgellm.manifest import Artifact
+    from edgellm.artifact import Artifact
     from edgellm.plan import Plan
     from edgellm.recipe import Recipe
 

@@ -9,9 +9,9 @@ from edgellm.cli import render
 from edgellm.cli.progress_bar import progress_shown
 
 if TYPE_CHECKING:
+    from edgellm.artifact import Artifact
     from edgellm.encoders.finding import Found
     from edgellm.encoders.kinds import AnyPlan
-    from edgellm.manifest import Artifact
     from edgellm.recipe import Recipe
 
 

@@ -15,7 +15,7 @@ from edgellm.cli import options, render
 from edgellm.cli.progress_bar import progress_shown
 
 if TYPE_CHECKING:
-    from edgellm.manifest import Artifact
+    from edgellm.artifact import Artifact
 
 ARTIFACTS = (("onnx", "int4-g32"), ("gguf", "q4_k_m"))
 """What is made of the demo's model: container and grid."""
@@ -65,8 +65,8 @@ def demo(
 
 
 def _convert(source: Path, out: Path, container: str, quant: str, *, quiet: bool) -> Artifact:
+    from edgellm.artifact import verify
     from edgellm.conversion import convert
-    from edgellm.manifest import verify
     from edgellm.recipe import make_recipe
 
     if not quiet:

@@ -12,8 +12,8 @@ from edgellm.cli.progress_bar import progress_shown
 from edgellm.errors import UsageError
 
 if TYPE_CHECKING:
+    from edgellm.artifact import Artifact
     from edgellm.folder_merge import MergePlan
-    from edgellm.manifest import Artifact
 
 
 def merge(

@@ -27,7 +27,7 @@ RUNTIME = "onnxruntime"
 
 def is_encoder(path: Path) -> bool:
     """Whether ``path`` is an encoder's artifact; what is no artifact is left to others."""
-    from edgellm.manifest import open_artifact
+    from edgellm.artifact import open_artifact
 
     try:
         return open_artifact(path).encoder is not None

@@ -28,7 +28,7 @@ HEEDED = frozenset(
 
 def is_seq2seq(path: Path) -> bool:
     """Whether ``path`` is such a model's artifact; what is no artifact is left to others."""
-    from edgellm.manifest import open_artifact
+    from edgellm.artifact import open_artifact
 
     try:
         return open_artifact(path).seq2seq is not None

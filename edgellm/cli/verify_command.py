@@ -29,8 +29,8 @@ def verify(
       edgellm verify small && scp -r small board:models/
       edgellm verify small --json | jq .verified
     """
-    from edgellm.manifest import open_artifact
-    from edgellm.manifest import verify as verify_artifact
+    from edgellm.artifact import open_artifact
+    from edgellm.artifact import verify as verify_artifact
 
     manifest, failure = None, ""
     try:

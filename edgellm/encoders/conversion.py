@@ -13,6 +13,7 @@ from typing import Any, Generic
 import msgspec
 
 from edgellm import registry
+from edgellm.artifact import Artifact, open_artifact
 from edgellm.conversion_checks import check_suggestions
 from edgellm.conversion_manifest import tensor_entry, tool_versions
 from edgellm.digests import file_sha256
@@ -27,7 +28,6 @@ from edgellm.made import note_made
 from edgellm.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
-    Artifact,
     Base,
     Digested,
     EncoderFacts,
@@ -36,7 +36,6 @@ from edgellm.manifest import (
     ModelFacts,
     Parity,
     Seq2SeqFacts,
-    open_artifact,
 )
 from edgellm.parallel import one_blas_thread
 from edgellm.progress import Progress, ProgressEvent, unwatched

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edgellm.artifact import Artifact
 from edgellm.encoders.conversion import carry_out_encoder
 from edgellm.encoders.finding import Found
 from edgellm.encoders.planning import EncoderPlan, plan_encoder
 from edgellm.errors import UsageError
 from edgellm.export.writer import check_output
-from edgellm.manifest import Artifact
 from edgellm.progress import Progress, unwatched
 from edgellm.recipe import Recipe
 from edgellm.seq2seq.conversion import Seq2SeqPlan, carry_out_seq2seq, plan_seq2seq

@@ -9,9 +9,10 @@ from typing import Any, Self, get_args
 
 import numpy as np
 
+from edgellm.artifact import Artifact, open_artifact
+from edgellm.artifact import verify as verify_artifact
 from edgellm.errors import UnsupportedTarget, UsageError
-from edgellm.manifest import Artifact, EncoderFacts, open_artifact
-from edgellm.manifest import verify as verify_artifact
+from edgellm.manifest import EncoderFacts
 from edgellm.runtimes.ort_encoder import OnnxEncoder, Values, open_graph_of
 from edgellm.runtimes.session import Device
 from edgellm.tokenization import Tokenizer

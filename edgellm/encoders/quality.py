@@ -26,8 +26,9 @@ from edgellm.slabs import write_tensors
 from edgellm.tokenization.tokenizer import EncodedText
 
 if TYPE_CHECKING:
+    from edgellm.artifact import Artifact
     from edgellm.encoders.planning import EncoderPlan
-    from edgellm.manifest import Artifact, EncoderFacts
+    from edgellm.manifest import EncoderFacts
 
 LENGTHS = (40, 160, 480)
 """Characters of the built-in texts, in turn: a title, a sentence, a paragraph."""

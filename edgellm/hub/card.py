@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from edgellm.artifact import GENAI_CONFIG, Artifact
 from edgellm.errors import UsageError
 from edgellm.hub.ids import HubId
-from edgellm.manifest import GENAI_CONFIG, AdapterEntry, Artifact, Digested, Manifest
+from edgellm.manifest import AdapterEntry, Digested, Manifest
 
 HUB_PAGE = re.compile(r"https://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)/?")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

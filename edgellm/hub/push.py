@@ -12,21 +12,14 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edgellm import quality_gate
+from edgellm.artifact import PART_SUFFIXES, Artifact, open_artifact, verify
 from edgellm.errors import HubError, SourceError, UsageError, VerificationError
 from edgellm.hub.card import model_card
 from edgellm.hub.checksums import hub_digest
 from edgellm.hub.ids import HubId
 from edgellm.hub.translation import SIGN_IN, WRITE_TOKEN, publishing
 from edgellm.made import CARD
-from edgellm.manifest import (
-    MANIFEST,
-    PART_SUFFIXES,
-    Artifact,
-    Digested,
-    Manifest,
-    open_artifact,
-    verify,
-)
+from edgellm.manifest import MANIFEST, Digested, Manifest
 from edgellm.source.matching import listed
 
 if TYPE_CHECKING:

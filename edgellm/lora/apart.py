@@ -14,7 +14,8 @@ from edgellm.registry import suggestion
 from edgellm.runtimes.session import AdapterFile
 
 if TYPE_CHECKING:
-    from edgellm.manifest import Artifact, KeptEntry
+    from edgellm.artifact import Artifact
+    from edgellm.manifest import KeptEntry
     from edgellm.runtimes.session import AdaptingSession
     from edgellm.source import ModelSource
 

@@ -10,10 +10,11 @@ from typing import Any
 import msgspec
 
 from edgellm.architectures.decoder import Feature
+from edgellm.artifact import GENAI_CONFIG, PART_SUFFIXES, Artifact
 from edgellm.digests import combined_sha256, file_sha256
 from edgellm.json_file import read_json
 from edgellm.lora.checkpoint_weights import text_config
-from edgellm.manifest import GENAI_CONFIG, PART_SUFFIXES, Artifact, Manifest, ModelFacts
+from edgellm.manifest import Manifest, ModelFacts
 from edgellm.profiling.document import ArtifactFacts
 from edgellm.profiling.matrices import (
     Counts,

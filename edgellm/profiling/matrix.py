@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast, get_args
 
+from edgellm.artifact import Artifact
 from edgellm.errors import EdgeError, UsageError
 from edgellm.hardware import Hardware, pick
-from edgellm.manifest import Artifact
 from edgellm.profiling.document import Task
 from edgellm.profiling.tasks import (
     RUNTIME,

@@ -18,8 +18,8 @@ from typing import Any
 import msgspec
 
 from edgellm import __version__
+from edgellm.artifact import open_artifact
 from edgellm.hardware import Gpu, detect, free_memory_bytes
-from edgellm.manifest import open_artifact
 from edgellm.profiling import document
 from edgellm.profiling.artifacts import artifact_facts
 from edgellm.profiling.conditions import conditions_now

@@ -25,7 +25,7 @@ from edgellm.profiling.document import Operator, Operators
 from edgellm.runtimes.operators import OperatorEvent, TracedStep
 
 if TYPE_CHECKING:
-    from edgellm.manifest import Artifact
+    from edgellm.artifact import Artifact
     from edgellm.runtimes.session import RunOptions, Runtime, Session, TracedSession
 
 TOKENS = 16

@@ -10,7 +10,7 @@ from edgellm.errors import UsageError
 from edgellm.profiling.document import Task
 
 if TYPE_CHECKING:
-    from edgellm.manifest import Artifact
+    from edgellm.artifact import Artifact
     from edgellm.profiling.matrix import Asked
 
 RUNTIME: Final = "onnxruntime"

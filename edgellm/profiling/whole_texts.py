@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from edgellm.manifest import open_artifact
+from edgellm.artifact import open_artifact
 from edgellm.profiling.energy_meter import EnergyMeter
 from edgellm.profiling.exchange import Job, Ready, Round, sha256_of, taken_memory
 from edgellm.profiling.prompts import whole_text

@@ -23,7 +23,7 @@ from edgellm.profiling.energy_meter import EnergyMeter
 from edgellm.profiling.exchange import Job, Ready, Round, sha256_of, taken_memory
 
 if TYPE_CHECKING:
-    from edgellm.manifest import Artifact
+    from edgellm.artifact import Artifact
     from edgellm.profiling.document import Operators
     from edgellm.profiling.prompts import Prompt
     from edgellm.runtimes.session import Device, KvDtype, RunOptions, Session
@@ -72,7 +72,7 @@ def _say(answers: IO[bytes], answer: Any) -> None:
 
 def _opened(job: Job) -> tuple[Artifact, Any, Prompt, RunOptions]:
     """The artifact, its tokenizer, the prompt in its tokens, and how to open it."""
-    from edgellm.manifest import open_artifact
+    from edgellm.artifact import open_artifact
     from edgellm.profiling.operators import SETTLING_TOKENS
     from edgellm.profiling.prompts import prompt_of
     from edgellm.runtimes.session import RunOptions

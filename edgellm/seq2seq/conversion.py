@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from edgellm.artifact import Artifact
 from edgellm.encoders.conversion import Kind, carry_out
 from edgellm.encoders.planning import FolderPlan, plan_folder
 from edgellm.export.seq2seq_onnx import ENCODER_FILE, lay_out_seq2seq
-from edgellm.manifest import Artifact, ModelFacts, Seq2SeqFacts
+from edgellm.manifest import ModelFacts, Seq2SeqFacts
 from edgellm.progress import Progress, unwatched
 from edgellm.recipe import Recipe
 from edgellm.seq2seq.quality import check_seq2seq

@@ -10,9 +10,10 @@ from typing import Any, Self, get_args
 
 import numpy as np
 
+from edgellm.artifact import Artifact, open_artifact
+from edgellm.artifact import verify as verify_artifact
 from edgellm.errors import UnsupportedTarget, UsageError
-from edgellm.manifest import Artifact, Seq2SeqFacts, open_artifact
-from edgellm.manifest import verify as verify_artifact
+from edgellm.manifest import Seq2SeqFacts
 from edgellm.runtimes.ort_seq2seq import OnnxSeq2Seq, open_graphs_of
 from edgellm.runtimes.session import Device
 from edgellm.sampling import Sampler, SamplingOptions

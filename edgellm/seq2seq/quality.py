@@ -13,12 +13,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from edgellm.artifact import Artifact
 from edgellm.encoders.planning import FolderPlan
 from edgellm.encoders.quality import CHECK_TEXT, affordable, built_in_texts
 from edgellm.errors import GenerationError, RuntimeMissing, VerificationError
 from edgellm.export.seq2seq_onnx import DECODER_FILE, ENCODER_FILE, lay_out_seq2seq
 from edgellm.export.writer import StagedFolder
-from edgellm.manifest import Artifact
 from edgellm.parallel import one_blas_thread
 from edgellm.progress import Progress, ProgressEvent, unwatched
 from edgellm.quant.rtn import solve

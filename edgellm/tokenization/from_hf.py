@@ -8,9 +8,9 @@ from typing import Any
 
 import tokenizers
 
+from edgellm.artifact import GENAI_CONFIG
 from edgellm.errors import SourceError
 from edgellm.json_file import read_json
-from edgellm.manifest import GENAI_CONFIG
 from edgellm.tokenization import marian, slow_files
 from edgellm.tokenization.added_tokens import add_missing, token_text
 from edgellm.tokenization.languages import mark

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from edgellm.artifact import Artifact
 from edgellm.hardware import Hardware
-from edgellm.manifest import Artifact
 from edgellm.runtimes import runtime_named
 from edgellm.runtimes.session import Capabilities, Logits, RunOptions, Session
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from edgellm.manifest import open_artifact, read_manifest, verify
+from edgellm.artifact import open_artifact, verify
+from edgellm.manifest import read_manifest
 
 from .conftest import Command
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from edgellm.artifact import open_artifact, verify
 from edgellm.demo_model import find_demo_model
-from edgellm.manifest import open_artifact, verify
 
 from .conftest import Command
 

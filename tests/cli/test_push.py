@@ -17,17 +17,10 @@ from hub_server import WRITER, StandIn, commit_of, sha256
 from huggingface_hub import ModelCard, constants
 
 import edgellm
+from edgellm.artifact import Artifact, open_artifact, verify
 from edgellm.hub.card import base_models, model_card, relation
 from edgellm.hub.ids import HubId
-from edgellm.manifest import (
-    Artifact,
-    Base,
-    FileEntry,
-    Manifest,
-    open_artifact,
-    read_manifest,
-    verify,
-)
+from edgellm.manifest import Base, FileEntry, Manifest, read_manifest
 
 from .conftest import Command
 from .test_convert_adapter import write_adapter

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from edgellm import forward
+from edgellm.artifact import open_artifact, verify
 from edgellm.errors import RuntimeMissing
-from edgellm.manifest import open_artifact, read_manifest, verify
+from edgellm.manifest import read_manifest
 from edgellm.side_by_side import evaluate
 
 from .conftest import Command, Done

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from edgellm.artifact import open_artifact, verify
 from edgellm.cli import COMMANDS
-from edgellm.manifest import open_artifact, read_manifest, verify
+from edgellm.manifest import read_manifest
 
 from .conftest import Command
 from .test_convert_adapter import write_adapter

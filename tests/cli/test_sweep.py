@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from edgellm.artifact import open_artifact
 from edgellm.errors import OutputError
-from edgellm.manifest import open_artifact
 
 from .conftest import Command
 

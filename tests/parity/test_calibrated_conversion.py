@@ -20,6 +20,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 import edgellm
 from edgellm import registry, slabs
+from edgellm.artifact import Artifact
 from edgellm.calibration import running
 from edgellm.calibration.blocks import statistics_of
 from edgellm.calibration.passes import TOKEN_POWER, CalibrationPass
@@ -27,7 +28,7 @@ from edgellm.conversion import carry_out, convert
 from edgellm.errors import UsageError
 from edgellm.export.layout import OutputTensor
 from edgellm.export.packing import PACKERS
-from edgellm.manifest import Artifact, read_manifest
+from edgellm.manifest import read_manifest
 from edgellm.parallel import one_blas_thread
 from edgellm.plan import Plan, make_plan
 from edgellm.quant import SOLVERS, imatrix

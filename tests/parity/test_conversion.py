@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from edgellm import slabs
+from edgellm.artifact import Artifact, open_artifact, verify
 from edgellm.conversion import carry_out, convert
 from edgellm.errors import (
     OutputError,
@@ -24,7 +25,7 @@ from edgellm.errors import (
     UsageError,
     VerificationError,
 )
-from edgellm.manifest import Artifact, Parity, open_artifact, verify
+from edgellm.manifest import Parity
 from edgellm.plan import make_plan
 from edgellm.recipe import Recipe
 from edgellm.tokenization import Tokenizer

@@ -28,9 +28,9 @@ from edgellm.architectures.encoder import (  # noqa: E402
     TASKS,
 )
 from edgellm.architectures.encoders import ENCODERS, encoder_family_of  # noqa: E402
+from edgellm.artifact import open_artifact  # noqa: E402
 from edgellm.encoders.model import EncoderModel, open_encoder  # noqa: E402
 from edgellm.export.to_onnx import GRID_NAMES  # noqa: E402
-from edgellm.manifest import open_artifact  # noqa: E402
 from edgellm.quant.dequantize import dequantize  # noqa: E402
 from edgellm.quant.grid import GRIDS  # noqa: E402
 from edgellm.quant.rtn import solve  # noqa: E402

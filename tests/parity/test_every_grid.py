@@ -12,9 +12,9 @@ import pytest
 from tiny_models import reference_logits, some_token_ids
 
 import edgellm
+from edgellm.artifact import open_artifact, verify
 from edgellm.errors import UnsupportedTarget
 from edgellm.export import CONTAINERS, container_named
-from edgellm.manifest import open_artifact, verify
 
 TinyModel = Callable[[str], Path]
 

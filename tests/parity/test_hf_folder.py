@@ -25,11 +25,11 @@ from safetensors import safe_open
 
 import edgellm
 from edgellm import slabs
+from edgellm.artifact import open_artifact, verify
 from edgellm.errors import EdgeError, UnsupportedTarget, UsageError
 from edgellm.export import checkpoint_shards
 from edgellm.export.hf_layouts import LAYOUTS
 from edgellm.export.layout import OutputTensor
-from edgellm.manifest import open_artifact, verify
 from edgellm.plan import Plan, make_plan
 from edgellm.quant import floats
 from edgellm.quant.dequantize import dequantize

@@ -22,10 +22,10 @@ import tiny_models
 from safetensors.numpy import load_file, save_file
 
 import edgellm
+from edgellm.artifact import Artifact
 from edgellm.calibration.splitting import split_source
 from edgellm.conversion import carry_out
 from edgellm.errors import UnsupportedTarget, UsageError
-from edgellm.manifest import Artifact
 from edgellm.plan import Plan, make_plan
 from edgellm.quant.grid import GRIDS
 from edgellm.quant.llm_int8 import outliers

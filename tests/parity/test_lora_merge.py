@@ -27,8 +27,9 @@ import torch
 import transformers
 
 from edgellm import slabs
+from edgellm.artifact import Artifact
 from edgellm.conversion import convert
-from edgellm.manifest import Artifact, read_manifest
+from edgellm.manifest import read_manifest
 from edgellm.parallel import one_blas_thread
 from edgellm.recipe import Recipe
 

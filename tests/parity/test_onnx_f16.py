@@ -15,8 +15,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 import tiny_models
 
 import edgellm
+from edgellm.artifact import Artifact
 from edgellm.errors import UnsupportedTarget
-from edgellm.manifest import Artifact
 from edgellm.runtimes import runtime_named
 from edgellm.runtimes.ort import OnnxRuntime
 from edgellm.runtimes.session import RunOptions

@@ -15,8 +15,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 import tiny_models
 
 import edgellm
+from edgellm.artifact import Artifact
 from edgellm.errors import EdgeError, UnsupportedTarget, UsageError
-from edgellm.manifest import Artifact
 
 TinyModel = Callable[[str], Path]
 

@@ -17,12 +17,12 @@ import peft_adapters
 import tiny_models
 import torch
 
+from edgellm.artifact import Artifact
 from edgellm.conversion import carry_out
 from edgellm.lora.binding import Combination
 from edgellm.lora.check import doctor, survival
 from edgellm.lora.merging import merged_source
 from edgellm.lora.reading.open import open_adapter
-from edgellm.manifest import Artifact
 from edgellm.plan import Plan, make_plan
 from edgellm.quant.rtn import solve
 from edgellm.recipe import Recipe

@@ -12,11 +12,11 @@ import pytest
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+from edgellm.artifact import open_artifact
 from edgellm.conversion import convert
 from edgellm.errors import UnsupportedTarget, UsageError
 from edgellm.evaluation import session_logits
 from edgellm.forward import window_logits
-from edgellm.manifest import open_artifact
 from edgellm.plan import make_plan
 from edgellm.recipe import make_recipe
 from edgellm.runtimes import runtime_named

@@ -19,8 +19,8 @@ import tiny_models
 import torch
 
 from edgellm import forward
+from edgellm.artifact import Artifact
 from edgellm.conversion import convert
-from edgellm.manifest import Artifact
 from edgellm.plan import make_plan
 from edgellm.quant.dequantize import dequantize
 from edgellm.quant.rtn import solve

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from edgellm.artifact import Artifact
 from edgellm.conversion import convert
-from edgellm.manifest import Artifact
 from edgellm.recipe import Recipe
 from edgellm.runtimes import runtime_named
 from edgellm.runtimes.session import RunOptions, Session

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 import edgellm
+from edgellm.artifact import Artifact
 from edgellm.chat import ChatSession
 from edgellm.errors import GenerationError, UsageError
 from edgellm.generate import SINK_TOKENS, AnswerStream
-from edgellm.manifest import Artifact
 from edgellm.runtimes.fake import FakeSession
 
 ROOM = 64

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 import edgellm
+from edgellm.artifact import Artifact
 from edgellm.chat import ChatSession
-from edgellm.manifest import Artifact
 
 RUNTIMES = (("onnx", "onnxruntime"), ("gguf", "llama_cpp"))
 MODELS = ("llama", "gemma3", "gpt2")

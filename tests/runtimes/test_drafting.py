@@ -11,10 +11,10 @@ import pytest
 
 import edgellm
 from edgellm import drafting
+from edgellm.artifact import Artifact
 from edgellm.chat import ChatSession
 from edgellm.drafting import MOST_GUESSED, DraftModel, Lookahead, PromptLookup
 from edgellm.errors import UsageError
-from edgellm.manifest import Artifact
 from edgellm.runtimes.fake import FakeSession
 from edgellm.sampling import Sampler, SamplingOptions
 

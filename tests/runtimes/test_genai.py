@@ -14,9 +14,9 @@ import pytest
 
 import edgellm
 from edgellm.answers import context_length
+from edgellm.artifact import Artifact, open_artifact
 from edgellm.errors import GenerationError, SourceError, UnsupportedTarget
 from edgellm.hardware import Fact, Gpu, Hardware, detect
-from edgellm.manifest import Artifact, open_artifact
 from edgellm.runtimes import genai, runtime_named, stepped
 from edgellm.runtimes.session import RunOptions
 

@@ -15,6 +15,7 @@ import pytest
 
 import edgellm
 from edgellm import hardware
+from edgellm.artifact import Artifact, open_artifact
 from edgellm.errors import (
     EdgeError,
     GenerationError,
@@ -23,7 +24,6 @@ from edgellm.errors import (
     UnsupportedTarget,
 )
 from edgellm.hardware import Fact, Gpu, detect
-from edgellm.manifest import Artifact, open_artifact
 from edgellm.quant.ggml_types import NAMED
 from edgellm.runtimes import llamacpp, llamacpp_library, openmp
 from edgellm.runtimes.llamacpp import LlamaCppRuntime

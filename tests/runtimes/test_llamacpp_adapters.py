@@ -19,10 +19,10 @@ from peft_adapters import make_adapter  # noqa: E402
 from tiny_models import some_token_ids  # noqa: E402
 
 import edgellm  # noqa: E402
+from edgellm.artifact import Artifact  # noqa: E402
 from edgellm.errors import AdapterError, GenerationError, SourceError  # noqa: E402
 from edgellm.export.gguf_adapter import write_gguf_adapter  # noqa: E402
 from edgellm.lora.reading.open import open_adapter  # noqa: E402
-from edgellm.manifest import Artifact  # noqa: E402
 from edgellm.runtimes.llamacpp import LlamaCppRuntime, LlamaCppSession  # noqa: E402
 from edgellm.runtimes.session import AdapterFile, RunOptions  # noqa: E402
 from edgellm.source import open_source  # noqa: E402

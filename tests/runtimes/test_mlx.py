@@ -12,10 +12,10 @@ import pytest
 
 import edgellm
 from edgellm.answers import open_answers
+from edgellm.artifact import Artifact, open_artifact
 from edgellm.errors import GenerationError, UnsupportedTarget
 from edgellm.evaluation_text import Passage
 from edgellm.hardware import Fact, Gpu, Hardware, detect
-from edgellm.manifest import Artifact, open_artifact
 from edgellm.runtimes import mlx, runtime_named
 from edgellm.runtimes.session import RunOptions
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgellm.artifact import Artifact
 from edgellm.errors import GenerationError, UnsupportedTarget
 from edgellm.hardware import detect
-from edgellm.manifest import Artifact
 from edgellm.profiling.operators import OUTSIDE, measure_operators
 from edgellm.runtimes import fake, runtime_named
 from edgellm.runtimes.operators import TracedStep

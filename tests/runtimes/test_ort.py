@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import edgellm
+from edgellm.artifact import Artifact
 from edgellm.errors import GenerationError, UnsupportedTarget
 from edgellm.hardware import Fact, Gpu, detect
-from edgellm.manifest import Artifact
 from edgellm.runtimes import kv_buffers, limits, ort, ort_caches, ort_package
 from edgellm.runtimes.ort import OnnxRuntime
 from edgellm.runtimes.ort_caches import DeviceCaches

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import edgellm
+from edgellm.artifact import Artifact
 from edgellm.chat import ChatSession
 from edgellm.errors import UsageError
-from edgellm.manifest import Artifact
 from edgellm.prefix_cache import BLOCK_TOKENS, PrefixCache
 from edgellm.runtimes.fake import BYTES_PER_TOKEN, FakeSession
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import edgellm
+from edgellm.artifact import Artifact
 from edgellm.errors import GenerationError
 from edgellm.hardware import Gpu
-from edgellm.manifest import Artifact
 from edgellm.profiling import document, energy, measuring, process
 from edgellm.profiling.exchange import Job
 from edgellm.profiling.matrix import Asked, Wanted

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from edgellm.artifact import Artifact, open_artifact
 from edgellm.conversion import convert
-from edgellm.manifest import MANIFEST, Artifact, Manifest, open_artifact
+from edgellm.manifest import MANIFEST, Manifest
 from edgellm.profiling.artifacts import artifact_facts
 from edgellm.profiling.document import ArtifactFacts
 from edgellm.recipe import Recipe

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import edgellm
+from edgellm.artifact import Artifact
 from edgellm.chat import ChatSession
 from edgellm.errors import GenerationError, OutputError, SourceError, UsageError, VerificationError
-from edgellm.manifest import Artifact
 from edgellm.sampling import SamplingOptions
 from edgellm.session_file import load_session, save_session
 

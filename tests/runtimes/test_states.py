@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import edgellm
+from edgellm.artifact import Artifact
 from edgellm.drafting import Lookahead
 from edgellm.errors import GenerationError, UnsupportedModel, UnsupportedTarget
 from edgellm.generate import SINK_TOKENS, AnswerStream
-from edgellm.manifest import Artifact
 from edgellm.prefix_cache import PrefixCache
 from edgellm.runtimes import runtime_named
 from edgellm.runtimes.checkpoints import EVERY_TOKENS, MOST_STATES, Checkpoints, steps_of

@@ -12,6 +12,7 @@ import tiny_models
 
 import edgellm
 from edgellm.answers import open_answers
+from edgellm.artifact import open_artifact
 from edgellm.errors import (
     GenerationError,
     RuntimeMissing,
@@ -21,7 +22,6 @@ from edgellm.errors import (
 )
 from edgellm.evaluation_text import Passage
 from edgellm.hardware import Fact, Gpu, Hardware, detect
-from edgellm.manifest import open_artifact
 from edgellm.runtimes import pytorch, runtime_named
 from edgellm.runtimes.session import RunOptions
 

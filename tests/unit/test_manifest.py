@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from edgellm.artifact import open_artifact, verify
 from edgellm.errors import SourceError, VerificationError
 from edgellm.manifest import (
     SCHEMA_VERSION,
@@ -16,8 +17,6 @@ from edgellm.manifest import (
     ModelFacts,
     Parity,
     TensorEntry,
-    open_artifact,
-    verify,
 )
 
 DATA = bytes(range(100))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from edgellm.artifact import Artifact
 from edgellm.errors import GenerationError, OutputError, UnsupportedTarget
-from edgellm.manifest import Artifact
 from edgellm.profiling import operators
 from edgellm.profiling.chrome_trace import chrome_trace
 from edgellm.profiling.operators import OUTSIDE, by_kind, by_layer, measure_operators

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from edgellm.artifact import Artifact
 from edgellm.errors import UsageError
 from edgellm.hardware import detect
-from edgellm.manifest import Artifact
 from edgellm.profiling.matrix import Asked, matrix
 from edgellm.runtimes.session import Capabilities
 

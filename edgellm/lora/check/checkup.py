@@ -8,13 +8,13 @@ from typing import Any
 
 import msgspec
 
+from edgellm.artifact import Artifact, open_artifact
 from edgellm.errors import AdapterError, EdgeError, VerificationError
 from edgellm.export import container_named
 from edgellm.lora.check import doctor, survival
 from edgellm.lora.check.doctor import AdapterReport
 from edgellm.lora.check.survival import Survival
 from edgellm.lora.requested import with_adapters
-from edgellm.manifest import Artifact, open_artifact
 from edgellm.progress import Progress, unwatched
 from edgellm.recipe import ONLY_CHECKED, Recipe, make_recipe
 from edgellm.source import open_source

@@ -35,9 +35,9 @@ from edgellm.source.model import ModelSource
 from edgellm.tensors import Array
 
 if TYPE_CHECKING:
+    from edgellm.artifact import Artifact
     from edgellm.calibration.texts import TextWindows
     from edgellm.forward import Windows
-    from edgellm.manifest import Artifact
 
 MIN_SURVIVAL = 0.25
 """The least survival that a conversion is kept with, where none was asked for.

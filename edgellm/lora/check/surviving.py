@@ -9,8 +9,8 @@ import msgspec
 from edgellm.progress import Progress, unwatched
 
 if TYPE_CHECKING:
+    from edgellm.artifact import Artifact
     from edgellm.lora.check.survival import Shared
-    from edgellm.manifest import Artifact
     from edgellm.plan import Plan
 
 TOO_LARGE = (
