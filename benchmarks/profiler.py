@@ -2,11 +2,12 @@
 
 Overhead: decoding as a cell measures it, but for text, against a bare loop over llama.cpp's
 functions. Agreement: the same quantity by llama-bench's definition (its tests pp512 and tg128) and
-by a bare loop over onnxruntime-genai, set as our sessions are: what a setting is worth is no matter
-of definition. Nor are the tokens: llama.cpp computes a prompt of random ones, as llama-bench has
-them, quicker than one of text. Repeatability: the ratio of two cells in several profiles, while
-another program has a core now and then. Those cells have one thread: two that wait for each other
-are slowed by chance, not alike.
+by onnxruntime-genai's, a bare loop over its generator. Both bare loops run on the very model that
+the cell has loaded: where memory falls, and in pages of which size, is no matter of definition, and
+moves the speed of a process by more than what is asked here. Nor are the tokens: llama.cpp computes
+a prompt of random ones, as llama-bench has them, quicker than one of text. Repeatability: the ratio
+of two cells in several profiles, while another program has a core now and then. Those cells have
+one thread: two that wait for each other are slowed by chance, not alike.
 """
 
 from __future__ import annotations
@@ -47,45 +48,46 @@ def measure(*, quick: bool) -> Result:
         run(convert)
         commands[f"{name}, made by"] = shown(convert)
     file = next((WORK / "profiled-q4").glob("*.gguf")).relative_to(WORK)
-    bare = [sys.executable, str(LOOPS / "llamacpp_bare.py"), str(file), text.path.name]
-    repack = repack_of(bare)
-    bare += [str(THREADS), str(count), repack]
+    repack = repack_of([sys.executable, str(LOOPS / "llamacpp_bare.py"), str(file), text.path.name])
     rounds = [sys.executable, str(LOOPS / "profile_rounds.py"), "llamacpp", "profiled-q4"]
     rounds += [str(THREADS), str(count), str(PROMPT_TOKENS)]
-    by_llamabench = [str(THREADS), str(count), str(PROMPT_TOKENS), repack]
-    llamabench = [sys.executable, str(LOOPS / "llamabench_rounds.py"), str(file)]
-    of_text = [*llamabench, text.path.name, *by_llamabench]
-    of_random = [*llamabench, "random", *by_llamabench]
-    built = genai_builds.build(model, "peer-equal", genai_builds.LAST_LOGITS)
-    genai = [sys.executable, str(LOOPS / "genai_loop.py"), "peer-equal", text.path.name]
-    genai += [str(THREADS), str(count), "waiting-as-ours"]
-    of_genai = [sys.executable, str(LOOPS / "profile_rounds.py"), "onnxruntime-genai", "peer-equal"]
-    of_genai += [str(THREADS), str(count), str(PROMPT_TOKENS), str(PROMPT_TOKENS)]
     # A cell is a process of its own, as it is in a profile: two models in one slow each other down.
     prompts, answers = [*rounds, str(PROMPT_TOKENS)], [*rounds[:-1], "1", "1"]
-    agreeing = dict.fromkeys(speed.QUANTITIES, AGREEMENT)
+    by_llamabench = [str(THREADS), str(count), str(PROMPT_TOKENS), repack]
+    llamabench = [sys.executable, str(LOOPS / "llamabench_rounds.py"), str(file)]
+    of_random = [*llamabench, "random", *by_llamabench]
     pairs: dict[str, tuple[list[str], list[str], Bounds]] = {
-        "bare llama.cpp loop": (
+        "llama-bench's pp512 of a text": (
             prompts,
-            bare,
-            {"prefill": NO_BOUNDS, "decode": (AT_LEAST_OF_BARE, None)},
+            [*llamabench, text.path.name, *by_llamabench],
+            {"prefill": AGREEMENT},
         ),
-        "llama-bench's pp512 of a text": (prompts, of_text, {"prefill": AGREEMENT}),
         # What no definition takes away: other tokens.
         "llama-bench's pp512 of random tokens": (prompts, of_random, {"prefill": NO_BOUNDS}),
         "llama-bench's tg128": (answers, of_random, {"decode": AGREEMENT}),
-        "onnxruntime-genai": (of_genai, genai, agreeing),
+    }
+    built = genai_builds.build(model, "peer-equal", genai_builds.LAST_LOGITS)
+    beside = [sys.executable, str(LOOPS / "profile_beside_bare.py")]
+    words = [str(THREADS), str(count), str(PROMPT_TOKENS)]
+    together: dict[str, tuple[list[str], Bounds]] = {
+        "bare llama.cpp loop": (
+            [*beside, "llamacpp", "profiled-q4", *words],
+            {"prefill": NO_BOUNDS, "decode": (AT_LEAST_OF_BARE, None)},
+        ),
+        "onnxruntime-genai": (
+            [*beside, "onnxruntime-genai", "peer-equal", *words],
+            dict.fromkeys(speed.QUANTITIES, AGREEMENT),
+        ),
     }
     comparisons: list[Comparison] = []
+    for label, (command, bounds) in together.items():
+        comparisons += speed.compare_in_one_process(
+            command, label=label, **_asked(bounds), starts=STARTS, quick=quick
+        )
+        commands[f"both, {label}"] = shown(command)
     for label, (ours, peer, bounds) in pairs.items():
         found, _ = speed.compare(
-            ours,
-            peer,
-            label=label,
-            at_least={name: least for name, (least, _) in bounds.items() if least},
-            at_most={name: most for name, (_, most) in bounds.items() if most},
-            starts=STARTS,
-            quick=quick,
+            ours, peer, label=label, **_asked(bounds), starts=STARTS, quick=quick
         )
         comparisons += [each for each in found if each.what.startswith(tuple(bounds))]
         commands |= {f"edgellm, {label}": shown(ours), label: shown(peer)}
@@ -118,8 +120,9 @@ def measure(*, quick: bool) -> Result:
         peer="the other's own",
         setting=(
             f"{SMOLLM2}, q4_0 GGUF and symmetric int4 built by onnxruntime-genai; {PROMPT_TOKENS} "
-            f"tokens of prompt, {count} new ones, {THREADS} threads. llama-bench decodes on an "
-            "empty cache: so does a cell whose prompt has one token."
+            f"tokens of prompt, {count} new ones, {THREADS} threads. The bare loops of llama.cpp "
+            "and onnxruntime-genai run in the cell's process, on its model. llama-bench decodes on "
+            "an empty cache: so does a cell whose prompt has one token."
         ),
         comparisons=comparisons,
         commands=commands,
@@ -129,6 +132,14 @@ def measure(*, quick: bool) -> Result:
             "packages": ["llama-cpp-python", "onnxruntime-genai"],
         },
     )
+
+
+def _asked(bounds: Bounds) -> dict[str, dict[str, float]]:
+    """The arguments of a comparison that ``bounds`` stand for."""
+    return {
+        "at_least": {name: least for name, (least, _) in bounds.items() if least},
+        "at_most": {name: most for name, (_, most) in bounds.items() if most},
+    }
 
 
 def _ratios(profile: list[str], times: int) -> list[float]:

@@ -11,6 +11,8 @@ from benchmarks.results import Comparison
 NEW_TOKENS = 128
 STARTS = 3
 ROUNDS = 4
+Samples = dict[str, tuple[list[float], list[float]]]
+"""Ours and the peer's, by quantity."""
 QUANTITIES = {"prefill": "prefill_tokens_per_s", "decode": "decode_tokens_per_s"}
 
 
@@ -31,7 +33,7 @@ def compare(
     loaded first and goes first changes from start to start: it is worth some percent.
     ``at_least`` and ``at_most`` bound the ratio of a quantity, where there is a target.
     """
-    samples: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in QUANTITIES}
+    samples: Samples = {name: ([], []) for name in QUANTITIES}
     last: list[dict[str, Any]] = []
     for start in range(1 if quick else starts):
         if not quick:
@@ -48,20 +50,50 @@ def compare(
             samples[name][0].extend(answer[key] for answer in a)
             samples[name][1].extend(answer[key] for answer in b)
         last = [a[-1], b[-1]]
-    comparisons = [
+    comparisons = _comparisons(samples, label, at_least, at_most or {})
+    tokens = [answer["tokens"] for answer in last]
+    if not all(tokens):  # one of them chooses none
+        return comparisons, 0.0
+    return comparisons, sum(x == y for x, y in zip(*tokens, strict=True)) / len(tokens[0])
+
+
+def compare_in_one_process(
+    command: Sequence[str],
+    *,
+    label: str,
+    at_least: dict[str, float],
+    at_most: dict[str, float],
+    starts: int,
+    quick: bool,
+) -> list[Comparison]:
+    """As ``compare``, of one program whose rounds measure both, as ``ours`` and ``peer``."""
+    samples: Samples = {name: ([], []) for name in QUANTITIES}
+    for _ in range(1 if quick else starts):
+        if not quick:
+            settle()
+        with Loop(command) as loop:
+            loop.round()
+            for _ in range(1 if quick else ROUNDS):
+                both = loop.round()
+                for name, key in QUANTITIES.items():
+                    samples[name][0].append(both["ours"][key])
+                    samples[name][1].append(both["peer"][key])
+    return _comparisons(samples, label, at_least, at_most)
+
+
+def _comparisons(
+    samples: Samples, label: str, at_least: dict[str, float], at_most: dict[str, float]
+) -> list[Comparison]:
+    return [
         Comparison(
             f"{name}, {label}",
             "tokens/s",
             *samples[name],
             at_least=at_least.get(name),
-            at_most=(at_most or {}).get(name),
+            at_most=at_most.get(name),
         )
         for name in QUANTITIES
     ]
-    tokens = [answer["tokens"] for answer in last]
-    if not all(tokens):  # one of them chooses none
-        return comparisons, 0.0
-    return comparisons, sum(x == y for x, y in zip(*tokens, strict=True)) / len(tokens[0])
 
 
 def new_tokens(*, quick: bool) -> int:

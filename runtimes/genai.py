@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from edgellm.errors import GenerationError, SourceError, UnsupportedTarget
 from edgellm.hardware import Hardware, detect, free_memory_bytes
 from edgellm.json_file import read_json
 from edgellm.runtimes import limits
+from edgellm.runtimes.huge_pages import HugePages, anonymous_ranges
 from edgellm.runtimes.operators import TracedStep
 from edgellm.runtimes.ort import session_settings
 from edgellm.runtimes.ort_package import HALVES_ON, check_compute, found_package
@@ -140,6 +142,7 @@ class GenaiSession(SteppedSession):
             )
         self._shares = bool(config.get("search", {}).get("past_present_share_buffer", False))
         past = self._decoder["inputs"].get("past_key_names", "past_key_values.%d.key")
+        before = anonymous_ranges()
         try:
             settings = genai.Config(str(folder))
             settings.clear_providers()
@@ -158,15 +161,26 @@ class GenaiSession(SteppedSession):
                 f"{said}. Check an artifact with `edgellm verify`; other "
                 "folders may need another --device"
             ) from error
+        # Begun before the cache is made, whose untouched places must not be filled.
+        self._pages = HugePages(before)
+        try:
+            self._prepare(first.dtype, options.kv_dtype, artifact.path)
+        except BaseException:
+            self._pages.stop()
+            raise
+
+    def _prepare(self, cached: np.dtype[Any], wanted: str | None, path: Path) -> None:
+        """Make the generator; raises as ``__init__``, and ``UnsupportedTarget`` where keys and
+        values are not ``wanted``."""
         self._one_by_one = False
-        self._value_bytes = first.dtype.itemsize
-        self.kv_dtype = KV_TYPES.get(str(first.dtype), str(first.dtype))
-        if options.kv_dtype not in (None, self.kv_dtype):
+        self._value_bytes = cached.itemsize
+        self.kv_dtype = KV_TYPES.get(str(cached), str(cached))
+        if wanted not in (None, self.kv_dtype):
             raise UnsupportedTarget(
-                f"{artifact.path} was made to cache keys and values in {self.kv_dtype}, not "
-                f"{options.kv_dtype}: leave the choice out, or convert again with --kv-cache"
+                f"{path} was made to cache keys and values in {self.kv_dtype}, not {wanted}: leave "
+                "the choice out, or convert again with --kv-cache"
             )
-        if device == "cpu":
+        if self.device == "cpu":
             limits.check_kv_memory(self.kv_bytes(), free_memory_bytes(), "a smaller --context")
         self._generator: Any = self._new_generator(self.context_tokens)
 
@@ -212,6 +226,7 @@ class GenaiSession(SteppedSession):
 
     def close(self) -> None:
         self._closed = True
+        self._pages.stop()
         self._generator = self._model = None
         self._tokens = []
         if self._trace is not None:

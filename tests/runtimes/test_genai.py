@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from edgellm.artifact import Artifact, open_artifact
 from edgellm.errors import GenerationError, SourceError, UnsupportedTarget
 from edgellm.hardware import Fact, Gpu, Hardware, detect
 from edgellm.runtimes import genai, runtime_named, stepped
+from edgellm.runtimes.huge_pages import HugePages, Ranges
 from edgellm.runtimes.session import RunOptions
 
 pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
@@ -232,3 +235,37 @@ def test_combined_caches_are_refused_in_words(foreign: Path) -> None:
     )
     with pytest.raises(UnsupportedTarget, match="past_names"):
         edgellm.open(foreign)
+
+
+def test_huge_pages_change_no_token_and_hold_no_session_open(
+    artifact: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[HugePages] = []
+
+    def kept(already: Ranges) -> HugePages:
+        held.append(HugePages(already))
+        return held[-1]
+
+    def answer() -> str:
+        with edgellm.open(artifact("llama", "onnx").path, runtime="onnxruntime-genai") as chat:
+            return chat.generate("two and two", raw=True, max_tokens=12).text
+
+    monkeypatch.setattr(genai, "HugePages", kept)
+    # The weights alone do not fill a page: all memory of this process.
+    monkeypatch.setattr(genai, "anonymous_ranges", frozenset)
+    with_pages = answer()
+    monkeypatch.setattr(genai, "anonymous_ranges", lambda: frozenset({(0, 1 << 63)}))
+    assert with_pages == answer()
+    asked, unasked = held
+    asked.wait()
+    assert asked.advised_bytes > 0 or not sys.platform.startswith("linux")
+    assert unasked.advised_bytes == 0
+    assert not [thread for thread in threading.enumerate() if "huge pages" in thread.name]
+
+
+def test_what_asks_for_huge_pages_ends_where_opening_fails(
+    artifact: Callable[..., Artifact],
+) -> None:
+    with pytest.raises(UnsupportedTarget, match="convert again with --kv-cache"):
+        genai.GenaiRuntime().open(artifact("llama", "onnx"), RunOptions(kv_dtype="f16"))
+    assert not [thread for thread in threading.enumerate() if "huge pages" in thread.name]
