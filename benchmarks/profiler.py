@@ -2,12 +2,12 @@
 
 Overhead: decoding as a cell measures it, but for text, against a bare loop over llama.cpp's
 functions. Agreement: the same quantity by llama-bench's definition (its tests pp512 and tg128) and
-by onnxruntime-genai's, a bare loop over its generator. Both bare loops run on the very model that
-the cell has loaded: where memory falls, and in pages of which size, is no matter of definition, and
-moves the speed of a process by more than what is asked here. Nor are the tokens: llama.cpp computes
-a prompt of random ones, as llama-bench has them, quicker than one of text. Repeatability: the ratio
-of two cells in several profiles, while another program has a core now and then. Those cells have
-one thread: two that wait for each other are slowed by chance, not alike.
+by onnxruntime-genai's, a bare loop over its generator. All of them run on the very model that the
+cell has loaded: where memory falls, and in pages of which size, is no matter of definition, and
+moves the speed of a process by more than what is asked here. llama-bench's random tokens are no
+matter of definition either, so that those of the cell's text stand beside them. Repeatability: the
+ratio of two cells in several profiles, while another program has a core now and then. Those cells
+have one thread: two that wait for each other are slowed by chance, not alike.
 """
 
 from __future__ import annotations
@@ -16,30 +16,25 @@ import subprocess
 import sys
 
 from benchmarks import genai_builds, speed
-from benchmarks.llamacpp_loop import repack_of
 from benchmarks.measure import output_of, run
 from benchmarks.models import SMOLLM2, smollm2
-from benchmarks.places import LOOPS, WORK, edgellm, shown
+from benchmarks.places import LOOPS, edgellm, shown
 from benchmarks.results import Comparison, Result
-from benchmarks.text import PROMPT_TOKENS, tokens
+from benchmarks.text import PROMPT_TOKENS
 
 THREADS = 2
 AT_LEAST_OF_BARE = 0.99
 AGREEMENT = (0.97, 1.03)
 NO_BOUNDS = (None, None)
-Bounds = dict[str, tuple[float | None, float | None]]
-"""The least and the most of a ratio, by the quantity that is compared."""
-
 PROFILES = 5
 REPEATED_AT_MOST = 1.05
-STARTS = 10
-"""Of two programs: one and the same, started twice, differs from itself by some percent."""
+STARTS = 8
+"""Of each pair's process: what is common to both sides still differs from start to start."""
 
 
 def measure(*, quick: bool) -> Result:
     """Ratios of speeds, and how far those of several profiles lie apart."""
     model = smollm2()
-    text = tokens(model)
     count = speed.new_tokens(quick=quick)
     commands = {}
     for name, container, quant in (("q4", "gguf", "rtn:q4_0"), ("q8", "gguf", "rtn:q8_0")):
@@ -47,50 +42,43 @@ def measure(*, quick: bool) -> Result:
         convert += ["--out", f"profiled-{name}", "--no-check", "--force"]
         run(convert)
         commands[f"{name}, made by"] = shown(convert)
-    file = next((WORK / "profiled-q4").glob("*.gguf")).relative_to(WORK)
-    repack = repack_of([sys.executable, str(LOOPS / "llamacpp_bare.py"), str(file), text.path.name])
-    rounds = [sys.executable, str(LOOPS / "profile_rounds.py"), "llamacpp", "profiled-q4"]
-    rounds += [str(THREADS), str(count), str(PROMPT_TOKENS)]
-    # A cell is a process of its own, as it is in a profile: two models in one slow each other down.
-    prompts, answers = [*rounds, str(PROMPT_TOKENS)], [*rounds[:-1], "1", "1"]
-    by_llamabench = [str(THREADS), str(count), str(PROMPT_TOKENS), repack]
-    llamabench = [sys.executable, str(LOOPS / "llamabench_rounds.py"), str(file)]
-    of_random = [*llamabench, "random", *by_llamabench]
-    pairs: dict[str, tuple[list[str], list[str], Bounds]] = {
-        "llama-bench's pp512 of a text": (
-            prompts,
-            [*llamabench, text.path.name, *by_llamabench],
-            {"prefill": AGREEMENT},
-        ),
-        # What no definition takes away: other tokens.
-        "llama-bench's pp512 of random tokens": (prompts, of_random, {"prefill": NO_BOUNDS}),
-        "llama-bench's tg128": (answers, of_random, {"decode": AGREEMENT}),
-    }
     built = genai_builds.build(model, "peer-equal", genai_builds.LAST_LOGITS)
-    beside = [sys.executable, str(LOOPS / "profile_beside_bare.py")]
-    words = [str(THREADS), str(count), str(PROMPT_TOKENS)]
-    together: dict[str, tuple[list[str], Bounds]] = {
+    pairs: dict[str, tuple[str, str, int, speed.Bounds]] = {
         "bare llama.cpp loop": (
-            [*beside, "llamacpp", "profiled-q4", *words],
+            "llamacpp-bare",
+            "profiled-q4",
+            PROMPT_TOKENS,
             {"prefill": NO_BOUNDS, "decode": (AT_LEAST_OF_BARE, None)},
         ),
+        "llama-bench's pp512 of a text": (
+            "llama-bench-of-text",
+            "profiled-q4",
+            PROMPT_TOKENS,
+            {"prefill": AGREEMENT},
+        ),
+        "llama-bench's pp512 of random tokens": (
+            "llama-bench",
+            "profiled-q4",
+            PROMPT_TOKENS,
+            {"prefill": NO_BOUNDS},
+        ),
+        # On an empty cache: so does a cell whose prompt has one token.
+        "llama-bench's tg128": ("llama-bench", "profiled-q4", 1, {"decode": AGREEMENT}),
         "onnxruntime-genai": (
-            [*beside, "onnxruntime-genai", "peer-equal", *words],
+            "genai",
+            "peer-equal",
+            PROMPT_TOKENS,
             dict.fromkeys(speed.QUANTITIES, AGREEMENT),
         ),
     }
     comparisons: list[Comparison] = []
-    for label, (command, bounds) in together.items():
+    for label, (peer, artifact, prompt_tokens, bounds) in pairs.items():
+        both = [sys.executable, str(LOOPS / "profile_beside_peer.py"), peer, artifact]
+        both += [str(THREADS), str(count), str(prompt_tokens)]
         comparisons += speed.compare_in_one_process(
-            command, label=label, **_asked(bounds), starts=STARTS, quick=quick
+            both, label=label, bounds=bounds, starts=STARTS, quick=quick
         )
-        commands[f"both, {label}"] = shown(command)
-    for label, (ours, peer, bounds) in pairs.items():
-        found, _ = speed.compare(
-            ours, peer, label=label, **_asked(bounds), starts=STARTS, quick=quick
-        )
-        comparisons += [each for each in found if each.what.startswith(tuple(bounds))]
-        commands |= {f"edgellm, {label}": shown(ours), label: shown(peer)}
+        commands[f"both, {label}"] = shown(both)
     profile = [*edgellm(), "profile", "profiled-q4", "profiled-q8", "--prompt-tokens", "64"]
     profile += [
         "--threads",
@@ -120,26 +108,17 @@ def measure(*, quick: bool) -> Result:
         peer="the other's own",
         setting=(
             f"{SMOLLM2}, q4_0 GGUF and symmetric int4 built by onnxruntime-genai; {PROMPT_TOKENS} "
-            f"tokens of prompt, {count} new ones, {THREADS} threads. The bare loops of llama.cpp "
-            "and onnxruntime-genai run in the cell's process, on its model. llama-bench decodes on "
-            "an empty cache: so does a cell whose prompt has one token."
+            f"tokens of prompt, {count} new ones, {THREADS} threads. Both sides of a pair have one "
+            "process and one model. llama-bench decodes on an empty cache: so does a cell whose "
+            "prompt has one token."
         ),
         comparisons=comparisons,
         commands=commands,
         facts={
             "ratios_of_profiles": ratios,
-            "text_sha256": text.sha256,
             "packages": ["llama-cpp-python", "onnxruntime-genai"],
         },
     )
-
-
-def _asked(bounds: Bounds) -> dict[str, dict[str, float]]:
-    """The arguments of a comparison that ``bounds`` stand for."""
-    return {
-        "at_least": {name: least for name, (least, _) in bounds.items() if least},
-        "at_most": {name: most for name, (_, most) in bounds.items() if most},
-    }
 
 
 def _ratios(profile: list[str], times: int) -> list[float]:

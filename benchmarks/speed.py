@@ -13,6 +13,8 @@ STARTS = 3
 ROUNDS = 4
 Samples = dict[str, tuple[list[float], list[float]]]
 """Ours and the peer's, by quantity."""
+Bounds = dict[str, tuple[float | None, float | None]]
+"""The least and the most of a ratio, by quantity; None where there is no target."""
 QUANTITIES = {"prefill": "prefill_tokens_per_s", "decode": "decode_tokens_per_s"}
 
 
@@ -22,8 +24,6 @@ def compare(
     *,
     label: str,
     at_least: dict[str, float],
-    at_most: dict[str, float] | None = None,
-    starts: int = STARTS,
     quick: bool,
 ) -> tuple[list[Comparison], float]:
     """Comparisons of prefill and decode, and the share of equal greedy tokens of the last round.
@@ -31,11 +31,11 @@ def compare(
     Both programs are started anew several times, since where memory falls moves a process's speed;
     in each start they take turns round by round, after one round each that is not counted. Who is
     loaded first and goes first changes from start to start: it is worth some percent.
-    ``at_least`` and ``at_most`` bound the ratio of a quantity, where there is a target.
+    ``at_least`` bounds the ratio of a quantity, where there is a target.
     """
     samples: Samples = {name: ([], []) for name in QUANTITIES}
     last: list[dict[str, Any]] = []
-    for start in range(1 if quick else starts):
+    for start in range(1 if quick else STARTS):
         if not quick:
             settle()
         swapped = start % 2
@@ -50,23 +50,20 @@ def compare(
             samples[name][0].extend(answer[key] for answer in a)
             samples[name][1].extend(answer[key] for answer in b)
         last = [a[-1], b[-1]]
-    comparisons = _comparisons(samples, label, at_least, at_most or {})
+    bounds: Bounds = {name: (at_least.get(name), None) for name in QUANTITIES}
     tokens = [answer["tokens"] for answer in last]
-    if not all(tokens):  # one of them chooses none
-        return comparisons, 0.0
-    return comparisons, sum(x == y for x, y in zip(*tokens, strict=True)) / len(tokens[0])
+    agreement = sum(x == y for x, y in zip(*tokens, strict=True)) / len(tokens[0])
+    return _comparisons(samples, label, bounds), agreement
 
 
 def compare_in_one_process(
-    command: Sequence[str],
-    *,
-    label: str,
-    at_least: dict[str, float],
-    at_most: dict[str, float],
-    starts: int,
-    quick: bool,
+    command: Sequence[str], *, label: str, bounds: Bounds, starts: int, quick: bool
 ) -> list[Comparison]:
-    """As ``compare``, of one program whose rounds measure both, as ``ours`` and ``peer``."""
+    """Comparisons of the quantities that ``bounds`` names.
+
+    ``command`` measures both in each of its rounds, as ``ours`` and ``peer``; it is started anew
+    ``starts`` times.
+    """
     samples: Samples = {name: ([], []) for name in QUANTITIES}
     for _ in range(1 if quick else starts):
         if not quick:
@@ -78,21 +75,13 @@ def compare_in_one_process(
                 for name, key in QUANTITIES.items():
                     samples[name][0].append(both["ours"][key])
                     samples[name][1].append(both["peer"][key])
-    return _comparisons(samples, label, at_least, at_most)
+    return _comparisons(samples, label, bounds)
 
 
-def _comparisons(
-    samples: Samples, label: str, at_least: dict[str, float], at_most: dict[str, float]
-) -> list[Comparison]:
+def _comparisons(samples: Samples, label: str, bounds: Bounds) -> list[Comparison]:
     return [
-        Comparison(
-            f"{name}, {label}",
-            "tokens/s",
-            *samples[name],
-            at_least=at_least.get(name),
-            at_most=at_most.get(name),
-        )
-        for name in QUANTITIES
+        Comparison(f"{name}, {label}", "tokens/s", *samples[name], at_least=least, at_most=most)
+        for name, (least, most) in bounds.items()
     ]
 
 
