@@ -4,10 +4,10 @@ Overhead: decoding as a cell measures it, but for text, against a bare loop over
 functions. Agreement: the same quantity by llama-bench's definition (its tests pp512 and tg128) and
 by onnxruntime-genai's, a bare loop over its generator. All of them run on the very model that the
 cell has loaded: where memory falls, and in pages of which size, is no matter of definition, and
-moves the speed of a process by more than what is asked here. llama-bench's random tokens are no
-matter of definition either, so that those of the cell's text stand beside them. Repeatability: the
-ratio of two cells in several profiles, while another program has a core now and then. Those cells
-have one thread: two that wait for each other are slowed by chance, not alike.
+moves the speed of a process by more than what is asked here. llama-bench computes random tokens;
+its figures of the cell's text stand beside them. Repeatability: the ratio of two cells in several
+profiles, while another program has a core now and then. Those cells have one thread: two that wait
+for each other are slowed by chance, not alike.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def measure(*, quick: bool) -> Result:
             "llama-bench",
             "profiled-q4",
             PROMPT_TOKENS,
-            {"prefill": NO_BOUNDS},
+            {"prefill": AGREEMENT},
         ),
         # On an empty cache: so does a cell whose prompt has one token.
         "llama-bench's tg128": ("llama-bench", "profiled-q4", 1, {"decode": AGREEMENT}),
