@@ -24,16 +24,23 @@ SKIPPED_CHARACTERS = 2000
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Where the ids lie (JSON: ``prompt`` and ``windows``), and the digest of the text."""
+    """Where the ids lie (JSON: ``prompt`` and ``windows``), and the digest of the text.
+
+    ``rest``: a file of the text that follows, of their kind and none of theirs.
+    """
 
     path: Path
     sha256: str
+
+    @property
+    def rest(self) -> Path:
+        return _rest_of(self.path)
 
 
 def tokens(model: Path, windows: int = WINDOWS) -> Text:
     """The ids for the tokenizer of ``model``, made in a process of its own when missing."""
     path = WORK / f"{model.name}-tokens{'' if windows == WINDOWS else f'-{windows}'}.json"
-    if not path.exists():
+    if not path.exists() or not _rest_of(path).exists():
         run([sys.executable, "-m", "benchmarks.text", str(model), str(path), str(windows)])
     digest: str = json.loads(path.read_text())["sha256"]
     return Text(path, digest)
@@ -46,8 +53,9 @@ def write_tokens(model: Path, path: Path, windows: int) -> None:
     from tokenizers import Tokenizer
 
     text = "\n\n".join(topics[name] for name in sorted(topics))[SKIPPED_CHARACTERS:]
-    ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(text).ids
-    held_out = ids[PROMPT_TOKENS : PROMPT_TOKENS + windows * WINDOW_TOKENS]
+    encoded = Tokenizer.from_file(str(model / "tokenizer.json")).encode(text)
+    ids, end = encoded.ids, PROMPT_TOKENS + windows * WINDOW_TOKENS
+    held_out = ids[PROMPT_TOKENS:end]
     document = {
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "prompt": ids[:PROMPT_TOKENS],
@@ -57,6 +65,11 @@ def write_tokens(model: Path, path: Path, windows: int) -> None:
         ],
     }
     path.write_text(json.dumps(document))
+    _rest_of(path).write_text(text[encoded.offsets[end][0] :])
+
+
+def _rest_of(path: Path) -> Path:
+    return path.with_name(f"{path.stem}-rest.txt")
 
 
 if __name__ == "__main__":
