@@ -108,6 +108,17 @@ MAY_DIFFER: dict[str | None, frozenset[str]] = {
 }
 """By what is compared: what may be unlike. Other backends want other containers."""
 
+MEANT: dict[str | None, frozenset[str]] = {
+    None: frozenset(),
+    "backend": frozenset({"runtime", "device"}),
+    "machine": frozenset({"machine"}),
+    "quant": frozenset({"artifact"}),
+}
+"""By what is compared: what of it makes the difference, where anything is unlike at all."""
+
+SHOWN_DIFFERENCES = 4
+"""So many are named where comparing is refused: a matrix easily has dozens."""
+
 
 def compare(
     profiles: Sequence[tuple[str, document.Profile]],
@@ -128,15 +139,15 @@ def compare(
     sides = [_sides(name, profile, several=len(profiles) > 1) for name, profile in profiles]
     if by is None and len(sides) < 2:
         raise UsageError("one profile has nothing to be compared with: name another, or give --by")
-    found = _runs(sides) if by is None else _within(sides, MAY_DIFFER[by], unlike=unlike)
+    found = _runs(sides) if by is None else _within(sides, by, unlike=unlike)
     if found.differences and not unlike:
         raise UsageError(
-            f"these runs are unlike: {'; '.join(found.differences)}. Measure alike, say what may "
+            f"these runs are unlike: {_listed(found.differences)}. Measure alike, say what may "
             "differ with --by, or compare all the same (--unlike)"
         )
     pairs = tuple(pair for of, to in found.matched for pair in _pairs(of, to))
     if not pairs:
-        alone = "; ".join(found.alone) or "none has figures"
+        alone = _listed(found.alone) or "none has figures"
         raise UsageError(
             f"no two cells can be compared: {alone}. Measure alike, or compare all the same "
             "(--unlike)"
@@ -180,28 +191,24 @@ def _runs(sides: Sequence[Sequence[_Side]]) -> _Matches:
     for of_file in sides[1:]:
         met = set()
         for side in of_file:
-            base = _like(side, bases, frozenset())
+            base = _like(side, bases, None)
             if base is None:
                 base = _nearest(side, bases)
                 differences[_difference(side, base)] = None
             matched.append((side, base))
             met.add(base)
         lost += [
-            _lost(base)
-            for base in bases
-            if base not in met and _like(base, of_file, frozenset()) is None
+            _lost(base) for base in bases if base not in met and _like(base, of_file, None) is None
         ]
     return _Matches(matched, tuple(differences), tuple(dict.fromkeys(lost)))
 
 
-def _within(
-    sides: Sequence[Sequence[_Side]], may_differ: frozenset[str], *, unlike: bool
-) -> _Matches:
-    """Each side with the first one that it is like; ``unlike``: what is left with the nearest."""
+def _within(sides: Sequence[Sequence[_Side]], by: str, *, unlike: bool) -> _Matches:
+    """Each side with the one that it is most like; ``unlike``: what is left with the nearest."""
     bases: list[_Side] = []
     matched: list[tuple[_Side, _Side]] = []
     for side in (side for of_file in sides for side in of_file):
-        base = _like(side, bases, may_differ)
+        base = _like(side, bases, by)
         if base is None:
             bases.append(side)
         else:
@@ -257,11 +264,18 @@ def _sides(name: str, profile: document.Profile, *, several: bool) -> list[_Side
     ]
 
 
-def _like(side: _Side, bases: Sequence[_Side], may_differ: frozenset[str]) -> _Side | None:
-    """The first of ``bases`` that ``side`` is like; of the same artifact twice, by its name."""
-    alike = [base for base in bases if set(_unlike(side, base)) <= may_differ]
-    named = (base for base in alike if base.cell.name == side.cell.name and not may_differ)
-    return next(named, next(iter(alike), None))
+def _like(side: _Side, bases: Sequence[_Side], by: str | None) -> _Side | None:
+    """The one of ``bases`` that ``side`` differs from least, of those that it may be compared with.
+
+    Of equals the first; of the same artifact twice, the one of its name.
+    """
+    alike = []
+    for base in bases:
+        unlike = set(_unlike(side, base))
+        if unlike <= MAY_DIFFER[by] and (not unlike or unlike & MEANT[by]):
+            renamed = by is None and base.cell.name != side.cell.name
+            alike.append((len(unlike), renamed, base))
+    return min(alike, key=lambda each: each[:2])[2] if alike else None
 
 
 def _nearest(side: _Side, bases: Sequence[_Side]) -> _Side:
@@ -273,6 +287,13 @@ def _nearest(side: _Side, bases: Sequence[_Side]) -> _Side:
 def _unlike(side: _Side, base: _Side) -> list[str]:
     ours, theirs = side.identity(), base.identity()
     return [name for name in ours if ours[name] != theirs[name]]
+
+
+def _listed(differences: Sequence[str]) -> str:
+    """The first few; how many are left."""
+    shown = "; ".join(differences[:SHOWN_DIFFERENCES])
+    left = len(differences) - SHOWN_DIFFERENCES
+    return f"{shown}; and {left} more such pairs" if left > 0 else shown
 
 
 def _difference(side: _Side, base: _Side) -> str:
@@ -292,7 +313,7 @@ def _pairs(of: _Side, to: _Side) -> list[Pair]:
         ours, theirs = samples_of(of.cell), samples_of(to.cell)
         if not ours or not theirs:
             continue
-        noisy = bool(of.cell.noisy or to.cell.noisy)
+        noisy = bool(of.cell.noisy or to.cell.noisy) and quantity != MEMORY
         if of.run == to.run:
             names = (of.label, to.label)
             paired = ratio_of(ours, theirs, quantity, better=better, noisy=noisy, names=names)

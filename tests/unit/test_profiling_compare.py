@@ -105,6 +105,47 @@ def test_unlike_runs_are_refused_with_what_differs_unless_told_to() -> None:
         compare([("a", of(cell(FAST))), ("b", of(cell(SLOW), cpu="B CPU"))])
 
 
+def test_a_refusal_of_many_cells_stays_short() -> None:
+    cells = [cell(FAST, f"grid {number}") for number in range(30)]
+    runs = [(name, of(*cells, cpu=f"{name} CPU")) for name in "ab"]
+    with pytest.raises(UsageError, match="and 26 more such pairs") as refused:
+        compare(runs)
+    assert str(refused.value).count("a CPU") == 4
+    assert len(compare(runs, unlike=True).differences) == 30, "who asks for all gets all"
+
+
+def test_by_backend_compares_backends_and_not_grids_or_caches_of_one() -> None:
+    mixed = of(
+        cell(FAST, "q4"), cell(SLOW, "q8"), cell(SLOW, "q4", kv_cache="f16"),
+        cell(SLOW, "q8", runtime="genai"),
+    )  # fmt: skip
+    found = compare([("a", mixed)], by="backend")
+    assert [(pair.of, pair.to) for pair in found.pairs] == [("q8, genai", "q8, onnxruntime")]
+    assert any(each.startswith("q4") for each in found.missing)
+
+
+def test_by_machine_pairs_equal_thread_counts_and_never_one_machine_with_itself() -> None:
+    cells = [cell(FAST, threads=each) for each in (1, 2)]
+    found = compare([("a", of(*cells)), ("b", of(*cells, cpu="B CPU"))], by="machine")
+    assert len(found.pairs) == 2
+    assert all(pair.ratio.median == pytest.approx(1) for pair in found.pairs)
+    assert {(pair.of[0], pair.to[0]) for pair in found.pairs} == {("b", "a")}
+    other = compare([("a", of(cells[0])), ("b", of(cells[1], cpu="B CPU"))], by="machine")
+    assert len(other.pairs) == 1, "machines have threads of their own"
+
+
+def test_noise_says_nothing_about_memory() -> None:
+    def peaking(peak: int) -> document.Cell:
+        memory = document.Memory(peak_bytes=peak, steady_bytes=peak)
+        return msgspec.structs.replace(cell(FAST, noisy=("others took 90 %",)), memory=memory)
+
+    for peak, verdict in ((1000, "no difference shown"), (1500, "more")):
+        found = compare([("a", of(peaking(1000))), ("b", of(peaking(peak)))])
+        verdicts = {pair.quantity: pair.verdict for pair in found.pairs}
+        assert verdicts["peak_memory_bytes"] == verdict
+        assert verdicts["decode_tokens_per_s"] == "noisy, not judged"
+
+
 def test_what_may_differ_is_said_and_works_within_one_file() -> None:
     one = of(cell(FAST), cell(SLOW, runtime="genai"), cell(SLOW, prompt_tokens=9))
     found = compare([("a", one)], by="backend")
