@@ -220,9 +220,16 @@ def profile(
 def _limits(
     threads: Sequence[int], cores: int
 ) -> tuple[tuple[document.Limit, ...], tuple[str, ...]]:
-    """The machine's best, and why it may be better than what was measured."""
+    """The machine's best, and why it may be better than what was measured.
+
+    Without memory for measuring them there are none: a small model may still fit.
+    """
     before, begun, own_cpu_s = gauge(), time.perf_counter(), time.process_time()
-    found = measure_limits(threads)
+    try:
+        found = measure_limits(threads)
+    except MemoryError as error:
+        reason = str(error) or "memory ran out"
+        return (), (f"the machine's limits were not measured, and no shares of them: {reason}",)
     reasons = noise(
         [(before, gauge())],
         own_cpu_s=time.process_time() - own_cpu_s,

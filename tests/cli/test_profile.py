@@ -52,6 +52,24 @@ def test_a_profile_is_a_table_and_its_files(
     assert json.loads(traces[0].read_text())["traceEvents"]
 
 
+def test_without_memory_for_the_limits_the_cells_are_measured(
+    command: Command, onnx_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_memory(threads: object) -> object:
+        raise MemoryError("Unable to allocate 128 MiB")
+
+    monkeypatch.setattr("edgellm.profiling.measuring.measure_limits", without_memory)
+    page, kept = tmp_path / "a.html", tmp_path / "a.json"
+    done = command("profile", onnx_artifact, *FAKE, "--output", page, "--output", kept)
+    assert done.code == 0, done.err
+    assert "limits were not measured, and no shares of them: Unable to allocate" in done.err
+    document = json.loads(kept.read_text())
+    assert document["limits"] == []
+    assert document["cells"][0]["decode_tokens_per_s"]["median"] > 0
+    assert document["cells"][0]["roofline"]["decode_share"] is None
+    assert page.exists()
+
+
 def test_json_is_the_document_and_nothing_else(command: Command, onnx_artifact: Path) -> None:
     done = command("profile", onnx_artifact, *FAKE, "--json")
     assert done.code == 0
