@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,10 @@ from edgellm.report.svg import WIDTH, Canvas, Look, fitted
 
 LEFT, RIGHT = 10.0, WIDTH - 16.0
 LABEL_HEIGHT = 18.0
+LINE_HEIGHT = 14.0
+"""Of the second line of a label."""
+BREAKS = re.compile(r"(?<=, )|(?<= / )")
+"""Where a label may go on in a second line: behind one of its settings, or one of two cells."""
 BAR_HEIGHT = 14.0
 THIN_BAR_HEIGHT = 7.0
 GAP = 12.0
@@ -62,15 +67,15 @@ def bars(title: str, axis: str, rows: Sequence[BarRow], reference: float | None 
     ends = [max(bar.value, bar.high or 0.0) for row in rows for bar in row.bars]
     top = round_top(max([*ends, (reference or 0.0) * BEYOND]))
     thick = BAR_HEIGHT if max(len(row.bars) for row in rows) == 1 else THIN_BAR_HEIGHT
-    heights = [LABEL_HEIGHT + len(row.bars) * thick + GAP for row in rows]
+    heights = [_label_height(row) + len(row.bars) * thick + GAP for row in rows]
     canvas, scale = _framed(title, axis, sum(heights), Scale(0.0, top, LEFT, RIGHT))
     if reference is not None:
         _upright(canvas, scale, reference)
     y = TOP
     for row, height in zip(rows, heights, strict=True):
-        _label(canvas, y, row.label, row.shown)
+        below = _label(canvas, y, row)
         for number, bar in enumerate(row.bars):
-            upper = y + LABEL_HEIGHT + number * thick
+            upper = below + number * thick
             width = scale.at(bar.value) - LEFT
             canvas.rect(bar.look, LEFT, upper, width, thick - 1, bar.hint)
             if bar.low is not None and bar.high is not None:
@@ -86,15 +91,15 @@ def spans(title: str, axis: str, rows: Sequence[BarRow], reference: float) -> st
     highs = [bar.value if bar.high is None else bar.high for bar in held]
     low, high = min([*lows, reference]), max([*highs, reference])
     margin = (high - low) * 0.06 or 0.1
-    heights = [LABEL_HEIGHT + len(row.bars) * BAR_HEIGHT + GAP / 2 for row in rows]
+    heights = [_label_height(row) + len(row.bars) * BAR_HEIGHT + GAP / 2 for row in rows]
     ends = Scale(max(0.0, low - margin), high + margin, LEFT, RIGHT)
     canvas, scale = _framed(title, axis, sum(heights), ends)
     _upright(canvas, scale, reference)
     y = TOP
     for row, height in zip(rows, heights, strict=True):
-        _label(canvas, y, row.label, row.shown)
+        below = _label(canvas, y, row)
         for number, bar in enumerate(row.bars):
-            middle = y + LABEL_HEIGHT + (number + 0.5) * BAR_HEIGHT - 1
+            middle = below + (number + 0.5) * BAR_HEIGHT - 1
             if bar.low is not None and bar.high is not None:
                 _whisker(canvas, scale, bar.low, bar.high, middle)
             canvas.circle(bar.look, scale.at(bar.value), middle, 4.5, bar.hint)
@@ -105,12 +110,11 @@ def spans(title: str, axis: str, rows: Sequence[BarRow], reference: float) -> st
 def boxes(title: str, axis: str, rows: Sequence[Box]) -> str:
     """A box for each distribution; the axis ends where 99 of 100 samples of all have a place."""
     top = round_top(max(row.p99 for row in rows) * 1.05)
-    height = LABEL_HEIGHT + BAR_HEIGHT + 12 + GAP
-    canvas, scale = _framed(title, axis, height * len(rows), Scale(0.0, top, LEFT, RIGHT))
-    for number, row in enumerate(rows):
-        y = TOP + number * height
-        _label(canvas, y, row.label, row.shown)
-        upper = y + LABEL_HEIGHT
+    heights = [_label_height(row) + BAR_HEIGHT + 12 + GAP for row in rows]
+    canvas, scale = _framed(title, axis, sum(heights), Scale(0.0, top, LEFT, RIGHT))
+    y = TOP
+    for row, height in zip(rows, heights, strict=True):
+        upper = _label(canvas, y, row)
         middle = upper + BAR_HEIGHT / 2
         left, right = scale.at(row.p25), scale.at(row.p75)
         canvas.line(
@@ -129,6 +133,7 @@ def boxes(title: str, axis: str, rows: Sequence[Box]) -> str:
             dot_y = upper + BAR_HEIGHT + 8
             outline = "".join(f"M{scale.at(each):.1f} {dot_y:.1f}h0" for each in dots)
             canvas.path(Look("strip", row.look.tint), outline)
+        y += height
     return canvas.svg()
 
 
@@ -147,11 +152,30 @@ def _framed(title: str, axis: str, height: float, scale: Scale) -> tuple[Canvas,
     return canvas, scale
 
 
-def _label(canvas: Canvas, y: float, label: str, shown: str) -> None:
+def _label(canvas: Canvas, y: float, row: BarRow | Box) -> float:
+    """Write what stands above a row's bars; where these begin."""
+    lines = _lines(row.label, row.shown)
+    hint = row.label if any("…" in line for line in lines) else ""
+    for number, line in enumerate(lines):
+        canvas.text(LEFT, y + 13 + number * LINE_HEIGHT, line, kind="label", hint=hint)
+    canvas.text(RIGHT, y + 13, row.shown, "end", "shown")
+    return y + _label_height(row)
+
+
+def _label_height(row: BarRow | Box) -> float:
+    return LABEL_HEIGHT + (len(_lines(row.label, row.shown)) - 1) * LINE_HEIGHT
+
+
+def _lines(label: str, shown: str) -> tuple[str, ...]:
+    """``label`` in one line beside ``shown``, or in two: its settings are what tells it apart."""
     room = RIGHT - LEFT - width_of(shown) * 0.85 - 12
-    short = fitted(label, room)
-    canvas.text(LEFT, y + 13, short, kind="label", hint="" if short == label else label)
-    canvas.text(RIGHT, y + 13, shown, "end", "shown")
+    words = BREAKS.split(label)
+    if width_of(label) <= room or len(words) == 1:
+        return (fitted(label, room),)
+    first = words.pop(0)
+    while len(words) > 1 and width_of(first + words[0]) <= room:
+        first += words.pop(0)
+    return fitted(first, room), fitted("".join(words), RIGHT - LEFT)
 
 
 def _upright(canvas: Canvas, scale: Scale, reference: float) -> None:

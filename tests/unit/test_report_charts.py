@@ -117,6 +117,32 @@ def test_the_line_at_one_lies_between_slower_and_faster() -> None:
     assert (number(one, "x1") - slow) / (fast - slow) == pytest.approx(1 / 3, abs=0.005)
 
 
+def test_labels_keep_the_settings_that_tell_cells_apart() -> None:
+    names = [
+        f"profiled-q4_k_m, onnxruntime-genai, {threads}, {prompt} in, depth 0 (noisy)"
+        for threads in ("1 thread", "2 threads")
+        for prompt in (16, 64)
+    ]
+    look = Look("box", 0)
+    drawn = {
+        "bars": bars("t", "s", [BarRow(name, "57.6", (Bar(1.0, look),)) for name in names]),
+        "spans": spans("t", "s", [BarRow(name, "57.6", (Bar(1.0, look),)) for name in names], 1),
+        "boxes": boxes(
+            "t", "ms", [Box(name, "45.1 / 80.4 / 81.0", look, 1, 2, 3, 4, 5, 6, 7)
+                        for name in names]
+        ),
+    }  # fmt: skip
+    for kind, svg in drawn.items():
+        labels = [each for each in elements(svg, "text", "label") if each.text]
+        told = " ".join(each.text or "" for each in labels)
+        assert all(name in told for name in names), kind
+        heights = [number(each, "y") for each in labels]
+        assert len(labels) == 8, kind
+        assert heights == sorted(set(heights)), kind
+    short = bars("t", "s", [BarRow("a, b", "1", (Bar(1.0, look),))])
+    assert len(elements(short, "text", "label")) == 1, "what fits stays in one line"
+
+
 def test_boxes_hold_the_middle_half() -> None:
     held = Box("a", "", Look("box", 0), 10, 20, 30, 40, 50, 60, 900, strip=(10.0, 30.0, 900.0))
     svg = boxes("t", "ms", [held])
