@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from edgellm.profiling.document import Cell, Conditions, Profile
-from edgellm.report.wording import moment, plain, size
+from edgellm.report.wording import count, moment, plain, size
 
 MARKS_OF_MAKERS = re.compile(r"\((R|TM|C)\)|\bCPU\b|@.*$|\bProcessor\b", re.IGNORECASE)
 """What is in a processor's name and tells it from no other."""
+
+BETWEEN = " · "
+"""Between the artifact and the settings in what a cell's kind is called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +126,17 @@ def _of(facts: Sequence[tuple[str, ...]], names: Sequence[str], name: str) -> se
     return {fact for fact, each in zip(facts, names, strict=True) if each == name}
 
 
+def _threads(cell: Cell) -> str:
+    threads = cell.settings.threads
+    return count(threads, "thread") if threads else "own choice of threads"
+
+
 def _series(cells: Sequence[Cell]) -> list[str]:
     """For each cell its artifact, and those of its settings that are not the same everywhere."""
     details: tuple[Callable[[Cell], str], ...] = (
         lambda cell: plain(cell.settings.runtime),
         lambda cell: plain(cell.settings.device),
-        lambda cell: f"{cell.settings.threads or 'own choice of'} threads",
+        _threads,
         lambda cell: f"{plain(cell.settings.kv_cache)} cache" if cell.settings.kv_cache else "",
     )
     varying = [each for each in details if len({each(cell) for cell in cells}) > 1]
@@ -136,7 +144,7 @@ def _series(cells: Sequence[Cell]) -> list[str]:
     for cell in cells:
         digests.setdefault(cell.artifact.name, set()).add(cell.artifact.sha256)
     return [
-        " · ".join(
+        BETWEEN.join(
             [
                 plain(cell.artifact.name) or "unnamed",
                 *([cell.artifact.sha256[:8]] if len(digests[cell.artifact.name]) > 1 else []),

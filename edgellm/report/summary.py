@@ -7,8 +7,17 @@ from dataclasses import dataclass
 
 from edgellm.profiling.document import Figure, Profile
 from edgellm.report.quantities import DECODE, FIRST_TOKEN, TEXTS, Quantity
-from edgellm.report.rows import Row, models, rows, several_machines
-from edgellm.report.wording import count, interval, listed, number, plain, seconds_of, size
+from edgellm.report.rows import BETWEEN, Row, models, rows, several_machines
+from edgellm.report.wording import (
+    count,
+    gathered,
+    interval,
+    listed,
+    number,
+    plain,
+    seconds_of,
+    size,
+)
 
 FEWEST_ROUNDS = 4
 """With fewer an interval is but the span of the samples, and names no winner."""
@@ -99,8 +108,19 @@ def what_intervals_are(found: Sequence[Row]) -> str:
 
 def names_of(group: Sequence[Row]) -> dict[str, str]:
     """By label, the shortest name that tells a row from the others of ``group``, on one machine."""
-    kinds = [row.kind for row in group]
-    return {row.label: row.kind if kinds.count(row.kind) == 1 else row.name for row in group}
+    parts = [row.kind.split(BETWEEN) for row in group]
+    if len({len(each) for each in parts}) == 1:
+        # The artifact's name stays; of its settings those that are not the same in all.
+        told = [
+            len(set(column)) > 1 or not place
+            for place, column in enumerate(zip(*parts, strict=True))
+        ]
+        parts = [[part for part, tells in zip(each, told, strict=True) if tells] for each in parts]
+    kinds = [BETWEEN.join(each) for each in parts]
+    return {
+        row.label: kind if kinds.count(kind) == 1 else row.name
+        for row, kind in zip(group, kinds, strict=True)
+    }
 
 
 def doubts(
@@ -119,9 +139,13 @@ def doubts(
         for row, figure in zip(rivals, figures[1:], strict=True)
         if top and figure and _overlap(top, figure)
     ]
-    if close:
+    if close and len(close) == len(rivals) > 1:
+        found.append("its interval overlaps those of all others")
+    elif close:
         found.append(f"its interval overlaps that of {listed(close)}")
-    if noisy:
+    if len(noisy) > 1 and len(noisy) > len(rivals):
+        found.append("both are noisy" if len(noisy) == 2 else f"all {len(noisy)} are noisy")
+    elif noisy:
         verb = "are" if len(noisy) > 1 else "is"
         found.append(f"{listed([named[row.label] for row in noisy])} {verb} noisy")
     return found
@@ -145,8 +169,8 @@ def _leading(group: Sequence[Row], named: dict[str, str], quantity: Quantity) ->
     if why_not:
         return Sentence(
             topic,
-            f"No one is named {words.superlative}: the best median is {name}'s with "
-            f"{_shown(quantity, figure)}, but {' and '.join(why_not)}. "
+            f"No one is named {words.superlative}: the best median is that of {name}, "
+            f"{_shown(quantity, figure)}, but {listed(why_not)}. "
             f"Next: {named[rivals[0].label]} with {_shown(quantity, second)}.",
             warns=True,
         )
@@ -271,9 +295,12 @@ def _noisy(found: Sequence[Row]) -> list[Sentence]:
     noisy = [row for row in found if row.cell.noisy]
     if not noisy:
         return []
-    told = "; ".join(f"{row.label}: {', '.join(map(_reason, row.cell.noisy))}" for row in noisy[:4])
-    more = f"; and {len(noisy) - 4} more in the table" if len(noisy) > 4 else ""
-    text = f"{len(noisy)} of {count(len(found), 'cell')} may mislead. {told}{more}."
+    if len(noisy) > 4:
+        told = "; ".join(gathered([each for row in noisy for each in row.cell.noisy]))
+        told = told[0].upper() + told[1:]
+    else:
+        told = "; ".join(f"{row.label}: {', '.join(map(_reason, row.cell.noisy))}" for row in noisy)
+    text = f"{len(noisy)} of {count(len(found), 'cell')} may mislead. {told}."
     return [Sentence("Noisy", text, warns=True)]
 
 

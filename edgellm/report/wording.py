@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -19,6 +20,10 @@ BYTES = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 
 HIDDEN = ("Cc", "Cf", "Zl", "Zp")
 """Unicode's classes of characters that move or hide others: control, format, line, paragraph."""
+
+PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
+AMOUNT = re.compile(r" \([^()]*\)$")
+"""What a reason ends with in brackets, and is of one cell alone."""
 
 
 def plain(text: str) -> str:
@@ -95,6 +100,24 @@ def listed(names: Sequence[str], most: int = 4) -> str:
     if len(names) > most:
         shown.append(f"{len(names) - most} more")
     return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]])) if shown else ""
+
+
+def gathered(reasons: Iterable[str]) -> list[str]:
+    """Reasons of many cells, each kind once: ``other programs had 53% to 99% of the CPU time``."""
+    kinds: dict[str, list[float]] = {}
+    for reason in reasons:
+        text = AMOUNT.sub("", plain(reason).rstrip("."))
+        share = PERCENT.search(text)
+        kind = PERCENT.sub("%", text, count=1)
+        kinds.setdefault(kind, []).extend([float(share[1])] if share else [])
+    return [
+        kind.replace("%", _span(shares), 1) if shares else kind for kind, shares in kinds.items()
+    ]
+
+
+def _span(shares: Sequence[float]) -> str:
+    least, most = min(shares), max(shares)
+    return f"{least:g}%" if least == most else f"{least:g}% to {most:g}%"
 
 
 def moment(text: str) -> str:

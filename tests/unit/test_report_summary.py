@@ -31,7 +31,7 @@ def test_the_fastest_is_named_where_intervals_lie_apart() -> None:
 
 def test_no_winner_where_intervals_overlap() -> None:
     sentence = said(documents.cell("a", 30), documents.cell("b", 30.9), documents.cell("c", 10))
-    assert sentence.text.startswith("No one is named fastest: the best median is b's")
+    assert sentence.text.startswith("No one is named fastest: the best median is that of b, 30.9")
     assert "its interval overlaps that of a." in sentence.text
     assert sentence.warns
 
@@ -45,6 +45,35 @@ def test_no_winner_where_a_side_is_noisy() -> None:
         sentence = said(*cells)
         assert sentence.text.startswith("No one is named fastest")
         assert f"{noisy[0]} is noisy" in sentence.text
+
+
+def test_many_noisy_cells_are_told_together() -> None:
+    noise = ("other programs had {}% of the CPU time (1.01 s)",)
+    cells = [
+        documents.cell(f"q{n}", 20 + n, noisy=(noise[0].format(90 + n),), run=run)
+        for n, run in enumerate([documents.settings(threads=1)] * 3 + [documents.settings()] * 2)
+    ]
+    assert said(*cells, topic="Noisy").text == (
+        "5 of 5 cells may mislead. Other programs had 90% to 94% of the CPU time."
+    )
+    text = said(*cells).text
+    assert "all 5 are noisy." in text
+    assert text.startswith("No one is named fastest: the best median is that of q4 · 2 threads, 2")
+    assert "q0 · 1 thread " in said(*cells, topic="Memory").text
+    assert "both are noisy" in said(*cells[:2]).text
+    few = said(*cells[:2], topic="Noisy").text
+    assert few.startswith("2 of 2 cells may mislead. q0: other programs had 90%")
+
+
+def test_cells_are_named_by_what_differs_among_those_compared() -> None:
+    other = documents.artifact("other", model_sha256="c" * 64)
+    genai = documents.settings(runtime="onnxruntime-genai", kv_cache="f32")
+    cells = [
+        documents.cell("a", 20), documents.cell("b", 30), documents.cell("o", of=other, run=genai)
+    ]  # fmt: skip
+    speeds = [each.text for each in summary([documents.profile(cells)]) if each.topic == "Speed"]
+    assert speeds[0].startswith("b writes fastest")
+    assert speeds[1].startswith("other writes")
 
 
 def test_no_winner_of_few_rounds() -> None:
