@@ -22,6 +22,12 @@ FAILED = 9
 DEAREST = 10
 """Kinds of operators that are shown."""
 
+LEAST_SHARE = 0.005
+"""Of a token's time, what a kind of operator takes to be shown."""
+
+MOST_NOISY = 4
+"""So many noisy cells have a line each."""
+
 
 def profile(
     context: typer.Context,
@@ -184,17 +190,30 @@ def _show(found: Profile, written: Sequence[Path]) -> None:
     render.show_table(head, [row(cell) for cell in found.cells], right="123456")
     notes = [f"{cell.name}: {cell.failure}" for cell in found.cells if cell.failure]
     notes += [_dearest(cell.name, cell.operators) for cell in found.cells if cell.operators]
-    notes += [
-        f"{cell.name} is noisy: {'; '.join(cell.noisy)}" for cell in found.cells if cell.noisy
-    ]
-    render.show_notes(notes)
+    render.show_notes([*notes, *_noise(found.cells)])
+    if found.interrupted:
+        render.say_notes(["stopped early: this is what was done by then"])
     render.say_notes([f"written: {path}" for path in written])
+
+
+def _noise(cells: Sequence[Cell]) -> list[str]:
+    """A line for each noisy cell; one of all where all of many are, for names tell nothing then."""
+    from edgellm.report.wording import gathered
+
+    measured = [cell for cell in cells if cell.rounds]
+    noisy = [cell for cell in measured if cell.noisy]
+    if len(noisy) == len(measured) > MOST_NOISY:
+        reasons = gathered(reason for cell in noisy for reason in cell.noisy)
+        return [f"all {len(noisy)} cells are noisy: {'; '.join(reasons)}"]
+    return [f"{cell.name} is noisy: {'; '.join(cell.noisy)}" for cell in noisy]
 
 
 def _dearest(name: str, found: Operators) -> str:
     if not found.by_kind:
         return f"{name}: no operators, for {found.reason}"
-    kinds = ", ".join(f"{kind.name} {kind.share:.0%}" for kind in found.by_kind[:DEAREST])
+    # The document has all; nothing is learnt from a row of "0%".
+    shown = [kind for kind in found.by_kind[:DEAREST] if kind.share >= LEAST_SHARE]
+    kinds = ", ".join(f"{kind.name} {kind.share:.0%}" for kind in shown)
     slower = f" (slower by {found.overhead:.0%} while watched)" if found.overhead else ""
     trace = f"; {found.trace} for ui.perfetto.dev" if found.trace else ""
     return f"{name}: a token's time goes to {kinds}{slower}{trace}"
@@ -275,7 +294,9 @@ def _numbers(option: str, given: str) -> tuple[int, ...]:
     words = [word.strip() for word in given.split(",")]
     wrong = [word for word in words if not word.isdecimal()]
     if wrong:
-        raise UsageError(f"{option} {given}: {wrong[0]!r} is no number; give some as 128,512")
+        raise UsageError(
+            f"{option} {given}: {wrong[0]!r} is no whole number from 0 on; give some as 128,512"
+        )
     return tuple(dict.fromkeys(map(int, words)))
 
 
@@ -287,7 +308,7 @@ def _seconds(option: str, given: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 < seconds < float("inf"):
-        raise UsageError(f"{option} {given}: give a time as 90s, 5m or 1h")
+        raise UsageError(f"{option} {given}: give a time above 0, as 90s, 5m or 1h")
     return seconds
 
 

@@ -129,8 +129,8 @@ def during(
     throttled = whole(lambda each: each.throttled)
     return During(
         load_average=highest(lambda each: each.load_average),
-        stolen_share=None if stolen is None else stolen / capacity,
-        others_share=None if busy is None else max(0.0, busy - own_cpu_s) / capacity,
+        stolen_share=None if stolen is None else min(1.0, stolen / capacity),
+        others_share=None if busy is None else min(1.0, max(0.0, busy - own_cpu_s) / capacity),
         throttled=None if throttled is None else int(throttled),
         temperature_c=highest(lambda each: each.temperature_c),
     )
@@ -141,7 +141,8 @@ def _grown(before: float | None, after: float | None) -> float:
 
 
 def _share(part: float, whole: float) -> str:
-    return f"{part / whole:.1%}" if whole > 0 else "all"
+    # Counters are read before and after: of a short stretch they may hold more than all.
+    return f"{min(1.0, part / whole):.1%}" if whole > 0 else "all"
 
 
 def ask(question: Callable[[], Value]) -> Value | None:

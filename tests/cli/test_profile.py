@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 import edgellm.report
-from edgellm.cli.profile_command import _command
+from edgellm.cli.profile_command import _command, _dearest, _noise
 from edgellm.cli.profile_view import _where, watched
 from edgellm.errors import OutputError
 from edgellm.profiling.measuring import Step
 
+from ..unit import profile_documents as documents
 from .conftest import Command
 
 FAKE = ("--runtime", "fake", "--prompt-tokens", "12", "--new-tokens", "4", "--repeat", "2")
@@ -70,6 +71,30 @@ def test_without_memory_for_the_limits_the_cells_are_measured(
     assert page.exists()
 
 
+def test_many_cells_that_are_all_noisy_take_one_line() -> None:
+    def lines(shares: list[float | None]) -> list[str]:
+        reason = "other programs had {}% of the CPU time (1.01 s)"
+        return _noise(
+            [
+                documents.cell(f"q{n}", noisy=(reason.format(share),) if share else ())
+                for n, share in enumerate(shares)
+            ]
+        )
+
+    assert lines([50.5, 99.5, 70, 80, 60]) == [
+        "all 5 cells are noisy: other programs had 50.5% to 99.5% of the CPU time"
+    ]
+    assert len(lines([50, 60, 70, 80])) == 4
+    assert len(lines([50, 60, 70, 80, 90, None])) == 5, "who is quiet is told apart by names"
+    assert lines([None]) == []
+
+
+def test_kinds_of_operators_that_take_nothing_are_not_listed() -> None:
+    line = _dearest("small", documents.operators())
+    assert "kind-0 50%, " in line
+    assert line.endswith("kind-6 1% (slower by 8% while watched)")
+
+
 def test_json_is_the_document_and_nothing_else(command: Command, onnx_artifact: Path) -> None:
     done = command("profile", onnx_artifact, *FAKE, "--json")
     assert done.code == 0
@@ -85,11 +110,12 @@ def test_json_is_the_document_and_nothing_else(command: Command, onnx_artifact: 
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (("--prompt-tokens", "12,x"), 2, "'x' is no number"),
+        (("--prompt-tokens", "12,x"), 2, "'x' is no whole number"),
+        (("--depth", "-1"), 2, "'-1' is no whole number from 0 on"),
         (("--prompt-tokens", "0"), 2, "--prompt-tokens 0: choose 1 or more"),
         (("--repeat", "0"), 2, "--repeat 0: choose 1 or more"),
         (("--repeat", "2", "--budget", "5s"), 2, "leave one out"),
-        (("--budget", "soon"), 2, "give a time as 90s, 5m or 1h"),
+        (("--budget", "soon"), 2, "give a time above 0, as 90s, 5m or 1h"),
         (("--runtime", "lama"), 2, "no runtime named 'lama'"),
         (("--output", "speed.pdf"), 2, ".pdf"),
         (("--output", "nowhere/speed.html"), 7, "nowhere"),
@@ -139,8 +165,9 @@ def test_ctrl_c_writes_what_was_measured(onnx_artifact: Path, tmp_path: Path) ->
         if line.startswith("round 3"):
             break
     os.killpg(process.pid, signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out
+    assert "stopped early" in err
     document = json.loads(output.read_text())
     assert document["interrupted"]
     assert document["cells"][0]["rounds"] >= 2
