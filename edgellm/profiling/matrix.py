@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -166,6 +167,12 @@ def matrix(
                 for count, (prompt, new, depth, batch) in itertools.product(threads, asked_of)
             ]
     cells = list({cell.key: cell for cell in cells}.values())
+    cpus = os.cpu_count() or 1
+    notes += [
+        f"{count} threads are more than the {cpus} CPUs of this machine: they wait for each other"
+        for count in asked.threads
+        if count is not None and count > cpus
+    ]
     return Matrix(
         tuple(cells), _names(cells, threads=len(asked.threads) > 1), tuple(dict.fromkeys(notes))
     )

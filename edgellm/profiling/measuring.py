@@ -237,7 +237,7 @@ def _limits(
         cores=cores,
     )
     note = "the machine's limits are too low and shares of them too high, for as they were measured"
-    return found, tuple(f"{note} {reason}" for reason in reasons)
+    return found, (f"{note} {' and '.join(reasons)}",) if reasons else ()
 
 
 def _rounds(cells: Sequence[Running], effort: Effort, stays: bool, watch: Watch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,14 @@ def test_every_combination_is_a_cell_and_its_name_says_what_varies() -> None:
     assert {(cell.runtime, cell.device, cell.runtime_version) for cell in found.cells} == {
         ("llama", "cpu", "1.0")
     }
+
+
+def test_more_threads_than_cpus_are_measured_and_said() -> None:
+    cpus = os.cpu_count() or 1
+    found = matrix([GGUF], Asked(threads=(cpus, cpus + 1)), detect(), RUNTIMES)
+    assert [cell.threads for cell in found.cells] == [cpus, cpus + 1]
+    (note,) = found.notes
+    assert note.startswith(f"{cpus + 1} threads are more than the {cpus} CPU")
 
 
 def test_all_runtimes_are_those_that_open_it() -> None:
