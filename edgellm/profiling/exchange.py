@@ -54,7 +54,6 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     tokenization_s: float
     latencies_s: tuple[float, ...]
     cpu_s: float
-    seconds: float
     memory: Memory
     encode_s: float | None = None
     first_token_s: float | None = None

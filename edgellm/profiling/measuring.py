@@ -120,6 +120,8 @@ class Running:
     rounds: list[Round] = field(default_factory=list)
     gauges: list[tuple[document.Gauge, document.Gauge]] = field(default_factory=list)
     """Before and after each of the ``rounds``."""
+    between_s: list[float] = field(default_factory=list)
+    """Seconds between those."""
     failure: str = ""
 
     @property
@@ -346,7 +348,7 @@ def _measure(cell: Running, effort: Effort, *, counted: bool) -> Round | None:
             for _ in range(effort.warmup_rounds if counted else 0):
                 cell.process.round()
         time.sleep(PAUSE_S)
-        before = gauge()
+        before, begun = gauge(), time.perf_counter()
         took = cell.process.round()
     except CellFailed as failure:
         cell.failure = without_folders(str(failure), cell.wanted.artifact.path)
@@ -355,6 +357,7 @@ def _measure(cell: Running, effort: Effort, *, counted: bool) -> Round | None:
     if counted:
         cell.rounds.append(took)
         cell.gauges.append((before, gauge()))
+        cell.between_s.append(time.perf_counter() - begun)
     return took
 
 

@@ -61,7 +61,7 @@ def summed(
     limit = next((each for each in limits if each.threads == (wanted.threads or cores)), None)
     took: dict[str, Any] = {
         "own_cpu_s": sum(each.cpu_s for each in rounds),
-        "seconds": sum(each.seconds for each in rounds),
+        "seconds": sum(cell.between_s),
         "cores": cores,
     }
     figures = _of_texts if KINDS[wanted.task] == KINDS["embed"] else _of_answers

@@ -52,12 +52,10 @@ class EncoderCell:
             begun = clock()
             self.model.ask(self.texts, batch=len(self.texts))
             latencies.append(clock() - begun)
-        ended = clock()
         return Round(
             tokenization_s=tokenized - began,
             latencies_s=tuple(latencies),
             cpu_s=time.process_time() - cpu_s,
-            seconds=ended - began,
             memory=taken_memory(self.model.graph.device, None),
         )
 
@@ -108,7 +106,6 @@ class Seq2SeqCell:
                 first_text_tokens = number
                 self.meter.halfway()
                 times.resumed()
-        ended = clock()
         cpu_s = time.process_time() - cpu_s
         energy, no_energy = self.meter.spent()
         return Round(
@@ -120,7 +117,6 @@ class Seq2SeqCell:
             detokenization_s=sum(times.text_s) / len(times.text_s),
             end_to_end_s=times.first_token_s + sum(times.latencies_s),
             cpu_s=cpu_s,
-            seconds=ended - times.asked_s,
             memory=taken_memory(self.graphs.device, self.graphs.kv_bytes()),
             first_text_tokens=first_text_tokens or self.new_tokens,
             text_sha256=sha256_of(ids[1:]),

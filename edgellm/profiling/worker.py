@@ -154,7 +154,6 @@ class LoadedCell:
             if not first_text_tokens:
                 first_text_tokens = len(stream.token_ids)
                 self.meter.halfway()
-        ended = clock()
         cpu_s = time.process_time() - cpu_s
         energy, no_energy = self.meter.spent()
         answer, times = stream.answer(), stream.times
@@ -167,7 +166,6 @@ class LoadedCell:
             detokenization_s=sum(times.text_s) / len(times.text_s),
             end_to_end_s=times.first_token_s + sum(times.latencies_s),
             cpu_s=cpu_s,
-            seconds=ended - begun,
             memory=taken_memory(session.device, session.kv_bytes()),
             first_text_tokens=first_text_tokens or self.new_tokens,
             text_sha256=sha256_of(answer.token_ids),

@@ -47,7 +47,7 @@ def test_of_many_each_is_compared_with_the_first() -> None:
 def round_of(energy: dict[str, tuple[float, float]], first_text_tokens: int) -> Round:
     return Round(
         tokenization_s=0, first_token_s=1, prefill_s=1, latencies_s=(1,), sampling_s=0,
-        detokenization_s=0, end_to_end_s=2, cpu_s=1, seconds=2,
+        detokenization_s=0, end_to_end_s=2, cpu_s=1,
         memory=Memory(peak_bytes=1, steady_bytes=1, kv_bytes=1),
         first_text_tokens=first_text_tokens, energy=energy,
     )  # fmt: skip
