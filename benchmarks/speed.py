@@ -28,9 +28,9 @@ def compare(
 ) -> tuple[list[Comparison], float]:
     """Comparisons of prefill and decode, and the share of equal greedy tokens of the last round.
 
-    Both programs are started anew several times, since where memory falls moves a process's speed;
-    in each start they take turns round by round, after one round each that is not counted. Who is
-    loaded first and goes first changes from start to start: it is worth some percent.
+    Both programs are started anew several times, since where memory falls moves a process's speed
+    by some percent; in each start they take turns round by round, after one round each that is not
+    counted. Who is loaded first and goes first changes from start to start.
     ``at_least`` bounds the ratio of a quantity, where there is a target.
     """
     samples: Samples = {name: ([], []) for name in QUANTITIES}

@@ -41,7 +41,7 @@ TIMEOUT_S = 600.0
 
 STARTS = 4
 """How often the processes of cells are started, where there are rounds enough: where its memory
-falls, and which was loaded first, makes a process some percent faster than itself started again.
+falls makes a process some percent faster than itself started again.
 """
 
 ROUNDS_OF_START = 2
