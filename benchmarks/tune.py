@@ -23,7 +23,7 @@ from benchmarks.results import Comparison, Result
 from benchmarks.text import tokens
 
 TYPES = ("q4_0", "q4_k_m", "q3_k_m", "iq4_xs")
-STEPS = 120
+STEPS = 200
 AT_MOST = 0.8
 AT_MOST_SECONDS = 1800.0
 

@@ -109,9 +109,7 @@ def detect() -> Hardware:
     """What this machine has. Never raises: what cannot be read is said in the fact's reason."""
     system, machine = platform.system(), platform.machine()
     apple = system == "Darwin" and machine == "arm64"
-    probe = {"Linux": _linux_cpu, "Darwin": _darwin_cpu, "Windows": _windows_cpu}.get(system)
-    unknown = Fact("unknown", f"no probe for {system}")
-    cpu, features = probe() if probe else (unknown, _no_features())
+    cpu, features = detect_cpu()
     return Hardware(
         os=Fact(f"{system} {platform.release()}", "uname"),
         machine=Fact(machine, "uname"),
@@ -122,6 +120,13 @@ def detect() -> Hardware:
         apple_silicon=Fact(apple, f"{system} on {machine}"),
         gpus=_gpus(apple, cpu.value),
     )
+
+
+def detect_cpu() -> tuple[Fact[str], Fact[frozenset[str]]]:
+    """Model and features of the CPU alone, as ``detect`` says them."""
+    system = platform.system()
+    probe = {"Linux": _linux_cpu, "Darwin": _darwin_cpu, "Windows": _windows_cpu}.get(system)
+    return probe() if probe else (Fact("unknown", f"no probe for {system}"), _no_features())
 
 
 def pick(

@@ -374,7 +374,7 @@ def _tuned(tuned: dict[str, Any]) -> str:
     if tuned["kl_before"] is None:
         return f"{tuned['blocks']} blocks kept as trained"
     before, after = tuned["kl_before"], tuned["kl_after"]
-    if not tuned["kept_step"] and not tuned["blocks"]:
+    if not tuned["kept_share"] and not tuned["blocks"]:
         return f"nothing kept, held-out KL {before:.4g} was not bettered"
     return f"held-out KL {before:.4g} to {after:.4g}"
 

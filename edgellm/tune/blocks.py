@@ -14,9 +14,10 @@ from torch import Tensor
 
 from edgellm.architectures.decoder import Decoder
 from edgellm.tune import torch_decoder
+from edgellm.tune.products import quick_products
 from edgellm.tune.settings import Settings, rate_share
 from edgellm.tune.weights import StudentWeights, parameter_groups
-from edgellm.tune.whole import BETAS, example_order
+from edgellm.tune.whole import BETAS, batches_by_step
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,18 @@ def train_block(
     steps = settings.block_steps
     optimizer = torch.optim.Adam(parameter_groups(weights, settings), betas=BETAS)
     before, kept = held_out_error(), weights.snapshot()
-    for step, place in enumerate(example_order(len(training), steps, settings.seed + index)):
+    sizes = [example.given.shape[0] * example.given.shape[1] for example in training]
+    order = batches_by_step(sizes, steps, settings.step_tokens, settings.seed + index)
+    for step, places in enumerate(order):
         for group in optimizer.param_groups:
             group["lr"] = settings.block_rate * rate_share(step, steps, settings.warm_up)
-        example = training[place]
-        loss = example.loss(torch_decoder.layer(decoder, index, weights, example.given))
-        loss.backward()  # type: ignore[no-untyped-call]
+        tokens = sum(sizes[place] for place in places)
+        with quick_products(weights, settings.products):
+            for place in places:
+                example = training[place]
+                found = torch_decoder.layer(decoder, index, weights, example.given)
+                loss = example.loss(found) * sizes[place] / tokens
+                loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     after = held_out_error()

@@ -18,7 +18,8 @@ class HeadDivergence(torch.autograd.Function):
 
     ``hidden`` and ``wanted`` are the normed states ``[tokens, hidden]`` that the student's and the
     teacher's head are given. ``bias`` ``[vocab]`` and the soft cap ``cap`` are the same on both
-    sides and not trained. Gradients are computed on the way and need no second pass.
+    sides and not trained. Gradients are computed on the way and need no second pass; they are
+    multiplied in the type ``products``, logits in float32.
     """
 
     @staticmethod
@@ -32,6 +33,7 @@ class HeadDivergence(torch.autograd.Function):
         teacher: Tensor,
         bias: Tensor | None,
         cap: float | None,
+        products: torch.dtype,
     ) -> Tensor:
         needed = ctx.needs_input_grad  # type: ignore[attr-defined]
         levels = matrix.float_levels()
@@ -39,22 +41,24 @@ class HeadDivergence(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64)
         by_hidden = torch.empty_like(hidden) if needed[0] else None
         by_head = torch.zeros_like(head) if needed[1] else None
+        factor = head.to(products) if by_hidden is not None else head
         for start in range(0, len(hidden), POSITIONS):
             part = slice(start, start + POSITIONS)
             theirs = torch.log_softmax(_logits(wanted[part], reference, bias, cap), dim=-1)
             logits = _logits(hidden[part], head, bias, cap)
             ours = torch.log_softmax(logits, dim=-1)
             likely = theirs.exp()
-            total += (likely * theirs.sub_(ours)).sum(dtype=torch.float64)
+            total += torch.linalg.vecdot(likely, theirs.sub_(ours)).sum(dtype=torch.float64)
             if by_hidden is None and by_head is None:
                 continue
             gradient = ours.exp_().sub_(likely)
             if cap is not None:
                 gradient.mul_(1 - (logits / cap).square_())
+            gradient = gradient.to(products)
             if by_hidden is not None:
-                torch.mm(gradient, head, out=by_hidden[part])
+                by_hidden[part] = gradient @ factor
             if by_head is not None:
-                by_head.addmm_(gradient.T, hidden[part])
+                by_head += gradient.T @ hidden[part].to(products)
         by_scale = by_min = None
         if by_head is not None and scales is not None:
             by_scale, by_min = group_gradients(by_head, levels, scales, mins)
@@ -64,7 +68,7 @@ class HeadDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def]
         found = (None if each is None else each * gradient for each in ctx.gradients)
-        return (*found, *[None] * 5)
+        return (*found, *[None] * 6)
 
 
 def _logits(states: Tensor, head: Tensor, bias: Tensor | None, cap: float | None) -> Tensor:
@@ -82,6 +86,7 @@ def head_divergence(
     *,
     bias: Tensor | None = None,
     cap: float | None = None,
+    products: torch.dtype = torch.float32,
 ) -> Tensor:
     """``HeadDivergence`` for states ``[..., hidden]``, of the student's head ``matrix``."""
     columns = hidden.shape[-1]
@@ -94,6 +99,7 @@ def head_divergence(
         teacher,
         None if bias is None else bias.detach(),
         cap,
+        products,
     )
     assert isinstance(total, Tensor)
     return total

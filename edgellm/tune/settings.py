@@ -19,14 +19,17 @@ Window = TypeVar("Window")
 HELD_OUT = 8
 """One window in so many is never trained on: by it is decided what is kept."""
 
-MOST_HELD_OUT = 4
+MOST_HELD_OUT = 8
 """Windows that are held out at the most: what is compared are answers to the same tokens, so few
-are enough, and every look at them takes the time of two steps."""
+are enough."""
 
-STEP_TOKENS = 512
-"""Tokens that a step sees, in one window or several."""
+STEP_TOKENS = 2048
+"""Tokens that a step sees, in one batch after another."""
 
-POSITIONS = 128
+BATCH_TOKENS = 1024
+"""Tokens of a batch, in one window or several: what is computed of them is in memory at once."""
+
+POSITIONS = 256
 """Positions whose logits are alive at once: enough for products to run at full speed."""
 
 FIXED_GRIDS = ("nf4-dq",)
@@ -36,7 +39,8 @@ FIXED_GRIDS = ("nf4-dq",)
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How to train. ``steps`` end to end, ``block_steps`` for each decoder block before.
 
-    A step sees about ``step_tokens`` tokens. Rates are those of Adam at the peak, for numbers that
+    A step sees at least ``step_tokens`` tokens; gradients are multiplied in the type ``products``.
+    Rates are those of Adam at the peak, for numbers that
     move in proportion to their size; they rise over ``warm_up`` steps and fall to zero by a cosine:
     at the full rate the answers are worse than at the start, and only the fall brings the gain.
 
@@ -51,6 +55,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     block_steps: int = 0
     step_tokens: int = STEP_TOKENS
+    products: str = "float32"
     rate: float = 7e-4
     norm_rate: float = 1e-3
     block_rate: float = 1e-3
@@ -62,8 +67,8 @@ class Tuned(msgspec.Struct, frozen=True, kw_only=True):
     """What was done and what it gained; divergences are means in nats over the held-out tokens.
 
     ``kl_before``, ``kl_blocks`` (after the blocks) and ``kl_after`` are None where the network was
-    not in memory whole. ``blocks``: how many blocks were kept trained. ``kept_step``: the step of
-    training end to end whose numbers were kept, 0 for none.
+    not in memory whole. ``blocks``: how many blocks were kept trained. ``kept_share``: the share
+    of the change found end to end that was kept, 0 for none.
     """
 
     settings: Settings
@@ -74,12 +79,12 @@ class Tuned(msgspec.Struct, frozen=True, kw_only=True):
     kl_before: float | None = None
     kl_blocks: float | None = None
     kl_after: float | None = None
-    kept_step: int = 0
+    kept_share: float = 0.0
     blocks: int = 0
 
     def figures(self) -> dict[str, Any]:
         """What was measured, for the manifest."""
-        names = ("kl_before", "kl_blocks", "kl_after", "kept_step", "blocks")
+        names = ("kl_before", "kl_blocks", "kl_after", "kept_share", "blocks")
         return {name: getattr(self, name) for name in names}
 
     def entry(self, text: CalibrationText) -> TuningEntry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 import msgspec
 import numpy as np
@@ -20,7 +21,7 @@ from edgellm.tensors import Array
 from edgellm.tune import torch_decoder
 from edgellm.tune.blocks import BlockExample, train_block
 from edgellm.tune.planning import Tuning
-from edgellm.tune.settings import Tuned, split
+from edgellm.tune.settings import BATCH_TOKENS, Tuned, split
 from edgellm.tune.stored import StoredModel
 from edgellm.tune.weights import SourceWeights, StudentWeights
 from edgellm.tune.whole import Example, Network, train_whole
@@ -50,13 +51,17 @@ def tune(
             _write(stored, dict(found), source.decoder, staged)
         return result
     with _threads(threads):
-        training, held_out = (
-            batches(part, tuning.settings.step_tokens) for part in split(tuning.text.windows)
-        )
+        settings = tuning.settings
+        windows, others = split(tuning.text.windows)
         # What no step would see needs no answers of the source; windows come in a random order.
-        training = training[: max(tuning.settings.steps, tuning.settings.block_steps)]
+        seen = max(settings.steps, settings.block_steps) * settings.step_tokens
+        before = accumulate((len(window) for window in windows), initial=0)
+        windows = [window for window, start in zip(windows, before, strict=False) if start < seen]
+        training, held_out = (
+            batches(part, min(settings.step_tokens, BATCH_TOKENS)) for part in (windows, others)
+        )
         result = Tuned(
-            settings=tuning.settings,
+            settings=settings,
             training_tokens=sum(ids.numel() for ids in training),
             held_out_tokens=sum(ids.numel() for ids in held_out),
             threads=threads,
@@ -133,10 +138,10 @@ class _Tuner:
             kl_before=before,
             kl_blocks=by_blocks_alone if self.settings.block_steps else None,
             kl_after=outcome.after,
-            kept_step=outcome.kept_step,
+            kept_share=outcome.kept_share,
             blocks=kept,
         )
-        return result, weights.values() if kept or outcome.kept_step else {}
+        return result, weights.values() if kept or outcome.kept_share else {}
 
     def _through_layers(
         self, batches: list[Tensor], count: int, student: StudentWeights | None

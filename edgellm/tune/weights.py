@@ -184,7 +184,10 @@ class Vector(torch.nn.Module):
 
 
 class StudentWeights(torch.nn.Module):
-    """Weights of an artifact by role, as ``torch_decoder.Weights``."""
+    """Weights of an artifact by role, as ``torch_decoder.Weights``.
+
+    ``products``: the type that is multiplied; sums and what comes out are float32.
+    """
 
     def __init__(
         self, weights: Mapping[str, QTensor], decoder: Decoder, *, norms_offset: bool
@@ -192,6 +195,7 @@ class StudentWeights(torch.nn.Module):
         """``norms_offset``: the norms among them hold the family's offset already."""
         super().__init__()
         self.decoder = decoder
+        self.products = torch.float32
         offset = float(decoder.norm.offset and not norms_offset)
         self.parts = torch.nn.ModuleDict()
         for role, tensor in weights.items():
@@ -224,7 +228,7 @@ class StudentWeights(torch.nn.Module):
     def product(self, role: str, x: Tensor) -> Tensor:
         matrix = self.matrix(f"{role}.weight")
         y = QuantizedProduct.apply(  # type: ignore[no-untyped-call]
-            x.reshape(-1, x.shape[-1]), matrix.scales(), matrix.mins(), matrix
+            x.reshape(-1, x.shape[-1]), matrix.scales(), matrix.mins(), matrix, self.products
         )
         assert isinstance(y, Tensor)
         y = y.reshape(*x.shape[:-1], -1)
@@ -273,11 +277,11 @@ class StudentWeights(torch.nn.Module):
         """Copies of all that is trained."""
         return {name: z.detach().clone() for name, z in self.named_parameters()}
 
-    def restore(self, snapshot: Mapping[str, Tensor] | None) -> None:
-        """Set all that is trained to ``snapshot``, or to what was stored."""
+    def restore(self, snapshot: Mapping[str, Tensor] | None, share: float = 1.0) -> None:
+        """Set all that is trained to ``share`` of ``snapshot``, or to what was stored."""
         with torch.no_grad():
             for name, z in self.named_parameters():
-                z.zero_() if snapshot is None else z.copy_(snapshot[name])
+                z.zero_() if snapshot is None else torch.mul(snapshot[name], share, out=z)
 
 
 def parameter_groups(weights: StudentWeights, settings: Settings) -> list[dict[str, Any]]:
@@ -322,7 +326,8 @@ class SourceWeights:
 
 
 class QuantizedProduct(torch.autograd.Function):
-    """``x @ weight.T`` that keeps neither the weight's values nor their gradient.
+    """``x @ weight.T``, multiplied in the type ``products``, that keeps neither the weight's values
+    nor their gradient.
 
     Both are made again from the codes when gradients are asked for, one weight at a time.
     """
@@ -334,10 +339,12 @@ class QuantizedProduct(torch.autograd.Function):
         scales: Tensor | None,
         mins: Tensor | None,
         matrix: Matrix,
+        products: torch.dtype,
     ) -> Tensor:
+        x = x.to(products)
         ctx.save_for_backward(x, *(each for each in (scales, mins) if each is not None))
         ctx.matrix = matrix  # type: ignore[attr-defined]
-        return x @ dequantized(matrix.float_levels(), scales, mins).T
+        return (x @ dequantized(matrix.float_levels(), scales, mins).to(products).T).float()
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def]
@@ -345,14 +352,14 @@ class QuantizedProduct(torch.autograd.Function):
         matrix: Matrix = ctx.matrix
         scales = rest[0] if rest else None
         mins = rest[1] if len(rest) > 1 else None
-        levels = matrix.float_levels()
+        levels, gradient = matrix.float_levels(), gradient.to(x.dtype)
         by_scale = by_min = None
         if scales is not None and ctx.needs_input_grad[1]:
-            by_scale, by_min = group_gradients(gradient.T @ x, levels, scales, mins)
+            by_scale, by_min = group_gradients((gradient.T @ x).float(), levels, scales, mins)
         by_x = None
         if ctx.needs_input_grad[0]:
-            by_x = gradient @ dequantized(levels, scales, mins)
-        return by_x, by_scale, by_min, None
+            by_x = (gradient @ dequantized(levels, scales, mins).to(x.dtype)).float()
+        return by_x, by_scale, by_min, None, None
 
 
 def dequantized(levels: Tensor, scales: Tensor | None, mins: Tensor | None) -> Tensor:

@@ -35,10 +35,14 @@ from edgellm.recipe import make_recipe
 from edgellm.source import ModelSource, open_source
 from edgellm.tune.divergence import head_divergence
 from edgellm.tune.planning import Tuning
+from edgellm.tune.products import quick_products
 from edgellm.tune.settings import Settings, split
 from edgellm.tune.stored import StoredModel, rows_of, stacked
 from edgellm.tune.tuning import tune
 from edgellm.tune.weights import Matrix, StudentWeights
+from edgellm.tune.whole import batches_by_step
+
+TOO_FAR = 0.03
 
 TinyModel = Callable[[str], Path]
 
@@ -145,6 +149,46 @@ def test_divergence_is_torchs_with_its_gradients(biased: bool, cap: float | None
     torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-4, atol=1e-5)
     for got, z in zip(found, matrix.parameters(), strict=True):
         torch.testing.assert_close(got, z.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_quick_products_are_near_and_leave_nothing_behind() -> None:
+    """Gradients in bfloat16 by those in float32: what 8 significant bits allow."""
+    draw = torch.Generator().manual_seed(4)
+    decoder, role = open_decoder(), "blk.0.ffn_up"
+    weights = {f"{role}.weight": rounded(GRIDS["q4_k"], rows=64)}
+    student = StudentWeights(weights, decoder, norms_offset=False)
+    head = Matrix(rounded(GRIDS["q8_0"], rows=50, columns=64, seed=1))
+    x = torch.randn(300, 512, generator=draw)
+    wanted, teacher = torch.randn(300, 64, generator=draw), torch.randn(50, 64, generator=draw)
+
+    def gradients(products: str) -> list[torch.Tensor]:
+        with quick_products(student, products):
+            given = x.clone().requires_grad_()
+            hidden = 0.1 * student.product(role, given)
+            head_divergence(hidden, head, wanted, teacher, products=student.products).backward()
+        found = [given.grad, *(z.grad for part in (student, head) for z in part.parameters())]
+        student.zero_grad()
+        head.zero_grad()
+        assert all(each is not None for each in found)
+        return [each for each in found if each is not None]
+
+    for near, exact in zip(gradients("bfloat16"), gradients("float32"), strict=True):
+        error = float((near - exact).norm() / exact.norm())
+        assert 1e-5 < error < 2e-2
+    assert student.products == torch.float32
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
+def test_a_step_takes_batches_until_it_has_its_tokens_and_each_in_turn() -> None:
+    sizes = [512, 512, 300, 512, 512, 512, 48]
+    steps = batches_by_step(sizes, 6, 1024, seed=1)
+    for chosen in steps:
+        assert sum(sizes[place] for place in chosen) >= 1024
+        assert sum(sizes[place] for place in chosen[:-1]) < 1024
+    flat = [place for chosen in steps for place in chosen]
+    for start in range(0, len(flat) - len(sizes), len(sizes)):
+        assert sorted(flat[start : start + len(sizes)]) == list(range(len(sizes)))
+    assert steps != batches_by_step(sizes, 6, 1024, seed=2)
 
 
 def test_rows_are_parted_and_stacked_with_all_that_belongs_to_them() -> None:
@@ -337,7 +381,7 @@ def test_what_is_trained_end_to_end_is_what_lies_in_the_file(
     plan = plan_of(tiny_model("llama"), "rtn:q4_0")
     with staged_artifact(plan, tmp_path / "out") as staged:
         tuned = tune(plan.layout, plan.source, staged, tuning(steps=10), 1)
-        assert tuned.kept_step
+        assert tuned.kept_share
         _, held_out = split(WINDOWS)
         reference = forward.window_logits(plan.source, held_out, threads=1)
         found = forward.window_logits(read_back(plan, staged), held_out, threads=1)
@@ -379,9 +423,22 @@ def test_what_does_not_help_is_not_kept(tiny_model: TinyModel, tmp_path: Path) -
         untouched = data_of(plan, staged)
         wild = tuning(steps=10, block_steps=4, rate=3.0, norm_rate=3.0, block_rate=3.0)
         tuned = tune(plan.layout, plan.source, staged, wild, 1)
-        assert (tuned.kept_step, tuned.blocks) == (0, 0)
+        assert (tuned.kept_share, tuned.blocks) == (0, 0)
         assert tuned.kl_after == tuned.kl_before
         assert data_of(plan, staged) == untouched
+
+
+def test_of_a_change_that_goes_too_far_a_share_is_kept(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """One step of the right direction, much too long."""
+    plan = plan_of(tiny_model("llama"), "rtn:q4_0")
+    with staged_artifact(plan, tmp_path / "out") as staged:
+        before = kl(plan, staged)
+        long = tuning(steps=1, step_tokens=1000, rate=TOO_FAR, norm_rate=TOO_FAR)
+        tuned = tune(plan.layout, plan.source, staged, long, 1)
+        assert 0 < tuned.kept_share < 1
+        assert kl(plan, staged) < before
 
 
 def test_recomputing_and_repeating_give_the_same_bytes(
