@@ -124,7 +124,7 @@ def train_whole(
         after = network.mean_divergence(held_out)
         if after < best:
             best, kept = after, share
-    weights.restore(found, kept)
+    weights.restore(found if kept else None, kept)  # what was found may not even be finite
     return Outcome(best, kept)
 
 
