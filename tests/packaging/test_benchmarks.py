@@ -17,8 +17,9 @@ if str(ROOT) not in sys.path:  # benchmarks/ is no part of the installed package
     sys.path.append(str(ROOT))
 
 from benchmarks import __main__ as command_line  # noqa: E402
-from benchmarks import int4, measure, places  # noqa: E402
-from benchmarks.results import Comparison  # noqa: E402
+from benchmarks import int4, measure, places, results, tune  # noqa: E402
+from benchmarks.results import Comparison, Result  # noqa: E402
+from benchmarks.text import unseen_paragraphs  # noqa: E402
 
 MEGABYTE = 1 << 20
 
@@ -118,6 +119,48 @@ def test_shown_commands_hold_no_path_of_the_machine() -> None:
     assert places.shown(command) == (
         f"{program} benchmarks/loops/genai_loop.py model 'what is it?' model python"
     )
+
+
+def test_text_to_calibrate_on_repeats_nothing_of_what_is_judged_by() -> None:
+    """The language reference says two fifths of the judged text again further on."""
+    judged = "one two three four five six seven eight nine ten\n\nand more of it"
+    copied = "so two three four five\nsix seven eight nine they say"
+    fresh = ["a paragraph that was not there before, of more than eight words", "a short one"]
+    rest = "\n\n".join([fresh[0], copied, fresh[1], fresh[0] + " once more"])
+    assert unseen_paragraphs(judged, rest) == "\n\n".join(fresh)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"setting": "other"}, "setting"), ({"facts": {"text_sha256": "1"}}, "text"), ({}, "")],
+)
+def test_types_measured_apart_stand_in_one_table_only_where_all_else_is_alike(
+    change: dict[str, Any], says: str
+) -> None:
+    def result(name: str, figure: float, **change: Any) -> Result:
+        facts = {"text_sha256": "0"} | change.pop("facts", {})
+        found = {"figures": {name: figure}, "sizes": {}, "tuning": {}}
+        given = {"benchmark": "tune", "peer": "", "setting": "s"} | change
+        row = Comparison(f"{name}, KL", "nats", [figure])
+        return Result(
+            **given,
+            comparisons=[row],
+            commands={name: name},
+            facts=facts | found,
+            machine=results.machine(),
+            versions={"ours": results.installed_versions()},
+        )
+
+    kept, found = result("q4_0", 1.0, **change), result("iq4_xs", 2.0)
+    if says:
+        with pytest.raises(ValueError, match=f"differ in {says}: measure all types"):
+            tune.merged(found, kept)
+        return
+    both = tune.merged(found, kept)
+    assert [row.ours for row in both.comparisons] == [[1.0], [2.0]]
+    assert both.facts["figures"] == {"q4_0": 1.0, "iq4_xs": 2.0}
+    again = tune.merged(result("q4_0", 3.0), both)
+    assert [row.ours for row in again.comparisons] == [[3.0], [2.0]]
 
 
 def test_ratios_are_judged_pair_by_pair() -> None:
