@@ -184,9 +184,9 @@ def whole_bytes(decoder: Decoder, layout: Layout, tokens: int, *, recompute: boo
     streams = BATCH_TOKENS * 4 * decoder.hidden_size * len(decoder.layers)
     activations = by_layer + streams if recompute else by_layer * len(decoder.layers)
     table = 4 * decoder.vocab_size * decoder.hidden_size
-    # The source's head as it is kept and in float32, the student's and its levels, the gradient and
-    # what it is multiplied out to; logits of a slab.
-    head = 6.5 * table + 16 * POSITIONS * decoder.vocab_size
+    # The source's head as it is kept and in float32; the student's in both types that products are
+    # taken in, its levels, its gradient and what is added to that; what a slab's logits become.
+    head = 8.5 * table + 28 * POSITIONS * decoder.vocab_size
     largest = max(4 * tensor.rows * tensor.columns for tensor in tensors)
     states = 4 * tokens * decoder.hidden_size
     return int(RUNTIME_BYTES + codes + trained + activations + head + largest + states)
