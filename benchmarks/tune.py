@@ -28,6 +28,7 @@ from edgellm.manifest import read_manifest
 
 TYPES = ("q4_0", "q4_k_m", "q3_k_m", "iq4_xs")
 STEPS = 200
+TEXTS = ("text_sha256", "training_text_sha256")
 AT_MOST = 0.8
 AT_MOST_SECONDS = 1800.0
 
@@ -68,6 +69,7 @@ def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
         assert manifest.artifact.tuning is not None
         trained = {"training_tokens": manifest.artifact.tuning.training_tokens}
         facts["tuning"][name] = trained | manifest.measured["tuning"]
+        facts["training_text_sha256"] = manifest.artifact.tuning.text_sha256
         facts["figures"] |= figures
         facts["sizes"] |= {file: (WORK / file).stat().st_size for file in files}
     return Result(
@@ -93,7 +95,7 @@ def merged(found: Result, kept: Result) -> Result:
     machine = {**results.machine(), "load_average_1_minute": None}
     same = {
         "setting": found.setting == kept.setting,
-        "text": found.facts["text_sha256"] == kept.facts["text_sha256"],
+        "text": all(found.facts[name] == kept.facts[name] for name in TEXTS),
         "machine": machine == {**kept.machine, "load_average_1_minute": None},
         "versions": results.installed_versions() == kept.versions["ours"],
     }
@@ -111,8 +113,9 @@ def merged(found: Result, kept: Result) -> Result:
 
 
 def main(types: Sequence[str]) -> None:
-    """Measure ``types`` and write them into the results."""
+    """Measure ``types`` and write them into the results, and alone into the work folder."""
     found, kept = measure(quick=False, types=types), RESULTS / "tune.json"
+    results.save(found, WORK / "tune.json")
     results.save(merged(found, results.load(kept)) if kept.exists() else found, kept)
     print(tables.render(results.load(kept)))
     tables.update()

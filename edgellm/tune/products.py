@@ -18,14 +18,15 @@ from edgellm.tune.weights import StudentWeights
 def quick_products(weights: StudentWeights, products: str) -> Iterator[None]:
     """Products with ``weights`` in the type ``products``, and those in float32 by oneDNN.
 
-    torch leaves float32 to MKL unless oneDNN may round what it multiplies to bfloat16, which it
-    does only where the processor has instructions for matrices (AMX). On two Zen 5 cores: 225
-    GFLOPS by MKL, 480 by oneDNN, 930 in bfloat16.
+    torch leaves float32 to MKL unless oneDNN may round what it multiplies to bfloat16 ("medium"),
+    which it does only where the processor has instructions for matrices (AMX). On two Zen 5 cores:
+    225 GFLOPS by MKL, 480 by oneDNN, 930 in bfloat16.
     """
-    onednn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = onednn.fp32_precision
-    onednn.fp32_precision, weights.products = "bf16", getattr(torch, products)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    weights.products = getattr(torch, products)
     try:
         yield
     finally:
-        onednn.fp32_precision, weights.products = before, torch.float32
+        torch.set_float32_matmul_precision(before)
+        weights.products = torch.float32

@@ -186,7 +186,7 @@ class Vector(torch.nn.Module):
 class StudentWeights(torch.nn.Module):
     """Weights of an artifact by role, as ``torch_decoder.Weights``.
 
-    ``products``: the type that is multiplied; sums and what comes out are float32.
+    ``products``: the type that products are taken in; what they give is float32 again.
     """
 
     def __init__(

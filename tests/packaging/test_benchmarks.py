@@ -132,13 +132,18 @@ def test_text_to_calibrate_on_repeats_nothing_of_what_is_judged_by() -> None:
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"setting": "other"}, "setting"), ({"facts": {"text_sha256": "1"}}, "text"), ({}, "")],
+    [
+        ({"setting": "other"}, "setting"),
+        ({"facts": {"text_sha256": "1"}}, "text"),
+        ({"facts": {"training_text_sha256": "1"}}, "text"),
+        ({}, ""),
+    ],
 )
 def test_types_measured_apart_stand_in_one_table_only_where_all_else_is_alike(
     change: dict[str, Any], says: str
 ) -> None:
     def result(name: str, figure: float, **change: Any) -> Result:
-        facts = {"text_sha256": "0"} | change.pop("facts", {})
+        facts = {"text_sha256": "0", "training_text_sha256": "0"} | change.pop("facts", {})
         found = {"figures": {name: figure}, "sizes": {}, "tuning": {}}
         given = {"benchmark": "tune", "peer": "", "setting": "s"} | change
         row = Comparison(f"{name}, KL", "nats", [figure])

@@ -176,7 +176,7 @@ def test_quick_products_are_near_and_leave_nothing_behind() -> None:
         error = float((near - exact).norm() / exact.norm())
         assert 1e-5 < error < 2e-2
     assert student.products == torch.float32
-    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_a_step_takes_batches_until_it_has_its_tokens_and_each_in_turn() -> None:
