@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -163,6 +164,7 @@ class _Tuner:
                 given = [torch_decoder.embedded(decoder, own, ids) for ids in batches]
         values: dict[str, Array] = {}
         kept = 0
+        started = time.perf_counter()
         for index in range(len(decoder.layers)):
             prefix = f"blk.{index}."
             source = self._source([role for role in self.source.tensors if role.startswith(prefix)])
@@ -181,7 +183,9 @@ class _Tuner:
                 with torch.no_grad():
                     given = [torch_decoder.layer(decoder, index, weights, each) for each in given]
                 said = f"block {index}, error {before:.2e} to {after:.2e}"
-            self._tell(said, index + 1, None)
+            # Steps take another time than layers: before the first the plan knows best.
+            left = self.tuning.seconds - (time.perf_counter() - started)
+            self._tell(said, index + 1, max(0.0, left) if self.tuning.whole else None)
         roles = [role for role in self.source.tensors if role.startswith("output_norm")]
         last = self._source(roles)
         with torch.no_grad():
