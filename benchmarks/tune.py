@@ -27,7 +27,7 @@ from benchmarks.text import tokens
 from edgellm.manifest import read_manifest
 
 TYPES = ("q4_0", "q4_k_m", "q3_k_m", "iq4_xs")
-STEPS = 200
+STEPS = 120
 TEXTS = ("text_sha256", "training_text_sha256")
 AT_MOST = 0.8
 AT_MOST_SECONDS = 1800.0

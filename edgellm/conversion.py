@@ -41,6 +41,7 @@ from edgellm.tune.settings import Tuned
 
 if TYPE_CHECKING:
     from edgellm.remote.answering import CodeAnswers
+    from edgellm.tune.coupling import RowCoupling
 
 
 def convert(
@@ -110,8 +111,10 @@ def carry_out(
                 staged.write_at(name, 0, content)
             else:
                 staged.write_file(name, content)
+        coupling = couple_rows(plan, staged, progress)
         with one_blas_thread():
-            outcome = quantize_tensors(plan, staged, progress)
+            outcome = quantize_tensors(plan, staged, progress, coupling)
+        del coupling
         if save_imatrix is not None:
             write_importance(plan, outcome, save_imatrix)
         tuned = tune_tensors(plan, staged, progress)
@@ -177,16 +180,37 @@ def _by_own_code(
     return theirs, msgspec.to_builtins(read)
 
 
-def quantize_tensors(plan: Plan, staged: StagedFolder, progress: Progress = unwatched) -> Outcome:
+def couple_rows(
+    plan: Plan, staged: StagedFolder, progress: Progress = unwatched
+) -> RowCoupling | None:
+    """What couples rows for the solver, where the plan says so and there is a block to solve."""
+    if plan.tuning is None or not plan.tuning.settings.gradient_tokens:
+        return None
+    assert plan.calibration is not None
+    solved = sum("block" in entry for entry in staged.journal.entries())
+    if solved == len(plan.calibration.blocks):
+        return None
+    from edgellm.tune.coupling import row_coupling  # brings torch with it
+
+    return row_coupling(plan.layout, plan.source, staged.path, plan.tuning, plan.threads, progress)
+
+
+def quantize_tensors(
+    plan: Plan,
+    staged: StagedFolder,
+    progress: Progress = unwatched,
+    coupling: RowCoupling | None = None,
+) -> Outcome:
     """Write every tensor of the plan: load, solve, pack and place one slab of rows at a time.
 
-    With a calibration, block by block instead: ``round_in_blocks``.
+    With a calibration, block by block instead: ``round_in_blocks``; rows of one weight together
+    where ``coupling`` has them.
 
     Raises ``TensorError`` naming a tensor that holds NaN, Inf, or more than its grid reaches.
     """
     calibration = plan.calibration
     if calibration is not None:
-        return round_in_blocks(plan, calibration, staged, progress)
+        return round_in_blocks(plan, calibration, staged, progress, coupling)
     solve: Solve = registry.attribute(SOLVERS[plan.recipe.solver].attribute)
     write_tensors(plan.layout.tensors, solve, plan.threads, staged, progress)
     return Outcome()

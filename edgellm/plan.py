@@ -237,7 +237,8 @@ def make_plan(
     slabs = workers * COPIES * max(map(slab_bytes, layout.tensors), default=0)
     cost = calibration.cost if calibration else None
     tuning = _tuned(recipe, source, layout, workers)
-    needs = [slabs, cost.memory_bytes if cost else 0, tuning.memory_bytes if tuning else 0]
+    solving = (cost.memory_bytes if cost else 0) + (tuning.hessian_bytes if tuning else 0)
+    needs = [slabs, solving, tuning.memory_bytes if tuning else 0]
     working = max(needs) + _merge_memory(source, workers)
     # Measuring for the choice of grids is over by now, in this very process.
     before = peak_memory_bytes() if fitted else 0

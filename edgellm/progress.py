@@ -16,6 +16,7 @@ Stage = Literal[
     "evaluate",
     "tune",
     "calibrate",
+    "gradients",
 ]
 
 

@@ -126,7 +126,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     (``calibration.texts.calibration_windows``). ``calibrate_on``: whether a layer is solved for
     what the ``float`` layers before it give, or for what the ``quantized`` ones give. ``device``:
     where codes are solved (``quant.devices``), by default the CPU. ``tune``: steps of training on
-    it after rounding, which move scales and norms while codes stay.
+    it after rounding, which move scales and norms while codes stay; ``gptq``'s codes are solved by
+    gradients of the source then (``quant.coupled``).
     """
 
     source: str

@@ -24,7 +24,7 @@ from edgellm.calibration.stored_layers import as_stored
 from edgellm.hardware import peak_memory_bytes
 from edgellm.parallel import in_parallel
 from edgellm.progress import Progress, ProgressEvent
-from edgellm.quant import SOLVERS
+from edgellm.quant import SOLVERS, coupled
 from edgellm.quant.devices import choose, torch_name
 from edgellm.quant.factor import factor_of
 from edgellm.quant.rtn import solve as round_plainly
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from edgellm.calibration.passes import CalibrationPass
     from edgellm.export.writer import StagedFolder
     from edgellm.plan import Plan
+    from edgellm.tune.coupling import RowCoupling
 
 SAVE_SECONDS = 60.0
 """Hidden states that are in memory are saved when the last time is longer ago: what a killed run
@@ -64,22 +65,33 @@ class Outcome:
 
 
 def round_in_blocks(
-    plan: Plan, calibration: Calibration, staged: StagedFolder, progress: Progress
+    plan: Plan,
+    calibration: Calibration,
+    staged: StagedFolder,
+    progress: Progress,
+    coupling: RowCoupling | None = None,
 ) -> Outcome:
     """Write every tensor of ``plan``: first what has no statistics, then layer by layer, the head.
+
+    ``coupling``: how rows are to be solved together, by ``gptq``.
 
     Goes on from what the journal of ``staged`` has. Raises what loading, computing and solving
     raise; errors name the tensor or the layer.
     """
-    return _Run(plan, calibration, staged, progress).run()
+    return _Run(plan, calibration, staged, progress, coupling).run()
 
 
 class _Run:
     def __init__(
-        self, plan: Plan, calibration: Calibration, staged: StagedFolder, progress: Progress
+        self,
+        plan: Plan,
+        calibration: Calibration,
+        staged: StagedFolder,
+        progress: Progress,
+        coupling: RowCoupling | None,
     ) -> None:
         self.plan, self.calibration, self.staged = plan, calibration, staged
-        self.progress = progress
+        self.progress, self.coupling = progress, coupling
         self.tensors = plan.layout.tensors
         self.solve: Solve = registry.attribute(SOLVERS[plan.recipe.solver].attribute)
         self.torch_device = torch_name(plan.recipe.device)
@@ -211,7 +223,7 @@ class _Run:
         def work(slab: Slab) -> Written:
             tensor = self.tensors[slab.tensor]
             statistics = known[slab.tensor][expert_in(tensor, slab)]
-            solve = self.solve if statistics is not None else round_plainly
+            solve = self._solver(slab) if statistics is not None else round_plainly
             return write_slab(tensor, slab, solve, self.staged, statistics, self.torch_device)
 
         order = sorted(known, key=lambda place: (-self.tensors[place].columns, place))
@@ -224,6 +236,15 @@ class _Run:
                 share = READING_SHARE + (1 - READING_SHARE) * len(results) / len(slabs)
                 self._say(block, f"solved {len(results)}/{len(slabs)}", share)
         return results
+
+    def _solver(self, slab: Slab) -> Solve:
+        """That of the plan; of rows that are coupled, ``coupled.solve``."""
+        if self.coupling is None:
+            return self.solve
+        hessian = self.coupling.of(self.tensors[slab.tensor], slab.start, slab.stop)
+        if hessian is None:
+            return self.solve
+        return partial(coupled.solve, torch_device=self.torch_device, output_hessian=hessian)
 
     def _known(self, place: int, found: Mapping[str, Statistics]) -> tuple[Statistics | None, ...]:
         """Of what each expert of a stack is given, or what any other tensor is."""

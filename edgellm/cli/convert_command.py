@@ -120,7 +120,7 @@ def convert(
         int | None,
         typer.Option(
             metavar="STEPS",
-            help="Afterwards train scales and norms, not codes, for so many steps (needs torch).",
+            help="Round by gradients, then train scales and norms for so many steps (needs torch).",
         ),
     ] = None,
     adapter: Annotated[

@@ -170,7 +170,9 @@ def _tuning_lines(tuning: Tuning) -> list[tuple[str, str]]:
     settings, text = tuning.settings, tuning.text
     steps = f"{settings.steps} steps end to end" if tuning.whole else ""
     blocks = f"{settings.block_steps} steps for each block" if settings.block_steps else ""
-    what = ", then ".join(each for each in (blocks, steps) if each)
+    coupled = f"codes by gradients of {settings.gradient_tokens} tokens"
+    parts = (coupled if settings.gradient_tokens else "", blocks, steps)
+    what = ", then ".join(part for part in parts if part)
     return [
         ("tuning", f"{what}, on {text.name}: {text.tokens} tokens"),
         ("", f"about {render.duration(tuning.seconds)}, {render.size(tuning.memory_bytes)} memory"),

@@ -44,8 +44,8 @@ class HeadDivergence(torch.autograd.Function):
         factor = head.to(products) if by_hidden is not None else head
         for start in range(0, len(hidden), POSITIONS):
             part = slice(start, start + POSITIONS)
-            theirs = torch.log_softmax(_logits(wanted[part], reference, bias, cap), dim=-1)
-            logits = _logits(hidden[part], head, bias, cap)
+            theirs = torch.log_softmax(logits_of(wanted[part], reference, bias, cap), dim=-1)
+            logits = logits_of(hidden[part], head, bias, cap)
             ours = torch.log_softmax(logits, dim=-1)
             likely = theirs.exp()
             total += torch.linalg.vecdot(likely, theirs.sub_(ours)).sum(dtype=torch.float64)
@@ -71,7 +71,8 @@ class HeadDivergence(torch.autograd.Function):
         return (*found, *[None] * 6)
 
 
-def _logits(states: Tensor, head: Tensor, bias: Tensor | None, cap: float | None) -> Tensor:
+def logits_of(states: Tensor, head: Tensor, bias: Tensor | None, cap: float | None) -> Tensor:
+    """``[n, vocab]`` of normed ``states`` ``[n, hidden]``, capped softly where ``cap`` is given."""
     product = states @ head.T
     if bias is not None:
         product += bias

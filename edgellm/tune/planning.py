@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from itertools import accumulate
 
 from msgspec.structs import replace
 
@@ -21,6 +22,7 @@ from edgellm.hardware import detect_cpu
 from edgellm.quant.levels import VECTOR_CODEBOOKS
 from edgellm.recipe import Recipe
 from edgellm.source.model import ModelSource
+from edgellm.tensors import TensorRef
 from edgellm.tune.settings import (
     BATCH_TOKENS,
     FIXED_GRIDS,
@@ -57,7 +59,8 @@ class Tuning:
     """How an artifact will be tuned, and on what.
 
     ``whole``: end to end after the blocks. ``recompute``: layers are computed twice to save memory;
-    the result is the same. ``memory_bytes`` beside the process as it is.
+    the result is the same. ``memory_bytes`` beside the process as it is; ``hessian_bytes`` stay in
+    memory while codes are solved.
     """
 
     settings: Settings
@@ -67,6 +70,14 @@ class Tuning:
     memory_bytes: int
     seconds: float
     notes: tuple[str, ...] = ()
+    hessian_bytes: int = 0
+
+    def gradient_windows(self) -> list[tuple[int, ...]]:
+        """Windows whose gradients couple rows: the first of those that are trained on."""
+        windows, _ = split(self.text.windows)
+        before = accumulate(map(len, windows), initial=0)
+        wanted = self.settings.gradient_tokens
+        return [window for window, start in zip(windows, before, strict=False) if start < wanted]
 
 
 def plan_tuning(
@@ -147,9 +158,22 @@ def plan_tuning(
         )
     whole, recompute, nbytes = fitting[0]
     notes: tuple[str, ...] = ()
+    hessians = coupling = 0
+    if recipe.solver == "gptq" and not recipe.transforms:
+        hessians = hessian_bytes(layout)
+        coupling = gradient_bytes(decoder, layout)
+        if not whole or coupling > free_bytes:
+            notes = (
+                "rows are solved apart: the gradients that couple them would take about "
+                f"{coupling / 1e9:.1f} GB of memory, and {free_bytes / 1e9:.1f} GB are free",
+            )
+            hessians = coupling = 0
+        else:
+            tokens = recipe.calibration_tokens or CALIBRATION_TOKENS
+            settings = replace(settings, gradient_tokens=tokens)
     if not whole:
         settings = replace(settings, steps=0, block_steps=recipe.tune)
-        notes = (
+        notes += (
             f"tuned block by block alone: end to end would take about {ways[1][2] / 1e9:.1f} GB of "
             f"memory, and {free_bytes / 1e9:.1f} GB are free",
         )
@@ -158,9 +182,10 @@ def plan_tuning(
         text=drawn,
         whole=whole,
         recompute=recompute,
-        memory_bytes=nbytes,
+        memory_bytes=max(nbytes, coupling),
         seconds=seconds_of(decoder, settings, drawn, threads, recompute=recompute),
         notes=notes,
+        hessian_bytes=hessians,
     )
 
 
@@ -208,6 +233,30 @@ def blocks_bytes(decoder: Decoder, layout: Layout, tokens: int) -> int:
     return RUNTIME_BYTES + trained + max(block + activations, tables) + streams
 
 
+def hessian_bytes(layout: Layout) -> int:
+    """What couples the rows of all weights but the tables."""
+    return 4 * sum(part.rows**2 for part in _products(layout))
+
+
+def gradient_bytes(decoder: Decoder, layout: Layout) -> int:
+    """What the gradients of the source take: its weights, a window's activations, the sums."""
+    tables = 4 * decoder.vocab_size * decoder.hidden_size * (1 if decoder.tied_head else 2)
+    weights = 4 * sum(part.rows * part.columns for part in _products(layout)) + tables
+    activations = WINDOW_TOKENS * layer_activation_bytes(decoder) * len(decoder.layers)
+    logits = 20 * POSITIONS * decoder.vocab_size
+    return RUNTIME_BYTES + weights + activations + logits + hessian_bytes(layout)
+
+
+def _products(layout: Layout) -> list[TensorRef]:
+    """The weights of layers that are multiplied by."""
+    return [
+        part
+        for tensor in layout.model_tensors
+        for part in tensor.parts
+        if part.role.startswith("blk.") and len(part.shape) == 2
+    ]
+
+
 def layer_activation_bytes(decoder: Decoder) -> int:
     """What one layer keeps of a token for the way back, as measured on Llama-shaped layers."""
     hidden, ffn = decoder.hidden_size, decoder.ffn_size
@@ -229,7 +278,9 @@ def seconds_of(
     operations += settings.block_steps * step * layers * PASSES * layer
     whole = (PASSES + recompute) * layers * layer + (PASSES + 1) * head
     operations += settings.steps * step * whole
-    return operations / FLOPS_PER_SECOND[settings.products] / threads
+    gradients = settings.gradient_tokens * PASSES * (layers * layer + head)
+    seconds = operations / FLOPS_PER_SECOND[settings.products]
+    return (seconds + gradients / FLOPS_PER_SECOND["float32"]) / threads
 
 
 def _code_bytes(tensor: OutputTensor) -> int:

@@ -39,6 +39,9 @@ FIXED_GRIDS = ("nf4-dq",)
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How to train. ``steps`` end to end, ``block_steps`` for each decoder block before.
 
+    ``gradient_tokens``: of how many tokens the source's gradients are taken for codes to be solved
+    by, 0 where rows are solved apart.
+
     A step sees at least ``step_tokens`` tokens; gradients are multiplied in the type ``products``.
     Rates are those of Adam at the peak, for numbers that move in proportion to their size; they
     rise over ``warm_up`` steps and fall to zero by a cosine: at the full rate the answers are worse
@@ -58,6 +61,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     steps: int
     block_steps: int = 0
+    gradient_tokens: int = 0
     step_tokens: int = STEP_TOKENS
     products: str = "float32"
     rate: float = 7e-4

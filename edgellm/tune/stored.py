@@ -7,9 +7,8 @@ stores: llama.cpp's pairs of q and k and a checkpoint's order are undone, stacke
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +18,8 @@ from edgellm.architectures.row_order import Order, sorts_columns
 from edgellm.export.layout import Layout, OutputTensor
 from edgellm.export.packing import PACKERS
 from edgellm.export.writer import StagedFolder
-from edgellm.quant.grid import QTensor, SuperBlocks
+from edgellm.quant.grid import QTensor
+from edgellm.quant.qtensor_rows import rows_of, stacked
 from edgellm.source.model import ModelSource
 
 
@@ -51,7 +51,7 @@ class StoredModel:
 
     def roles_of(self, tensor: OutputTensor) -> tuple[str, ...]:
         """The roles that ``tensor`` holds."""
-        return tuple(role for role, _ in _parts(tensor))
+        return tuple(role for role, _ in parts_of(tensor))
 
     def under(
         self, prefix: str | tuple[str, ...]
@@ -72,7 +72,7 @@ class StoredModel:
         whole = PACKERS[tensor.packer].unpack(components, tensor.grid, tensor.columns)
         return {
             role: self._in_order(rows_of(whole, rows), role, as_stored=False)
-            for role, rows in _parts(tensor)
+            for role, rows in parts_of(tensor)
         }
 
     def write(
@@ -80,14 +80,14 @@ class StoredModel:
     ) -> None:
         """Lay ``weights``, by role as ``read`` gave them, out in the place of ``tensor``."""
         whole = stacked(
-            [self._in_order(weights[role], role, as_stored=True) for role, _ in _parts(tensor)]
+            [self._in_order(weights[role], role, as_stored=True) for role, _ in parts_of(tensor)]
         )
         packed = PACKERS[tensor.packer].pack(whole)
         for array in tensor.arrays:
             staged.write_at(array.file, array.offset, packed[array.component])
 
     def _in_order(self, weight: QTensor, role: str, *, as_stored: bool) -> QTensor:
-        places = self._places(role)
+        places = self.places(role)
         if places is None:
             return weight
         order = np.argsort(places) if as_stored else places
@@ -101,7 +101,7 @@ class StoredModel:
             return replace(weight, packed=values[order].reshape(weight.packed.shape))
         return rows_of(weight, order)
 
-    def _places(self, role: str) -> Order | None:
+    def places(self, role: str) -> Order | None:
         """For each row that the network takes, its place among the stored; None where it is its."""
         if role in self._orders:
             return self._orders[role].places()
@@ -112,7 +112,7 @@ class StoredModel:
         return halves_order(heads, decoder.head_dim)
 
 
-def _parts(tensor: OutputTensor) -> Iterator[tuple[str, slice]]:
+def parts_of(tensor: OutputTensor) -> Iterator[tuple[str, slice]]:
     """The role and the rows of each part. A head cut from the embedding has a role of its own."""
     if len(tensor.parts) == 1:
         yield tensor.role, slice(0, tensor.rows)
@@ -125,38 +125,3 @@ def _parts(tensor: OutputTensor) -> Iterator[tuple[str, slice]]:
         else:
             yield part.role, slice(start, start + part.rows)
         start += part.rows
-
-
-def rows_of(tensor: QTensor, rows: slice | Order) -> QTensor:
-    """The rows ``rows`` of ``tensor``, in that order."""
-    supers = tensor.supers
-    return replace(
-        tensor,
-        **{name: value[rows] for name, value in _arrays(tensor).items()},
-        supers=None
-        if supers is None
-        else replace(supers, **{name: value[rows] for name, value in _arrays(supers).items()}),
-    )
-
-
-def stacked(tensors: list[QTensor]) -> QTensor:
-    """``tensors`` of one grid laid one below the other."""
-    first = tensors[0]
-    if len(tensors) == 1:
-        return first
-
-    def joined(parts: list[QTensor] | list[SuperBlocks]) -> dict[str, Any]:
-        found = [_arrays(part) for part in parts]
-        return {name: np.concatenate([each[name] for each in found]) for name in found[0]}
-
-    supers = [each.supers for each in tensors if each.supers is not None]
-    return replace(
-        first,
-        **joined(tensors),
-        supers=replace(supers[0], **joined(supers)) if supers else None,
-    )
-
-
-def _arrays(tensor: QTensor | SuperBlocks) -> dict[str, Any]:
-    found = {each.name: getattr(tensor, each.name) for each in fields(tensor)}
-    return {name: value for name, value in found.items() if isinstance(value, np.ndarray)}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 
 import msgspec
@@ -22,8 +22,10 @@ from edgellm.tensors import Array
 from edgellm.tune import torch_decoder
 from edgellm.tune.blocks import BlockExample, train_block
 from edgellm.tune.planning import Tuning
+from edgellm.tune.products import quick_float32
 from edgellm.tune.settings import BATCH_TOKENS, Tuned, split
 from edgellm.tune.stored import StoredModel
+from edgellm.tune.threads import torch_threads
 from edgellm.tune.weights import SourceWeights, StudentWeights
 from edgellm.tune.whole import Example, Network, train_whole
 
@@ -51,7 +53,7 @@ def tune(
         with np.load(file) as found:
             _write(stored, dict(found), source.decoder, staged)
         return result
-    with _threads(threads):
+    with torch_threads(threads):
         settings = tuning.settings
         windows, others = split(tuning.text.windows)
         # What no step would see needs no answers of the source; windows come in a random order.
@@ -155,21 +157,19 @@ class _Tuner:
         decoder, settings = self.decoder, self.settings
         tables = ("token_embd", "position_embd")
         source = self._source([role for role in self.source.tensors if role.startswith(tables)])
-        with torch.no_grad():
-            wanted = [torch_decoder.embedded(decoder, source, ids) for ids in batches]
+        wanted = _each(batches, count, partial(torch_decoder.embedded, decoder, source))
         given: list[Tensor] = []
         if settings.block_steps:
             own = student or self._student(tables)
-            with torch.no_grad():
-                given = [torch_decoder.embedded(decoder, own, ids) for ids in batches]
+            given = _each(batches, count, partial(torch_decoder.embedded, decoder, own))
         values: dict[str, Array] = {}
         kept = 0
         started = time.perf_counter()
         for index in range(len(decoder.layers)):
             prefix = f"blk.{index}."
             source = self._source([role for role in self.source.tensors if role.startswith(prefix)])
-            with torch.no_grad():
-                wanted = [torch_decoder.layer(decoder, index, source, each) for each in wanted]
+            layer = partial(torch_decoder.layer, decoder, index)
+            wanted = _each(wanted, count, partial(layer, source))
             said = f"layer {index} of the source"
             if settings.block_steps:
                 weights = student.under(prefix) if student else self._student(prefix)
@@ -180,16 +180,14 @@ class _Tuner:
                 if after < before:
                     kept += 1
                     values |= {} if student else weights.values()
-                with torch.no_grad():
-                    given = [torch_decoder.layer(decoder, index, weights, each) for each in given]
+                given = _each(given, count, partial(layer, weights))
                 said = f"block {index}, error {before:.2e} to {after:.2e}"
             # Steps take another time than layers: before the first the plan knows best.
             left = self.tuning.seconds - (time.perf_counter() - started)
             self._tell(said, index + 1, max(0.0, left) if self.tuning.whole else None)
         roles = [role for role in self.source.tensors if role.startswith("output_norm")]
         last = self._source(roles)
-        with torch.no_grad():
-            wanted = [torch_decoder.head_input(decoder, last, each) for each in wanted]
+        wanted = _each(wanted, count, partial(torch_decoder.head_input, decoder, last))
         return wanted, kept, values
 
     def _source(self, roles: Sequence[str]) -> SourceWeights:
@@ -224,12 +222,9 @@ class _Tuner:
         self.progress(ProgressEvent("tune", item, 0, 0, done, total, seconds_left))
 
 
-@contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    """Sums are added up in an order that depends on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _each(streams: list[Tensor], count: int, compute: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """What ``compute`` makes of each: quickly of the first ``count``, which are trained on."""
+    with torch.no_grad():
+        with quick_float32():
+            trained_on = [compute(each) for each in streams[:count]]
+        return trained_on + [compute(each) for each in streams[count:]]

@@ -30,6 +30,7 @@ from edgellm.export.writer import StagedFolder
 from edgellm.plan import Plan, make_plan
 from edgellm.quant.dequantize import dequantize
 from edgellm.quant.grid import GRIDS, Grid, QTensor
+from edgellm.quant.qtensor_rows import rows_of, stacked
 from edgellm.quant.rtn import solve
 from edgellm.recipe import make_recipe
 from edgellm.source import ModelSource, open_source
@@ -37,7 +38,7 @@ from edgellm.tune.divergence import head_divergence
 from edgellm.tune.planning import Tuning
 from edgellm.tune.products import quick_products
 from edgellm.tune.settings import Settings, split
-from edgellm.tune.stored import StoredModel, rows_of, stacked
+from edgellm.tune.stored import StoredModel
 from edgellm.tune.tuning import tune
 from edgellm.tune.weights import Matrix, StudentWeights
 from edgellm.tune.whole import batches_by_step

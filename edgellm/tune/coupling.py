@@ -1,0 +1,64 @@
+"""How rows of the tensors that are rounded are coupled, for the solver: ``quant.coupled``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from edgellm.export.layout import Layout, OutputTensor
+from edgellm.progress import Progress, ProgressEvent, unwatched
+from edgellm.quant.coupled import couples
+from edgellm.source.model import ModelSource
+from edgellm.tensors import Array
+from edgellm.tune.gradients import output_hessians
+from edgellm.tune.planning import Tuning
+from edgellm.tune.stored import StoredModel, parts_of
+from edgellm.tune.threads import torch_threads
+
+
+class RowCoupling:
+    """The Hessians of outputs by role, in the order of rows that a container stores."""
+
+    def __init__(self, hessians: Mapping[str, Array], stored: StoredModel) -> None:
+        self._hessians, self._stored = hessians, stored
+
+    def of(self, tensor: OutputTensor, start: int, stop: int) -> Array | None:
+        """That of rows ``start:stop`` of ``tensor``; None where they are to be solved apart.
+
+        Rows of different weights that are stored as one tensor are not coupled.
+        """
+        parts = list(parts_of(tensor))
+        if not couples(tensor.grid) or not all(role in self._hessians for role, _ in parts):
+            return None
+        whole = np.zeros((tensor.rows, tensor.rows), np.float32)
+        for role, rows in parts:
+            hessian, places = self._hessians[role], self._stored.places(role)
+            if places is not None:
+                order = np.argsort(places)
+                hessian = hessian[np.ix_(order, order)]
+            whole[rows, rows] = hessian
+        return whole[start:stop, start:stop]
+
+
+def row_coupling(
+    layout: Layout,
+    source: ModelSource,
+    folder: Path,
+    tuning: Tuning,
+    threads: int,
+    progress: Progress = unwatched,
+) -> RowCoupling:
+    """By gradients of ``source`` on the first of the text that ``tuning`` trains on.
+
+    ``folder`` is where ``layout`` is written.
+    """
+    windows = tuning.gradient_windows()
+
+    def watch(done: int) -> None:
+        progress(ProgressEvent("gradients", "of the source", 0, 0, done, len(windows)))
+
+    with torch_threads(threads):
+        hessians = output_hessians(source, windows, tuning.settings.seed, watch)
+    return RowCoupling(hessians, StoredModel(layout, source, folder))

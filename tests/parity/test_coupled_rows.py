@@ -1,0 +1,152 @@
+"""Rows solved together: gradients against transformers', rounding against what it is to lessen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from edgellm.export.writer import StagedFolder
+from edgellm.plan import make_plan
+from edgellm.quant import coupled, gptq
+from edgellm.quant.dequantize import dequantize
+from edgellm.quant.grid import GRIDS
+from edgellm.quant.statistics import Statistics
+from edgellm.recipe import make_recipe
+from edgellm.source import open_source
+from edgellm.tensors import Array
+from edgellm.tune.coupling import RowCoupling
+from edgellm.tune.gradients import output_hessians
+from edgellm.tune.stored import StoredModel
+
+TinyModel = Callable[[str], Path]
+
+WINDOWS = [tiny_models.some_token_ids(48, seed=seed) for seed in range(3)]
+MODULES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gradients_by_transformers(folder: Path, seed: int) -> dict[str, torch.Tensor]:
+    """Clipped and multiplied in plain words, of the same draws."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    draw = torch.Generator().manual_seed(seed)
+    sums: dict[str, torch.Tensor] = {}
+
+    def keep(role: str, module: torch.nn.Module) -> None:
+        def count(_: object, __: object, gradients: tuple[torch.Tensor, ...]) -> None:
+            lengths = gradients[0][0].norm(dim=-1)
+            limit = lengths.median()
+            for gradient, length in zip(gradients[0][0], lengths, strict=True):
+                clipped = gradient if length <= limit else gradient * limit / length
+                sums[role] = sums.get(role, 0) + torch.outer(clipped, clipped)
+
+        module.register_full_backward_hook(count)
+
+    for index, layer in enumerate(model.model.layers):
+        for name, role in MODULES.items():
+            keep(f"blk.{index}.{role}.weight", layer.get_submodule(name))
+    for window in WINDOWS:
+        logits = model(torch.tensor([window])).logits[0]
+        drawn = torch.multinomial(torch.softmax(logits.detach(), -1), 1, generator=draw)[:, 0]
+        functional.cross_entropy(logits, drawn, reduction="sum").backward()
+    return {role: total / sum(map(len, WINDOWS)) for role, total in sums.items()}
+
+
+def test_gradients_are_those_of_transformers(tiny_model: TinyModel) -> None:
+    folder = tiny_model("llama")
+    done: list[int] = []
+    found = output_hessians(open_source(str(folder)), WINDOWS, 5, done.append)
+    wanted = gradients_by_transformers(folder, 5)
+    assert done == [1, 2, 3]
+    assert found.keys() == wanted.keys()
+    for role, hessian in wanted.items():
+        # The deepest matrices are a millionth of the largest: compared by their own size.
+        size = float(hessian.abs().max())
+        np.testing.assert_allclose(found[role] / size, hessian.numpy() / size, atol=2e-4)
+
+
+def layer(rows: int, columns: int, seed: int = 0) -> tuple[Array, Statistics, Array]:
+    """A weight, what is known of its inputs, and gradients of outputs that go together."""
+    draw = np.random.default_rng(seed)
+    weight = draw.normal(size=(rows, columns)).astype(np.float32)
+    x = draw.normal(size=(2000, 24)) @ draw.normal(size=(24, columns))
+    x = (x + draw.normal(size=x.shape)).astype(np.float32)
+    g = draw.normal(size=(2000, 16)) @ draw.normal(size=(16, rows))
+    g = (g + 0.5 * draw.normal(size=g.shape)).astype(np.float32)
+    statistics = Statistics(x.T @ x / len(x), np.abs(x).max(axis=0), len(x))
+    return weight, statistics, g.T @ g / len(g)
+
+
+def cost(weight: Array, rounded: Array, statistics: Statistics, outputs: Array) -> float:
+    error = (rounded - weight).astype(np.float64)
+    return float(np.trace(outputs @ error @ statistics.hessian @ error.T))
+
+
+SCALAR = ["q4_0", "q4_1", "q5_0", "q3_k", "q4_k", "iq4_xs", "int4-g32", "int4-g64-sym", "nf4"]
+
+
+@pytest.mark.parametrize("name", SCALAR)
+def test_coupled_rows_cost_less(name: str) -> None:
+    """On every kind of grid, of rows that are no multiple of a block of them."""
+    weight, statistics, outputs = layer(200, 256)
+    grid = GRIDS[name]
+    assert coupled.couples(grid)
+    apart = dequantize(gptq.solve(weight, grid, statistics))
+    together = dequantize(coupled.solve(weight, grid, statistics, output_hessian=outputs))
+    assert cost(weight, together, statistics, outputs) < 0.6 * cost(
+        weight, apart, statistics, outputs
+    )
+
+
+def test_rows_that_nothing_couples_are_solved_as_by_gptq() -> None:
+    weight, statistics, _ = layer(130, 64)
+    outputs = np.diag(np.linspace(1, 2, len(weight))).astype(np.float32)
+    outputs[7, 7] = 0  # an output that moves nothing
+    found = coupled.solve(weight, GRIDS["q4_0"], statistics, output_hessian=outputs)
+    wanted = gptq.solve(weight, GRIDS["q4_0"], statistics)
+    np.testing.assert_array_equal(dequantize(found), dequantize(wanted))
+
+
+def test_hessians_follow_the_order_of_rows_in_the_file(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """What an error costs is the same in llama.cpp's order of queries; a part has its own part."""
+    plan = make_plan(
+        make_recipe({"source": str(tiny_model("llama")), "quant": "rtn:q4_0", "format": "gguf"})
+    )
+    decoder = plan.source.decoder
+    draw = np.random.default_rng(1)
+    role = "blk.0.attn_q.weight"
+    rows = plan.source.tensors[role].rows
+    g = draw.normal(size=(500, rows)).astype(np.float32)
+    tensor = next(tensor for tensor in plan.layout.model_tensors if tensor.role == role)
+    with StagedFolder(tmp_path / "out") as staged:
+        coupling = RowCoupling({role: g.T @ g}, StoredModel(plan.layout, plan.source, staged.path))
+        found = coupling.of(tensor, 0, rows)
+        part = coupling.of(tensor, 8, 24)
+        assert coupling.of(replace(tensor, grid=GRIDS["f16"]), 0, rows) is None
+        other = next(
+            each for each in plan.layout.model_tensors if each.role.endswith("attn_k.weight")
+        )
+        assert coupling.of(other, 0, other.rows) is None
+    # Row 2i of a head is the i-th of its first half, row 2i + 1 of its second.
+    half = decoder.head_dim // 2
+    by_head = np.arange(rows).reshape(decoder.heads, 2, half)
+    order = by_head.swapaxes(1, 2).reshape(-1)
+    assert found is not None
+    np.testing.assert_allclose(found, g[:, order].T @ g[:, order], rtol=1e-4, atol=1e-2)
+    np.testing.assert_array_equal(part, found[8:24, 8:24])
