@@ -131,8 +131,9 @@ class CalibrationEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 class TuningEntry(msgspec.Struct, frozen=True, kw_only=True):
     """How scales, minima, norms and biases were trained after rounding, while codes stayed.
 
-    With ``gradient_tokens`` codes were solved by gradients of the source before. ``settings`` are those of ``tune.settings.Settings``, ``ids_sha256`` the digest of the text's
-    ids, a part of which was held out. The bytes depend on ``threads`` and the version of torch too.
+    With ``gradient_tokens`` codes were solved by gradients of the source before. ``settings`` are
+    those of ``tune.settings.Settings``, ``ids_sha256`` the digest of the text's ids, a part of
+    which was held out. The bytes depend on ``threads`` and the version of torch too.
     """
 
     settings: dict[str, Any]

@@ -32,14 +32,15 @@ class RowCoupling:
         parts = list(parts_of(tensor))
         if not couples(tensor.grid) or not all(role in self._hessians for role, _ in parts):
             return None
-        whole = np.zeros((tensor.rows, tensor.rows), np.float32)
+        found = np.zeros((stop - start, stop - start), np.float32)
         for role, rows in parts:
-            hessian, places = self._hessians[role], self._stored.places(role)
-            if places is not None:
-                order = np.argsort(places)
-                hessian = hessian[np.ix_(order, order)]
-            whole[rows, rows] = hessian
-        return whole[start:stop, start:stop]
+            stored = np.arange(tensor.rows)[rows]
+            inside = (stored >= start) & (stored < stop)
+            places = self._stored.places(role)
+            order = np.arange(len(stored)) if places is None else np.argsort(places)
+            here, there = stored[inside] - start, order[inside]
+            found[np.ix_(here, here)] = self._hessians[role][np.ix_(there, there)]
+        return found
 
 
 def row_coupling(

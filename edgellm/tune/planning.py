@@ -9,7 +9,7 @@ from itertools import accumulate
 from msgspec.structs import replace
 
 from edgellm.architectures.decoder import Decoder, Feature
-from edgellm.calibration.cost import layer_weights
+from edgellm.calibration.cost import FACTOR_COPIES, layer_weights
 from edgellm.calibration.texts import (
     CALIBRATION_TOKENS,
     WINDOW_TOKENS,
@@ -19,8 +19,10 @@ from edgellm.calibration.texts import (
 from edgellm.errors import RuntimeMissing, UnsupportedTarget, UsageError
 from edgellm.export.layout import Layout, OutputTensor
 from edgellm.hardware import detect_cpu
+from edgellm.quant.coupled import couples
 from edgellm.quant.levels import VECTOR_CODEBOOKS
 from edgellm.recipe import Recipe
+from edgellm.slabs import slab_rows
 from edgellm.source.model import ModelSource
 from edgellm.tensors import TensorRef
 from edgellm.tune.settings import (
@@ -157,34 +159,43 @@ def plan_tuning(
             f"{free_bytes / 1e9:.1f} GB are free: take fewer steps, or leave --tune out"
         )
     whole, recompute, nbytes = fitting[0]
-    notes: tuple[str, ...] = ()
-    hessians = coupling = 0
-    if recipe.solver == "gptq" and not recipe.transforms:
-        hessians = hessian_bytes(layout)
+    notes: list[str] = []
+    hessians = 0
+    coupled = [
+        tensor
+        for tensor in layout.model_tensors
+        if tensor.role.startswith("blk.") and couples(tensor.grid)
+    ]
+    if recipe.solver == "gptq" and coupled:
         coupling = gradient_bytes(decoder, layout)
-        if not whole or coupling > free_bytes:
-            notes = (
-                "rows are solved apart: the gradients that couple them would take about "
-                f"{coupling / 1e9:.1f} GB of memory, and {free_bytes / 1e9:.1f} GB are free",
-            )
-            hessians = coupling = 0
-        else:
+        if recipe.transforms:
+            before = " and ".join(recipe.transforms)
+            notes.append(f"rows are solved apart: gradients know nothing of what {before} changes")
+        elif coupling <= free_bytes:
             tokens = recipe.calibration_tokens or CALIBRATION_TOKENS
             settings = replace(settings, gradient_tokens=tokens)
+            rows = max(min(tensor.rows, slab_rows(tensor)) for tensor in coupled)
+            hessians = hessian_bytes(layout) + threads * int(4 * (1 + FACTOR_COPIES) * rows**2)
+            nbytes = max(nbytes, coupling)
+        else:
+            notes.append(
+                "rows are solved apart: the gradients that couple them would take about "
+                f"{coupling / 1e9:.1f} GB of memory, and {free_bytes / 1e9:.1f} GB are free"
+            )
     if not whole:
         settings = replace(settings, steps=0, block_steps=recipe.tune)
-        notes += (
+        notes.append(
             f"tuned block by block alone: end to end would take about {ways[1][2] / 1e9:.1f} GB of "
-            f"memory, and {free_bytes / 1e9:.1f} GB are free",
+            f"memory, and {free_bytes / 1e9:.1f} GB are free"
         )
     return Tuning(
         settings=settings,
         text=drawn,
         whole=whole,
         recompute=recompute,
-        memory_bytes=max(nbytes, coupling),
+        memory_bytes=nbytes,
         seconds=seconds_of(decoder, settings, drawn, threads, recompute=recompute),
-        notes=notes,
+        notes=tuple(notes),
         hessian_bytes=hessians,
     )
 

@@ -58,6 +58,33 @@ def test_the_same_seed_and_threads_give_the_same_bytes(
     assert digests[0] == digests[1]
 
 
+def test_gptq_solves_by_gradients_and_says_so(
+    command: Command, options: tuple[object, ...], tmp_path: Path
+) -> None:
+    """Of as many tokens as it calibrates on; what rounds otherwise takes none."""
+
+    def planned(quant: str) -> Any:
+        return command("convert", *options, "--quant", quant, "--dry-run", "--json").json()
+
+    plan = planned("gptq:q4_0")
+    settings = plan["tuning"]["settings"]
+    assert settings["gradient_tokens"] == 2048
+    assert plan["tuning"]["tune_s"] > planned("rtn:q4_0")["tuning"]["tune_s"]
+    others = {quant: planned(quant) for quant in ("rtn:q4_0", "imatrix:q4_0", "awq+gptq:q4_0")}
+    assert {each["tuning"]["settings"]["gradient_tokens"] for each in others.values()} == {0}
+    apart = [note for note in others["awq+gptq:q4_0"]["notes"] if "rows are solved apart" in note]
+    assert ["awq" in note for note in apart] == [True]
+    shown = command("convert", *options, "--quant", "gptq:q4_0", "--dry-run").out
+    assert "codes by gradients of 2048 tokens, then 4 steps" in " ".join(shown.split())
+    done = command("convert", *options, "--quant", "gptq:q4_0", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "gradients" in done.err
+    entry = read_manifest(tmp_path / "out").artifact.tuning
+    assert entry is not None
+    assert entry.settings == settings
+    assert command("verify", tmp_path / "out").code == 0
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
