@@ -2,11 +2,11 @@
 
 A solver picks codes on a grid: ``solve(rows, grid, statistics) -> QTensor``, with ``rows`` float32
 ``[rows, columns]``. Rows are solved apart: the result for a row does not depend on which others
-come with it. A transform edits coupled weights before a solver sees them, so that the network
-computes the same and rounds better: ``search(weights, statistics, coupling, ...) -> Scaling``
-(``quant/scaling.py``), called by ``calibration/folding.py``. A split, after any transform, takes
-input channels out of the rounding: ``outliers(statistics) -> channels``, called by
-``calibration/splitting.py``.
+come with it (but in ``quant/coupled.py``, which ``--tune`` calls in the stead of ``gptq``). A
+transform edits coupled weights before a solver sees them, so that the network computes the same and
+rounds better: ``search(weights, statistics, coupling, ...) -> Scaling`` (``quant/scaling.py``),
+called by ``calibration/folding.py``. A split, after any transform, takes input channels out of the
+rounding: ``outliers(statistics) -> channels``, called by ``calibration/splitting.py``.
 """
 
 from __future__ import annotations

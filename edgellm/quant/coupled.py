@@ -27,7 +27,14 @@ BLOCK_ROWS = TILE_ROWS
 """Rows that are solved at once, as if independent of each other."""
 
 DAMPING = 0.5
-"""Part of the mean of ``G``'s diagonal that is added to it."""
+"""Part of the mean of ``G``'s diagonal that is added to it.
+
+SmolLM2 in q4_0, the built-in text, KL in llama.cpp: 0.0838 with rows apart; 0.0731 with 0.2,
+0.0735 with 0.5, 0.0728 with 1, all within an error of 0.0009. By gradients as they are
+(``tune/gradients.py`` clips them) 0.0819 with 0.05, 0.0762 with 0.5, 0.0767 with 2; 16 rows at once
+in the stead of 64 gave 0.0811 for 0.0819, in twice the time. Calibrated on text of the judged kind:
+0.0571 apart, 0.0480 with 0.5.
+"""
 
 
 def couples(grid: Grid) -> bool:

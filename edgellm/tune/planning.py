@@ -55,6 +55,9 @@ MOST_TOKENS = 131072
 RUNTIME_BYTES = 350 << 20
 """torch, as it stands in memory."""
 
+SCATTERED = 1.1
+"""What the heap holds of training by what is alive: pieces that are free lie between others."""
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -225,7 +228,8 @@ def whole_bytes(decoder: Decoder, layout: Layout, tokens: int, *, recompute: boo
     head = 8.5 * table + 28 * POSITIONS * decoder.vocab_size
     largest = max(4 * tensor.rows * tensor.columns for tensor in tensors)
     states = 4 * tokens * decoder.hidden_size
-    return int(RUNTIME_BYTES + codes + trained + activations + head + largest + states)
+    alive = codes + trained + activations + head + largest + states
+    return int(RUNTIME_BYTES + SCATTERED * alive)
 
 
 def blocks_bytes(decoder: Decoder, layout: Layout, tokens: int) -> int:

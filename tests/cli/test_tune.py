@@ -85,6 +85,20 @@ def test_gptq_solves_by_gradients_and_says_so(
     assert command("verify", tmp_path / "out").code == 0
 
 
+def test_gradients_that_do_not_fit_are_left_out_with_a_note(
+    command: Command, options: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = (*options, "--quant", "gptq:q4_0", "--dry-run", "--json")
+    fitting = command("convert", *planned).json()
+    assert not [note for note in fitting["notes"] if "solved apart" in note]
+    monkeypatch.setattr(planning, "gradient_bytes", lambda *_: 1 << 60)
+    without = command("convert", *planned).json()
+    (note,) = (note for note in without["notes"] if "solved apart" in note)
+    assert "1152921504.6 GB of memory" in note
+    assert without["tuning"]["settings"]["gradient_tokens"] == 0
+    assert without["tuning"]["settings"]["steps"] == 4
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
