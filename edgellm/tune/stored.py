@@ -113,9 +113,14 @@ class StoredModel:
 
 
 def parts_of(tensor: OutputTensor) -> Iterator[tuple[str, slice]]:
-    """The role and the rows of each part. A head cut from the embedding has a role of its own."""
+    """The weight of the network and the rows of each part.
+
+    A head cut from the embedding is a weight of its own. A container's tensor of one weight may be
+    called otherwise than it: of Phi 3 the source has gate and up in one.
+    """
     if len(tensor.parts) == 1:
-        yield tensor.role, slice(0, tensor.rows)
+        in_layer = tensor.role.startswith("blk.")
+        yield tensor.parts[0].role if in_layer else tensor.role, slice(0, tensor.rows)
         return
     start = 0
     for place, part in enumerate(tensor.parts):

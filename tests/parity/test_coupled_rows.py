@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ from edgellm.quant.dequantize import dequantize
 from edgellm.quant.grid import GRIDS
 from edgellm.quant.statistics import Statistics
 from edgellm.recipe import make_recipe
+from edgellm.slabs import stored_rows
 from edgellm.source import open_source
 from edgellm.tensors import Array
 from edgellm.tune import coupling
 from edgellm.tune.coupling import RowCoupling
 from edgellm.tune.gradients import output_hessians
-from edgellm.tune.stored import StoredModel
+from edgellm.tune.stored import StoredModel, parts_of
 
 TinyModel = Callable[[str], Path]
 
@@ -225,34 +227,46 @@ def test_a_killed_run_goes_on_with_the_same_gradients_or_none(
         assert len(taken) == bool(blocks)
 
 
-def test_hessians_follow_the_order_of_rows_in_the_file(
-    tiny_model: TinyModel, tmp_path: Path
+FORMATS = {"gguf": "q4_0", "onnx": "int4-g32", "hf": "int4-g32-sym"}
+FAMILIES = [
+    "llama", "llama-biased", "gemma3", "phi3", "gptj", "bloom", "gpt_neox", "falcon-grouped",
+    "cohere", "gpt2", "lfm2", "starcoder2", "mpt",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "format"),
+    [pair for pair in product(FAMILIES, FORMATS) if pair != ("gptj", "gguf")],  # has no GPT-J
+)
+def test_hessians_follow_the_rows_of_the_file(
+    family: str, format: str, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
-    """What an error costs is the same in llama.cpp's order of queries; a part has its own part."""
-    plan = make_plan(
-        make_recipe({"source": str(tiny_model("llama")), "quant": "rtn:q4_0", "format": "gguf"})
-    )
-    decoder = plan.source.decoder
-    draw = np.random.default_rng(1)
-    role = "blk.0.attn_q.weight"
-    rows = plan.source.tensors[role].rows
-    g = draw.normal(size=(500, rows)).astype(np.float32)
-    tensor = next(tensor for tensor in plan.layout.model_tensors if tensor.role == role)
+    """In every container's order. The products of rows stand in for Hessians: those of the rows
+    that are stored must come out of those of the network's."""
+    choice = {"source": str(tiny_model(family)), "format": format}
+    plan = make_plan(make_recipe(choice | {"quant": f"rtn:{FORMATS[format]}"}))
+    products = {
+        role: ref.load() @ ref.load().T
+        for role, ref in plan.source.tensors.items()
+        if role.startswith("blk.") and role.endswith(".weight") and len(ref.shape) == 2
+    }
+    roles = set()
     with StagedFolder(tmp_path / "out") as staged:
-        rows_of_file = RowCoupling(
-            {role: g.T @ g}, StoredModel(plan.layout, plan.source, staged.path)
-        )
-        found = rows_of_file.of(tensor, 0, rows)
-        part = rows_of_file.of(tensor, 8, 24)
-        assert rows_of_file.of(replace(tensor, grid=GRIDS["f16"]), 0, rows) is None
-        other = next(
-            each for each in plan.layout.model_tensors if each.role.endswith("attn_k.weight")
-        )
-        assert rows_of_file.of(other, 0, other.rows) is None
-    # Row 2i of a head is the i-th of its first half, row 2i + 1 of its second.
-    half = decoder.head_dim // 2
-    by_head = np.arange(rows).reshape(decoder.heads, 2, half)
-    order = by_head.swapaxes(1, 2).reshape(-1)
-    assert found is not None
-    np.testing.assert_allclose(found, g[:, order].T @ g[:, order], rtol=1e-4, atol=1e-2)
-    np.testing.assert_array_equal(part, found[8:24, 8:24])
+        rows = RowCoupling(products, StoredModel(plan.layout, plan.source, staged.path))
+        for tensor in plan.layout.model_tensors:
+            parts = list(parts_of(tensor))
+            if not tensor.role.startswith("blk.0.") or not coupled.couples(tensor.grid):
+                assert tensor.role.startswith("blk.") or rows.of(tensor, 0, tensor.rows) is None
+                continue
+            roles |= {role for role, _ in parts}
+            stored = stored_rows(tensor, 0, tensor.rows)
+            found = rows.of(tensor, 0, tensor.rows)
+            assert found is not None
+            for _, places in parts:
+                wanted = stored[places] @ stored[places].T
+                np.testing.assert_allclose(found[places][:, places], wanted, rtol=1e-4, atol=1e-4)
+            part = rows.of(tensor, 8, 24)
+            np.testing.assert_array_equal(part, found[8:24, 8:24])
+    hessians = output_hessians(plan.source, WINDOWS[:1], 0, lambda _: None)
+    assert len(roles) >= 2
+    assert roles <= hessians.keys()

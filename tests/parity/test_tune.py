@@ -28,6 +28,7 @@ from edgellm.evaluation import compare
 from edgellm.export.packing import PACKERS
 from edgellm.export.writer import StagedFolder
 from edgellm.plan import Plan, make_plan
+from edgellm.quant import floats
 from edgellm.quant.dequantize import dequantize
 from edgellm.quant.grid import GRIDS, Grid, QTensor
 from edgellm.quant.qtensor_rows import rows_of, stacked
@@ -242,9 +243,10 @@ def read_back(plan: Plan, staged: StagedFolder) -> ModelSource:
     stored = StoredModel(plan.layout, source, staged.path)
     found = {
         role: dequantize(weight)
+        if tensor.grid.kind != "float"
+        else floats.decode(weight.packed, tensor.grid.name).reshape(source.tensors[role].rows, -1)
         for tensor, by_role in stored.under("")
         for role, weight in by_role.items()
-        if tensor.grid.kind != "float"
     }
     tensors = {
         role: replace(ref, load_rows=lambda a, b, role=role: found[role][a:b].copy())
@@ -375,11 +377,14 @@ def test_tuning_brings_answers_closer_on_other_text(
         assert kl(plan, staged) < 0.95 * before
 
 
+@pytest.mark.parametrize(
+    ("name", "quant", "format"), [("llama", "rtn:q4_0", "gguf"), ("phi3", "rtn:int4-g32", "onnx")]
+)
 def test_what_is_trained_end_to_end_is_what_lies_in_the_file(
-    tiny_model: TinyModel, tmp_path: Path
+    name: str, quant: str, format: str, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     """The divergence that was measured while training is that of the file, read by others."""
-    plan = plan_of(tiny_model("llama"), "rtn:q4_0")
+    plan = plan_of(tiny_model(name), quant, format)
     with staged_artifact(plan, tmp_path / "out") as staged:
         tuned = tune(plan.layout, plan.source, staged, tuning(steps=10), 1)
         assert tuned.kept_share
