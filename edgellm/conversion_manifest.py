@@ -35,7 +35,7 @@ from edgellm.manifest import (
 )
 from edgellm.plan import Plan
 from edgellm.progress import Progress, ProgressEvent, unwatched
-from edgellm.quant import settings_of
+from edgellm.quant import coupled, settings_of
 from edgellm.quant.devices import CPU, torch_name
 from edgellm.tune.settings import Tuned
 
@@ -122,13 +122,14 @@ def calibration_entry(plan: Plan) -> CalibrationEntry:
     calibration = plan.calibration
     assert calibration is not None
     text, given = calibration.text, calibration.given
+    settings = {name: settings_of(name) for name in (*plan.recipe.transforms, plan.recipe.solver)}
+    if plan.tuning is not None and plan.tuning.settings.gradient_tokens:
+        settings["coupled"] = coupled.SETTINGS
     common: dict[str, Any] = {
         "gathered": calibration.needs,
         "solver": plan.recipe.solver,
         "transforms": plan.recipe.transforms,
-        "settings": {
-            name: settings_of(name) for name in (*plan.recipe.transforms, plan.recipe.solver)
-        },
+        "settings": settings,
         "device": plan.recipe.device or CPU,
     }
     if given is not None:

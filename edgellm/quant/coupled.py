@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from edgellm.errors import TensorError
 from edgellm.quant import gptq
 from edgellm.quant.dequantize import dequantize
 from edgellm.quant.factor import factor
@@ -36,6 +37,8 @@ in the stead of 64 gave 0.0811 for 0.0819, in twice the time. Calibrated on text
 0.0571 apart, 0.0480 with 0.5.
 """
 
+SETTINGS = {"damping": DAMPING, "block_rows": BLOCK_ROWS}
+
 
 def couples(grid: Grid) -> bool:
     """Whether rows of ``grid`` can be solved one after another, by codes for single values."""
@@ -53,8 +56,13 @@ def solve(
     """As ``gptq.solve``, for the least of ``trace(G @ e @ H @ e.T)``.
 
     ``output_hessian``: ``G`` float32 ``[rows, rows]``, of a grid that ``couples``. Raises what
-    ``gptq.solve`` and ``factor.factor`` do.
+    ``gptq.solve`` does, and ``TensorError`` where ``G`` is not finite.
     """
+    if not np.isfinite(output_hessian).all():
+        raise TensorError(
+            "the gradients of the outputs are not finite: the model overflows on this text; try "
+            "other calibration text, or leave --tune out"
+        )
     found = factor(output_hessian, DAMPING)
     rows, feedback = rows[found.order], found.feedback
     errors = np.empty_like(rows)

@@ -79,9 +79,11 @@ def test_gptq_solves_by_gradients_and_says_so(
     done = command("convert", *options, "--quant", "gptq:q4_0", "--out", tmp_path / "out")
     assert done.code == 0, done.err
     assert "gradients" in done.err
-    entry = read_manifest(tmp_path / "out").artifact.tuning
-    assert entry is not None
-    assert entry.settings == settings
+    artifact = read_manifest(tmp_path / "out").artifact
+    assert artifact.tuning is not None
+    assert artifact.calibration is not None
+    assert artifact.tuning.settings == settings
+    assert artifact.calibration.settings["coupled"] == {"damping": 0.5, "block_rows": 64}
     assert command("verify", tmp_path / "out").code == 0
 
 

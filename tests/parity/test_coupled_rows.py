@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from edgellm import conversion, forward
 from edgellm.calibration import running
 from edgellm.conversion import carry_out, couple_rows, quantize_tensors
+from edgellm.errors import TensorError
 from edgellm.evaluation import compare
 from edgellm.export.writer import StagedFolder
 from edgellm.plan import Plan, make_plan
@@ -225,6 +226,13 @@ def test_a_killed_run_goes_on_with_the_same_gradients_or_none(
         taken.clear()
         assert carried_out(plan, out) == wanted
         assert len(taken) == bool(blocks)
+
+
+def test_gradients_that_overflow_are_named() -> None:
+    weight, statistics, outputs = layer(70, 64)
+    outputs[3, 5] = np.inf
+    with pytest.raises(TensorError, match="gradients of the outputs are not finite"):
+        coupled.solve(weight, GRIDS["q4_0"], statistics, output_hessian=outputs)
 
 
 FORMATS = {"gguf": "q4_0", "onnx": "int4-g32", "hf": "int4-g32-sym"}
