@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from edgellm.quant import floats
 from edgellm.quant.grid import Grid, QTensor
-from edgellm.tensors import Array, Item, LoadRows, TensorRef, check_finite, rows_in_order, spans_of
+from edgellm.quant.qtensor_rows import stacked
+from edgellm.tensors import Array, LoadRows, TensorRef, check_finite, rows_in_order, spans_of
 
 Codes = npt.NDArray[np.uint8]
 Zeros = npt.NDArray[np.int16]
@@ -156,21 +157,7 @@ def take_over_stacked(parts: Sequence[TensorRef], grid: Grid, start: int, stop: 
         codes = codes_of(part)
         assert codes is not None, part.name
         pieces.append(take_over(codes, grid, low, high))
-    return pieces[0] if len(pieces) == 1 else _stacked(pieces)
-
-
-def _stacked(pieces: Sequence[QTensor]) -> QTensor:
-    def joined(values: Sequence[npt.NDArray[Item] | None]) -> npt.NDArray[Item] | None:
-        present = [each for each in values if each is not None]
-        return np.concatenate(present) if present else None
-
-    return replace(
-        pieces[0],
-        codes=joined([piece.codes for piece in pieces]),
-        scales=joined([piece.scales for piece in pieces]),
-        zeros=joined([piece.zeros for piece in pieces]),
-        mins=joined([piece.mins for piece in pieces]),
-    )
+    return stacked(pieces)
 
 
 def _has_steps(grid: Grid) -> bool:
