@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -27,9 +28,13 @@ from edgellm.source.model import ModelSource
 from edgellm.tensors import TensorRef
 from edgellm.tune.settings import (
     BATCH_TOKENS,
+    BLOCK_RATE,
     FIXED_GRIDS,
     MOST_HELD_OUT,
+    NORM_RATE,
     POSITIONS,
+    RATE,
+    RATE_BITS,
     STEP_TOKENS,
     Settings,
     split,
@@ -144,9 +149,13 @@ def plan_tuning(
     )
     split(drawn.windows)
     quick = bool(BFLOAT16_FEATURES & detect_cpu()[1].value)
+    share = rate_share_of(trained)
     settings = Settings(
         steps=recipe.tune,
         products="bfloat16" if quick else "float32",
+        rate=share * RATE,
+        norm_rate=share * NORM_RATE,
+        block_rate=share * BLOCK_RATE,
         seed=recipe.seed or 0,
     )
     decoder = source.decoder
@@ -201,6 +210,19 @@ def plan_tuning(
         notes=tuple(notes),
         hessian_bytes=hessians,
     )
+
+
+def rate_share_of(trained: Sequence[OutputTensor]) -> float:
+    """The share of the rates for 4 bits at which tensors of more bits are trained.
+
+    What is to be made good is half as large with each bit more, on average over the weights of
+    layers: at the full rate q4_k_m, 5 bits on most of SmolLM2, kept half of the change and gained
+    0.92 where q4_0 gained 0.83.
+    """
+    layers = [tensor for tensor in trained if tensor.role.startswith("blk.")] or trained
+    sizes = [tensor.rows * tensor.columns for tensor in layers]
+    total = sum(size * tensor.grid.bits for size, tensor in zip(sizes, layers, strict=True))
+    return min(1.0, float(2.0 ** (RATE_BITS - total / sum(sizes))))
 
 
 def tokens_for(steps: int) -> int:

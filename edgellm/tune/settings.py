@@ -32,6 +32,12 @@ BATCH_TOKENS = 1024
 POSITIONS = 256
 """Positions whose logits are alive at once: enough for products to run at full speed."""
 
+RATE, NORM_RATE, BLOCK_RATE = 7e-4, 1e-3, 1e-3
+"""Rates of Adam at their peak: of scales and minima, of norms and biases, and of both where blocks
+are trained one by one; of codes of ``RATE_BITS`` bits."""
+
+RATE_BITS = 4
+
 FIXED_GRIDS = ("nf4-dq",)
 """Grids whose scales are rounded together, so that none of them can move alone."""
 
@@ -64,9 +70,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     gradient_tokens: int = 0
     step_tokens: int = STEP_TOKENS
     products: str = "float32"
-    rate: float = 7e-4
-    norm_rate: float = 1e-3
-    block_rate: float = 1e-3
+    rate: float = RATE
+    norm_rate: float = NORM_RATE
+    block_rate: float = BLOCK_RATE
     warm_up: int = 5
     seed: int = 0
 

@@ -87,6 +87,20 @@ def test_gptq_solves_by_gradients_and_says_so(
     assert command("verify", tmp_path / "out").code == 0
 
 
+@pytest.mark.parametrize(
+    ("quant", "share"), [("q4_0", 1), ("q5_1", 0.5), ("q8_0", 1 / 16), ("int4-g32", 1)]
+)
+def test_codes_of_more_bits_are_trained_at_lower_rates(
+    quant: str, share: float, command: Command, options: tuple[object, ...]
+) -> None:
+    """By the weights of layers: the head of the first has 8 bits."""
+    format = "onnx" if quant.startswith("int4") else "gguf"
+    given = (*options, "--format", format, "--quant", f"rtn:{quant}", "--dry-run", "--json")
+    settings = command("convert", *given).json()["tuning"]["settings"]
+    found = [settings[name] for name in ("rate", "norm_rate", "block_rate")]
+    assert found == pytest.approx([share * 7e-4, share * 1e-3, share * 1e-3])
+
+
 def test_gradients_that_do_not_fit_are_left_out_with_a_note(
     command: Command, options: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -235,16 +235,22 @@ def test_gradients_that_overflow_are_named() -> None:
         coupled.solve(weight, GRIDS["q4_0"], statistics, output_hessian=outputs)
 
 
-FORMATS = {"gguf": "q4_0", "onnx": "int4-g32", "hf": "int4-g32-sym"}
+FORMATS = {"gguf": "q4_0", "onnx": "int4-g32", "hf": "int4-g32-sym", "mlx": "int4-g32-min"}
 FAMILIES = [
     "llama", "llama-biased", "gemma3", "phi3", "gptj", "bloom", "gpt_neox", "falcon-grouped",
     "cohere", "gpt2", "lfm2", "starcoder2", "mpt",
 ]  # fmt: skip
 
+MLX_FAMILIES = ("llama", "llama-biased", "gemma3", "gpt2")
+UNKNOWN = [
+    ("gptj", "gguf"),
+    *((family, "mlx") for family in FAMILIES if family not in MLX_FAMILIES),
+]
+
 
 @pytest.mark.parametrize(
     ("family", "format"),
-    [pair for pair in product(FAMILIES, FORMATS) if pair != ("gptj", "gguf")],  # has no GPT-J
+    [pair for pair in product(FAMILIES, FORMATS) if pair not in UNKNOWN],
 )
 def test_hessians_follow_the_rows_of_the_file(
     family: str, format: str, tiny_model: TinyModel, tmp_path: Path
