@@ -25,7 +25,7 @@ BENCHMARKS = {
     "quality": "answers of calibrated GGUF files in llama.cpp against its importance matrix",
     "k_quants": "answers of each k-quant alone, on the matrices that divide, against the same",
     "fit": "answers at the size of Q4_K_M: grids chosen by tensor against llama.cpp's mixture",
-    "tune": "what training scales and norms adds to each type, in at most half an hour",
+    "tune": "what --tune adds to each type, in at most half an hour",
     "quantize": "GPTQ of SmolLM2: wall, peak memory and KL against gptqmodel",
     "int4": "int4 of four kinds: KL against gptqmodel, llm-compressor and auto-round",
     "memory": "GPTQ of 1B- and 3B-shaped models: peak memory against the plan's word",

@@ -1,4 +1,4 @@
-"""What training scales and norms adds: `--tune` in stock llama.cpp against our untuned files.
+"""What `--tune` adds: its files in stock llama.cpp against our untuned ones.
 
 Both are of one type, solver, calibration text and size. The text is of the held-out text's kind, as
 one would choose it who spends half an hour on a model: on other kinds tuning gains a fraction. KL
