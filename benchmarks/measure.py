@@ -99,8 +99,13 @@ def output_of(command: Sequence[str]) -> Any:
 
 
 def fresh(*names: str) -> None:
-    """Remove files and folders of the work folder that a command is about to write."""
+    """Remove files and folders of the work folder that a command is about to write.
+
+    And what a killed run left of them: one that goes on there takes less time.
+    """
     for name in names:
+        for left in WORK.glob(f".{name}.*.partial"):
+            shutil.rmtree(left)
         path = WORK / name
         if path.is_dir():
             shutil.rmtree(path)

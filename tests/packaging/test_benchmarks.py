@@ -121,6 +121,13 @@ def test_shown_commands_hold_no_path_of_the_machine() -> None:
     )
 
 
+def test_a_run_that_was_killed_leaves_nothing_to_go_on_from(work: Path) -> None:
+    for name in (".out.12.partial", ".other.12.partial", "out"):
+        (work / name / "journal").mkdir(parents=True)
+    measure.fresh("out", "absent")
+    assert [each.name for each in work.iterdir()] == [".other.12.partial"]
+
+
 def test_text_to_calibrate_on_repeats_nothing_of_what_is_judged_by() -> None:
     """The language reference says two fifths of the judged text again further on."""
     judged = "one two three four five six seven eight nine ten\n\nand more of it"
