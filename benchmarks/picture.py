@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PICTURE = ROOT / "docs" / "size-kl.svg"
 DOCUMENT = ROOT / "docs" / "quantization.md"
 MARKED = re.compile(r"(<!-- size-kl -->\n).*?(<!-- /size-kl -->)", re.DOTALL)
-PEER, OURS, TUNED = "llama.cpp, importance matrix", "edgellm", "edgellm --tune"
+PEER, OURS, TUNED = "llama.cpp, importance matrix", "edgellm", "edgellm --tune, own text"
 FITTED = "edgellm --fit"
 ALTERNATIVE = "KL divergence against file size: GGUF files of edgellm and of llama.cpp, by type"
 TITLE = "SmolLM2-135M off its 4-bit grid: GGUF files in stock llama.cpp"
