@@ -216,8 +216,8 @@ def rate_share_of(trained: Sequence[OutputTensor]) -> float:
     """The share of the rates for 4 bits at which tensors of more bits are trained.
 
     What is to be made good is half as large with each bit more, on average over the weights of
-    layers: at the full rate q4_k_m, 5 bits on most of SmolLM2, kept half of the change and gained
-    0.92 where q4_0 gained 0.83.
+    layers. SmolLM2 in q4_k_m, most of it in 5 bits, KL on held-out windows by that before training:
+    0.92 at the full rate, of which half of the change was kept, and 0.91 at 0.49 of it.
     """
     layers = [tensor for tensor in trained if tensor.role.startswith("blk.")] or trained
     sizes = [tensor.rows * tensor.columns for tensor in layers]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from gguf_adapters import MODULES
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -40,15 +41,6 @@ from edgellm.tune.stored import StoredModel, parts_of
 TinyModel = Callable[[str], Path]
 
 WINDOWS = [tiny_models.some_token_ids(48, seed=seed) for seed in range(3)]
-MODULES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def gradients_by_transformers(folder: Path, seed: int) -> dict[str, torch.Tensor]:
@@ -238,7 +230,7 @@ def test_gradients_that_overflow_are_named() -> None:
 FORMATS = {"gguf": "q4_0", "onnx": "int4-g32", "hf": "int4-g32-sym", "mlx": "int4-g32-min"}
 FAMILIES = [
     "llama", "llama-biased", "gemma3", "phi3", "gptj", "bloom", "gpt_neox", "falcon-grouped",
-    "cohere", "gpt2", "lfm2", "starcoder2", "mpt",
+    "cohere", "gpt2", "lfm2", "starcoder2", "mpt", "minicpm3",
 ]  # fmt: skip
 
 MLX_FAMILIES = ("llama", "llama-biased", "gemma3", "gpt2")
