@@ -1,9 +1,11 @@
 """What `--tune` adds: its files in stock llama.cpp against our untuned ones.
 
-Both are of one type, solver, calibration text and size. The text is of the held-out text's kind, as
-one would choose it who spends half an hour on a model: on other kinds tuning gains a fraction. KL
-divergence is from the unquantized model (float32) over held-out text that neither calibration nor
-tuning sees. The wall is that of the whole tuned conversion.
+Both are of one type, calibration text and size, by the solver that edgellm chooses: `gptq`, and
+with `--tune` `awq+gptq`. A third file, untuned by `awq+gptq` too, says how much of the gain that
+is. The text is of the held-out text's kind, as one would choose it who spends half an hour on a
+model: on other kinds tuning gains a fraction. KL divergence is from the unquantized model (float32)
+over held-out text that neither calibration nor tuning sees. The wall is that of the whole tuned
+conversion.
 
 `python -m benchmarks.tune q4_0 iq4_xs` measures these types and keeps what stands in the results of
 the others, where it was measured on this machine, with these versions and on the same text.
@@ -44,25 +46,29 @@ def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
     commands: dict[str, str] = {}
     facts: dict[str, Any] = {"figures": {}, "sizes": {}, "tuning": {}}
     for name in types or (QUICK_TYPES if quick else TYPES):
-        untuned, tuned = f"untuned-{name}", f"tuned-{name}"
-        fresh(untuned, tuned)
-        convert = [*edgellm(), "convert", model.name, "--format", "gguf", "--quant", f"gptq:{name}"]
-        convert += ["--calibration", text.rest.name, "--calibration-tokens", seen]
-        convert += ["--no-check", "--out"]
-        run([*convert, untuned])
-        tune = [*convert, tuned, "--tune", str(steps)]
-        wall = run(tune).wall_s
-        files = [f"{folder}/model.gguf" for folder in (tuned, untuned)]
+        tuned, untuned, scaled = f"tuned-{name}", f"untuned-{name}", f"untuned-awq-{name}"
+        fresh(tuned, untuned, scaled)
+        convert = [*edgellm(), "convert", model.name, "--format", "gguf"]
+        convert += ["--calibration", text.rest.name, "--calibration-tokens", seen, "--no-check"]
+        made = {
+            untuned: [*convert, "--quant", name, "--out", untuned],
+            scaled: [*convert, "--quant", f"awq+gptq:{name}", "--out", scaled],
+            tuned: [*convert, "--quant", name, "--tune", str(steps), "--out", tuned],
+        }
+        walls = {folder: run(command).wall_s for folder, command in made.items()}
+        files = [f"{folder}/model.gguf" for folder in (tuned, untuned, scaled)]
         figures, judged = divergences(model, text, files)
         judged_tokens = figures[files[0]]["tokens"]
-        ours, others = (figures[file]["kld_mean"] for file in files)
+        ours, others, by_awq = (figures[file]["kld_mean"] for file in files)
         comparisons += [
             Comparison(f"{name}, KL", "nats", [ours], [others], at_most=AT_MOST),
-            Comparison(f"{name}, wall", "s", [wall], at_most=AT_MOST_SECONDS),
+            Comparison(f"{name}, KL, both by awq+gptq", "nats", [ours], [by_awq]),
+            Comparison(f"{name}, wall", "s", [walls[tuned]], at_most=AT_MOST_SECONDS),
         ]
         commands |= {
-            f"tuned, {name}": shown(tune),
-            f"untuned, {name}": shown([*convert, untuned]),
+            f"tuned, {name}": shown(made[tuned]),
+            f"untuned, {name}": shown(made[untuned]),
+            f"untuned by awq+gptq, {name}": shown(made[scaled]),
             f"KL, {name}": judged,
         }
         manifest = read_manifest(WORK / tuned)

@@ -20,6 +20,7 @@ from edgellm.architectures.experts import stack_of
 from edgellm.architectures.gguf_latent import VALUES, WHOLE
 from edgellm.artifact import Artifact, open_artifact
 from edgellm.calibration.running import Outcome, round_in_blocks
+from edgellm.calibration.splitting import Splitting
 from edgellm.conversion_checks import CHECK_PROMPT, check_artifact
 from edgellm.conversion_manifest import code_entry, describe, measured_changes
 from edgellm.conversion_resuming import resume_key
@@ -192,7 +193,11 @@ def couple_rows(
         return None
     from edgellm.tune.coupling import row_coupling  # brings torch with it
 
-    return row_coupling(plan.layout, plan.source, staged.path, plan.tuning, plan.threads, progress)
+    folding = plan.calibration.folding
+    assert not isinstance(folding, Splitting)  # no plan has it with --tune
+    return row_coupling(
+        plan.layout, plan.source, staged.path, plan.tuning, plan.threads, progress, folding
+    )
 
 
 def quantize_tensors(

@@ -150,6 +150,19 @@ class Folding:
     def _columns_of(self, coupling: Coupling) -> Array:
         return coupling.spread(self._factors_of(coupling))
 
+    def row_divisors(self, role: str, rows: int) -> Array | None:
+        """What the ``rows`` rows of weight ``role`` are divided by, ``[rows]``; None if by nothing.
+
+        Its unit must have been filled.
+        """
+        found = None
+        for coupling in self._by_role().get(role, []):
+            for absorber in coupling.absorbers:
+                if absorber.role == role:
+                    found = np.ones(rows, np.float32) if found is None else found
+                    found[absorber.places(coupling.channels)] *= self._factors_of(coupling)
+        return found
+
     # --- tensors ---------------------------------------------------------------------------------
 
     def folded(self, role: str, ref: TensorRef) -> TensorRef:

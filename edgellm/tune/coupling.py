@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgellm.calibration.folding import Folding
 from edgellm.export.layout import Layout, OutputTensor
 from edgellm.progress import Progress, ProgressEvent, unwatched
 from edgellm.quant.coupled import couples
@@ -19,15 +20,21 @@ from edgellm.tune.threads import torch_threads
 
 
 class RowCoupling:
-    """The Hessians of outputs by role, in the order of rows that a container stores."""
+    """The Hessians of outputs by role, in the order and the scale of rows that a container stores.
 
-    def __init__(self, hessians: Mapping[str, Array], stored: StoredModel) -> None:
-        self._hessians, self._stored = hessians, stored
+    ``folding``: what a transform divides rows by, so that an error there counts for as much more.
+    """
+
+    def __init__(
+        self, hessians: Mapping[str, Array], stored: StoredModel, folding: Folding | None = None
+    ) -> None:
+        self._hessians, self._stored, self._folding = hessians, stored, folding
 
     def of(self, tensor: OutputTensor, start: int, stop: int) -> Array | None:
         """That of rows ``start:stop`` of ``tensor``; None where they are to be solved apart.
 
-        Rows of different weights that are stored as one tensor are not coupled.
+        Rows of different weights that are stored as one tensor are not coupled. Where a transform
+        scales ``tensor``, its factors must have been found.
         """
         parts = list(parts_of(tensor))
         if not couples(tensor.grid) or not all(role in self._hessians for role, _ in parts):
@@ -39,7 +46,11 @@ class RowCoupling:
             places = self._stored.places(role)
             order = np.arange(len(stored)) if places is None else np.argsort(places)
             here, there = stored[inside] - start, order[inside]
-            found[np.ix_(here, here)] = self._hessians[role][np.ix_(there, there)]
+            hessian = self._hessians[role][np.ix_(there, there)]
+            divisors = self._folding.row_divisors(role, len(stored)) if self._folding else None
+            if divisors is not None:
+                hessian *= np.outer(divisors[there], divisors[there])
+            found[np.ix_(here, here)] = hessian
         return found
 
 
@@ -50,10 +61,11 @@ def row_coupling(
     tuning: Tuning,
     threads: int,
     progress: Progress = unwatched,
+    folding: Folding | None = None,
 ) -> RowCoupling:
     """By gradients of ``source`` on the first of the text that ``tuning`` trains on.
 
-    ``folder`` is where ``layout`` is written.
+    ``folder`` is where ``layout`` is written, with ``source`` as ``folding`` scales it.
     """
     windows = tuning.gradient_windows()
 
@@ -62,4 +74,4 @@ def row_coupling(
 
     with torch_threads(threads):
         hessians = output_hessians(source, windows, tuning.settings.seed, watch)
-    return RowCoupling(hessians, StoredModel(layout, source, folder))
+    return RowCoupling(hessians, StoredModel(layout, source, folder), folding)

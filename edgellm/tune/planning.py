@@ -180,10 +180,7 @@ def plan_tuning(
     ]
     if recipe.solver == "gptq" and coupled:
         coupling = gradient_bytes(decoder, layout)
-        if recipe.transforms:
-            before = " and ".join(recipe.transforms)
-            notes.append(f"rows are solved apart: gradients know nothing of what {before} changes")
-        elif coupling <= free_bytes:
+        if coupling <= free_bytes:
             tokens = recipe.calibration_tokens or CALIBRATION_TOKENS
             settings = replace(settings, gradient_tokens=tokens)
             rows = max(min(tensor.rows, slab_rows(tensor)) for tensor in coupled)

@@ -70,10 +70,9 @@ def test_gptq_solves_by_gradients_and_says_so(
     settings = plan["tuning"]["settings"]
     assert settings["gradient_tokens"] == 2048
     assert plan["tuning"]["tune_s"] > planned("rtn:q4_0")["tuning"]["tune_s"]
-    others = {quant: planned(quant) for quant in ("rtn:q4_0", "imatrix:q4_0", "awq+gptq:q4_0")}
-    assert {each["tuning"]["settings"]["gradient_tokens"] for each in others.values()} == {0}
-    apart = [note for note in others["awq+gptq:q4_0"]["notes"] if "rows are solved apart" in note]
-    assert ["awq" in note for note in apart] == [True]
+    others = [planned(quant)["tuning"] for quant in ("rtn:q4_0", "imatrix:q4_0")]
+    assert {each["settings"]["gradient_tokens"] for each in others} == {0}
+    assert planned("awq+gptq:q4_0")["tuning"]["settings"]["gradient_tokens"] == 2048
     shown = command("convert", *options, "--quant", "gptq:q4_0", "--dry-run").out
     assert "codes by gradients of 2048 tokens, then 4 steps" in " ".join(shown.split())
     done = command("convert", *options, "--quant", "gptq:q4_0", "--out", tmp_path / "out")

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from edgellm import conversion, forward
 from edgellm.calibration import running
+from edgellm.calibration.folding import Folding
 from edgellm.conversion import carry_out, couple_rows, quantize_tensors
 from edgellm.errors import TensorError
 from edgellm.evaluation import compare
@@ -276,3 +277,59 @@ def test_hessians_follow_the_rows_of_the_file(
     hessians = output_hessians(plan.source, WINDOWS[:1], 0, lambda _: None)
     assert len(roles) >= 2
     assert roles <= hessians.keys()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "qwen2", "gpt_neox", "minicpm3"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_hessians_follow_what_a_transform_divides_rows_by(
+    family: str, format: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """An error in a row that is stored a third as large counts for nine times as much."""
+    if (family, format) in UNKNOWN or (format == "mlx" and family not in MLX_FAMILIES):
+        pytest.skip("this container has no such family")
+    choice = {"source": str(tiny_model(family)), "format": format}
+    plain = make_plan(make_recipe(choice | {"quant": f"rtn:{FORMATS[format]}"}))
+    plan = make_plan(make_recipe(choice | {"quant": f"awq+gptq:{FORMATS[format]}"}))
+    assert plan.calibration is not None
+    folding = plan.calibration.folding
+    assert isinstance(folding, Folding)
+    absorbing = {absorber.role for each in folding.coupled for absorber in each.absorbers}
+    draw = np.random.default_rng(3)
+    for unit in range(folding.units):  # what weights divide is drawn, what norms do is one
+        of_unit = [each for each in folding.coupled if each.layer == unit]
+        by_weights = [each for each in of_unit if each.name.endswith(("attn_v", "ffn_up"))]
+        factors = {each.name: np.ones(each.channels, np.float32) for each in of_unit}
+        drawn = {each.name: np.exp(draw.normal(size=each.channels)) for each in by_weights}
+        folding.restore(unit, factors | drawn)
+    hessians = {
+        role: ref.load() @ ref.load().T
+        for role, ref in plan.source.tensors.items()
+        if role.startswith("blk.") and role.endswith(".weight") and len(ref.shape) == 2
+    }
+    with StagedFolder(tmp_path / "out") as staged:
+        rows = RowCoupling(hessians, StoredModel(plan.layout, plan.source, staged.path), folding)
+        changed = 0
+        for tensor, before in zip(
+            plan.layout.model_tensors, plain.layout.model_tensors, strict=True
+        ):
+            if not tensor.role.startswith("blk.0.") or not coupled.couples(tensor.grid):
+                continue
+            whole = stored_rows(before, 0, before.rows)
+            scaled = stored_rows(tensor, 0, tensor.rows)
+            divisors = np.ones(len(whole))
+            for role, places in parts_of(tensor):
+                if role in absorbing:
+                    sizes = [np.linalg.norm(each[places], axis=1) for each in (whole, scaled)]
+                    divisors[places] = sizes[0] / sizes[1]
+                    changed += 1
+            wanted = whole * divisors[:, None]
+            found = rows.of(tensor, 0, tensor.rows)
+            assert found is not None
+            for _, places in parts_of(tensor):
+                np.testing.assert_allclose(
+                    found[places][:, places],
+                    wanted[places] @ wanted[places].T,
+                    rtol=1e-3,
+                    atol=1e-3,
+                )
+    assert changed
