@@ -93,12 +93,19 @@ class ApartAdapters:
     def add(self, text: str) -> tuple[str, float]:
         """Make an adapter known, without applying it: its name, and the weight that was given.
 
-        Raises ``AdapterError`` for one that is damaged, of another base, or cannot stay apart.
+        Raises ``AdapterError`` for one that is damaged, of another base, or cannot stay apart, and
+        beside a model whose channels were scaled.
         """
         spec = _named(text, self._known)
         if spec.path in self._known:
             known = self._known[spec.path]
             return spec.path, known.weight if spec.path == text else spec.weight
+        if scaled := _transforms(self._artifact):
+            raise AdapterError(
+                f"{self._artifact.path.name} was rounded by {' and '.join(scaled)}, which scaled "
+                f"channels that {spec.path} was trained to see unscaled: convert its base with "
+                "--quant gptq:GRID and run that, or merge the adapter (edgellm convert --adapter)"
+            )
         from edgellm.lora.reading.open import open_adapter
 
         adapter = open_adapter(spec, ignore_config_keys=self._ignore_config_keys)
@@ -185,6 +192,12 @@ def _digests_of_merged(artifact: Artifact) -> set[str]:
     made = artifact.manifest.artifact
     merged = (*made.merged_before, *(made.merge.adapters if made.merge else ()))
     return {entry.sha256 for entry in merged}
+
+
+def _transforms(artifact: Artifact) -> tuple[str, ...]:
+    """What scaled the channels of ``artifact``, by its manifest."""
+    calibration = artifact.manifest.artifact.calibration if artifact.manifest else None
+    return calibration.transforms if calibration else ()
 
 
 def kept_adapters(artifact: Artifact) -> tuple[KeptEntry, ...]:

@@ -125,6 +125,18 @@ def test_a_running_model_gets_the_same_warnings(
     assert "renamed says that it was trained on someone/else" in done.err
 
 
+def test_an_adapter_beside_scaled_channels_is_refused(
+    model: Path, adapters: dict[str, Path], tmp_path: Path, command: Command
+) -> None:
+    """It was trained to see them unscaled, and its change would be another one."""
+    edgellm.convert(model, tmp_path / "scaled", format="gguf", quant="awq:q8_0", check=False)
+    done = command("run", tmp_path / "scaled", *PROMPT, "--adapter", adapters["one"])
+    assert (done.code, done.out) == (3, "")
+    assert "scaled was rounded by awq, which scaled channels that" in done.err
+    assert "merge the adapter" in done.err
+    assert command("run", tmp_path / "scaled", *PROMPT).code == 0
+
+
 def test_the_base_is_quantized_as_without_adapters(
     kept: Path, model: Path, tmp_path: Path, command: Command
 ) -> None:

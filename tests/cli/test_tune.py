@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from edgellm.calibration.planning import with_likely_solver
 from edgellm.manifest import read_manifest
+from edgellm.recipe import make_recipe
 from edgellm.tune import planning
 
 from .conftest import Command, TinyModel
@@ -84,6 +86,23 @@ def test_gptq_solves_by_gradients_and_says_so(
     assert artifact.tuning.settings == settings
     assert artifact.calibration.settings["coupled"] == {"damping": 0.5, "block_rows": 64}
     assert command("verify", tmp_path / "out").code == 0
+
+
+def test_channels_are_scaled_where_no_solver_is_named(
+    command: Command, options: tuple[object, ...]
+) -> None:
+    """And where no adapters will stand beside the model, which want them as they are."""
+
+    def planned(*more: object) -> Any:
+        return command("convert", *options, *more, "--dry-run", "--json").json()
+
+    plan = planned("--quant", "q4_0")
+    assert plan["recipe"]["quant"] == "awq+gptq:q4_0"
+    assert [reason for reason in plan["reasons"] if "adapters made for the original" in reason]
+    assert planned("--quant", "gptq:q4_0")["recipe"]["quant"] == "gptq:q4_0"
+    given = {"source": "m", "quant": "q4_0", "adapters": ["a"], "keep_adapters": True}
+    kept = {tune: with_likely_solver(make_recipe({**given, "tune": tune})) for tune in (None, 4)}
+    assert {recipe.quant for recipe in kept.values()} == {"gptq:q4_0"}
 
 
 @pytest.mark.parametrize(

@@ -97,10 +97,10 @@ def with_few_directions(folder: Path, out: Path) -> Path:
     return out
 
 
-def tuned_plan(tiny_model: TinyModel, folder: Path, quant: str = "q4_0") -> Plan:
+def tuned_plan(tiny_model: TinyModel, folder: Path, quant: str = "gptq:q4_0") -> Plan:
     """On tokens at random in the stead of a text, as those that answers are compared on."""
     (file := folder / "text.txt").write_text("The quick brown fox jumps over 12 lazy dogs. " * 400)
-    choice = {"source": str(tiny_model("llama")), "format": "gguf", "quant": f"gptq:{quant}"}
+    choice = {"source": str(tiny_model("llama")), "format": "gguf", "quant": quant}
     choice |= {"calibration": str(file), "calibration_tokens": 8192, "tune": 2, "embed": "f32"}
     plan = make_plan(make_recipe(choice), threads=1)
     assert plan.calibration is not None
@@ -166,7 +166,7 @@ def carried_out(plan: Plan, out: Path) -> bytes:
 def test_a_model_of_coupled_rows_answers_closer(tiny_model: TinyModel, tmp_path: Path) -> None:
     """Before a step is taken: on text that neither calibration nor gradients saw."""
     folder = with_few_directions(tiny_model("llama-256"), tmp_path / "few")
-    plan = tuned_plan(lambda _: folder, tmp_path, "q4_0")
+    plan = tuned_plan(lambda _: folder, tmp_path)
     apart = replace(plan, tuning=None)
     test = [tiny_models.some_token_ids(48, seed=100 + seed) for seed in range(6)]
     found = {}
@@ -333,3 +333,29 @@ def test_hessians_follow_what_a_transform_divides_rows_by(
                     atol=1e-3,
                 )
     assert changed
+
+
+def test_a_conversion_couples_rows_as_its_transform_leaves_them(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    plan = tuned_plan(tiny_model, tmp_path, "awq+gptq:q4_0")
+    assert plan.calibration is not None
+    assert plan.tuning is not None
+    folding = plan.calibration.folding
+    assert isinstance(folding, Folding)
+    draw = np.random.default_rng(4)
+    for unit in range(folding.units):
+        of_unit = [each for each in folding.coupled if each.layer == unit]
+        drawn = {each.name: np.exp(draw.normal(size=each.channels)) for each in of_unit}
+        folding.restore(unit, {name: factors.astype(np.float32) for name, factors in drawn.items()})
+    with StagedFolder(tmp_path / "out", resume_key="any") as staged:
+        coupling = couple_rows(plan, staged)
+        assert coupling is not None
+        (tensor,) = (
+            each for each in plan.layout.model_tensors if each.role == "blk.1.ffn_up.weight"
+        )
+        found = coupling.of(tensor, 0, tensor.rows)
+    windows, seed = plan.tuning.gradient_windows(), plan.tuning.settings.seed
+    hessian = output_hessians(plan.source, windows, seed, lambda _: None)[tensor.role]
+    factors = folding.factors(1)["ffn_up"]
+    np.testing.assert_allclose(found, hessian * np.outer(factors, factors), rtol=1e-5)
