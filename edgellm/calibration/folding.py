@@ -97,6 +97,19 @@ class Folding:
         for coupling in self._of(index):
             self._keep(coupling, Scaling(np.asarray(factors[coupling.name], np.float32)))
 
+    def row_divisors(self, role: str, rows: int) -> Array | None:
+        """What the ``rows`` rows of weight ``role`` are divided by, ``[rows]``; None if by nothing.
+
+        Its unit must have been filled.
+        """
+        found = None
+        for coupling in self._by_role().get(role, []):
+            for absorber in coupling.absorbers:
+                if absorber.role == role:
+                    found = np.ones(rows, np.float32) if found is None else found
+                    found[absorber.places(coupling.channels)] *= self._factors_of(coupling)
+        return found
+
     def _by_role(self) -> dict[str, list[Coupling]]:
         """The couplings of every role that has some; thousands where there are experts."""
         if not self._touching:
@@ -149,19 +162,6 @@ class Folding:
 
     def _columns_of(self, coupling: Coupling) -> Array:
         return coupling.spread(self._factors_of(coupling))
-
-    def row_divisors(self, role: str, rows: int) -> Array | None:
-        """What the ``rows`` rows of weight ``role`` are divided by, ``[rows]``; None if by nothing.
-
-        Its unit must have been filled.
-        """
-        found = None
-        for coupling in self._by_role().get(role, []):
-            for absorber in coupling.absorbers:
-                if absorber.role == role:
-                    found = np.ones(rows, np.float32) if found is None else found
-                    found[absorber.places(coupling.channels)] *= self._factors_of(coupling)
-        return found
 
     # --- tensors ---------------------------------------------------------------------------------
 
