@@ -43,9 +43,10 @@ TUNED_TRANSFORM = "awq"
 
 SmolLM2, text of the judged kind, KL in llama.cpp with it by without: q4_0 0.0535 by 0.0571, iq4_xs
 0.0441 by 0.0471, q3_k_m 0.0437 by 0.0455, q4_k_m 0.0175 by 0.0196, each +- 0.0008 at the most; on
-the built-in text q4_0 0.0804 by 0.0838, q4_k_m 0.0246 by 0.0263. A quarter of q4_k_m's comes from activations, which llama.cpp rounds in blocks of 32: large channels
-that are made smaller spoil fewer others. It is not the default without tuning: adapters made for
-the original no longer fit beside a model whose channels were scaled.
+the built-in text q4_0 0.0804 by 0.0838, q4_k_m 0.0246 by 0.0263. A quarter of q4_k_m's comes from
+activations, which llama.cpp rounds in blocks of 32: large channels that are made smaller spoil
+fewer others. It is not the default without tuning: adapters made for the original no longer fit
+beside a model whose channels were scaled.
 """
 
 PATIENCE_S = 600.0
