@@ -148,6 +148,7 @@ def choose_solver(
         chosen = msgspec.structs.replace(recipe, quant=str(quant._replace(solver="imatrix")))
         return chosen, "solver imatrix: importance was given"
     preferred = _with_preferred(recipe)
+    plain = str(quant._replace(solver=DEFAULT_SOLVER))
     tokens = recipe.calibration_tokens or CALIBRATION_TOKENS
     on_gpu = torch_name(recipe.device) is not None
     cost = cost_of(layout, source, tokens, threads, "hessian", recipe.layers, on_gpu)
@@ -157,18 +158,16 @@ def choose_solver(
         if cost.memory_bytes > memory_bytes:
             why = f"{PREFERRED_SOLVER} would need about {cost.memory_bytes / 1e9:.1f} GB of memory"
         reason = f"solver {DEFAULT_SOLVER}: {why} here; --quant {preferred} loses less"
-        preferred = str(quant._replace(solver=DEFAULT_SOLVER))
-    else:
-        plain = quant._replace(solver=DEFAULT_SOLVER)
-        reason = (
-            f"solver {PREFERRED_SOLVER}: makes good its own rounding errors on a calibration text, "
-            f"about {minutes}; --quant {plain} rounds at once, and loses more"
+        return msgspec.structs.replace(recipe, quant=plain), reason
+    reason = (
+        f"solver {PREFERRED_SOLVER}: makes good its own rounding errors on a calibration text, "
+        f"about {minutes}; --quant {plain} rounds at once, and loses more"
+    )
+    if transforms := split_quant(preferred).transforms:
+        reason += (
+            f"; {' and '.join(transforms)} before it, since --tune is to lose the least: "
+            "adapters made for the original do not fit beside the result"
         )
-        if transforms := split_quant(preferred).transforms:
-            reason += (
-                f"; {' and '.join(transforms)} before it, since --tune is to lose the least: "
-                "adapters made for the original do not fit beside the result"
-            )
     return msgspec.structs.replace(recipe, quant=preferred), reason
 
 
