@@ -58,7 +58,15 @@ def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
     for name in names:
         ours, theirs = f"ours-{name}", f"peer-{name}.gguf"
         fresh(ours)
-        convert = [*edgellm(), "convert", model.name, "--format", "gguf", "--quant", f"gptq:{name}"]
+        convert = [
+            *edgellm(),
+            "convert",
+            model.name,
+            "--format",
+            "gguf",
+            "--quant",
+            f"awq+gptq:{name}",
+        ]
         convert += ["--calibration-tokens", str(seen), "--out", ours, "--no-check"]
         run(convert)
         commands[f"edgellm, {name}"] = shown(convert)

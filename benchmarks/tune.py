@@ -1,11 +1,10 @@
 """What `--tune` adds: its files in stock llama.cpp against our untuned ones.
 
-Both are of one type, calibration text and size, by the solver that edgellm chooses: `gptq`, and
-with `--tune` `awq+gptq`. A third file, untuned by `awq+gptq` too, says how much of the gain that
-is. The text is of the held-out text's kind, as one would choose it who spends half an hour on a
-model: on other kinds tuning gains a fraction. KL divergence is from the unquantized model (float32)
-over held-out text that neither calibration nor tuning sees. The wall is that of the whole tuned
-conversion.
+Both are of one type, text and size, by the solver that edgellm chooses, `awq+gptq`. It reads 16,384
+tokens of the text where nothing is tuned, and what tuning reads where it is. The text is of the
+held-out text's kind, as one would choose it who spends half an hour on a model: on other kinds
+tuning gains a fraction. KL divergence is from the unquantized model (float32) over held-out text
+that neither calibration nor tuning sees. The wall is that of the whole tuned conversion.
 
 `python -m benchmarks.tune q4_0 iq4_xs` measures these types and keeps what stands in the results of
 the others, where it was measured on this machine, with these versions and on the same text.
@@ -46,29 +45,26 @@ def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
     commands: dict[str, str] = {}
     facts: dict[str, Any] = {"figures": {}, "sizes": {}, "tuning": {}}
     for name in types or (QUICK_TYPES if quick else TYPES):
-        tuned, untuned, scaled = f"tuned-{name}", f"untuned-{name}", f"untuned-awq-{name}"
-        fresh(tuned, untuned, scaled)
-        convert = [*edgellm(), "convert", model.name, "--format", "gguf"]
-        convert += ["--calibration", text.rest.name, "--calibration-tokens", seen, "--no-check"]
+        tuned, untuned = f"tuned-{name}", f"untuned-{name}"
+        fresh(tuned, untuned)
+        convert = [*edgellm(), "convert", model.name, "--format", "gguf", "--quant", name]
+        convert += ["--calibration", text.rest.name, "--no-check"]
         made = {
-            untuned: [*convert, "--quant", name, "--out", untuned],
-            scaled: [*convert, "--quant", f"awq+gptq:{name}", "--out", scaled],
-            tuned: [*convert, "--quant", name, "--tune", str(steps), "--out", tuned],
+            untuned: [*convert, "--calibration-tokens", seen, "--out", untuned],
+            tuned: [*convert, "--tune", str(steps), "--out", tuned],
         }
         walls = {folder: run(command).wall_s for folder, command in made.items()}
-        files = [f"{folder}/model.gguf" for folder in (tuned, untuned, scaled)]
+        files = [f"{folder}/model.gguf" for folder in (tuned, untuned)]
         figures, judged = divergences(model, text, files)
         judged_tokens = figures[files[0]]["tokens"]
-        ours, others, by_awq = (figures[file]["kld_mean"] for file in files)
+        ours, others = (figures[file]["kld_mean"] for file in files)
         comparisons += [
             Comparison(f"{name}, KL", "nats", [ours], [others], at_most=AT_MOST),
-            Comparison(f"{name}, KL, both by awq+gptq", "nats", [ours], [by_awq]),
             Comparison(f"{name}, wall", "s", [walls[tuned]], at_most=AT_MOST_SECONDS),
         ]
         commands |= {
             f"tuned, {name}": shown(made[tuned]),
             f"untuned, {name}": shown(made[untuned]),
-            f"untuned by awq+gptq, {name}": shown(made[scaled]),
             f"KL, {name}": judged,
         }
         manifest = read_manifest(WORK / tuned)
@@ -83,8 +79,8 @@ def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
         peer="edgellm without --tune",
         setting=(
             f"{SMOLLM2}; mean KL to it in nats over {judged_tokens:,} tokens of held-out text in "
-            f"llama.cpp, {int(seen):,} tokens of calibration of its kind, {steps} steps, which see "
-            "what follows there as well."
+            f"llama.cpp, text of its kind: {int(seen):,} tokens of it to calibrate on, or {steps} "
+            "steps of tuning and all that they read."
         ),
         comparisons=comparisons,
         commands=commands,

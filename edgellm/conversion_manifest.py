@@ -107,6 +107,7 @@ def describe(
             tool_versions=planned_versions(plan),
             merge=merge_entry(source.merge) if source.merge else None,
             merged_before=source.merged_before,
+            scaled_before=source.scaled_by,
             kept_adapters=kept_entries(layout),
             calibration=calibration_entry(plan) if plan.calibration else None,
             tuning=tuned.entry(plan.tuning.text) if tuned and plan.tuning else None,

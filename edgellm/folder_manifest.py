@@ -80,6 +80,7 @@ def describe(plan: MergePlan, writer: ShardWriter, notes: tuple[str, ...]) -> Di
             base_reason=plan.into[1],
         ),
         merged_before=plan.merged_before,
+        scaled_before=plan.scaled_by,
     )
 
 

@@ -36,7 +36,13 @@ from edgellm.lora.adapter import Adapter
 from edgellm.lora.base.folder_base import folder_base, refuse_untrained
 from edgellm.lora.binding import Combination
 from edgellm.lora.checkpoint_weights import named_weights
-from edgellm.lora.lineage import entries_of, from_folder, held_already
+from edgellm.lora.lineage import (
+    entries_of,
+    from_folder,
+    held_already,
+    on_scaled,
+    scaled_in_folder,
+)
 from edgellm.lora.memory import merge_bytes
 from edgellm.lora.named_weights import ChangedWeight, MergedWeights, NamedWeights, merge_by_name
 from edgellm.lora.requested import opened
@@ -80,6 +86,7 @@ class MergePlan:
     files: dict[str, bytes]
     tokenizer: Tokenizer | None
     merged_before: tuple[AdapterEntry, ...]
+    scaled_by: tuple[str, ...]
     into: tuple[str, str]
     notes: tuple[str, ...]
     threads: int
@@ -176,6 +183,7 @@ def make_plan(
     if (found.path / INDEX).exists():
         companions[INDEX] = _index(shards)
     merged_before = from_folder(found.path)
+    scaled_by = scaled_in_folder(found.path)
     return MergePlan(
         recipe=recipe,
         path=found.path,
@@ -195,9 +203,11 @@ def make_plan(
         files=companions,
         tokenizer=tokenizer,
         merged_before=merged_before,
+        scaled_by=scaled_by,
         into=(into.kind, into.reason),
         notes=(
             *held_already(found.name, adapters, merged_before),
+            *on_scaled(found.name, adapters, scaled_by),
             *untrained,
             into.reason,
             *into.notes,

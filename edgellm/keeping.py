@@ -83,10 +83,10 @@ def keep_codes(layout: Layout, recipe: Recipe, source: ModelSource) -> Layout:
         return layout
     quant = split_quant(recipe.quant or "")
     asked = ""
-    if quant.transforms:
-        asked = f"{quant.transforms[0]} scales weights before they are rounded"
-    elif recipe.merge_base == DEQUANTIZED and source.merge is None:
+    if recipe.merge_base == DEQUANTIZED and source.merge is None:
         asked = f"--merge-base {DEQUANTIZED} asks for it"
+    elif quant.transforms:
+        asked = f"{quant.transforms[0]} scales weights before they are rounded"
     changed = source.merge.changed if source.merge else ()
     tensors: list[OutputTensor] = []
     kept: list[OutputTensor] = []

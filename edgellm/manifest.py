@@ -263,7 +263,8 @@ class Digested(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The part that says what the artifact *is*: no paths, times or measured figures in it.
 
     ``merge``: what was merged into the base while converting. ``merged_before``: adapters that the
-    base said had been merged into it already, oldest first. ``kept_adapters`` lie beside the model.
+    base said had been merged into it already, oldest first, ``scaled_before``: transforms that it
+    said had scaled channels of its weights. ``kept_adapters`` lie beside the model.
     ``encoder``, ``seq2seq``: of an encoder, alone or with a decoder, what runs it. ``remote_code``:
     Python of the source's own that was loaded.
     """
@@ -284,6 +285,7 @@ class Digested(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tool_versions: dict[str, str]
     merge: MergeEntry | None = None
     merged_before: tuple[AdapterEntry, ...] = ()
+    scaled_before: tuple[str, ...] = ()
     kept_adapters: tuple[KeptEntry, ...] = ()
     calibration: CalibrationEntry | None = None
     tuning: TuningEntry | None = None

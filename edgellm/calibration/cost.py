@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from edgellm.architectures.couplings import couplings
 from edgellm.architectures.decoder import Decoder, Layer
 from edgellm.architectures.experts import expert_of
+from edgellm.calibration.folding import MOST_WEIGHTS
 from edgellm.calibration.stream import BUDGET_BYTES
 from edgellm.calibration.sums import CHUNK_TOKENS, STRIP_COLUMNS
 from edgellm.export.layout import OutputTensor
+from edgellm.quant.scaling import SAMPLED_ROWS
 from edgellm.slabs import slab_bytes
+from edgellm.tensors import TensorRef
 
 FLOPS_PER_SECOND = 70e9
 """Float32 operations that one thread of a 2023 server core does in a second in onnxruntime's
@@ -25,6 +29,10 @@ SOLVED_PER_SECOND = {"hessian": 4e9, "importance": 0.0}
 
 FACTORED_PER_SECOND = 8e9
 """Cubed columns of a Hessian that one such thread factors in a second."""
+
+SEARCHED_PER_SECOND = 3e6
+"""Weights of sampled rows that one such thread searches the factors of a transform for in a
+second."""
 
 CONVOLUTION_VALUES = 9
 """Widths of the model that a short convolution computes of a token: B, C and x, what is made of
@@ -271,6 +279,15 @@ def _inputs_of(solved: Sequence[OutputTensor]) -> list[int]:
             down = expert is not None and "ffn_down" in part.role
             found.add((tensor.columns, expert, down))
     return sorted(columns for columns, _, _ in found)
+
+
+def search_seconds(decoder: Decoder, tensors: Mapping[str, TensorRef], threads: int) -> float:
+    """What a transform takes to find factors: by the rows that it looks at of every weight."""
+    searched = 0
+    for coupling in couplings(decoder):
+        rows = [min(tensors[role].rows, SAMPLED_ROWS) for role in coupling.consumers]
+        searched += coupling.columns * sum(sorted(rows)[-MOST_WEIGHTS:])
+    return searched / SEARCHED_PER_SECOND / threads
 
 
 def solving_slabs(threads: int, on_gpu: bool) -> tuple[int | None, int]:

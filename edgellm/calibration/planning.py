@@ -13,6 +13,7 @@ from edgellm.calibration.cost import (
     Cost,
     pass_cost,
     runtime_bytes,
+    search_seconds,
     solve_cost,
     stream_bytes,
     sums_bytes,
@@ -30,23 +31,19 @@ from edgellm.calibration.texts import (
 from edgellm.calibration.transforms import plan_transforms
 from edgellm.errors import UsageError
 from edgellm.export.layout import Layout
-from edgellm.quant import SOLVERS, Needs
+from edgellm.quant import SOLVERS, TRANSFORMS, Needs
 from edgellm.quant.devices import torch_name
 from edgellm.quant.grid import GRIDS, Grid
 from edgellm.recipe import DEFAULT_SOLVER, Recipe, check_calibration, split_quant
 from edgellm.source.model import ModelSource
+from edgellm.tune.settings import tokens_for
 
 PREFERRED_SOLVER = "gptq"
 
-TUNED_TRANSFORM = "awq"
-"""What comes before ``PREFERRED_SOLVER`` where the result is tuned.
+PREFERRED_TRANSFORM = "awq"
+"""What comes before ``PREFERRED_SOLVER`` where no adapters will stand beside the model.
 
-SmolLM2, text of the judged kind, KL in llama.cpp with it by without: q4_0 0.0535 by 0.0571, iq4_xs
-0.0441 by 0.0471, q3_k_m 0.0437 by 0.0455, q4_k_m 0.0175 by 0.0196, each +- 0.0008 at the most; on
-the built-in text q4_0 0.0804 by 0.0838, q4_k_m 0.0246 by 0.0263. A quarter of q4_k_m's comes from
-activations, which llama.cpp rounds in blocks of 32: large channels that are made smaller spoil
-fewer others. It is not the default without tuning: adapters made for the original no longer fit
-beside a model whose channels were scaled.
+FIGURES
 """
 
 PATIENCE_S = 600.0
@@ -92,11 +89,21 @@ class Calibration:
         return self.text.sha256
 
 
-def _with_preferred(recipe: Recipe) -> str:
-    """``recipe.quant`` with the solver that loses least, and the transforms that go with it."""
+def tokens_of(recipe: Recipe) -> int:
+    """Tokens of text to calibrate on: as asked for, else all that tuning reads where there is any.
+
+    What is read for training anyway makes better statistics of inputs at a hundredth of its time.
+    """
+    if recipe.calibration_tokens is not None:
+        return recipe.calibration_tokens
+    return max(CALIBRATION_TOKENS, tokens_for(recipe.tune) if recipe.tune is not None else 0)
+
+
+def _with_preferred(recipe: Recipe, *, scaled: bool) -> str:
+    """``recipe.quant`` with the solver that loses least, and the transform before it."""
     quant = split_quant(recipe.quant or "")
-    if recipe.tune is not None and not recipe.keep_adapters:
-        quant = quant._replace(transforms=quant.transforms or (TUNED_TRANSFORM,))
+    if scaled:
+        quant = quant._replace(transforms=quant.transforms or (PREFERRED_TRANSFORM,))
     return str(quant._replace(solver=PREFERRED_SOLVER))
 
 
@@ -112,7 +119,7 @@ def linear_grids(layout: Layout, source: ModelSource) -> dict[str, Grid]:
 def with_likely_solver(recipe: Recipe) -> Recipe:
     """``recipe`` with the solver that ``choose_solver`` will most likely choose.
 
-    The grid alone says, before anything is laid out.
+    The grid alone says, before anything is laid out; no transform comes before it yet.
     """
     quant = split_quant(recipe.quant or "")
     grid = GRIDS.get(quant.grid)
@@ -120,7 +127,7 @@ def with_likely_solver(recipe: Recipe) -> Recipe:
         return recipe
     if recipe.imatrix is not None:
         return msgspec.structs.replace(recipe, quant=str(quant._replace(solver="imatrix")))
-    return msgspec.structs.replace(recipe, quant=_with_preferred(recipe))
+    return msgspec.structs.replace(recipe, quant=_with_preferred(recipe, scaled=False))
 
 
 def choose_solver(
@@ -129,7 +136,8 @@ def choose_solver(
     """``recipe`` with a solver where none was named and one matters, and a line that says why.
 
     The line is empty where there is nothing to say: a solver was named, or the body's codes have so
-    many bits that rounding is as good as exact, or are kept as they are stored.
+    many bits that rounding is as good as exact, or are kept as they are stored. Channels are scaled
+    first unless that would change what is kept: stored codes, and what adapters are made for.
     """
     quant = split_quant(recipe.quant or "")
     grids = linear_grids(layout, source)
@@ -140,20 +148,21 @@ def choose_solver(
         chosen = msgspec.structs.replace(recipe, quant=str(quant._replace(solver=recipe.solver)))
         return chosen, (
             f"solver {recipe.solver}: its search for each group's scale is {quant.transforms[0]}'s "
-            f"clipping; --quant {_with_preferred(recipe)} loses less, and takes longer"
+            f"clipping; --quant {_with_preferred(recipe, scaled=True)} loses less, and takes longer"
         )
     if quant.solver is not None or quant.transforms or bits >= ENOUGH_BITS:
         return recipe, ""
     if recipe.imatrix is not None:
         chosen = msgspec.structs.replace(recipe, quant=str(quant._replace(solver="imatrix")))
         return chosen, "solver imatrix: importance was given"
-    preferred = _with_preferred(recipe)
+    scaled = not (recipe.keep_adapters or kept)
+    preferred = _with_preferred(recipe, scaled=scaled)
     plain = str(quant._replace(solver=DEFAULT_SOLVER))
-    tokens = recipe.calibration_tokens or CALIBRATION_TOKENS
-    on_gpu = torch_name(recipe.device) is not None
-    cost = cost_of(layout, source, tokens, threads, "hessian", recipe.layers, on_gpu)
+    chosen = msgspec.structs.replace(recipe, quant=preferred)
+    cost = cost_of(chosen, layout, source, tokens_of(recipe), threads)
     minutes = f"{cost.seconds / 60:.0f} min" if cost.seconds >= 90 else f"{cost.seconds:.0f} s"
-    if cost.seconds >= PATIENCE_S or cost.memory_bytes > memory_bytes:
+    too_slow = cost.seconds >= PATIENCE_S and recipe.tune is None
+    if too_slow or cost.memory_bytes > memory_bytes:
         why = f"{PREFERRED_SOLVER} would take about {minutes}"
         if cost.memory_bytes > memory_bytes:
             why = f"{PREFERRED_SOLVER} would need about {cost.memory_bytes / 1e9:.1f} GB of memory"
@@ -163,12 +172,13 @@ def choose_solver(
         f"solver {PREFERRED_SOLVER}: makes good its own rounding errors on a calibration text, "
         f"about {minutes}; --quant {plain} rounds at once, and loses more"
     )
-    if transforms := split_quant(preferred).transforms:
+    if scaled:
         reason += (
-            f"; {' and '.join(transforms)} before it, since --tune is to lose the least: "
-            "adapters made for the original do not fit beside the result"
+            f"; {PREFERRED_TRANSFORM} scales channels before it, so that adapters made for the "
+            f"original no longer fit beside the result (beside that of "
+            f"--quant {_with_preferred(recipe, scaled=False)} they do)"
         )
-    return msgspec.structs.replace(recipe, quant=preferred), reason
+    return chosen, reason
 
 
 def plan_calibration(
@@ -196,7 +206,8 @@ def plan_calibration(
     if recipe.follows and needs != "hessian":
         raise UsageError(
             f"calibrate_on {recipe.layers}: {recipe.solver} cannot make good what the layers "
-            f"before have lost: choose --quant {_with_preferred(recipe)}, or leave it out"
+            f"before have lost: choose --quant {_with_preferred(recipe, scaled=False)}, or leave "
+            "it out"
         )
     if recipe.transforms:
         if recipe.keep_adapters:
@@ -233,18 +244,17 @@ def plan_calibration(
     text = calibration_windows(
         source.tokenizer,
         recipe.calibration,
-        tokens=recipe.calibration_tokens or CALIBRATION_TOKENS,
+        tokens=tokens_of(recipe),
         seed=recipe.seed or 0,
         context=source.decoder.context_length,
     )
-    on_gpu = torch_name(recipe.device) is not None
     return layout, Calibration(
         text=text,
         source=source,
         folding=folding,
         blocks=blocks,
         needs=needs,
-        cost=cost_of(layout, source, text.tokens, threads, needs, recipe.layers, on_gpu),
+        cost=cost_of(recipe, layout, source, text.tokens, threads, needs),
         layers=recipe.layers,
         weighs=needs == "hessian" or bool(recipe.transforms),
         notes=(*text.notes, *folded.notes[len(source.notes) :]),
@@ -278,19 +288,21 @@ def _given(recipe: Recipe, source: ModelSource, grids: Mapping[str, Grid]) -> Gi
 
 
 def cost_of(
+    recipe: Recipe,
     layout: Layout,
     source: ModelSource,
     tokens: int,
     threads: int,
     needs: Needs = "hessian",
-    layers: str = "float",
-    on_gpu: bool = False,
 ) -> Cost:
     """What calibrating on ``tokens`` and solving takes, beside what is rounded without."""
     decoder = source.decoder
+    on_gpu = torch_name(recipe.device) is not None
     window = min(WINDOW_TOKENS, decoder.context_length)
     diagonal = needs != "hessian"
-    passing = pass_cost(decoder, tokens, window, threads, importance_only=diagonal, layers=layers)
+    passing = pass_cost(
+        decoder, tokens, window, threads, importance_only=diagonal, layers=recipe.layers
+    )
     blocks = blocks_of(layout.tensors, len(decoder.layers), tied=decoder.tied_head)
     solving = [
         solve_cost(
@@ -299,6 +311,9 @@ def cost_of(
         for block in blocks
         if block.unit is not None
     ]
+    searching = 0.0
+    if any(name in TRANSFORMS for name in recipe.transforms):
+        searching = search_seconds(decoder, source.tensors, threads)
     stream = stream_bytes(decoder, tokens)
     kept = sums_bytes(decoder, diagonal) + (stream if stream <= BUDGET_BYTES else 0)
     most = max((each.memory_bytes for each in solving), default=0)
@@ -306,7 +321,7 @@ def cost_of(
     return replace(
         passing,
         memory_bytes=max(passing.memory_bytes, kept + most),
-        seconds=passing.seconds + sum(each.seconds for each in solving),
+        seconds=passing.seconds + searching + sum(each.seconds for each in solving),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from edgellm import registry
 from edgellm.calibration.folding import Folding, folded_source
@@ -42,6 +43,7 @@ def plan_transforms(
         search = registry.attribute(TRANSFORMS[scaling[0]])
         corrected = SOLVERS[solver].needs == "hessian"
         source, folding = folded_source(source, search, corrected=corrected)
+        source = replace(source, scaled_by=(*source.scaled_by, *scaling))
     if not splits:
         return source, folding
     _check_head(source, splits[0], grids)

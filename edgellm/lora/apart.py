@@ -100,7 +100,7 @@ class ApartAdapters:
         if spec.path in self._known:
             known = self._known[spec.path]
             return spec.path, known.weight if spec.path == text else spec.weight
-        if scaled := _transforms(self._artifact):
+        if scaled := _scaled_by(self._artifact):
             raise AdapterError(
                 f"{self._artifact.path.name} was rounded by {' and '.join(scaled)}, which scaled "
                 f"channels that {spec.path} was trained to see unscaled: convert its base with "
@@ -194,10 +194,14 @@ def _digests_of_merged(artifact: Artifact) -> set[str]:
     return {entry.sha256 for entry in merged}
 
 
-def _transforms(artifact: Artifact) -> tuple[str, ...]:
-    """What scaled the channels of ``artifact``, by its manifest."""
-    calibration = artifact.manifest.artifact.calibration if artifact.manifest else None
-    return calibration.transforms if calibration else ()
+def _scaled_by(artifact: Artifact) -> tuple[str, ...]:
+    """What scaled channels of ``artifact``, by its manifest, or by a plain GGUF file's keys."""
+    from edgellm.lora import lineage
+    from edgellm.source.gguf_file import read_gguf
+
+    if artifact.manifest is not None:
+        return lineage.scaled_by(artifact.manifest.artifact)
+    return lineage.scaled_in_gguf(read_gguf(artifact.main).metadata)
 
 
 def kept_adapters(artifact: Artifact) -> tuple[KeptEntry, ...]:

@@ -1,4 +1,8 @@
-"""Which adapters are in a model: recorded in manifests and GGUF files, and read back from them."""
+"""What a model was made of that its weights do not show: recorded beside them, and read back.
+
+Which adapters are merged into it, and by what its channels were scaled: in manifests and in keys of
+GGUF files.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from edgellm.errors import SourceError, VerificationError
-from edgellm.manifest import MANIFEST, AdapterEntry, KeptEntry, MergeEntry, read_manifest
+from edgellm.manifest import (
+    MANIFEST,
+    AdapterEntry,
+    Digested,
+    KeptEntry,
+    MergeEntry,
+    read_manifest,
+)
+from edgellm.quant import TRANSFORMS
 
 if TYPE_CHECKING:
     from edgellm.export.layout import Layout
@@ -21,6 +33,9 @@ if TYPE_CHECKING:
 GGUF_KEY = "edgellm.adapters"
 """Key of a GGUF file with every adapter that was ever merged in, as JSON; beside it the standard
 ``general.base_model.*`` keys name them for other readers."""
+
+SCALED_KEY = "edgellm.scaled_by"
+"""Key of a GGUF file with the transforms that scaled channels of its weights, joined by ``+``."""
 
 BASE_MODEL = "general.base_model."
 HUB_URL = "https://huggingface.co/"
@@ -127,6 +142,20 @@ def held_already(
     return tuple(warnings)
 
 
+def on_scaled(
+    base: str, adapters: Iterable[Adapter], scaled_by: Collection[str]
+) -> tuple[str, ...]:
+    """A warning for each of ``adapters`` that is merged into a base with scaled channels."""
+    if not scaled_by:
+        return ()
+    return tuple(
+        f"WARNING: channels of {base} were scaled by {' and '.join(scaled_by)} when it was "
+        f"rounded, and {adapter.name} fits only if it was trained on that very model: merge it "
+        "into the original instead"
+        for adapter in adapters
+    )
+
+
 def gguf_lineage(source: ModelSource, parents: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a GGUF file that say where its weights come from.
 
@@ -148,6 +177,8 @@ def gguf_lineage(source: ModelSource, parents: Mapping[str, Any]) -> dict[str, A
     keys[f"{BASE_MODEL}count"] = count + len(merged)
     if everything := source.merged_before + merged:
         keys[GGUF_KEY] = msgspec.json.encode(everything, order="sorted").decode()
+    if source.scaled_by:
+        keys[SCALED_KEY] = "+".join(source.scaled_by)
     return keys
 
 
@@ -174,18 +205,44 @@ def from_gguf(metadata: Mapping[str, Any]) -> tuple[AdapterEntry, ...]:
         ) from error
 
 
+def scaled_in_gguf(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """The transforms that a GGUF file says scaled channels of its weights, oldest first."""
+    return tuple(filter(None, str(metadata.get(SCALED_KEY, "")).split("+")))
+
+
 def from_folder(folder: Path) -> tuple[AdapterEntry, ...]:
     """The adapters that the manifest in a model folder says are merged into it.
 
     Empty where there is no manifest, or one of another program. Raises ``SourceError`` for a
     manifest of ours that was changed.
     """
-    if not (folder / MANIFEST).exists():
+    made = _made(folder)
+    if made is None:
         return ()
+    return made.merged_before + (made.merge.adapters if made.merge else ())
+
+
+def scaled_in_folder(folder: Path) -> tuple[str, ...]:
+    """The transforms that the manifest in a model folder says scaled channels of its weights.
+
+    Empty and raising as ``from_folder``.
+    """
+    made = _made(folder)
+    return () if made is None else scaled_by(made)
+
+
+def scaled_by(made: Digested) -> tuple[str, ...]:
+    """The transforms that scaled channels of an artifact's weights, oldest first."""
+    own = made.calibration.transforms if made.calibration else ()
+    return (*made.scaled_before, *(name for name in own if name in TRANSFORMS))
+
+
+def _made(folder: Path) -> Digested | None:
+    if not (folder / MANIFEST).exists():
+        return None
     try:
-        made = read_manifest(folder).artifact
+        return read_manifest(folder).artifact
     except VerificationError as error:
         raise SourceError(f"{error}; delete {MANIFEST} to convert without its history") from error
     except SourceError:
-        return ()
-    return made.merged_before + (made.merge.adapters if made.merge else ())
+        return None

@@ -137,6 +137,7 @@ def open_folder(
             *notes,
         ),
         merged_before=lineage.from_folder(path),
+        scaled_by=lineage.scaled_in_folder(path),
         code=code if trust_remote_code else None,
     )
 

@@ -95,6 +95,7 @@ def open_gguf(
         provenance=general,
         notes=(*reader.notes, *notes),
         merged_before=lineage.from_gguf(stored.metadata),
+        scaled_by=lineage.scaled_in_gguf(stored.metadata),
     )
 
 

@@ -32,8 +32,9 @@ class ModelSource:
     is ``generation_config.json``. ``revision``, ``licence`` and ``url`` are empty where unknown.
     ``notes`` are facts that the user should be shown. ``weight_files`` are what ``digest`` covers,
     of a merged model too: they are the base's. ``merge`` says which adapters were merged into it,
-    ``merged_before`` which had been when it was written, as far as it says. ``code``: Python of the
-    model's own that may be run, None where nobody trusts it.
+    ``merged_before`` which had been when it was written, and ``scaled_by`` which transforms scaled
+    channels of its weights, as far as it says. ``code``: Python of the model's own that may be run,
+    None where nobody trusts it.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ModelSource:
     notes: tuple[str, ...] = ()
     merge: Merge | None = None
     merged_before: tuple[AdapterEntry, ...] = ()
+    scaled_by: tuple[str, ...] = ()
     code: RemoteCode | None = None
 
     def digest(self) -> str:

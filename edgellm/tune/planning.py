@@ -11,12 +11,8 @@ from msgspec.structs import replace
 
 from edgellm.architectures.decoder import Decoder, Feature
 from edgellm.calibration.cost import FACTOR_COPIES, layer_weights
-from edgellm.calibration.texts import (
-    CALIBRATION_TOKENS,
-    WINDOW_TOKENS,
-    CalibrationText,
-    calibration_windows,
-)
+from edgellm.calibration.planning import tokens_of
+from edgellm.calibration.texts import WINDOW_TOKENS, CalibrationText, calibration_windows
 from edgellm.errors import RuntimeMissing, UnsupportedTarget, UsageError
 from edgellm.export.layout import Layout, OutputTensor
 from edgellm.hardware import detect_cpu
@@ -30,14 +26,15 @@ from edgellm.tune.settings import (
     BATCH_TOKENS,
     BLOCK_RATE,
     FIXED_GRIDS,
+    GRADIENT_TOKENS,
     MOST_HELD_OUT,
     NORM_RATE,
     POSITIONS,
     RATE,
     RATE_BITS,
-    STEP_TOKENS,
     Settings,
     split,
+    tokens_for,
 )
 
 FLOPS_PER_SECOND = {"float32": 80e9, "bfloat16": 140e9}
@@ -53,9 +50,6 @@ PASSES = 3
 TRAINED_COPIES = 9
 """Float32 copies of all that is trained: base, unit, change, gradient, two moments of Adam, the
 best so far, and two of what is made of them in a step."""
-
-MOST_TOKENS = 131072
-"""Of text to train on: what the source answers to each stays in memory."""
 
 RUNTIME_BYTES = 350 << 20
 """torch, as it stands in memory."""
@@ -143,7 +137,7 @@ def plan_tuning(
     drawn = calibration_windows(
         source.tokenizer,
         recipe.calibration,
-        tokens=max(recipe.calibration_tokens or CALIBRATION_TOKENS, tokens_for(recipe.tune)),
+        tokens=max(tokens_of(recipe), tokens_for(recipe.tune)),
         seed=recipe.seed or 0,
         context=source.decoder.context_length,
     )
@@ -181,7 +175,7 @@ def plan_tuning(
     if recipe.solver == "gptq" and coupled:
         coupling = gradient_bytes(decoder, layout)
         if coupling <= free_bytes:
-            tokens = recipe.calibration_tokens or CALIBRATION_TOKENS
+            tokens = min(tokens_of(recipe), GRADIENT_TOKENS)
             settings = replace(settings, gradient_tokens=tokens)
             rows = max(min(tensor.rows, slab_rows(tensor)) for tensor in coupled)
             hessians = hessian_bytes(layout) + threads * int(4 * (1 + FACTOR_COPIES) * rows**2)
@@ -220,11 +214,6 @@ def rate_share_of(trained: Sequence[OutputTensor]) -> float:
     sizes = [tensor.rows * tensor.columns for tensor in layers]
     total = sum(size * tensor.grid.bits for size, tensor in zip(sizes, layers, strict=True))
     return min(1.0, float(2.0 ** (RATE_BITS - total / sum(sizes))))
-
-
-def tokens_for(steps: int) -> int:
-    """The tokens of text that so many steps train on once, and those that are held out."""
-    return min(steps * STEP_TOKENS + MOST_HELD_OUT * WINDOW_TOKENS, MOST_TOKENS)
 
 
 def trains_scales(tensor: OutputTensor) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from edgellm.calibration.texts import WINDOW_TOKENS
 from edgellm.errors import UsageError
 from edgellm.manifest import TuningEntry
 
@@ -28,6 +29,12 @@ STEP_TOKENS = 2048
 
 BATCH_TOKENS = 1024
 """Tokens of a batch, in one window or several: what is computed of them is in memory at once."""
+
+MOST_TOKENS = 131072
+"""Of text to train on: what the source answers to each stays in memory."""
+
+GRADIENT_TOKENS = 16384
+"""Whose gradients say how rows go together: SmolLM2's q4_k_m gained nothing by those of 60,000."""
 
 POSITIONS = 256
 """Positions whose logits are alive at once: enough for products to run at full speed."""
@@ -134,6 +141,11 @@ def split(windows: Sequence[Window]) -> tuple[list[Window], list[Window]]:
     chosen = set(range(every - 1, len(windows), every)[:MOST_HELD_OUT])
     training = [window for index, window in enumerate(windows) if index not in chosen]
     return training, [windows[index] for index in sorted(chosen)]
+
+
+def tokens_for(steps: int) -> int:
+    """The tokens of text that so many steps train on once, and those that are held out."""
+    return min(steps * STEP_TOKENS + MOST_HELD_OUT * WINDOW_TOKENS, MOST_TOKENS)
 
 
 def rate_share(step: int, steps: int, warm_up: int) -> float:

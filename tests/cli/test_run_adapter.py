@@ -137,6 +137,29 @@ def test_an_adapter_beside_scaled_channels_is_refused(
     assert command("run", tmp_path / "scaled", *PROMPT).code == 0
 
 
+def test_a_file_says_itself_that_its_channels_are_scaled(
+    model: Path, adapters: dict[str, Path], tmp_path: Path, command: Command
+) -> None:
+    """Without its manifest, and after another conversion, which a merge is warned of."""
+    options: dict[str, Any] = {"format": "gguf", "check": False}
+    scaled = edgellm.convert(model, tmp_path / "scaled", quant="awq:q8_0", **options)
+    plain = tmp_path / "plain.gguf"
+    plain.write_bytes(scaled.main.read_bytes())
+    again = edgellm.convert(plain, tmp_path / "again", quant="f32", **options)
+    assert again.manifest is not None
+    assert again.manifest.artifact.scaled_before == ("awq",)
+    for artifact in (plain, again.path):
+        done = command("run", artifact, *PROMPT, "--adapter", adapters["one"])
+        assert (done.code, done.out) == (3, "")
+        assert "rounded by awq, which scaled channels that" in done.err
+    merged = ("--adapter", adapters["one"], "--format", "gguf", "-q", "f32", "--no-check")
+    for source, warned in ((again.main, True), (model, False)):
+        done = command("convert", source, *merged, "--out", tmp_path / "merged", "--force")
+        assert done.code == 0, done.err
+        said = "were scaled by awq when it was rounded, and one fits only if" in done.err
+        assert said == warned
+
+
 def test_the_base_is_quantized_as_without_adapters(
     kept: Path, model: Path, tmp_path: Path, command: Command
 ) -> None:

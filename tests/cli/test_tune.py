@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 
-from edgellm.calibration.planning import with_likely_solver
 from edgellm.manifest import read_manifest
-from edgellm.recipe import make_recipe
 from edgellm.tune import planning
 
 from .conftest import Command, TinyModel
@@ -88,21 +86,24 @@ def test_gptq_solves_by_gradients_and_says_so(
     assert command("verify", tmp_path / "out").code == 0
 
 
-def test_channels_are_scaled_where_no_solver_is_named(
-    command: Command, options: tuple[object, ...]
+def test_the_solver_reads_what_tuning_does(
+    command: Command, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And where no adapters will stand beside the model, which want them as they are."""
+    """Unless it is told how many tokens to read; and it is not spared to save time."""
+    monkeypatch.setattr("edgellm.calibration.planning.PATIENCE_S", 1e-6)
+    options = (tiny_model("llama"), "--format", "gguf", "--quant", "q4_0", "--dry-run", "--json")
 
-    def planned(*more: object) -> Any:
-        return command("convert", *options, *more, "--dry-run", "--json").json()
+    def planned(*more: object) -> tuple[str, int, bool, int]:
+        plan = command("convert", *options, *more).json()
+        read, trained = plan["calibration"], plan["tuning"]
+        same = read["ids_sha256"] == trained["ids_sha256"]
+        gradients = trained["settings"]["gradient_tokens"]
+        return plan["recipe"]["quant"], read["tokens"], same, gradients
 
-    plan = planned("--quant", "q4_0")
-    assert plan["recipe"]["quant"] == "awq+gptq:q4_0"
-    assert [reason for reason in plan["reasons"] if "adapters made for the original" in reason]
-    assert planned("--quant", "gptq:q4_0")["recipe"]["quant"] == "gptq:q4_0"
-    given = {"source": "m", "quant": "q4_0", "adapters": ["a"], "keep_adapters": True}
-    kept = {tune: with_likely_solver(make_recipe({**given, "tune": tune})) for tune in (None, 4)}
-    assert {recipe.quant for recipe in kept.values()} == {"gptq:q4_0"}
+    quant = "awq+gptq:q4_0"
+    assert planned("--tune", 50) == (quant, 50 * 2048 + 8 * 512, True, 16384)
+    assert planned("--tune", 2) == (quant, 32768, True, 16384)
+    assert planned("--tune", 50, "--calibration-tokens", 2048) == (quant, 2048, False, 2048)
 
 
 @pytest.mark.parametrize(

@@ -241,8 +241,9 @@ def test_the_default_solver_follows_bits_and_time(
         return make_plan(Recipe(source=str(source), format="gguf", quant=quant))
 
     quick = planned("q4_0")
-    assert quick.recipe.quant == "gptq:q4_0"
+    assert quick.recipe.quant == "awq+gptq:q4_0"
     assert any("rtn:q4_0" in reason for reason in quick.reasons)
+    assert any("--quant gptq:q4_0 they do" in reason for reason in quick.reasons)
     for bits in ("q8_0", "f16"):
         assert planned(bits).recipe.quant == bits
         assert planned(bits).calibration is None
@@ -250,7 +251,7 @@ def test_the_default_solver_follows_bits_and_time(
     slow = planned("q4_0")
     assert slow.recipe.quant == "rtn:q4_0"
     assert slow.calibration is None
-    assert any("--quant gptq:q4_0" in reason for reason in slow.reasons)
+    assert any("--quant awq+gptq:q4_0" in reason for reason in slow.reasons)
 
 
 @pytest.mark.parametrize(

@@ -355,6 +355,21 @@ def test_a_merged_folder_carries_its_history_on(tiny_model: TinyModel, tmp_path:
     assert made.base.sha256 == open_source(str(once.path)).digest()
 
 
+def test_a_merge_into_scaled_channels_is_warned_of(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Into a folder of floats that was made of a rounded file, for a rounded one is refused."""
+    base = tiny_model("llama")
+    adapter = peft_adapters.make_adapter(base, ALL_LINEAR, tmp_path / "adapter")
+    for quant, count in (("awq:q8_0", 1), ("rtn:q8_0", 0)):
+        rounded = edgellm.convert(base, tmp_path / quant, format="gguf", quant=quant, check=False)
+        floats = tmp_path / f"{quant} in floats"
+        edgellm.convert(rounded.main, floats, format="hf", quant="f32", check=False)
+        made = edgellm.merge(floats, tmp_path / f"{quant} merged", [adapter.folder]).manifest
+        assert made is not None
+        notes = [note for note in made.artifact.notes if "were scaled by awq" in note]
+        assert len(notes) == count
+        assert made.artifact.scaled_before == ("awq",) * count
+
+
 def test_a_faint_adapter_vanishes_in_bf16_and_is_told(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:

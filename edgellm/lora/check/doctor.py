@@ -18,7 +18,7 @@ from edgellm.lora.binding import Binding, Combination
 from edgellm.lora.check.changes import TensorChange, measure, overall
 from edgellm.lora.check.llamacpp_path import llamacpp_faults
 from edgellm.lora.edit import Additive, Edit
-from edgellm.lora.lineage import merged_twice
+from edgellm.lora.lineage import merged_twice, on_scaled
 from edgellm.lora.merging import merged_source
 from edgellm.lora.replication import replicated
 from edgellm.progress import Progress, unwatched
@@ -100,7 +100,10 @@ def report_static(merged: ModelSource, *, allow_untrained: bool = False) -> Adap
         for adapter, bindings in zip(merge.adapters, merge.bindings, strict=True)
     )
     faults: list[str] = []
-    warnings = list(merged_twice(merged))
+    warnings = [
+        *merged_twice(merged),
+        *on_scaled(merge.base.name, merge.adapters, merged.scaled_by),
+    ]
     notes: list[str] = []
     said_already: list[str] = []
     for facts in adapters:
