@@ -127,8 +127,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     what the ``float`` layers before it give, or for what the ``quantized`` ones give. ``device``:
     where codes are solved (``quant.devices``), by default the CPU. ``tune``: steps of training on
     it after rounding, which move scales and norms while codes stay; ``gptq``'s codes are solved by
-    gradients of the source then (``quant.coupled``), and ``awq`` comes before it where no solver is
-    named.
+    gradients of the source then (``quant.coupled``), and ``calibration_tokens`` are all that
+    training reads by default.
     """
 
     source: str

@@ -41,10 +41,14 @@ from edgellm.tune.settings import tokens_for
 PREFERRED_SOLVER = "gptq"
 
 PREFERRED_TRANSFORM = "awq"
-"""What comes before ``PREFERRED_SOLVER`` where no adapters will stand beside the model.
+"""What comes before ``PREFERRED_SOLVER`` where activations are rounded too, and no adapters will
+stand beside the model: those made for the original do not fit beside one with scaled channels.
 
 FIGURES
 """
+
+ROUNDING_ACTIVATIONS = ("gguf",)
+"""Containers whose runtime rounds what weights are multiplied by, whatever their grid."""
 
 PATIENCE_S = 600.0
 """A calibrated solver that nobody named is chosen when it is expected to take less."""
@@ -137,7 +141,7 @@ def choose_solver(
 
     The line is empty where there is nothing to say: a solver was named, or the body's codes have so
     many bits that rounding is as good as exact, or are kept as they are stored. Channels are scaled
-    first unless that would change what is kept: stored codes, and what adapters are made for.
+    first where ``PREFERRED_TRANSFORM`` says, unless stored codes are kept.
     """
     quant = split_quant(recipe.quant or "")
     grids = linear_grids(layout, source)
@@ -155,7 +159,7 @@ def choose_solver(
     if recipe.imatrix is not None:
         chosen = msgspec.structs.replace(recipe, quant=str(quant._replace(solver="imatrix")))
         return chosen, "solver imatrix: importance was given"
-    scaled = not (recipe.keep_adapters or kept)
+    scaled = layout.container in ROUNDING_ACTIVATIONS and not (recipe.keep_adapters or kept)
     preferred = _with_preferred(recipe, scaled=scaled)
     plain = str(quant._replace(solver=DEFAULT_SOLVER))
     chosen = msgspec.structs.replace(recipe, quant=preferred)
@@ -174,9 +178,8 @@ def choose_solver(
     )
     if scaled:
         reason += (
-            f"; {PREFERRED_TRANSFORM} scales channels before it, so that adapters made for the "
-            f"original no longer fit beside the result (beside that of "
-            f"--quant {_with_preferred(recipe, scaled=False)} they do)"
+            f"; {PREFERRED_TRANSFORM} scales channels before it: adapters of the original fit "
+            f"only beside --quant {_with_preferred(recipe, scaled=False)}"
         )
     return chosen, reason
 

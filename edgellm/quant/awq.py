@@ -11,7 +11,9 @@ columns of a group do not depend on others. The paper's clipping is the scale se
 that follows (``imatrix``).
 
 ``d`` is the mean square of the channel, or with a solver that makes errors good by later columns
-what those leave of it (``factor.Factor.left``).
+what those leave of it (``factor.Factor.left``). llama.cpp rounds activations too, in blocks, so
+that on its grids ``s`` also divides what is large among them: their error is added to that of the
+weights (``_Rounded``), and each channel is moved to where both together are least.
 
 SmolLM2 off its grid, the error of the outputs of layers 2, 12, 22 and 29 with factors by without
 (the geometric mean over their couplings): int4-g64 plainly rounded 0.66, q4_0 with importance 0.74.
@@ -71,7 +73,13 @@ better than the balance, which takes the largest values for what they are on ave
 JUDGED_ROWS = 256
 """Rows of a weight by whose real rounding the factors are judged."""
 
-SETTINGS = {"strengths": STRENGTHS, "alphas": ALPHAS, "steps": STEPS, "judged_rows": JUDGED_ROWS}
+SETTINGS = {
+    "strengths": STRENGTHS,
+    "alphas": ALPHAS,
+    "steps": STEPS,
+    "judged_rows": JUDGED_ROWS,
+    "tails": TAILS,
+}
 
 
 class Sample(NamedTuple):

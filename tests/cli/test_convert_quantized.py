@@ -114,16 +114,17 @@ def test_an_adapter_leaves_the_codes_of_other_weights(
 def test_channels_stay_as_they_are_beside_adapters_and_where_codes_are_kept(
     command: Command, model: Path, gptq: Path, lora: Path
 ) -> None:
-    """Elsewhere they are scaled where no solver is named, below 8 bits."""
+    """Elsewhere they are scaled for llama.cpp where no solver is named, below 8 bits."""
 
-    def quant(*options: object, grid: str = "q4_0") -> str:
-        given = (*options, "--format", "gguf", "-q", grid, "--dry-run", "--json")
+    def quant(*options: object, grid: str = "q4_0", format: str = "gguf") -> str:
+        given = (*options, "--format", format, "-q", grid, "--dry-run", "--json")
         chosen: str = command("convert", *given).json()["recipe"]["quant"]
         return chosen
 
     assert quant(model) == "awq+gptq:q4_0"
     assert quant(model, "--adapter", lora) == "awq+gptq:q4_0"
     assert quant(model, "--adapter", lora, "--keep-adapters") == "gptq:q4_0"
+    assert quant(model, grid="int4-g32", format="onnx") == "gptq:int4-g32"
     assert quant(gptq, "--adapter", lora) == "gptq:q4_0"
     assert quant(gptq, "--adapter", lora, grid="iq4_nl") == "awq+gptq:iq4_nl"
 

@@ -243,7 +243,7 @@ def test_the_default_solver_follows_bits_and_time(
     quick = planned("q4_0")
     assert quick.recipe.quant == "awq+gptq:q4_0"
     assert any("rtn:q4_0" in reason for reason in quick.reasons)
-    assert any("--quant gptq:q4_0 they do" in reason for reason in quick.reasons)
+    assert any("fit only beside --quant gptq:q4_0" in reason for reason in quick.reasons)
     for bits in ("q8_0", "f16"):
         assert planned(bits).recipe.quant == bits
         assert planned(bits).calibration is None

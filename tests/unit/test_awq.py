@@ -101,6 +101,33 @@ def test_gptq_gains_too(name: str, corrected: bool) -> None:
     assert solved(found.factors) < 0.9 * solved(np.ones(128, np.float32))
 
 
+@pytest.mark.parametrize(("name", "most"), [("q8_0", 0.9), ("q4_k", 0.95), ("q6_k", 0.6)])
+def test_what_llamacpp_rounds_of_activations_counts(
+    name: str, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Error of outputs with both rounded, as ggml does, by that with factors for weights alone."""
+    grid, ref, coupling = GRIDS[name], weights_of(96, 512), plain_coupling(512)
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((512, 512)).astype(np.float32)
+    x[:, draw.choice(512, 16, replace=False)] *= 16
+    hessian = (x.T @ x / len(x)).astype(np.float32)
+    statistics = Statistics(hessian, np.abs(x).max(axis=0), len(x))
+    rows, exact = ref.load(), x @ ref.load().T
+
+    def error() -> float:
+        columns = awq.search([Weight(ref, grid)], statistics, coupling).factors
+        importance = folded_statistics(statistics, columns).importance
+        rounded = dequantize(imatrix.fitted(rows * columns, grid, importance))
+        blocks = (x / columns).reshape(len(x), -1, grid.block)
+        steps = np.abs(blocks).max(axis=2, keepdims=True) / 127  # quantize_row_q8_0, _q8_K
+        activations = (np.round(blocks / steps) * steps).reshape(x.shape)
+        return float(np.square(activations @ rounded.T - exact).sum())
+
+    both = error()
+    monkeypatch.setattr(awq, "TAILS", 0.0)
+    assert both < most * error()
+
+
 def test_weights_that_share_an_input_are_judged_together() -> None:
     """A large and a small weight: the factors are near those of the large one, by its rows."""
     grid, statistics, coupling = GRIDS["int4-g32"], inputs_of(64), plain_coupling(64)
