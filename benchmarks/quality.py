@@ -58,16 +58,8 @@ def measure(*, quick: bool, types: Sequence[str] = ()) -> Result:
     for name in names:
         ours, theirs = f"ours-{name}", f"peer-{name}.gguf"
         fresh(ours)
-        convert = [
-            *edgellm(),
-            "convert",
-            model.name,
-            "--format",
-            "gguf",
-            "--quant",
-            f"awq+gptq:{name}",
-        ]
-        convert += ["--calibration-tokens", str(seen), "--out", ours, "--no-check"]
+        convert = [*edgellm(), "convert", model.name, "--format", "gguf", "--no-check"]
+        convert += ["--quant", f"awq+gptq:{name}", "--calibration-tokens", str(seen), "--out", ours]
         run(convert)
         commands[f"edgellm, {name}"] = shown(convert)
         peer.make(name, theirs)

@@ -44,7 +44,11 @@ PREFERRED_TRANSFORM = "awq"
 """What comes before ``PREFERRED_SOLVER`` where activations are rounded too, and no adapters will
 stand beside the model: those made for the original do not fit beside one with scaled channels.
 
-FIGURES
+SmolLM2's KL in llama.cpp with it by without, built-in text: q2_k 0.1279 by 0.1417, q3_k_m 0.0634 by
+0.0648, q4_0 0.0800 by 0.0838, q4_1 0.0509 by 0.0521, q4_k_m 0.0235 by 0.0263, iq4_nl 0.0611 by
+0.0646, iq4_xs 0.0634 by 0.0666, q5_0 0.0222 by 0.0240, q5_1 0.0148 by 0.0156, q5_k_m 0.0136 by
+0.0162, q6_k 0.0041 by 0.0072; on text of the judged kind q4_0 0.0516 by 0.0571, iq4_xs 0.0428 by
+0.0471, q3_k_m 0.0423 by 0.0455, q4_k_m 0.0162 by 0.0196.
 """
 
 ROUNDING_ACTIVATIONS = ("gguf",)
@@ -96,7 +100,7 @@ class Calibration:
 def tokens_of(recipe: Recipe) -> int:
     """Tokens of text to calibrate on: as asked for, else all that tuning reads where there is any.
 
-    What is read for training anyway makes better statistics of inputs at a hundredth of its time.
+    What is read for training anyway makes better statistics of inputs for a twentieth of its time.
     """
     if recipe.calibration_tokens is not None:
         return recipe.calibration_tokens
