@@ -196,6 +196,8 @@ def folded_source(
     folding = Folding(source, search, couplings(source.decoder), corrected)
     tensors = {role: folding.folded(role, ref) for role, ref in source.tensors.items()}
     reasons = left_out(source.decoder)
+    if source.decoder.tied_head:
+        reasons.pop("output")  # so it is in every such model
     notes = [f"{part} keeps the scale of its input: {why}" for part, why in reasons.items()]
     return replace(source, tensors=tensors, notes=(*source.notes, *notes)), folding
 
