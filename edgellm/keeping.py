@@ -77,7 +77,7 @@ def keep_codes(layout: Layout, recipe: Recipe, source: ModelSource) -> Layout:
     """``layout`` with what is kept as it is stored marked, and notes on that and on the rest.
 
     A solver has nothing to do where codes are kept. Itself for a GGUF file, whose blocks are always
-    dequantized.
+    dequantized. ``source`` is the one before any transform, which leaves no codes.
     """
     if source.kind == "gguf":
         return layout
@@ -95,9 +95,12 @@ def keep_codes(layout: Layout, recipe: Recipe, source: ModelSource) -> Layout:
         stored = [
             part for part in tensor.parts if part.dtype not in READABLE and part.role not in changed
         ]
-        codes = [codes for part in tensor.parts if (codes := codes_of(part))]
+        parts = tensor.parts
+        if quant.transforms:
+            parts = tuple(source.tensors.get(part.role, part) for part in parts)
+        codes = [codes for part in parts if (codes := codes_of(part))]
         if stored and tensor.grid.kind != "float":
-            why = asked or _why_not(tensor, codes)
+            why = _why_not(tensor, codes) or asked
             if why:
                 again.setdefault(why, []).extend(part.name for part in stored)
             else:

@@ -217,7 +217,7 @@ def make_plan(
             from edgellm.lora.requested import kept_apart
 
             layout = kept_apart(layout, model, container, recipe, progress)
-        return keep_codes(layout, recipe, model)
+        return keep_codes(layout, recipe, source)
 
     hardware = detect()
     workers = threads or hardware.physical_cores.value
